@@ -1,0 +1,48 @@
+"""Compressed model classes; importing this package makes them known to transformers' auto classes."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from .families import FAMILIES, Family, family_of
+from .flat_attention import attention_value_width
+from .flat_llama import (
+    FlatLlamaAttention,
+    FlatLlamaConfig,
+    FlatLlamaDecoderLayer,
+    FlatLlamaForCausalLM,
+    FlatLlamaModel,
+)
+from .flat_mistral import (
+    FlatMistralAttention,
+    FlatMistralConfig,
+    FlatMistralDecoderLayer,
+    FlatMistralForCausalLM,
+    FlatMistralModel,
+)
+from .replacement import adopt_compressed_layers, compress_decoder_layer, compressed_config, empty_decoder_layer
+
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "FlatLlamaAttention",
+    "FlatLlamaConfig",
+    "FlatLlamaDecoderLayer",
+    "FlatLlamaForCausalLM",
+    "FlatLlamaModel",
+    "FlatMistralAttention",
+    "FlatMistralConfig",
+    "FlatMistralDecoderLayer",
+    "FlatMistralForCausalLM",
+    "FlatMistralModel",
+    "adopt_compressed_layers",
+    "attention_value_width",
+    "compress_decoder_layer",
+    "compressed_config",
+    "empty_decoder_layer",
+    "family_of",
+]
+
+for _family in FAMILIES.values():
+    # exist_ok: a copy of this package inside another project may have registered its own classes before.
+    AutoConfig.register(_family.config.model_type, _family.config, exist_ok=True)
+    AutoModel.register(_family.config, _family.model, exist_ok=True)
+    AutoModelForCausalLM.register(_family.config, _family.causal_lm, exist_ok=True)

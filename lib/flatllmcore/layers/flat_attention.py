@@ -1,0 +1,180 @@
+"""What compressed Llama-like models share, whatever their family.
+
+Every decoder layer has its own value width (``value_head_dim``, per head) and its own MLP width
+(``intermediate_size``); both stand in the config's ``per_layer_config``. A family mixes these classes
+with its dense parents. This file and its siblings named ``flat_*`` import torch, transformers and each
+other only, so that ``save_pretrained`` can put them beside the weights.
+"""
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+_ALIGNMENT = 8
+
+
+def attention_value_width(rank: int, head_dim: int, query_length: int, implementation: str, device_type: str) -> int:
+    """Return the value width to hand to the attention function, ``rank <= width <= head_dim``.
+
+    Fused kernels of ``scaled_dot_product_attention`` restrict the value width; what they refuse falls to the
+    unfused path, which writes out the whole score matrix. Flash kernels, on CPU and on accelerators, take values
+    as wide as queries and keys. The memory-efficient kernel takes another width when it is a multiple of 8.
+    Zeros appended to the values add zeros to the output, which the caller cuts off.
+
+    - Eager attention takes any width.
+    - Prefill with SDPA: pad to ``head_dim``, for flash. Appending zeros costs little beside the scores, and
+      transformers shares key/value heads among queries without copying them only at equal widths.
+    - Decoding with SDPA reads the whole cache for one query, so padding to ``head_dim`` would cost what the
+      compression saves: the next multiple of 8 on an accelerator, nothing on CPU, where the unfused path is faster.
+    - Anything else (flash_attention_*, flex, paged caches) asks for equal widths.
+    """
+    if implementation == "eager":
+        return rank
+    if implementation == "sdpa" and query_length == 1:
+        return rank if device_type == "cpu" else min(-(-rank // _ALIGNMENT) * _ALIGNMENT, head_dim)
+    return head_dim
+
+
+class FlatConfig:
+    """Check of the value widths; a family's config adds the field ``value_head_dim``."""
+
+    def validate_value_head_dim(self: Any) -> None:
+        """Refuse a width outside ``1..head_dim``; ``None`` is ``head_dim``. transformers calls this on creation."""
+        for layer_idx, layer_config in enumerate(self.per_layer_config):
+            rank = layer_config.value_head_dim
+            if rank is not None and not 1 <= rank <= layer_config.head_dim:
+                raise ValueError(f"layer {layer_idx}: value_head_dim must be in 1..{layer_config.head_dim}, got {rank}")
+
+
+class FlatAttention(nn.Module):
+    """Attention whose value heads, and the value half of its cache, have ``value_head_dim`` entries.
+
+    A family names its parent's rotary and eager functions, and overrides the methods in which it differs.
+    """
+
+    apply_rotary_pos_emb: ClassVar[Callable[..., tuple[Tensor, Tensor]]]
+    eager_attention_forward: ClassVar[Callable[..., tuple[Tensor, Tensor]]]
+
+    config: PreTrainedConfig
+    layer_idx: int
+    head_dim: int
+    scaling: float
+    attention_dropout: float
+    q_proj: nn.Linear
+    k_proj: nn.Linear
+    v_proj: nn.Linear
+    o_proj: nn.Linear
+
+    def __init__(self, config: PreTrainedConfig, layer_idx: int) -> None:
+        # The whole model's config, not the layer's copy: set_attn_implementation changes the former.
+        super().__init__(config, layer_idx)
+        self.value_head_dim: int = config.per_layer_config[layer_idx].value_head_dim or self.head_dim
+        num_kv_heads = self.v_proj.out_features // self.head_dim
+        num_heads = self.o_proj.in_features // self.head_dim
+        has_bias = self.v_proj.bias is not None, self.o_proj.bias is not None
+        self.v_proj = nn.Linear(self.v_proj.in_features, num_kv_heads * self.value_head_dim, bias=has_bias[0])
+        self.o_proj = nn.Linear(num_heads * self.value_head_dim, self.o_proj.out_features, bias=has_bias[1])
+
+    def project_queries_and_keys(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Return queries (B, T, H, d) and keys (B, T, G, d) before their rotation."""
+        heads = (*hidden_states.shape[:-1], -1, self.head_dim)
+        return self.q_proj(hidden_states).view(heads), self.k_proj(hidden_states).view(heads)
+
+    def attention_options(self) -> dict[str, Any]:
+        """Return what the family passes to the attention function beyond mask, dropout and scale."""
+        return {}
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        input_shape = hidden_states.shape[:-1]
+        query, key = self.project_queries_and_keys(hidden_states)
+        value = self.v_proj(hidden_states).view(*input_shape, -1, self.value_head_dim)
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # (B, H or G, T, d or r)
+        query, key = self.apply_rotary_pos_emb(query, key, *position_embeddings)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+
+        implementation = self.config._attn_implementation
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, self.eager_attention_forward)
+        width = attention_value_width(
+            self.value_head_dim, self.head_dim, query.shape[2], implementation, query.device.type
+        )
+        output, weights = attend(
+            self,
+            query,
+            key,
+            F.pad(value, (0, width - self.value_head_dim)) if width > self.value_head_dim else value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **self.attention_options(),
+            **kwargs,
+        )
+        output = output[..., : self.value_head_dim].reshape(*input_shape, -1)  # (B, T, H·r)
+        return self.o_proj(output), weights
+
+
+class FlatDecoderLayer(nn.Module):
+    """A dense parent's decoder layer at this layer's widths; takes the whole model's config."""
+
+    attention_class: ClassVar[type[FlatAttention]]
+
+    self_attn: FlatAttention
+
+    def __init__(self, config: PreTrainedConfig, layer_idx: int) -> None:
+        super().__init__(config.per_layer_config[layer_idx], layer_idx)
+        self.self_attn = self.attention_class(config, layer_idx)
+
+
+class FlatModel(nn.Module):
+    """A dense parent's model over compressed layers.
+
+    The parents build their layers in ``__init__`` from one width for all, which a config with
+    per-layer widths refuses to give; the members are theirs.
+    """
+
+    decoder_layer_class: ClassVar[type[FlatDecoderLayer]]
+    norm_class: ClassVar[type[nn.Module]]
+    rotary_embedding_class: ClassVar[type[nn.Module]]
+
+    post_init: Callable[[], None]
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        PreTrainedModel.__init__(self, config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(self.decoder_layer_class(config, i) for i in range(config.num_hidden_layers))
+        self.norm = self.norm_class(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = self.rotary_embedding_class(config=config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+
+class FlatCausalLM(nn.Module):
+    """A dense parent's causal language model over a :class:`FlatModel`."""
+
+    model_class: ClassVar[type[FlatModel]]
+
+    post_init: Callable[[], None]
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        PreTrainedModel.__init__(self, config)
+        self.model = self.model_class(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def _get_static_cache_init_shape(self) -> None:
+        """Let a static cache take its shapes from the first keys and values: the latter are narrower."""

@@ -1,0 +1,183 @@
+"""Write a compressed model as an ordinary Hugging Face folder, whole or not at all."""
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..errors import InputError
+
+_NOT_RUN = "not run"
+
+
+def save_compressed(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: Path,
+    model_card: str,
+    overwrite: bool = False,
+) -> None:
+    """Write weights, configs, tokenizer, modelling files and ``model_card`` to ``folder``.
+
+    Everything is written to a temporary sibling folder that takes the place of ``folder`` at the end: when anything
+    fails before, ``folder`` is as it was and nothing else is left.
+
+    Raises:
+        InputError: If ``folder`` cannot be used (see :func:`check_output_folder`) or the disk is full.
+    """
+    check_output_folder(folder, overwrite)
+    folder = folder.resolve()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _naming_full_disk(folder), tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as name:
+        complete, replaced = Path(name, "complete"), Path(name, "replaced")
+        model.save_pretrained(complete)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(complete)
+        (complete / "README.md").write_text(model_card, encoding="utf-8")
+        _flush_to_disk(complete)
+        _put_in_place(complete, folder, replaced)
+
+
+def check_output_folder(folder: Path, overwrite: bool) -> None:
+    """Check that a model may be written to ``folder``; worth calling before the work whose result goes there.
+
+    Raises:
+        InputError: If ``folder`` is a file, or is not empty and ``overwrite`` is not given, or holds something
+            other than a model.
+    """
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise InputError(f"cannot save to {folder}: it is a file; give a folder")
+    if not any(folder.iterdir()):
+        return
+    if not overwrite:
+        raise InputError(f"cannot save to {folder}: it is not empty; give another folder or ask to overwrite it")
+    if not (folder / "config.json").is_file():
+        raise InputError(f"cannot overwrite {folder}: it holds no model (no config.json); give another folder")
+
+
+def count_parameters(model: PreTrainedModel) -> dict[str, int]:
+    """Return ``decoder_linear``, weights of linear layers inside decoder layers, and ``total``, tied ones once."""
+    linears = (module for module in model.base_model.layers.modules() if isinstance(module, nn.Linear))
+    return {
+        "decoder_linear": sum(linear.weight.numel() for linear in linears),
+        "total": sum(parameter.numel() for parameter in model.parameters()),
+    }
+
+
+def model_card(record: Mapping[str, Any]) -> str:
+    """Return the Markdown model card, with YAML front matter, of a compressed model.
+
+    Args:
+        record: How the model was made:
+
+            - ``base_model``: Hub id or folder of the dense model.
+            - ``sparsity_ratio``, ``achieved_sparsity_percent``: percent of decoder-layer linear weights removed,
+              asked and achieved.
+            - ``parameters_before``, ``parameters_after``: as :func:`count_parameters`.
+            - ``dataset``, ``nsamples``, ``seqlen``, ``seed``: the calibration text.
+            - ``perplexity``: ``{"dense": ..., "compressed": ..., "dataset": ..., "seqlen": ...}``, or nothing.
+            - ``versions``: of libraries, by name.
+            - ``command``: what was typed.
+    """
+    base_model = str(record["base_model"])
+    is_local = Path(base_model).exists()
+    base_name = Path(base_model).name if is_local else base_model
+    front_matter = ["---", "library_name: transformers", "tags:", "- flat-llm", "- compressed"]
+    if not is_local:  # the hub links this name to a repository
+        front_matter.append(f"base_model: {json.dumps(base_model)}")
+    return "\n".join([*front_matter, "---", "", *_facts(base_name, record), "", *_HOW_TO_LOAD])
+
+
+def _facts(base_name: str, record: Mapping[str, Any]) -> list[str]:
+    before, after = record["parameters_before"], record["parameters_after"]
+    perplexity = record.get("perplexity") or {}
+    measured_on = f" ({perplexity['dataset']}, windows of {perplexity['seqlen']} tokens)" if perplexity else ""
+    return [
+        f"# {base_name}, compressed by FLAT-LLM",
+        "",
+        f"{record['achieved_sparsity_percent']:.2f} % of the decoder layers' linear weights were removed,"
+        " without training: value and output projections by head-wise PCA, MLPs by Nyström approximation.",
+        "",
+        "| | dense | compressed |",
+        "|---|---:|---:|",
+        f"| decoder-layer linear weights | {before['decoder_linear']:,} | {after['decoder_linear']:,} |",
+        f"| all parameters | {before['total']:,} | {after['total']:,} |",
+        f"| perplexity{measured_on} | {_figure(perplexity.get('dense'))} | {_figure(perplexity.get('compressed'))} |",
+        "",
+        f"- Removed: {record['sparsity_ratio']:g} % asked, {record['achieved_sparsity_percent']:.3f} % achieved.",
+        f"- Calibration: {record['dataset']}, {record['nsamples']} samples of {record['seqlen']} tokens,"
+        f" seed {record['seed']}.",
+        f"- Versions: {', '.join(f'{name} {version}' for name, version in record['versions'].items())}.",
+        f"- Command: `{record['command']}`",
+    ]
+
+
+def _figure(perplexity: float | None) -> str:
+    return _NOT_RUN if perplexity is None else f"{perplexity:.3f}"
+
+
+_HOW_TO_LOAD = """\
+## Use
+
+With `flatllmcore` installed:
+
+```python
+import flatllmcore
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+```
+
+Without it, by the modelling files in this folder:
+
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", trust_remote_code=True)
+```
+""".splitlines()
+
+
+@contextmanager
+def _naming_full_disk(folder: Path) -> Iterator[None]:
+    """Turn a full disk into an :class:`InputError`; safetensors hides the error number in its message."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if getattr(error, "errno", None) != errno.ENOSPC and "os error 28" not in str(error):
+            raise
+        free_gib = shutil.disk_usage(folder.parent).free / 2**30
+        raise InputError(
+            f"cannot save to {folder}: no space left on the disk ({free_gib:.1f} GiB free); give another folder"
+        ) from error
+
+
+def _flush_to_disk(folder: Path) -> None:
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def _put_in_place(complete: Path, folder: Path, replaced: Path) -> None:
+    """Rename ``complete`` to ``folder``; what stood there is moved to ``replaced``."""
+    if not folder.exists():
+        complete.rename(folder)
+        return
+    folder.rename(replaced)
+    try:
+        complete.rename(folder)
+    except BaseException:
+        replaced.rename(folder)
+        raise

@@ -1,0 +1,32 @@
+"""Tiny random models of both families, and their compressed counterparts."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .tiny_models import DENSE, SIZES, compress, dense_model_of
+
+
+@pytest.fixture(params=DENSE)
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def dense_model(family: str) -> Callable[..., PreTrainedModel]:
+    """Return a maker of dense random models; its arguments replace fields of the config."""
+    return lambda **fields: dense_model_of(family, **fields)
+
+
+@pytest.fixture
+def flat_model(family: str) -> Callable[..., PreTrainedModel]:
+    """Return a maker of compressed random models; its arguments replace fields of the dense config."""
+    return lambda **fields: compress(dense_model_of(family, **fields))
+
+
+@pytest.fixture
+def tokens() -> Tensor:
+    return torch.randint(1, SIZES["vocab_size"], (4, 9), generator=torch.Generator().manual_seed(1))

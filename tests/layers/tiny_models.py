@@ -1,0 +1,90 @@
+"""Tiny random models, dense and compressed, and an oracle for the latter made of dense classes alone."""
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
+
+from flatllmcore.layers import adopt_compressed_layers, compress_decoder_layer, compressed_config
+
+DENSE = {"llama": (LlamaConfig, LlamaForCausalLM), "mistral": (MistralConfig, MistralForCausalLM)}
+RANKS, WIDTHS = (5, 16, 11), (96, 40, 33)
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 97,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "initializer_range": 0.2,  # large enough for attention to be far from uniform
+}
+
+
+def dense_model_of(family: str, **fields: object) -> PreTrainedModel:
+    """Return a random dense model; ``fields`` replace those of its config."""
+    config_class, model_class = DENSE[family]
+    torch.manual_seed(0)
+    config = config_class(**SIZES | fields)
+    config.eos_token_id = None  # greedy decoding that never ends early compares the most tokens
+    model = model_class(config).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):  # transformers starts them at zero, which would hide a bias left out
+            torch.nn.init.normal_(parameter, std=0.5)
+    return model
+
+
+def projected_weights(layer: torch.nn.Module, rank: int, width: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return one layer's weights compressed, and the same function as weights of full size.
+
+    The oracle needs no compressed class: values projected onto a subspace and back, and MLP channels set to zero.
+    """
+    generator = torch.Generator().manual_seed(rank)
+    attention, mlp = layer.self_attn, layer.mlp
+    W_v, W_o, d = attention.v_proj.weight, attention.o_proj.weight, attention.head_dim
+    D, G, H = W_v.shape[1], W_v.shape[0] // d, W_o.shape[1] // d
+    Q = torch.linalg.qr(torch.randn(G, d, d, generator=generator))[0][..., :rank].to(W_v.dtype)  # (G, d, r)
+    Q_o = Q.repeat_interleave(H // G, dim=0)  # (H, d, r)
+    kept = torch.randperm(mlp.gate_proj.out_features, generator=generator)[:width].sort().values
+
+    small = {
+        "self_attn.v_proj.weight": (Q.mT @ W_v.view(G, d, D)).reshape(G * rank, D),
+        "self_attn.o_proj.weight": torch.einsum("ohd,hdr->ohr", W_o.view(-1, H, d), Q_o).reshape(-1, H * rank),
+        "mlp.gate_proj.weight": mlp.gate_proj.weight[kept],
+        "mlp.up_proj.weight": mlp.up_proj.weight[kept],
+        "mlp.down_proj.weight": mlp.down_proj.weight[:, kept],
+    }
+    full = {"self_attn.v_proj.weight": (Q @ (Q.mT @ W_v.view(G, d, D))).reshape(G * d, D)}
+    dropped = torch.ones(mlp.gate_proj.out_features, dtype=torch.bool)
+    dropped[kept] = False
+    full["mlp.down_proj.weight"] = mlp.down_proj.weight.masked_fill(dropped, 0.0)
+    if attention.v_proj.bias is not None:
+        b_v = attention.v_proj.bias.view(G, d, 1)
+        small["self_attn.v_proj.bias"] = (Q.mT @ b_v).reshape(-1)
+        full["self_attn.v_proj.bias"] = (Q @ (Q.mT @ b_v)).reshape(-1)
+    if mlp.gate_proj.bias is not None:
+        small |= {f"mlp.{name}.bias": getattr(mlp, name).bias[kept] for name in ("gate_proj", "up_proj")}
+    return small, full
+
+
+@torch.no_grad()
+def compress(
+    model: PreTrainedModel, ranks: tuple[int, ...] = RANKS, widths: tuple[int, ...] = WIDTHS
+) -> PreTrainedModel:
+    """Compress ``model`` in place, and return it."""
+    config = compressed_config(model.config, ranks, widths)
+    layers = [
+        compress_decoder_layer(layer, config, i, projected_weights(layer, ranks[i], widths[i])[0])
+        for i, layer in enumerate(model.model.layers)
+    ]
+    return adopt_compressed_layers(model, config, layers)
+
+
+@torch.no_grad()
+def project_in_full_size(model: PreTrainedModel) -> PreTrainedModel:
+    """Give the dense ``model`` weights of the same function as :func:`compress` would, and return it."""
+    for i, layer in enumerate(model.model.layers):
+        for name, weight in projected_weights(layer, RANKS[i], WIDTHS[i])[1].items():
+            layer.get_parameter(name).copy_(weight)
+    return model
