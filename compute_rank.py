@@ -1,0 +1,177 @@
+"""Allocate ranks to the layers of a model from its importance scores.
+
+    python compute_rank.py                                              # every importance file under ranks/
+    python compute_rank.py --bi_score ranks/llama-2-7b --sparsity_ratio 20 --rank_multiple 1
+    python compute_rank.py --bi_score bi_score.pt --model meta-llama/Llama-2-7b-hf    # the authors' scores
+
+Beside each importance file it writes `ranks_<percent>.json`, one per target, and `ranks.png`.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from itertools import pairwise
+from pathlib import Path
+
+from flatllmbench.plots import plot_ranks
+from flatllmcore.core.importance_scores import ImportanceScores, read_author_scores
+from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector, RankAllocation, check_sparsity_ratio
+from flatllmcore.core.rank_files import IMPORTANCE_FILE, ranks_file
+from flatllmcore.errors import InputError
+from flatllmcore.utils.layer_utils import ModelDimensions, dimensions_from_config, load_config
+
+IMPORTANCE_FILES = (IMPORTANCE_FILE, "bi_score.pt")
+
+
+@dataclass(frozen=True)
+class Importance:
+    """What an importance file says about a model, whoever wrote it."""
+
+    path: Path
+    model_id: str
+    dimensions: ModelDimensions
+    scores: Sequence[float]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_arguments(argv)
+    try:
+        for percent in args.sparsity_ratio:
+            check_sparsity_ratio(percent)
+        dimensions = dimensions_from_config(load_config(args.model)) if args.model else None
+        files = [read_importance(path, args.model, dimensions) for path in find_importance_files(args.bi_score)]
+        allocated = [(importance, allocate(importance, args)) for importance in files]
+        for importance, allocations in allocated:
+            write_ranks(importance, allocations, args.plot)
+            sys.stdout.write(table(importance, allocations))
+    except (InputError, OSError) as error:
+        sys.stderr.write(f"compute_rank.py: {error}\n")
+        return 2
+    return 0
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="compute_rank.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    source = parser.add_argument_group("importance scores")
+    source.add_argument(
+        "--bi_score",
+        type=Path,
+        default=Path("ranks"),
+        metavar="PATH",
+        help="importance.json, bi_score.pt, or a folder searched for both (default: ranks)",
+    )
+    source.add_argument(
+        "--model",
+        metavar="MODEL",
+        help="local folder or hub id, of which only the config is read: the sizes that bi_score.pt lacks; "
+        "an importance.json must agree with it",
+    )
+    target = parser.add_argument_group("target")
+    target.add_argument(
+        "--sparsity_ratio",
+        type=int,
+        nargs="+",
+        default=[10, 20, 30, 40, 50],
+        metavar="P",
+        help="percent of decoder-layer linear parameters removed, 1 to 95 (default: 10 20 30 40 50)",
+    )
+    target.add_argument("--prune_qk", action="store_true", help="count Q and K among the pruned projections")
+    target.add_argument(
+        "--rank_multiple",
+        type=int,
+        metavar="M",
+        help="ranks and widths are multiples of this, at the exact target; 1 gives the published floors "
+        "(default: 8 where a head is 64 wide or more, else 1)",
+    )
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--plot",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="draw importance and kept share per layer as ranks.png",
+    )
+    return parser.parse_args(argv)
+
+
+def find_importance_files(path: Path) -> list[Path]:
+    """Return the file itself, or every importance file below a folder, at most one in each.
+
+    Raises:
+        InputError: If there is none, or two would write their ranks to one folder.
+    """
+    if path.is_file():
+        return [path]
+    files = sorted(file for name in IMPORTANCE_FILES for file in path.rglob(name))
+    if not files:
+        raise InputError(
+            f"no {' or '.join(IMPORTANCE_FILES)} at {path}; "
+            "score a model first: python main.py --prune_method bi --model MODEL"
+        )
+    for earlier, later in pairwise(files):
+        if earlier.parent == later.parent:
+            raise InputError(f"{earlier.parent} holds {earlier.name} and {later.name}; name one of them by --bi_score")
+    return files
+
+
+def read_importance(path: Path, model: str | None, dimensions: ModelDimensions | None) -> Importance:
+    """Return the scores of one file, checked against the dimensions of ``model`` where that is given.
+
+    Raises:
+        InputError: If the file is damaged, belongs to another model, or needs ``--model`` and has none.
+    """
+    if path.suffix != ".pt":
+        ours = ImportanceScores.load(path)
+        if dimensions is not None:
+            ours.check_matches(dimensions, fingerprint=None)
+        return Importance(path, ours.model_id, ours.dimensions, ours.scores)
+    if model is None or dimensions is None:
+        raise InputError(f"{path} does not say what model it is about; name it by --model, a local folder or a hub id")
+    return Importance(path, model, dimensions, read_author_scores(path))
+
+
+def allocate(importance: Importance, args: argparse.Namespace) -> dict[int, RankAllocation]:
+    """Return the ranks of each percentage removed."""
+    selector = ImportancePreservingRankSelector(
+        importance.dimensions, rank_multiple=args.rank_multiple, prune_qk=args.prune_qk
+    )
+    digest = sha256(importance.path.read_bytes()).hexdigest()
+    try:
+        return {
+            percent: selector.allocate(importance.scores, percent, importance_sha256=digest)
+            for percent in args.sparsity_ratio
+        }
+    except InputError as error:
+        raise InputError(f"{importance.path}: {error}") from error
+
+
+def write_ranks(importance: Importance, allocations: dict[int, RankAllocation], is_plotted: bool) -> None:
+    folder = importance.path.parent
+    for percent, allocation in allocations.items():
+        allocation.save(folder / ranks_file(percent))
+    if is_plotted:
+        keep_by_target = {percent: allocation.keep for percent, allocation in allocations.items()}
+        plot_ranks(importance.scores, keep_by_target, importance.model_id, folder / "ranks.png")
+
+
+def table(importance: Importance, allocations: dict[int, RankAllocation]) -> str:
+    """Return a line per target below a heading that names the model."""
+    sizes = importance.dimensions
+    rows = [f"{'asked %':>8}{'achieved %':>12}{'V/O/MLP kept %':>16}{'rank':>14}{'MLP width':>18}"]
+    for percent, allocation in allocations.items():
+        kept = 100 * sum(allocation.keep) / sizes.num_layers
+        rank, width = (f"{min(v)}-{max(v)}" for v in (allocation.value_rank, allocation.mlp_width))
+        rows.append(f"{percent:>8}{allocation.achieved_sparsity_percent:>12.3f}{kept:>16.2f}{rank:>14}{width:>18}")
+    multiple = next(iter(allocations.values())).rank_multiple
+    heading = (
+        f"{importance.model_id}: {sizes.num_layers} layers, head width {sizes.head_dim}, "
+        f"MLP width {sizes.intermediate_size}, rank multiple {multiple} -> {importance.path.parent}"
+    )
+    return "\n".join([heading, *rows]) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
