@@ -1,0 +1,160 @@
+"""Token windows of a text: for calibration, for importance scores and for perplexity.
+
+Windows are cut from token ids, never from text made of tokens again, so that every window has
+exactly the tokens asked for, all real.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from ..errors import InputError
+from .text_sources import DATASET_NAMES, TextDataset, has_test_split, load_text
+
+__all__ = [
+    "DATASET_NAMES",
+    "TextDataset",
+    "consecutive_windows",
+    "has_test_split",
+    "load_text",
+    "sample_documents",
+    "sample_windows",
+]
+
+# A tokenizer works with about 550 bytes per token; one call on a whole C4 shard would take 90 GB.
+_PIECE_CHARACTERS = 2**24
+
+
+def sample_documents(
+    text: TextDataset, tokenizer: PreTrainedTokenizerBase, nsamples: int, seqlen: int, seed: int
+) -> Tensor:
+    """Return windows that start at random documents and run on through the following ones.
+
+    No token is used twice: the rest of the document that a window ends in stays a document for
+    later windows. Running past the last document goes on with the first one left. Documents are
+    tokenised one by one, each with its separator, and only when needed.
+
+    Returns:
+        Token ids without special tokens, int64, (nsamples, seqlen).
+
+    Raises:
+        InputError: If the text is too short for that many windows.
+    """
+    pool = _DocumentPool(text, tokenizer)
+    generator = torch.Generator().manual_seed(seed)
+    windows: list[list[int]] = []
+    while len(windows) < nsamples:
+        window = pool.take_window(seqlen, generator)
+        if window is None:
+            raise _too_short(text, nsamples, seqlen, len(windows))
+        windows.append(window)
+    return torch.tensor(windows)
+
+
+def sample_windows(
+    text: TextDataset, tokenizer: PreTrainedTokenizerBase, nsamples: int, seqlen: int, seed: int
+) -> Tensor:
+    """Return random windows of the joined text; every start is equally likely, and windows may overlap.
+
+    Returns:
+        Token ids without special tokens, int64, (nsamples, seqlen).
+
+    Raises:
+        InputError: If the text is shorter than a window.
+    """
+    ids = _token_ids(text, tokenizer, add_special_tokens=False)
+    if len(ids) < seqlen:
+        raise _too_short(text, nsamples, seqlen, 0)
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.randint(len(ids) - seqlen + 1, (nsamples,), generator=generator)
+    return ids.unfold(0, seqlen, 1)[starts]
+
+
+def consecutive_windows(text: TextDataset, tokenizer: PreTrainedTokenizerBase, seqlen: int) -> Tensor:
+    """Return the joined text cut into windows that do not overlap; the remainder is dropped.
+
+    Returns:
+        Token ids, int64, (n, seqlen); the very first is BOS where the tokenizer adds one.
+
+    Raises:
+        InputError: If the text is shorter than a window.
+    """
+    ids = _token_ids(text, tokenizer, add_special_tokens=True)
+    count = len(ids) // seqlen
+    if count == 0:
+        raise InputError(
+            f"text {text.name!r} ({text.split}) has {len(ids)} tokens, fewer than one window of {seqlen}; "
+            "give a longer text or shorter windows"
+        )
+    return ids[: count * seqlen].view(count, seqlen)
+
+
+class _DocumentPool:
+    """Documents that windows use up from their fronts."""
+
+    def __init__(self, text: TextDataset, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._text = text
+        self._tokenizer = tokenizer
+        self._is_left = torch.ones(len(text.documents), dtype=torch.bool)
+        self._can_start = torch.tensor([bool(document.strip()) for document in text.documents], dtype=torch.bool)
+        self._rests: dict[int, list[int]] = {}
+
+    def take_window(self, seqlen: int, generator: torch.Generator) -> list[int] | None:
+        """Use up ``seqlen`` tokens from a random document on; None when there are not as many left."""
+        starts = (self._is_left & self._can_start).nonzero().flatten()
+        if len(starts) == 0:
+            return None
+        start = starts[torch.randint(len(starts), (1,), generator=generator)]
+        left = self._is_left.nonzero().flatten()
+        window: list[int] = []
+        for document in torch.cat([left[left >= start], left[left < start]]).tolist():
+            missing = seqlen - len(window)
+            ids = self._rests.pop(document, None) or self._document_ids(document)
+            window += ids[:missing]
+            if len(ids) > missing:
+                self._rests[document] = ids[missing:]
+            else:
+                self._is_left[document] = False
+            if len(window) == seqlen:
+                return window
+        return None
+
+    def _document_ids(self, document: int) -> list[int]:
+        return _encode(self._tokenizer, self._text.documents[document] + self._text.separator)
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool = False) -> list[int]:
+    # verbose: a text longer than the model takes is meant here, so no warning about it.
+    return tokenizer(text, add_special_tokens=add_special_tokens, return_attention_mask=False, verbose=False)[
+        "input_ids"
+    ]
+
+
+def _token_ids(text: TextDataset, tokenizer: PreTrainedTokenizerBase, *, add_special_tokens: bool) -> Tensor:
+    """Return the ids of the joined text, (tokens,); special tokens, if asked for, only with its beginning."""
+    pieces = (
+        _encode(tokenizer, piece, add_special_tokens and number == 0) for number, piece in enumerate(_pieces(text))
+    )
+    return torch.cat([torch.tensor(ids, dtype=torch.int64) for ids in pieces])
+
+
+def _pieces(text: TextDataset) -> Iterator[str]:
+    """Yield the joined text, in pieces that end between documents where it is very long."""
+    piece: list[str] = []
+    characters = 0
+    for document in text.documents:
+        if characters >= _PIECE_CHARACTERS:
+            yield text.separator.join(piece) + text.separator
+            piece, characters = [], 0
+        piece.append(document)
+        characters += len(document) + len(text.separator)
+    yield text.separator.join(piece)
+
+
+def _too_short(text: TextDataset, nsamples: int, seqlen: int, possible: int) -> InputError:
+    return InputError(
+        f"asked {nsamples} windows of {seqlen} tokens, text {text.name!r} ({text.split}) gives at most {possible}; "
+        "give a longer text, fewer windows or shorter ones"
+    )

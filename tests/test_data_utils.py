@@ -1,0 +1,393 @@
+import gzip
+import json
+
+import huggingface_hub
+import pytest
+import torch
+from datasets import Dataset
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from flatllmcore.errors import InputError
+from flatllmcore.utils import data_utils, text_sources
+from flatllmcore.utils.data_utils import (
+    TextDataset,
+    consecutive_windows,
+    has_test_split,
+    load_text,
+    sample_documents,
+    sample_windows,
+)
+
+BOS = 0
+CHARACTERS = "\n " + "".join(chr(code) for code in range(0x4E00, 0x4E00 + 400))
+IDS = {character: number + 1 for number, character in enumerate(CHARACTERS)}
+
+
+def _character_tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.WordLevel({"<s>": BOS} | IDS, unk_token="<s>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", model_max_length=8)
+
+
+TOKENIZER = _character_tokenizer()
+
+
+def plain_ids(text: str) -> list[int]:
+    return [IDS[character] for character in text]
+
+
+def text_of(*lengths: int, separator: str = "\n\n") -> TextDataset:
+    """Return documents of the given lengths, no character of which occurs twice."""
+    letters = iter(CHARACTERS[2:])
+    return TextDataset("x", "train", ["".join(next(letters) for _ in range(length)) for length in lengths], separator)
+
+
+texts = st.builds(
+    lambda lengths, separator: text_of(*lengths, separator=separator),
+    st.lists(st.integers(0, 12), min_size=1, max_size=14),
+    st.sampled_from(["\n", "\n\n"]),
+)
+
+
+def states_after(state: tuple, window: list[int], seqlen: int) -> set[tuple]:
+    """Return every way to take the window off the documents left: (can start, ids) each."""
+    states = set()
+    for start in (i for i, (can_start, _) in enumerate(state) if can_start):
+        order = [*range(start, len(state)), *range(start)]
+        if [token for i in order for token in state[i][1]][:seqlen] == window:
+            missing, left = seqlen, dict(enumerate(state))
+            for i in order:
+                can_start, ids = left[i]
+                left[i] = (can_start, ids[missing:])
+                missing = max(0, missing - len(ids))
+                if missing == 0:
+                    break
+            states.add(tuple(left[i] for i in range(len(state)) if left[i][1]))
+    return states
+
+
+class TestSampleDocuments:
+    @given(texts, st.integers(2, 9), st.integers(0, 2**31))
+    def test_every_window_is_the_front_of_the_concatenated_documents_left(self, text, seqlen, seed):
+        """Oracle: lists of ids, from which each window is taken off and the rest put back."""
+        ids = [(bool(d), tuple(plain_ids(d + text.separator))) for d in text.documents]
+        nsamples = sum(len(tokens) for _, tokens in ids) // seqlen
+        try:
+            windows = sample_documents(text, TOKENIZER, nsamples, seqlen, seed)
+        except InputError:  # only blank documents are left, and none of them can start a window
+            assert not all(text.documents)
+            return
+        states = {tuple(ids)}
+        for window in windows.tolist():
+            assert len(window) == seqlen
+            states = {after for state in states for after in states_after(state, window, seqlen)}
+            assert states
+
+    @given(texts, st.integers(2, 9), st.integers(0, 2**31))
+    def test_no_token_is_used_twice(self, text, seqlen, seed):
+        nsamples = sum(map(len, text.documents)) // (4 * seqlen)
+        windows = sample_documents(text, TOKENIZER, nsamples, seqlen, seed)
+        letters = [token for token in windows.flatten().tolist() if token > IDS[" "]]
+        assert len(letters) == len(set(letters))
+
+    def test_all_of_the_text_can_be_used_and_not_one_token_more(self):
+        text = text_of(9, 3, 14, 7, 5)  # 48 tokens with the separators
+        windows = sample_documents(text, TOKENIZER, 12, 4, seed=3)
+        assert sorted(windows.flatten().tolist()) == sorted(t for d in text.documents for t in plain_ids(d + "\n\n"))
+        with pytest.raises(InputError, match=r"asked 13 windows of 4 tokens, text 'x' \(train\) gives at most 12;"):
+            sample_documents(text, TOKENIZER, 13, 4, seed=3)
+
+    def test_a_blank_document_starts_no_window_but_stands_in_it(self):
+        text = TextDataset("x", "train", ["", CHARACTERS[2:6], "", " ", CHARACTERS[6:9], ""], "\n")
+        starts = {sample_documents(text, TOKENIZER, 1, 4, seed)[0, 0].item() for seed in range(40)}
+        assert starts == {IDS[CHARACTERS[2]], IDS[CHARACTERS[6]]}
+        window = next(w for s in range(40) if (w := sample_documents(text, TOKENIZER, 1, 11, s)[0].tolist())[0] == 3)
+        assert window == plain_ids(CHARACTERS[2:6] + "\n\n \n" + CHARACTERS[6:9])
+
+    def test_the_same_seed_gives_the_same_windows_and_leaves_the_global_state(self):
+        text = text_of(*[8] * 30)
+        torch.manual_seed(5)
+        before = torch.get_rng_state()
+        first, again, other = (sample_documents(text, TOKENIZER, 6, 16, seed) for seed in (42, 42, 43))
+        assert first.dtype == torch.int64
+        assert torch.equal(first, again)
+        assert not torch.equal(first, other)
+        assert torch.equal(before, torch.get_rng_state())
+
+    def test_a_document_is_tokenised_once_and_only_when_needed(self):
+        seen = []
+
+        def recording_tokenizer(text, **options):
+            seen.append(text)
+            return TOKENIZER(text, **options)
+
+        text = text_of(*[30] * 12)
+        sample_documents(text, recording_tokenizer, 8, 10, seed=0)
+        assert len(seen) == len(set(seen)) < 12
+
+
+class TestSampleWindows:
+    @given(texts, st.integers(1, 9), st.integers(0, 2**31))
+    def test_windows_are_slices_of_the_joined_text(self, text, seqlen, seed):
+        joined = plain_ids(text.separator.join(text.documents))
+        if len(joined) < seqlen:
+            with pytest.raises(InputError, match=f"asked 5 windows of {seqlen} tokens.* gives at most 0;"):
+                sample_windows(text, TOKENIZER, 5, seqlen, seed)
+            return
+        slices = [joined[start : start + seqlen] for start in range(len(joined) - seqlen + 1)]
+        windows = sample_windows(text, TOKENIZER, 5, seqlen, seed)
+        assert windows.shape == (5, seqlen)
+        assert all(window in slices for window in windows.tolist())
+
+    def test_every_start_occurs_equally_often(self):
+        """A chi-square test with 10 degrees of freedom; 29.6 is passed by chance once in a thousand seeds."""
+        windows = sample_windows(text_of(13, separator=""), TOKENIZER, 5500, 3, seed=0)
+        counts = torch.bincount(windows[:, 0] - IDS[CHARACTERS[2]])
+        assert len(counts) == 11
+        assert ((counts - 500) ** 2 / 500).sum() < 29.6
+
+    def test_the_same_seed_gives_the_same_windows(self):
+        text = text_of(200)
+        first, again, other = (sample_windows(text, TOKENIZER, 6, 16, seed) for seed in (42, 42, 43))
+        assert first.dtype == torch.int64
+        assert torch.equal(first, again)
+        assert not torch.equal(first, other)
+
+
+class TestConsecutiveWindows:
+    @given(texts, st.integers(1, 9))
+    def test_windows_are_the_text_with_one_bos_cut_in_order(self, text, seqlen):
+        joined = [BOS, *plain_ids(text.separator.join(text.documents))]
+        count = len(joined) // seqlen
+        if count == 0:
+            with pytest.raises(InputError, match=f"has {len(joined)} tokens, fewer than one window of {seqlen};"):
+                consecutive_windows(text, TOKENIZER, seqlen)
+            return
+        windows = consecutive_windows(text, TOKENIZER, seqlen)
+        assert windows.dtype == torch.int64
+        assert windows.shape == (count, seqlen)
+        assert windows.flatten().tolist() == joined[: count * seqlen]
+
+    def test_a_text_longer_than_the_model_takes_gives_no_warning(self, caplog, recwarn):
+        consecutive_windows(text_of(100), _character_tokenizer(), 5)
+        assert not caplog.records
+        assert not recwarn.list
+
+    @given(texts, st.integers(1, 40))
+    def test_a_very_long_text_is_tokenised_in_pieces_that_join_to_it(self, text, piece_characters):
+        with pytest.MonkeyPatch.context() as patch:
+            whole = consecutive_windows(text, TOKENIZER, 1)
+            patch.setattr(data_utils, "_PIECE_CHARACTERS", piece_characters)
+            pieces = list(data_utils._pieces(text))
+            assert "".join(pieces) == text.separator.join(text.documents)
+            assert torch.equal(consecutive_windows(text, TOKENIZER, 1), whole)
+
+
+def write_parquet(path, rows):
+    import pyarrow as pa
+    from pyarrow.parquet import write_table
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_table(pa.Table.from_pylist(rows), path)
+
+
+class TestPaths:
+    @given(st.text(st.characters(codec="utf-8"), max_size=60))
+    def test_a_text_file_joins_back_exactly(self, tmp_path_factory, content):
+        path = tmp_path_factory.mktemp("text") / "some.txt"
+        path.write_bytes(content.encode())
+        text = load_text(str(path), "train")
+        assert text.separator.join(text.documents) == content
+        assert load_text(str(path), "test").documents == text.documents
+        assert not has_test_split(str(path))
+
+    @pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.json.gz", "a.jsonl.gz", "object.json", "a.parquet"])
+    def test_each_kind_of_file_gives_its_records(self, tmp_path, name):
+        rows = [{"text": "one\ntwo", "url": "u"}, {"text": "", "url": "v"}, {"text": "ü", "url": "w"}]
+        path = tmp_path / name
+        if name.endswith("parquet"):
+            write_parquet(path, rows)
+        else:
+            lines = "\n".join(map(json.dumps, rows)) + "\n"
+            content = {"a.json": json.dumps(rows, indent=1), "object.json": json.dumps({"v": 1, "data": rows})}
+            encoded = content.get(name, lines).encode()
+            path.write_bytes(gzip.compress(encoded) if name.endswith("gz") else encoded)
+        text = load_text(str(path), "train")
+        assert text == TextDataset(str(path), "train", ["one\ntwo", "", "ü"], "\n\n")
+
+    def test_one_json_line_is_one_record(self, tmp_path):
+        (tmp_path / "a.jsonl").write_text('{"text": "one", "tags": ["a"]}')
+        assert load_text(str(tmp_path / "a.jsonl"), "train").documents == ["one"]
+
+    def test_instructions_become_alpaca_prompts(self, tmp_path):
+        """The expected texts are the rows 0 and 5 of the published dataset, shortened."""
+        rows = [
+            {"instruction": "Give three tips.", "input": "", "output": "1.Eat"},
+            {"instruction": "Identify it.", "input": "Twitter, Instagram", "output": "Telegram"},
+        ]
+        (tmp_path / "a.json").write_text(json.dumps(rows))
+        assert load_text(str(tmp_path / "a.json"), "train").documents == [
+            "Below is an instruction that describes a task. Write a response that appropriately completes the "
+            "request.\n\n### Instruction:\nGive three tips.\n\n### Response:\n1.Eat",
+            "Below is an instruction that describes a task, paired with an input that provides further context. "
+            "Write a response that appropriately completes the request.\n\n### Instruction:\nIdentify it.\n\n"
+            "### Input:\nTwitter, Instagram\n\n### Response:\nTelegram",
+        ]
+
+    @pytest.mark.parametrize(
+        ("files", "train", "test"),
+        [
+            (["train.txt", "test.txt", "valid.txt"], ["train.txt"], ["test.txt"]),
+            (["wiki.train.raw", "wiki.valid.raw"], ["wiki.train.raw"], ["wiki.valid.raw"]),
+            (
+                ["data/train-1-of-2.txt", "data/train-0-of-2.txt", "data/dev.txt"],
+                ["data/train-0-of-2.txt", "data/train-1-of-2.txt"],
+                ["data/dev.txt"],
+            ),
+            (["en/c4-train.0.txt", "en/c4-validation.0.txt"], ["en/c4-train.0.txt"], ["en/c4-validation.0.txt"]),
+            (["train/0.txt", "test/0.txt", ".cache/train/0.txt", "train.md"], ["train/0.txt"], ["test/0.txt"]),
+            (["latest.txt", "contest.txt"], ["contest.txt", "latest.txt"], None),
+            (["train.txt"], ["train.txt"], None),
+        ],
+    )
+    def test_a_folder_has_the_splits_its_names_tell(self, tmp_path, files, train, test):
+        for file in files:
+            (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / file).write_text(file)
+        assert load_text(str(tmp_path), "train").documents == train
+        assert has_test_split(str(tmp_path)) == (test is not None)
+        if test:
+            assert load_text(str(tmp_path), "test").documents == test
+        else:
+            with pytest.raises(InputError, match=r"no test text in .*; expected .*, found train$"):
+                load_text(str(tmp_path), "test")
+
+    @pytest.mark.parametrize(
+        ("name", "content", "message"),
+        [
+            ("a.jsonl", b'{"title": "x", "body": "y"}', r"has the columns title, body; expected text, or instruction"),
+            ("a.json", b'[{"text": 3}]', r"has int in column 'text' where text was expected"),
+            ("a.json", b"[1, 2]", r"holds int where records were expected"),
+            ("a.jsonl", b'{"text": "x"}\n{"text": ', r"is damaged or not what its name says"),
+            ("a.json.gz", gzip.compress(b'{"text": "x"}\n' * 99)[:-12], r"is damaged or not what its name says"),
+            ("a.json.gz", b"plain", r"is damaged or not what its name says"),
+            ("a.parquet", b"plain", r"is damaged or not what its name says"),
+            ("a.txt", b"\xff\xfe\x00", r"is damaged or not what its name says"),
+            ("a.pdf", b"", r"is not a kind of text file known here; accepted: .txt"),
+        ],
+    )
+    def test_a_file_that_cannot_be_used_is_one_line(self, tmp_path, name, content, message):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(InputError, match=message) as caught:
+            load_text(str(tmp_path / name), "train")
+        assert str(tmp_path / name) in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+    def test_validation_text_is_never_train_text(self, tmp_path):
+        (tmp_path / "valid.txt").write_text("x")
+        with pytest.raises(InputError, match=r"no train text in .*, found validation$"):
+            load_text(str(tmp_path), "train")
+
+    def test_texts_in_several_folders_are_not_mixed(self, tmp_path):
+        for folder in ("wikitext-103-v1", "wikitext-2-v1"):
+            (tmp_path / folder).mkdir()
+            (tmp_path / folder / "train.txt").write_text("x")
+        with pytest.raises(InputError, match=r"several texts are called train in .*wikitext-103-v1/train.txt"):
+            load_text(str(tmp_path), "train")
+
+    def test_an_unknown_name_lists_the_known_ones(self):
+        with pytest.raises(InputError, match=r"called 'wikitxt'; known datasets: pydocs, wikitext2, c4, alpaca; or a"):
+            load_text("wikitxt", "train")
+
+
+class TestNamedDatasets:
+    @pytest.mark.parametrize(
+        ("name", "file"),
+        [
+            ("wikitext2", "wikitext2/{}.txt"),
+            ("wikitext2", "Salesforce/wikitext/wikitext-2-raw-v1/{}-00000-of-00001.txt"),
+            ("wikitext2", "wikitext/{}.txt"),
+            ("wikitext2", "wikitext-2-raw/wiki.{}.raw"),
+            ("c4", "allenai/c4/en/c4-{}.txt"),
+        ],
+    )
+    def test_a_local_copy_is_found_under_its_usual_names(self, tmp_path, name, file):
+        for split in ("train", "test"):
+            path = tmp_path / file.format(split)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(split)
+        assert [load_text(name, s, dataset_root=tmp_path).documents for s in ("train", "test")] == [["train"], ["test"]]
+        assert has_test_split(name, tmp_path)
+
+    def test_a_single_file_is_found_by_the_start_of_its_name(self, tmp_path):
+        (tmp_path / "c4_demo.jsonl").write_text('{"text": "x"}')
+        assert load_text("c4", "train", dataset_root=tmp_path) == TextDataset("c4", "train", ["x"], "\n\n")
+        assert not has_test_split("c4", tmp_path)
+        (tmp_path / "c4_other.txt").write_text("y")
+        with pytest.raises(InputError, match=r"several files in .*\(c4_demo.jsonl, c4_other.txt\)"):
+            load_text("c4", "train", dataset_root=tmp_path)
+
+    def test_a_clone_gives_the_published_file_and_not_its_neighbours(self, tmp_path):
+        for file in (
+            "en/c4-train.00000-of-01024",
+            "en/c4-train.00001-of-01024",
+            "realnewslike/c4-train.00000-of-00512",
+        ):
+            path = tmp_path / "c4" / f"{file}.json.gz"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(gzip.compress(json.dumps({"text": file}).encode()))
+        assert load_text("c4", "train", dataset_root=tmp_path).documents == ["en/c4-train.00000-of-01024"]
+
+    def test_a_missing_local_copy_is_said_and_never_downloaded(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(text_sources, "_download", pytest.fail)
+        for call in (lambda: load_text("c4", "train", dataset_root=tmp_path), lambda: has_test_split("c4", tmp_path)):
+            with pytest.raises(
+                InputError, match=r"no local copy of 'c4' in .*looked for the folders c4, allenai/c4 and"
+            ):
+                call()
+
+    @pytest.mark.parametrize("count", [7, 36, 999])
+    def test_alpaca_is_split_as_the_literature_does(self, tmp_path, count):
+        """Oracle: two calls of the datasets library, as in SliceGPT."""
+        rows = [{"text": f"row {number}"} for number in range(count)]
+        (tmp_path / "alpaca.json").write_text(json.dumps(rows))
+        parts = Dataset.from_list(rows).train_test_split(test_size=0.2, seed=42)
+        held_out = parts["test"].train_test_split(test_size=0.5, seed=42)
+        train, test = (load_text("alpaca", s, dataset_root=tmp_path).documents for s in ("train", "test"))
+        assert (train, test) == (parts["train"]["text"][:], held_out["train"]["text"][:])
+        assert set(train).isdisjoint(test)
+        assert has_test_split("alpaca", tmp_path)
+
+    def test_a_file_in_the_hub_cache_needs_no_network(self, tmp_path, unreachable_hub):
+        repository = tmp_path / "datasets--Salesforce--wikitext"
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs" / "main").write_text("0" * 40)
+        file = repository / "snapshots" / ("0" * 40) / "wikitext-2-raw-v1" / "test-00000-of-00001.parquet"
+        write_parquet(file, [{"text": ""}, {"text": " = Title = \n"}])
+        text = load_text("wikitext2", "test", cache_dir=tmp_path)
+        assert text == TextDataset("wikitext2", "test", ["", " = Title = \n"], "\n\n")
+
+    @pytest.mark.parametrize("name", ["wikitext2", "c4", "alpaca"])
+    def test_a_missing_network_is_one_line_that_names_the_local_option(self, tmp_path, unreachable_hub, name):
+        with pytest.raises(
+            InputError, match=r"from the Hugging Face Hub \(.+\); without .*--dataset_root DIR"
+        ) as caught:
+            load_text(name, "train", cache_dir=tmp_path)
+        assert "\n" not in str(caught.value)
+        assert has_test_split(name)
+
+    def test_offline_mode_is_one_line_that_names_the_local_option(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        with pytest.raises(InputError, match=r"outgoing traffic has been disabled.*--dataset_root DIR") as caught:
+            load_text("c4", "train", cache_dir=tmp_path)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def unreachable_hub(monkeypatch):
+    """Points the hub's client at a port that nobody listens on."""
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
