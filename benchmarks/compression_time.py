@@ -1,0 +1,192 @@
+"""Where the time of a compression goes, beside what its arithmetic must cost on the same machine.
+
+    python benchmarks/compression_time.py --model models/pydocs-llama --nsamples 256 --seqlen 256
+    python benchmarks/compression_time.py --shape 1024x8 --nsamples 128 --seqlen 512
+    python benchmarks/compression_time.py --shape llama-2-7b --nsamples 256 --seqlen 4096 --device cuda
+
+A shape is a Llama with random weights and random tokens: the time does not depend on their values. Peak rates are
+those of one large matrix product on the same device in the same run, in the model's dtype, in the dtype the moments
+are multiplied in, and in float64. The bound of a stage is its operations over that rate. Scores are spread so that
+about every layer is cut.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from flatllmbench.records import hardware, versions
+from flatllmcore.core.calibration import ModelInMemory, default_batch_size
+from flatllmcore.core.importance import layer_importance
+from flatllmcore.core.prune import compress_layers
+from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector, RankAllocation
+from flatllmcore.core.stopwatch import Stopwatch
+from flatllmcore.utils.devices import float32_product, parse_device, peak_memory_gib, synchronize
+from flatllmcore.utils.layer_utils import dimensions_from_config
+from flatllmcore.utils.loading import load_model
+
+SHAPES = {
+    "1024x8": {
+        "hidden_size": 1024,
+        "intermediate_size": 2816,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "vocab_size": 32000,
+        "max_position_embeddings": 2048,
+    },
+    "llama-2-7b": {
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "vocab_size": 32000,
+        "max_position_embeddings": 4096,
+    },
+}
+
+
+def main() -> None:
+    args = parse_arguments()
+    device = parse_device(args.device)
+    started = time.perf_counter()
+    model = load_model(args.model, dtype=args.dtype) if args.model else random_model(args.shape, args.dtype)
+    load_s = time.perf_counter() - started
+    dimensions = dimensions_from_config(model.config)
+    dtype = model.dtype
+    windows = torch.randint(model.config.vocab_size, (args.nsamples, args.seqlen))
+    batch_size = args.batch_size or default_batch_size(args.seqlen)
+    scores = [1 + 0.3 * abs(2 * layer / (dimensions.num_layers - 1) - 1) for layer in range(dimensions.num_layers)]
+    allocation = ImportancePreservingRankSelector(dimensions).allocate(scores, args.sparsity_ratio)
+    rates = {name: peak_rate(kind, device) for name, kind in (("model", dtype), ("float64", torch.float64))}
+    rates["moments"] = peak_rate(dtype, device, float32_product)
+
+    watch = Stopwatch(device)
+    started = time.perf_counter()
+    source = ModelInMemory(model, device)
+    layer_importance(source, windows, batch_size, watch)
+    importance_s, importance_stages = time.perf_counter() - started, watch.elapsed_s
+
+    watch = Stopwatch(device)
+    started = time.perf_counter()
+    flat_config, _ = compress_layers(
+        source, source, windows, allocation, batch_size=batch_size, tolerance=0.96, stopwatch=watch
+    )
+    source.adopt(flat_config)
+    elapsed_s = time.perf_counter() - started
+
+    operations = count_operations(allocation, windows.numel(), args.seqlen)
+    bounds = {
+        "forward": operations["forward"] / rates["model"],
+        "moments": operations["moments"] / rates["moments"],
+        "solves": operations["solves"] / rates["float64"],
+    }
+    stages = watch.elapsed_s | {"rest": elapsed_s - sum(watch.elapsed_s.values())}
+    record = {
+        "model": args.model or args.shape,
+        "dtype": str(dtype),
+        "windows": list(windows.shape),
+        "batch_size": batch_size,
+        "load_s": load_s,
+        "importance_s": importance_s,
+        "importance_stages_s": importance_stages,
+        "compress_s": elapsed_s,
+        "stages_s": stages,
+        "bounds_s": bounds,
+        "tflop": {name: count / 1e12 for name, count in operations.items()},
+        "peak_tflops": {name: rate / 1e12 for name, rate in rates.items()},
+        "tokens_per_s": windows.numel() / elapsed_s,
+        "peak_memory_gib": peak_memory_gib(device),
+        "hardware": hardware(device),
+        "versions": versions(),
+    }
+    report(record)
+    if args.out is not None:
+        args.out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--model", help="local folder or hub id")
+    what.add_argument("--shape", choices=SHAPES)
+    parser.add_argument("--nsamples", type=int, default=128)
+    parser.add_argument("--seqlen", type=int, default=512)
+    parser.add_argument("--batch_size", type=int)
+    parser.add_argument("--sparsity_ratio", type=int, default=20)
+    parser.add_argument("--dtype", default="auto", help="of the model; a shape's auto is bfloat16")
+    parser.add_argument("--device")
+    parser.add_argument("--out", type=Path, help="write the record here, as JSON")
+    return parser.parse_args()
+
+
+def random_model(shape: str, dtype: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = LlamaConfig(**SHAPES[shape], dtype=torch.bfloat16 if dtype == "auto" else getattr(torch, dtype))
+    torch.set_default_dtype(config.dtype)
+    try:
+        return LlamaForCausalLM(config).eval()
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def peak_rate(dtype: torch.dtype, device: torch.device, multiply=torch.matmul) -> float:
+    """Return operations per second of a square matrix product, the best of several."""
+    size = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(5):
+        synchronize(device)
+        started = time.perf_counter()
+        multiply(a, b)
+        synchronize(device)
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best
+
+
+def count_operations(allocation: RankAllocation, tokens: int, seqlen: int) -> dict[str, float]:
+    """Return the operations (a multiplication and an addition are two) that the method cannot do without.
+
+    Forward: the dense layer up to the input of `down_proj`, then the compressed layer, causal attention counted
+    at half its square. Moments: one triangle. Solves: two Cholesky factors, the inverse of one, and the products
+    with `down_proj`.
+    """
+    dims = allocation.dimensions
+    D, F, d = dims.hidden_size, dims.intermediate_size, dims.head_dim
+    count = {"forward": 0.0, "moments": 0.0, "solves": 0.0}
+    for r, k in zip(allocation.value_rank, allocation.mlp_width, strict=True):
+        scores = seqlen / 2 * dims.num_heads * 2
+        is_cut = r < d or k < F
+        if is_cut:
+            dense = dims.qk_parameters + dims.vo_parameters + 2 * D * F
+            count["forward"] += tokens * (2 * dense + scores * 2 * d)
+            count["moments"] += tokens * (F * F + 2 * dims.num_kv_heads * d * d)
+            count["solves"] += 2 * F**3 / 3 + k**3 / 3 + 2 * D * (F - k) * k + 2 * D * k * k
+        compressed = dims.qk_parameters + r * dims.rank_parameters + k * dims.width_parameters
+        count["forward"] += tokens * (2 * compressed + scores * (d + r))
+    return count
+
+
+def report(record: dict) -> None:
+    rates = ", ".join(f"{name} {rate:.3f}" for name, rate in record["peak_tflops"].items())
+    print(f"{record['model']}, {record['dtype']}, {record['windows']} tokens, {record['hardware']['device']}")
+    print(f"peak TFLOP/s measured: {rates}; peak memory {record['peak_memory_gib']} GiB")
+    print(
+        f"load {record['load_s']:.1f} s, importance {record['importance_s']:.1f} s, "
+        f"compress {record['compress_s']:.1f} s ({record['tokens_per_s']:.0f} tokens/s)\n"
+    )
+    print("| stage | s | TFLOP | bound s | share of peak |\n|---|---:|---:|---:|---:|")
+    for name, seconds in record["stages_s"].items():
+        if name not in record["bounds_s"]:
+            print(f"| {name} | {seconds:.2f} | | | |")
+            continue
+        bound = record["bounds_s"][name]
+        print(f"| {name} | {seconds:.2f} | {record['tflop'][name]:.3f} | {bound:.2f} | {bound / seconds:.0%} |")
+
+
+if __name__ == "__main__":
+    main()

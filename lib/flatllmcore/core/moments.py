@@ -1,0 +1,110 @@
+"""Step 3 of the method: second moments of a decoder layer's values and MLP activations, streamed.
+
+Nothing is centred. Products are summed within a batch in at least float32 and over batches in float64.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..utils.devices import float32_product
+from ..utils.layer_utils import DecoderModule, ModelDimensions
+from .stopwatch import Stopwatch
+
+# Rows of the triangle computed at a time: wide enough to keep the matrix product at speed, while
+# F / BLOCK strips leave out almost half of the symmetric product.
+BLOCK = 512
+
+
+@dataclass
+class LayerMoments:
+    """Sums over calibration tokens, float64, on the device of the activations.
+
+    Attributes:
+        value: ``Σ v_g v_gᵀ`` for each key/value head, (G, d, d).
+        mlp: ``Σ z zᵀ`` of the input ``z`` of ``down_proj``, (F, F).
+        tokens: How many tokens were summed.
+    """
+
+    value: Tensor
+    mlp: Tensor
+    tokens: int = 0
+
+
+def add_head_moments(total: Tensor, values: Tensor) -> None:
+    """Add ``Σ v vᵀ`` per head to ``total`` in place.
+
+    Args:
+        total: float64, (G, d, d).
+        values: Output of ``v_proj``, (tokens, G·d).
+    """
+    heads = values.view(len(values), *total.shape[:2]).transpose(0, 1)  # (G, tokens, d)
+    total += float32_product(heads.mT, heads)
+
+
+def add_moment(total: Tensor, rows: Tensor) -> None:
+    """Add the lower triangle of ``rowsᵀ rows`` to ``total`` in place, strip by strip.
+
+    Args:
+        total: float64, (F, F); what stands above the diagonal strips is left alone.
+        rows: Activations, (tokens, F).
+    """
+    for start in range(0, rows.shape[1], BLOCK):
+        stop = min(start + BLOCK, rows.shape[1])
+        total[start:stop, :stop] += float32_product(rows[:, start:stop].T, rows[:, :stop])
+
+
+def mirror_lower_triangle(total: Tensor) -> None:
+    """Copy the strips that :func:`add_moment` summed to their mirror images, in place."""
+    for start in range(0, len(total), BLOCK):
+        stop = min(start + BLOCK, len(total))
+        total[:start, start:stop] = total[start:stop, :start].T
+
+
+@contextmanager
+def collect_moments(layer: DecoderModule, dimensions: ModelDimensions, stopwatch: Stopwatch) -> Iterator[LayerMoments]:
+    """Sum the moments of everything that runs through ``layer`` inside the block.
+
+    ``down_proj`` is stood in for meanwhile: its input is all that is wanted, so its product is not
+    computed and the layer's output inside the block is not meaningful. The moments are complete, and
+    the layer is as it was, when the block ends.
+    """
+    weight = layer.self_attn.v_proj.weight
+    heads, width = dimensions.num_kv_heads, dimensions.head_dim
+    moments = LayerMoments(
+        value=torch.zeros(heads, width, width, dtype=torch.float64, device=weight.device),
+        mlp=torch.zeros(*2 * (dimensions.intermediate_size,), dtype=torch.float64, device=weight.device),
+    )
+
+    def add_values(_module: nn.Module, _inputs: tuple[Tensor], values: Tensor) -> None:
+        with stopwatch.stage("moments"):
+            add_head_moments(moments.value, values.flatten(0, -2))
+            moments.tokens += values.shape[:-1].numel()
+
+    down_proj = layer.mlp.down_proj
+    hook = layer.self_attn.v_proj.register_forward_hook(add_values)
+    layer.mlp.down_proj = _DownProjectionInput(moments.mlp, dimensions.hidden_size, stopwatch)
+    try:
+        yield moments
+    finally:
+        hook.remove()
+        layer.mlp.down_proj = down_proj
+    mirror_lower_triangle(moments.mlp)
+
+
+class _DownProjectionInput(nn.Module):
+    """Stands where ``down_proj`` was, sums the moment of its input and returns zeros of its output's shape."""
+
+    def __init__(self, total: Tensor, hidden_size: int, stopwatch: Stopwatch) -> None:
+        super().__init__()
+        self.total = total
+        self.hidden_size = hidden_size
+        self.stopwatch = stopwatch
+
+    def forward(self, activations: Tensor) -> Tensor:
+        with self.stopwatch.stage("moments"):
+            add_moment(self.total, activations.flatten(0, -2))
+        return activations.new_zeros(()).expand(*activations.shape[:-1], self.hidden_size)

@@ -1,0 +1,182 @@
+"""Steps 3 to 5 of the method, layer by layer: statistics, solve, replace, and on with the compressed output."""
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from ..errors import InputError
+from ..layers.replacement import compress_decoder_layer, compressed_config
+from ..utils.layer_utils import DecoderModule
+from .attention_pca import headwise_pca, project_output, project_values, rank_for_mass
+from .calibration import HiddenStates, LayerSink, LayerSource, progress
+from .mlp_nystrom import reconstruct_down_projection, select_channels
+from .moments import LayerMoments, collect_moments
+from .rank_allocation import RankAllocation
+from .stopwatch import Stopwatch
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """What was done to one layer.
+
+    Attributes:
+        rank_at_tolerance: Mean over heads of the rank that would keep the monitored share of eigenvalue
+            mass; ``None`` for a layer that was left whole, whose moments nobody needs.
+    """
+
+    layer: int
+    keep: float
+    value_rank: int
+    mlp_width: int
+    rank_at_tolerance: float | None
+    elapsed_s: float
+
+
+@torch.no_grad()
+def compress_layers(
+    source: LayerSource,
+    sink: LayerSink,
+    windows: Tensor,
+    allocation: RankAllocation,
+    *,
+    batch_size: int,
+    tolerance: float,
+    stopwatch: Stopwatch,
+) -> tuple[PretrainedConfig, list[LayerRecord]]:
+    """Compress every decoder layer of ``source`` into ``sink``.
+
+    Layer ``l`` sees what left the already compressed layers before it; its statistics come from its own
+    dense weights. Each layer costs one forward pass for the statistics and one of the compressed layer.
+
+    Args:
+        source: The dense model.
+        sink: Takes each layer when it is done.
+        windows: Calibration token ids, (N, S).
+        allocation: Ranks and widths per layer.
+        batch_size: Windows run at a time; the result depends on it only by rounding.
+        tolerance: Share of eigenvalue mass to monitor, in (0, 1]; changes nothing.
+        stopwatch: Counts the stages ``forward``, ``moments`` and ``solves``.
+
+    Returns:
+        The compressed model's config, and one record per layer.
+
+    Raises:
+        InputError: If a layer's activations are not finite.
+    """
+    dimensions = allocation.dimensions
+    if windows.numel() < dimensions.intermediate_size:
+        logger.warning(
+            "%d calibration tokens for %d MLP channels: their moment is singular and solved with a ridge; "
+            "more tokens would do better",
+            windows.numel(),
+            dimensions.intermediate_size,
+        )
+    flat_config = compressed_config(source.config, allocation.value_rank, allocation.mlp_width)
+    hidden = HiddenStates.embed(source, windows, batch_size)
+    records = []
+    for index in progress(source.num_layers, "compress"):
+        started = time.perf_counter()
+        rank, width = allocation.value_rank[index], allocation.mlp_width[index]
+        with source.layer(index) as dense:
+            weights: dict[str, Tensor] = {}
+            rank_at_tolerance = None
+            if rank < dimensions.head_dim or width < dimensions.intermediate_size:
+                with collect_moments(dense, dimensions, stopwatch) as moments:
+                    for batch in hidden.batches():
+                        with stopwatch.stage("forward"):
+                            hidden.run(dense, index, batch)
+                with stopwatch.stage("solves"), _naming_layer(index):
+                    weights, rank_at_tolerance = solve_layer(dense, moments, rank, width, tolerance)
+            compressed = compress_decoder_layer(dense, flat_config, index, weights)
+            for batch in hidden.batches():
+                with stopwatch.stage("forward"):
+                    batch.replace(hidden.run(compressed, index, batch))
+        sink.put(index, compressed)
+        record = LayerRecord(
+            layer=index,
+            keep=allocation.keep[index],
+            value_rank=rank,
+            mlp_width=width,
+            rank_at_tolerance=rank_at_tolerance,
+            elapsed_s=round(time.perf_counter() - started, 3),
+        )
+        _log(record, allocation, tolerance)
+        records.append(record)
+    return flat_config, records
+
+
+def solve_layer(
+    layer: DecoderModule, moments: LayerMoments, rank: int, width: int, tolerance: float
+) -> tuple[dict[str, Tensor], float]:
+    """Return the weights that change, and the mean rank that would keep ``tolerance`` of the eigenvalue mass.
+
+    A rank equal to the head width leaves V and O as they are, a full width the MLP. The weights are in
+    the layer's dtype, under their names within the layer.
+    """
+    weights: dict[str, Tensor] = {}
+    eigenvalues, directions = headwise_pca(moments.value)
+    if rank < directions.shape[-1]:
+        weights |= _compress_attention(layer.self_attn, directions[..., :rank])
+    if width < len(moments.mlp):
+        weights |= _compress_mlp(layer.mlp, moments, width)
+    dtype = layer.mlp.down_proj.weight.dtype
+    return {name: weight.to(dtype) for name, weight in weights.items()}, rank_for_mass(eigenvalues, tolerance)
+
+
+def _compress_attention(attention: DecoderModule, bases: Tensor) -> dict[str, Tensor]:
+    v_proj, o_proj = attention.v_proj, attention.o_proj
+    weights = {
+        "self_attn.v_proj.weight": project_values(v_proj.weight, bases),
+        "self_attn.o_proj.weight": project_output(o_proj.weight, bases),
+    }
+    if v_proj.bias is not None:
+        weights["self_attn.v_proj.bias"] = project_values(v_proj.bias, bases).flatten()
+    return weights
+
+
+def _compress_mlp(mlp: DecoderModule, moments: LayerMoments, width: int) -> dict[str, Tensor]:
+    kept = select_channels(moments.mlp, width)
+    down_weight = reconstruct_down_projection(
+        mlp.down_proj.weight, moments.mlp, kept, is_singular=moments.tokens < len(moments.mlp)
+    )
+    weights = {"mlp.down_proj.weight": down_weight}
+    for name, projection in (("gate_proj", mlp.gate_proj), ("up_proj", mlp.up_proj)):
+        weights[f"mlp.{name}.weight"] = projection.weight[kept]
+        if projection.bias is not None:
+            weights[f"mlp.{name}.bias"] = projection.bias[kept]
+    return weights
+
+
+@contextmanager
+def _naming_layer(index: int) -> Iterator[None]:
+    """Turn numerical trouble inside the block into an error that names the layer."""
+    try:
+        yield
+    except (ValueError, torch.linalg.LinAlgError) as error:
+        raise InputError(f"layer {index} cannot be compressed: {error}") from error
+
+
+def _log(record: LayerRecord, allocation: RankAllocation, tolerance: float) -> None:
+    dimensions = allocation.dimensions
+    monitored = ""
+    if record.rank_at_tolerance is not None:
+        monitored = f" ({record.rank_at_tolerance:.1f} would keep {tolerance:g} of the mass)"
+    logger.info(
+        "layer %d: keep %.3f, rank %d/%d%s, mlp %d/%d, %.1f s",
+        record.layer,
+        record.keep,
+        record.value_rank,
+        dimensions.head_dim,
+        monitored,
+        record.mlp_width,
+        dimensions.intermediate_size,
+        record.elapsed_s,
+    )

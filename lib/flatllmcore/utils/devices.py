@@ -1,0 +1,78 @@
+"""What differs between devices, and the only place that names one."""
+
+import resource
+import sys
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+
+GIB = 2**30
+_LOW_PRECISION = (torch.bfloat16, torch.float16)
+
+
+def best_device() -> torch.device:
+    """Return the GPU if there is one, else the CPU (float64 solves rule out devices without it)."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def parse_device(name: str | None) -> torch.device:
+    """Return the named device, or the best one present for ``None``.
+
+    Raises:
+        InputError: If the name is malformed or the device is not on this machine.
+    """
+    if name is None:
+        return best_device()
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {name!r} is not usable here; use cpu, cuda or cuda:N") from error
+    return device
+
+
+def float32_product(a: Tensor, b: Tensor) -> Tensor:
+    """Return ``a @ b`` accumulated in at least float32; leading batch dimensions allowed.
+
+    bf16 and fp16 operands multiply exactly in float32. CUDA's matrix units take them as they are and
+    give the float32 sums out; elsewhere they are widened first. float32 and float64 stay what they are.
+    """
+    if a.dtype not in _LOW_PRECISION:
+        return a @ b
+    if a.is_cuda:
+        multiply = torch.mm if a.ndim == 2 else torch.bmm
+        return multiply(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the work queued on ``device`` is done, so that a clock read next is honest."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that can still be allocated on ``device``: GPU memory, or memory the host has available."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    with open("/proc/meminfo") as meminfo:
+        available = next(line for line in meminfo if line.startswith("MemAvailable:"))
+    return int(available.split()[1]) * 1024
+
+
+def peak_memory_gib(device: torch.device) -> dict[str, float]:
+    """Return the process's peak resident memory and, on a GPU, the peak allocated there, in GiB."""
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB on Linux
+    peaks = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB}
+    if device.type == "cuda":
+        peaks["device"] = torch.cuda.max_memory_allocated(device) / GIB
+    return {name: round(gib, 3) for name, gib in peaks.items()}
+
+
+def device_name(device: torch.device) -> str:
+    """Return the name of the GPU, or of the processor and the threads used on it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{torch.backends.cpu.get_cpu_capability()} CPU, {torch.get_num_threads()} threads"

@@ -1,0 +1,41 @@
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+
+
+def tiny_model(family: str = "llama", seed: int = 0, **overrides):
+    """A random model of two layers in float64, with grouped heads and a head width that is not hidden / heads."""
+    torch.manual_seed(seed)
+    sizes = {
+        "vocab_size": 97,
+        "hidden_size": 32,
+        "intermediate_size": 56,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 12,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.3,
+    } | overrides
+    config_class, model_class = {
+        "llama": (LlamaConfig, LlamaForCausalLM),
+        "mistral": (MistralConfig, MistralForCausalLM),
+    }[family]
+    if family == "mistral":
+        sizes.setdefault("sliding_window", None)
+    model = model_class(config_class(**sizes)).double().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "bias" in name or "norm" in name:  # initialised to constants, which would hide mistakes
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.fixture(params=["llama", "mistral"])
+def model(request):
+    return tiny_model(request.param)
+
+
+@pytest.fixture
+def windows():
+    return torch.randint(97, (24, 16), generator=torch.Generator().manual_seed(1))

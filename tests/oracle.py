@@ -1,0 +1,141 @@
+"""The method written out in float64, window by window, from its formulas. It shares no code with the package.
+
+A model is a dict of float64 tensors under the usual checkpoint names and a plain dict of sizes. Nothing
+is batched, streamed or factorised cleverly: moments are one product of all rows, inverses are inverses.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+Weights = dict[str, Tensor]
+
+
+def weights_and_sizes(model) -> tuple[Weights, dict]:
+    """Return float64 copies of a dense transformers model's tensors, and its sizes."""
+    c = model.config
+    sizes = {
+        "L": c.num_hidden_layers,
+        "H": c.num_attention_heads,
+        "G": c.num_key_value_heads,
+        "d": c.head_dim or c.hidden_size // c.num_attention_heads,
+        "eps": c.rms_norm_eps,
+        "theta": c.rope_parameters["rope_theta"],
+        "window": getattr(c, "sliding_window", None),
+    }
+    weights = {name: tensor.detach().double().clone() for name, tensor in model.state_dict().items()}
+    return weights, sizes
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x / torch.sqrt((x * x).mean(-1, keepdim=True) + eps) * weight
+
+
+def linear(x: Tensor, weights: Weights, name: str) -> Tensor:
+    y = x @ weights[name + ".weight"].T
+    return y + weights[name + ".bias"] if name + ".bias" in weights else y
+
+
+def rotate(x: Tensor, theta: float) -> Tensor:
+    """Rotary embedding of (S, heads, d), halves paired as Llama checkpoints are."""
+    S, _, d = x.shape
+    angle = torch.arange(S).double()[:, None] * theta ** (-torch.arange(0, d, 2).double() / d)
+    cos, sin = angle.cos()[:, None], angle.sin()[:, None]
+    a, b = x[..., : d // 2], x[..., d // 2 :]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+def run_layer(weights: Weights, sizes: dict, layer: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return output (S, D), values (S, G, r) and MLP activations (S, k) of one layer for one window."""
+    p = f"model.layers.{layer}."
+    S, H, G, d = len(x), sizes["H"], sizes["G"], sizes["d"]
+    h = rms_norm(x, weights[p + "input_layernorm.weight"], sizes["eps"])
+    q = rotate(linear(h, weights, p + "self_attn.q_proj").view(S, H, d), sizes["theta"])
+    k = rotate(linear(h, weights, p + "self_attn.k_proj").view(S, G, d), sizes["theta"])
+    v = linear(h, weights, p + "self_attn.v_proj").view(S, G, -1)
+    distance = torch.arange(S)[:, None] - torch.arange(S)
+    allowed = distance >= 0
+    if sizes["window"] is not None:
+        allowed &= distance < sizes["window"]
+    heads = []
+    for head in range(H):
+        g = head // (H // G)
+        scores = (q[:, head] @ k[:, g].T / math.sqrt(d)).masked_fill(~allowed, -math.inf)
+        heads.append(scores.softmax(-1) @ v[:, g])
+    x = x + linear(torch.cat(heads, dim=-1), weights, p + "self_attn.o_proj")
+    h = rms_norm(x, weights[p + "post_attention_layernorm.weight"], sizes["eps"])
+    gate = linear(h, weights, p + "mlp.gate_proj")
+    z = gate * torch.sigmoid(gate) * linear(h, weights, p + "mlp.up_proj")
+    return x + linear(z, weights, p + "mlp.down_proj"), v, z
+
+
+def importance(weights: Weights, sizes: dict, windows: Tensor) -> list[float]:
+    """Mean over tokens of arccos(clamp(cos, 0, 1)) / π per layer."""
+    states = [weights["model.embed_tokens.weight"][ids] for ids in windows]
+    scores = []
+    for layer in range(sizes["L"]):
+        outputs = [run_layer(weights, sizes, layer, x)[0] for x in states]
+        x, y = torch.cat(states), torch.cat(outputs)
+        cosine = (x * y).sum(-1) / (x.norm(dim=-1) * y.norm(dim=-1))
+        scores.append((cosine.clamp(0, 1).arccos() / math.pi).mean().item())
+        states = outputs
+    return scores
+
+
+def compress(weights: Weights, sizes: dict, windows: Tensor, ranks: list[int], widths: list[int]) -> Weights:
+    """Return the compressed weights; layer l sees what leaves the compressed layers before it."""
+    weights = dict(weights)
+    H, G, d = sizes["H"], sizes["G"], sizes["d"]
+    states = [weights["model.embed_tokens.weight"][ids] for ids in windows]
+    for layer in range(sizes["L"]):
+        p = f"model.layers.{layer}."
+        seen = [run_layer(weights, sizes, layer, x) for x in states]
+        values = torch.cat([v for _, v, _ in seen])  # (T, G, d)
+        z = torch.cat([z for _, _, z in seen])  # (T, F)
+
+        if ranks[layer] < d:
+            W_v = weights[p + "self_attn.v_proj.weight"].view(G, d, -1)
+            W_o = weights[p + "self_attn.o_proj.weight"]
+            new_v, new_bias = [], []
+            bases = []
+            for g in range(G):
+                _, vectors = torch.linalg.eigh(values[:, g].T @ values[:, g])
+                Q = vectors.flip(-1)[:, : ranks[layer]]
+                bases.append(Q)
+                new_v.append(Q.T @ W_v[g])
+                if p + "self_attn.v_proj.bias" in weights:
+                    new_bias.append(Q.T @ weights[p + "self_attn.v_proj.bias"].view(G, d)[g])
+            new_o = [W_o[:, head * d : (head + 1) * d] @ bases[head // (H // G)] for head in range(H)]
+            weights[p + "self_attn.v_proj.weight"] = torch.cat(new_v)
+            weights[p + "self_attn.o_proj.weight"] = torch.cat(new_o, dim=1)
+            if new_bias:
+                weights[p + "self_attn.v_proj.bias"] = torch.cat(new_bias)
+
+        F, k = z.shape[1], widths[layer]
+        if k < F:
+            C = z.T @ z
+            scores = torch.diagonal(C @ torch.linalg.inv(C + torch.eye(F).double()))
+            kept = scores.argsort(descending=True)[:k].sort().values
+            for name in ("gate_proj", "up_proj"):
+                weights[p + f"mlp.{name}.weight"] = weights[p + f"mlp.{name}.weight"][kept]
+                if p + f"mlp.{name}.bias" in weights:
+                    weights[p + f"mlp.{name}.bias"] = weights[p + f"mlp.{name}.bias"][kept]
+            W_down = weights[p + "mlp.down_proj.weight"]
+            weights[p + "mlp.down_proj.weight"] = W_down @ C[:, kept] @ torch.linalg.inv(C[kept][:, kept])
+
+        states = [run_layer(weights, sizes, layer, x)[0] for x in states]
+    return weights
+
+
+def perplexity(weights: Weights, sizes: dict, windows: Tensor) -> float:
+    nll, predicted = 0.0, 0
+    head = weights.get("lm_head.weight", weights["model.embed_tokens.weight"])
+    for ids in windows:
+        x = weights["model.embed_tokens.weight"][ids]
+        for layer in range(sizes["L"]):
+            x = run_layer(weights, sizes, layer, x)[0]
+        logits = rms_norm(x, weights["model.norm.weight"], sizes["eps"]) @ head.T
+        losses = -logits[:-1].log_softmax(-1).gather(1, ids[1:, None])
+        nll, predicted = nll + losses.sum().item(), predicted + len(losses)
+    return math.exp(nll / predicted)

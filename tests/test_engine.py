@@ -1,0 +1,143 @@
+"""The pipeline against the float64 oracle of tests/oracle.py: same tokens, same ranks.
+
+The models are in float64, but transformers computes norms, rotary embeddings and the loss in float32 whatever
+the dtype: that, not the method, is what the tolerances of 1e-5 allow for.
+"""
+
+import copy
+import math
+
+import pytest
+import torch
+
+import oracle
+from conftest import tiny_model
+from flatllmbench.perplexity import perplexity
+from flatllmcore.core.calibration import ModelInMemory, record_layer_arguments
+from flatllmcore.core.importance import angles_between, layer_importance
+from flatllmcore.core.prune import compress_layers
+from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector
+from flatllmcore.core.stopwatch import Stopwatch
+from flatllmcore.errors import InputError
+from flatllmcore.utils.layer_utils import dimensions_from_config
+
+CPU = torch.device("cpu")
+VARIANTS = [
+    ("llama", {}),
+    ("llama", {"attention_bias": True, "mlp_bias": True}),
+    ("llama", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
+    ("mistral", {"sliding_window": 5}),
+]
+
+
+def compressed(model, windows, percent=40, batch_size=5, scores=(0.3, 0.2), rank_multiple=1):
+    dimensions = dimensions_from_config(model.config)
+    allocation = ImportancePreservingRankSelector(dimensions, rank_multiple=rank_multiple).allocate(scores, percent)
+    source = ModelInMemory(model, CPU)
+    flat_config, records = compress_layers(
+        source, source, windows, allocation, batch_size=batch_size, tolerance=0.96, stopwatch=Stopwatch(CPU)
+    )
+    return source.adopt(flat_config), allocation, records
+
+
+@pytest.mark.parametrize(("family", "overrides"), VARIANTS)
+def test_importance_equals_the_oracle(family, overrides, windows):
+    model = tiny_model(family, **overrides)
+    found = layer_importance(ModelInMemory(model, CPU), windows, 5, Stopwatch(CPU))
+    assert found.scores == pytest.approx(oracle.importance(*oracle.weights_and_sizes(model), windows), rel=1e-5)
+    assert found.zero_rows == 0
+
+
+@pytest.mark.parametrize(("family", "overrides"), VARIANTS)
+def test_compressed_logits_and_perplexity_equal_the_oracle(family, overrides, windows):
+    """Bases are fixed only up to sign, so functions are compared, not weights."""
+    model = tiny_model(family, **overrides)
+    weights, sizes = oracle.weights_and_sizes(model)
+    model, allocation, _ = compressed(model, windows)
+    expected = oracle.compress(weights, sizes, windows, allocation.value_rank, allocation.mlp_width)
+
+    test_windows = torch.randint(97, (6, 16), generator=torch.Generator().manual_seed(2))
+    measured = perplexity(ModelInMemory(model, CPU), test_windows, 4, Stopwatch(CPU))
+    assert measured.value == pytest.approx(oracle.perplexity(expected, sizes, test_windows), rel=1e-5)
+    assert measured.predicted_tokens == 6 * 15
+
+
+def test_perplexity_equals_the_parent_class_loss(model, windows):
+    loss = torch.stack([model(ids[None], labels=ids[None]).loss for ids in windows]).mean()
+    measured = perplexity(ModelInMemory(model, CPU), windows, 7, Stopwatch(CPU))
+    assert measured.value == pytest.approx(math.exp(loss.item()), rel=1e-6)
+
+
+def test_the_result_does_not_depend_on_the_batch_size(model, windows):
+    together, _, _ = compressed(copy.deepcopy(model), windows, batch_size=24)
+    one_by_one, _, _ = compressed(model, windows, batch_size=1)
+    for (name, a), (_, b) in zip(together.state_dict().items(), one_by_one.state_dict().items(), strict=True):
+        torch.testing.assert_close(a.abs(), b.abs(), rtol=1e-7, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_a_layer_kept_whole_gives_the_very_same_logits(model, windows):
+    """Oracle: the model itself. Both layers' shares are 1 when nothing is to be removed but a rounding step."""
+    before = model(windows).logits
+    dimensions = dimensions_from_config(model.config)
+    whole = ImportancePreservingRankSelector(dimensions).allocate([0.3, 0.3], 0.0)
+    source = ModelInMemory(model, CPU)
+    flat_config, _ = compress_layers(
+        source, source, windows, whole, batch_size=8, tolerance=0.96, stopwatch=Stopwatch(CPU)
+    )
+    assert torch.equal(source.adopt(flat_config)(windows).logits, before)
+
+
+def test_compression_changes_the_given_object_and_counts_its_parameters(model, windows):
+    same, allocation, records = compressed(model, windows)
+    assert same is model
+    linear = sum(p.numel() for n, p in model.named_parameters() if "_proj.weight" in n and ".layers." in n)
+    assert allocation.parameters_after == linear
+    assert [r.value_rank for r in records] == list(allocation.value_rank)
+
+
+def test_a_failed_compression_leaves_the_model_as_it_was(model, windows):
+    """The last layer's weights are spoiled, so the first has been compressed when the walk fails."""
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = math.nan
+    model.train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(InputError, match="layer 1"):
+        compressed(model, windows)
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[n], before[n]) or n.endswith("1.mlp.up_proj.weight") for n in before)
+    assert model.training
+    assert type(model).__name__ in {"LlamaForCausalLM", "MistralForCausalLM"}
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_infinite_activations_name_their_layer(model, windows):
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.fill_(math.inf)
+    with pytest.raises(InputError, match="layer 1 gives NaN or infinite"):
+        layer_importance(ModelInMemory(model, CPU), windows, 8, Stopwatch(CPU))
+
+
+def test_layer_arguments_are_those_the_model_passes(windows):
+    """Oracle: the model's own hidden states, layer by layer."""
+    model = tiny_model("mistral", sliding_window=5)
+    arguments = record_layer_arguments(model.model, 16)
+    states = model(windows, output_hidden_states=True).hidden_states
+    for index, layer in enumerate(model.model.layers[:1]):
+        torch.testing.assert_close(layer(states[index], **arguments[index]), states[index + 1])
+
+
+def test_an_identity_block_has_no_angle():
+    x = torch.randn(50, 9)
+    angles, zeros = angles_between(x, 3 * x)
+    assert angles.max() < 1e-7
+    assert zeros == 0
+
+
+def test_opposite_rows_count_as_a_right_angle_and_zero_rows_as_cosine_one_half():
+    x = torch.tensor([[1.0, 0], [1, 0], [0, 0], [1, 0]])
+    y = torch.tensor([[-1.0, 0], [0, 1], [1, 0], [1, 1]])
+    angles, zeros = angles_between(x, y)
+    assert angles.tolist() == pytest.approx([0.5, 0.5, 1 / 3, 0.25])
+    assert zeros == 1

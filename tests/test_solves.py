@@ -1,0 +1,170 @@
+"""Moments, head-wise PCA and Nyström selection against closed forms."""
+
+import logging
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from conftest import tiny_model
+from flatllmcore.core import moments as moments_module
+from flatllmcore.core.attention_pca import headwise_pca, project_output, project_values, rank_for_mass
+from flatllmcore.core.mlp_nystrom import diagonal_of_ridge_inverse, reconstruct_down_projection, select_channels
+from flatllmcore.core.moments import add_head_moments, add_moment, collect_moments, mirror_lower_triangle
+from flatllmcore.core.stopwatch import Stopwatch
+from flatllmcore.utils.layer_utils import dimensions_from_config
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+@given(
+    width=st.integers(1, 40),
+    block=st.integers(1, 17),
+    chunks=st.lists(st.integers(1, 9), min_size=1, max_size=5),
+)
+def test_streamed_moments_equal_the_one_shot_product(width, block, chunks):
+    rows = random(sum(chunks), width)
+    total = torch.zeros(width, width, dtype=torch.float64)
+    original, moments_module.BLOCK = moments_module.BLOCK, block
+    try:
+        for chunk in rows.split(chunks):
+            add_moment(total, chunk)
+        mirror_lower_triangle(total)
+    finally:
+        moments_module.BLOCK = original
+    torch.testing.assert_close(total, rows.T @ rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_moments_of_low_precision_activations_are_exact_to_float32_sums(dtype):
+    """Oracle: the same activations widened to float64 first. The error is that of float32 accumulation."""
+    rows = random(4096, 24).to(dtype)
+    total = torch.zeros(24, 24, dtype=torch.float64)
+    add_moment(total, rows)
+    exact = rows.double().T @ rows.double()
+    assert ((total - exact).tril().norm() / exact.norm()).item() < 1e-6
+
+
+def test_head_moments_are_the_products_of_each_head():
+    values = random(30, 3 * 4)
+    total = torch.zeros(3, 4, 4, dtype=torch.float64)
+    add_head_moments(total, values[:10])
+    add_head_moments(total, values[10:])
+    for head in range(3):
+        v = values[:, 4 * head : 4 * head + 4]
+        torch.testing.assert_close(total[head], v.T @ v)
+
+
+def test_collecting_moments_leaves_the_layer_as_it_was():
+    layer = tiny_model().model.layers[0]
+    dimensions = dimensions_from_config(tiny_model().config)
+    down_proj = layer.mlp.down_proj
+    with pytest.raises(KeyboardInterrupt), collect_moments(layer, dimensions, Stopwatch(torch.device("cpu"))):
+        raise KeyboardInterrupt
+    assert layer.mlp.down_proj is down_proj
+    assert not layer.self_attn.v_proj._forward_hooks
+
+
+def test_the_error_of_projected_values_is_the_sum_of_dropped_eigenvalues():
+    values = random(200, 6) @ random(6, 6, seed=1)
+    eigenvalues, directions = headwise_pca((values.T @ values)[None])
+    for rank in range(1, 7):
+        Q = directions[0, :, :rank]
+        error = (values - values @ Q @ Q.T).square().sum().item()
+        assert error == pytest.approx(eigenvalues[0, rank:].sum().item(), rel=1e-9, abs=1e-8)
+
+
+def test_grouped_heads_are_full_heads_repeated():
+    """Oracle: multi-head attention whose value weights and bases are the groups', repeated per query head."""
+    G, n, d, r, D = 2, 3, 5, 2, 7
+    bases = headwise_pca(random(G, d, d) @ random(G, d, d).mT)[1][..., :r]
+    o_weight = random(D, G * n * d, seed=3)
+    repeated = bases.repeat_interleave(n, dim=0)
+    torch.testing.assert_close(project_output(o_weight, bases), project_output(o_weight, repeated))
+    v_weight = random(G * d, D, seed=4)
+    by_group = project_values(v_weight, bases).view(G, r, D).repeat_interleave(n, dim=0)
+    full = v_weight.view(G, d, D).repeat_interleave(n, dim=0).reshape(-1, D)
+    torch.testing.assert_close(by_group.flatten(0, 1), project_values(full, repeated))
+
+
+def test_a_moment_that_is_not_finite_names_its_head():
+    moment = torch.eye(3, dtype=torch.float64).repeat(4, 1, 1)
+    moment[2, 1, 1] = float("nan")
+    with pytest.raises(ValueError, match=r"heads \[2\]"):
+        headwise_pca(moment)
+
+
+def test_rank_for_mass_is_the_smallest_sufficient_rank():
+    eigenvalues = torch.tensor([[8.0, 1.0, 1.0, 0.0], [4.0, 3.0, 2.0, 1.0]], dtype=torch.float64)
+    assert rank_for_mass(eigenvalues, 0.8) == (1 + 3) / 2
+    assert rank_for_mass(eigenvalues, 0.81) == (2 + 3) / 2
+    assert rank_for_mass(eigenvalues, 1.0) == (3 + 4) / 2
+    assert rank_for_mass(torch.zeros(1, 4, dtype=torch.float64), 0.96) == 0
+
+
+@given(st.integers(1, 30), st.integers(1, 40))
+def test_the_diagonal_of_the_ridge_inverse_is_that_of_the_inverse(width, tokens):
+    C = random(tokens, width).T @ random(tokens, width)
+    inverse = torch.linalg.inv(C + torch.eye(width).double())
+    torch.testing.assert_close(diagonal_of_ridge_inverse(C), inverse.diagonal(), rtol=1e-8, atol=1e-10)
+
+
+def test_the_triangular_inverse_is_taken_in_strips(monkeypatch):
+    monkeypatch.setattr("flatllmcore.core.mlp_nystrom._COLUMNS", 7)
+    C = random(50, 20).T @ random(50, 20)
+    inverse = torch.linalg.inv(C + torch.eye(20).double())
+    torch.testing.assert_close(diagonal_of_ridge_inverse(C), inverse.diagonal())
+
+
+def test_selected_channels_have_the_highest_leverage_and_rise():
+    z = random(300, 20) * torch.logspace(-3, 1, 20).double()
+    C = z.T @ z
+    scores = torch.diagonal(C @ torch.linalg.inv(C + torch.eye(20).double()))
+    for width in range(1, 21):
+        kept = select_channels(C, width)
+        assert kept.tolist() == sorted(scores.argsort(descending=True)[:width].tolist())
+
+
+def test_dead_channels_are_the_first_to_go_and_keep_their_weights_when_they_must_stay():
+    z = random(100, 8)
+    z[:, [1, 4]] = 0
+    C, weight = z.T @ z, random(3, 8)
+    assert select_channels(C, 6).tolist() == [0, 2, 3, 5, 6, 7]
+    kept = select_channels(C, 7)
+    assert kept.tolist() == [0, 1, 2, 3, 5, 6, 7]
+    assert torch.equal(reconstruct_down_projection(weight, C, kept)[:, 1], weight[:, 1])
+
+
+def test_the_reconstruction_is_the_least_squares_fit_of_the_dense_output():
+    """Oracle: torch.linalg.lstsq on the activations themselves."""
+    z, weight = random(200, 12) @ random(12, 12, seed=5), random(4, 12, seed=6)
+    kept = select_channels(z.T @ z, 7)
+    fitted = reconstruct_down_projection(weight, z.T @ z, kept)
+    torch.testing.assert_close(fitted, torch.linalg.lstsq(z[:, kept], z @ weight.T).solution.T, rtol=1e-7, atol=1e-8)
+
+
+@pytest.mark.parametrize("tokens", [3, 6, 7, 9, 11])
+def test_fewer_tokens_than_channels_still_reproduce_what_the_kept_channels_can(tokens):
+    """Oracle: the least-squares residual on the activations. The weights stay finite and of the dense ones' size."""
+    z, weight = random(tokens, 12), random(4, 12, seed=6)
+    kept = select_channels(z.T @ z, 7)
+    fitted = reconstruct_down_projection(weight, z.T @ z, kept)
+    best = torch.linalg.lstsq(z[:, kept], z @ weight.T, driver="gelsd").solution.T
+    best_error = (z[:, kept] @ best.T - z @ weight.T).norm()
+    error = (z[:, kept] @ fitted.T - z @ weight.T).norm()
+    assert error <= best_error + 1e-3 * (z @ weight.T).norm()
+    assert fitted.norm() < 100 * weight.norm()
+
+
+def test_duplicated_channels_are_solved_with_jitter(caplog):
+    z = random(100, 5)
+    z = torch.cat([z, z[:, :2]], dim=1)
+    weight = random(3, 7)
+    kept = torch.arange(6)  # channels 0 and 5 are the same
+    with caplog.at_level(logging.DEBUG):
+        fitted = reconstruct_down_projection(weight, z.T @ z, kept)
+    assert "jitter" in caplog.text
+    torch.testing.assert_close(z[:, kept] @ fitted.T, z @ weight.T, rtol=1e-5, atol=1e-5)
