@@ -15,14 +15,17 @@ Weights = dict[str, Tensor]
 def weights_and_sizes(model) -> tuple[Weights, dict]:
     """Return float64 copies of a dense transformers model's tensors, and its sizes."""
     c = model.config
+    d = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    window = getattr(c, "sliding_window", None)
+    has_window = [kind == "sliding_attention" for kind in getattr(c, "layer_types", [])] or [True] * c.num_hidden_layers
     sizes = {
         "L": c.num_hidden_layers,
         "H": c.num_attention_heads,
         "G": c.num_key_value_heads,
-        "d": c.head_dim or c.hidden_size // c.num_attention_heads,
+        "d": d,
         "eps": c.rms_norm_eps,
-        "theta": c.rope_parameters["rope_theta"],
-        "window": getattr(c, "sliding_window", None),
+        "frequencies": rope_frequencies(c.rope_parameters, d),
+        "windows": [window if has else None for has in has_window],  # one per layer
     }
     weights = {name: tensor.detach().double().clone() for name, tensor in model.state_dict().items()}
     return weights, sizes
@@ -37,10 +40,21 @@ def linear(x: Tensor, weights: Weights, name: str) -> Tensor:
     return y + weights[name + ".bias"] if name + ".bias" in weights else y
 
 
-def rotate(x: Tensor, theta: float) -> Tensor:
+def rope_frequencies(rope: dict, d: int) -> Tensor:
+    """Angle per position of each pair, (d/2,); Llama 3.1 slows those that turn little within its first context."""
+    frequencies = rope["rope_theta"] ** (-torch.arange(0, d, 2).double() / d)
+    if rope["rope_type"] == "llama3":
+        turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        return frequencies * (kept + (1 - kept) / rope["factor"])
+    return frequencies
+
+
+def rotate(x: Tensor, frequencies: Tensor) -> Tensor:
     """Rotary embedding of (S, heads, d), halves paired as Llama checkpoints are."""
     S, _, d = x.shape
-    angle = torch.arange(S).double()[:, None] * theta ** (-torch.arange(0, d, 2).double() / d)
+    angle = torch.arange(S).double()[:, None] * frequencies
     cos, sin = angle.cos()[:, None], angle.sin()[:, None]
     a, b = x[..., : d // 2], x[..., d // 2 :]
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
@@ -51,13 +65,17 @@ def run_layer(weights: Weights, sizes: dict, layer: int, x: Tensor) -> tuple[Ten
     p = f"model.layers.{layer}."
     S, H, G, d = len(x), sizes["H"], sizes["G"], sizes["d"]
     h = rms_norm(x, weights[p + "input_layernorm.weight"], sizes["eps"])
-    q = rotate(linear(h, weights, p + "self_attn.q_proj").view(S, H, d), sizes["theta"])
-    k = rotate(linear(h, weights, p + "self_attn.k_proj").view(S, G, d), sizes["theta"])
+    q = linear(h, weights, p + "self_attn.q_proj").view(S, H, d)
+    k = linear(h, weights, p + "self_attn.k_proj").view(S, G, d)
+    if p + "self_attn.q_norm.weight" in weights:
+        q = rms_norm(q, weights[p + "self_attn.q_norm.weight"], sizes["eps"])
+        k = rms_norm(k, weights[p + "self_attn.k_norm.weight"], sizes["eps"])
+    q, k = rotate(q, sizes["frequencies"]), rotate(k, sizes["frequencies"])
     v = linear(h, weights, p + "self_attn.v_proj").view(S, G, -1)
     distance = torch.arange(S)[:, None] - torch.arange(S)
     allowed = distance >= 0
-    if sizes["window"] is not None:
-        allowed &= distance < sizes["window"]
+    if sizes["windows"][layer] is not None:
+        allowed &= distance < sizes["windows"][layer]
     heads = []
     for head in range(H):
         g = head // (H // G)
@@ -83,9 +101,29 @@ def importance(weights: Weights, sizes: dict, windows: Tensor) -> list[float]:
     return scores
 
 
-def compress(weights: Weights, sizes: dict, windows: Tensor, ranks: list[int], widths: list[int]) -> Weights:
-    """Return the compressed weights; layer l sees what leaves the compressed layers before it."""
-    weights = dict(weights)
+def project_to_principal_subspaces(weights: Weights, name: str, rows: Tensor, d: int, rank: int) -> None:
+    """Replace W by Q Qᵀ W and b by Q Qᵀ b in every head, at full width; Q spans the head's top directions."""
+    outputs = linear(rows, weights, name)
+    for tensor in (weights[name + ".weight"], weights.get(name + ".bias")):
+        if tensor is None:
+            continue
+        projected = []
+        for start in range(0, len(tensor), d):
+            y = outputs[:, start : start + d]
+            _, vectors = torch.linalg.eigh(y.T @ y)
+            Q = vectors[:, d - rank :]
+            projected.append(Q @ Q.T @ tensor[start : start + d])
+        tensor.copy_(torch.cat(projected))
+
+
+def compress(
+    weights: Weights, sizes: dict, windows: Tensor, ranks: list[int], widths: list[int], prune_qk: bool = False
+) -> Weights:
+    """Return the compressed weights; layer l sees what leaves the compressed layers before it.
+
+    Pruned Q and K stay whole where the two factors that they stand for would not be smaller.
+    """
+    weights = {name: tensor.clone() for name, tensor in weights.items()}
     H, G, d = sizes["H"], sizes["G"], sizes["d"]
     states = [weights["model.embed_tokens.weight"][ids] for ids in windows]
     for layer in range(sizes["L"]):
@@ -93,6 +131,12 @@ def compress(weights: Weights, sizes: dict, windows: Tensor, ranks: list[int], w
         seen = [run_layer(weights, sizes, layer, x) for x in states]
         values = torch.cat([v for _, v, _ in seen])  # (T, G, d)
         z = torch.cat([z for _, _, z in seen])  # (T, F)
+
+        D = states[0].shape[1]
+        if prune_qk and ranks[layer] * D + d * ranks[layer] < d * D:
+            rows = rms_norm(torch.cat(states), weights[p + "input_layernorm.weight"], sizes["eps"])
+            for name in ("q_proj", "k_proj"):
+                project_to_principal_subspaces(weights, p + "self_attn." + name, rows, d, ranks[layer])
 
         if ranks[layer] < d:
             W_v = weights[p + "self_attn.v_proj.weight"].view(G, d, -1)

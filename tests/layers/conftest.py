@@ -1,4 +1,4 @@
-"""Tiny random models of both families, and their compressed counterparts."""
+"""Tiny random models of every family, and their compressed counterparts."""
 
 from collections.abc import Callable
 

@@ -18,6 +18,7 @@ RECORD = {
     "base_model": "meta-llama/Llama-2-7b-hf",
     "sparsity_ratio": 20,
     "achieved_sparsity_percent": 20.0004,
+    "prune_qk": False,
     "parameters_before": {"decoder_linear": 1000, "total": 1200},
     "parameters_after": {"decoder_linear": 800, "total": 1000},
     "dataset": "wikitext2",

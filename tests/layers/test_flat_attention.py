@@ -97,7 +97,16 @@ def test_set_attn_implementation_reaches_every_layer(flat_model, tokens, is_adop
     assert called_from == [0, 1, 2]
 
 
-def test_mistral_tells_the_attention_function_its_window(tokens):
+@pytest.mark.parametrize(
+    ("family", "fields", "expected"),
+    [
+        ("mistral", {}, [4, 4, 4]),
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": 1}, [None, 4, 4]),
+        ("qwen3", {"use_sliding_window": True, "max_window_layers": 2}, [None, None, 4]),
+        ("qwen3", {"use_sliding_window": False}, [None, None, None]),
+    ],
+)
+def test_the_attention_function_is_told_each_layers_window(family, fields, expected, tokens):
     """Fused functions apply the window themselves; the mask alone carries it on CPU."""
     windows = []
 
@@ -106,10 +115,10 @@ def test_mistral_tells_the_attention_function_its_window(tokens):
         return sdpa_attention_forward(*args, **kwargs)
 
     AttentionInterface.register("recording", recording_attention)
-    model = compress(dense_model_of("mistral", sliding_window=4))
+    model = compress(dense_model_of(family, sliding_window=4, **fields))
     model.set_attn_implementation("recording")
     model(tokens)
-    assert windows == [4, 4, 4]
+    assert windows == expected
 
 
 def test_attention_weights_and_hidden_states_equal_those_of_the_projected_model(dense_model, flat_model, tokens):

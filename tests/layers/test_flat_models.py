@@ -18,7 +18,7 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
-FIELDS_OF_BOTH = {
+FIELDS_OF_ALL = {
     "plain": {},
     "tied embeddings": {"tie_word_embeddings": True},
     "head_dim not hidden / heads": {"head_dim": 24},
@@ -29,11 +29,20 @@ FIELDS_OF_BOTH = {
 FIELDS_OF_ONE = {
     "llama": {"biases": {"attention_bias": True, "mlp_bias": True}},
     "mistral": {"window shorter than the text": {"sliding_window": 4}, "no window": {"sliding_window": None}},
+    "qwen2": {"windows in the last layers": {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}},
+    "qwen3": {
+        "biases": {"attention_bias": True},
+        "windows in two layers": {
+            "use_sliding_window": True,
+            "sliding_window": 4,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    },
 }
 VARIANTS = [
     pytest.param(family, fields, id=f"{family}, {name}")
     for family, own_fields in FIELDS_OF_ONE.items()
-    for name, fields in (FIELDS_OF_BOTH | own_fields).items()
+    for name, fields in (FIELDS_OF_ALL | own_fields).items()
 ]
 
 

@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from transformers import Qwen2Config
+from transformers import GPT2Config
 
 from flatllmcore import InputError
 from flatllmcore.layers import (
@@ -49,8 +49,8 @@ def test_the_config_refuses_widths_the_model_has_not(dense_model, ranks, widths,
 
 
 def test_other_families_and_compressed_models_are_refused(flat_model):
-    with pytest.raises(InputError, match="'qwen2' is not supported; supported: llama, mistral"):
-        compressed_config(Qwen2Config(), RANKS, WIDTHS)
+    with pytest.raises(InputError, match=f"'gpt2' is not supported; supported: {', '.join(FAMILIES)}"):
+        compressed_config(GPT2Config(), RANKS, WIDTHS)
     with pytest.raises(InputError, match="compressed already"):
         compressed_config(flat_model().config, RANKS, WIDTHS)
 

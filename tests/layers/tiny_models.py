@@ -2,11 +2,11 @@
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
+from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 
-from flatllmcore.layers import adopt_compressed_layers, compress_decoder_layer, compressed_config
+from flatllmcore.layers import FAMILIES, adopt_compressed_layers, compress_decoder_layer, compressed_config
 
-DENSE = {"llama": (LlamaConfig, LlamaForCausalLM), "mistral": (MistralConfig, MistralForCausalLM)}
+DENSE = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 RANKS, WIDTHS = (5, 16, 11), (96, 40, 33)
 SIZES = {
     "hidden_size": 64,
@@ -24,14 +24,18 @@ SIZES = {
 
 def dense_model_of(family: str, **fields: object) -> PreTrainedModel:
     """Return a random dense model; ``fields`` replace those of its config."""
-    config_class, model_class = DENSE[family]
+    return random_model(DENSE[family](**SIZES | fields))
+
+
+@torch.no_grad()
+def random_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """Return a random dense model of ``config``, which loses its end-of-text token."""
     torch.manual_seed(0)
-    config = config_class(**SIZES | fields)
     config.eos_token_id = None  # greedy decoding that never ends early compares the most tokens
-    model = model_class(config).eval()
+    model = FAMILIES[config.model_type].dense_causal_lm(config).eval()
     for name, parameter in model.named_parameters():
-        if name.endswith("bias"):  # transformers starts them at zero, which would hide a bias left out
-            torch.nn.init.normal_(parameter, std=0.5)
+        if name.endswith(("bias", "norm.weight")):  # transformers starts them as constants: one left out would hide
+            parameter.add_(0.5 * torch.randn_like(parameter))
     return model
 
 

@@ -2,7 +2,7 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from .families import FAMILIES, Family, family_of
+from .families import FAMILIES, Family, family_of, head_dim_of
 from .flat_attention import attention_value_width
 from .flat_llama import (
     FlatLlamaAttention,
@@ -17,6 +17,20 @@ from .flat_mistral import (
     FlatMistralDecoderLayer,
     FlatMistralForCausalLM,
     FlatMistralModel,
+)
+from .flat_qwen2 import (
+    FlatQwen2Attention,
+    FlatQwen2Config,
+    FlatQwen2DecoderLayer,
+    FlatQwen2ForCausalLM,
+    FlatQwen2Model,
+)
+from .flat_qwen3 import (
+    FlatQwen3Attention,
+    FlatQwen3Config,
+    FlatQwen3DecoderLayer,
+    FlatQwen3ForCausalLM,
+    FlatQwen3Model,
 )
 from .replacement import adopt_compressed_layers, compress_decoder_layer, compressed_config, empty_decoder_layer
 
@@ -33,12 +47,23 @@ __all__ = [
     "FlatMistralDecoderLayer",
     "FlatMistralForCausalLM",
     "FlatMistralModel",
+    "FlatQwen2Attention",
+    "FlatQwen2Config",
+    "FlatQwen2DecoderLayer",
+    "FlatQwen2ForCausalLM",
+    "FlatQwen2Model",
+    "FlatQwen3Attention",
+    "FlatQwen3Config",
+    "FlatQwen3DecoderLayer",
+    "FlatQwen3ForCausalLM",
+    "FlatQwen3Model",
     "adopt_compressed_layers",
     "attention_value_width",
     "compress_decoder_layer",
     "compressed_config",
     "empty_decoder_layer",
     "family_of",
+    "head_dim_of",
 ]
 
 for _family in FAMILIES.values():

@@ -7,12 +7,16 @@ from transformers import (
     MistralForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
+    Qwen2ForCausalLM,
+    Qwen3ForCausalLM,
 )
 
 from ..errors import InputError
 from .flat_attention import FlatDecoderLayer
 from .flat_llama import FlatLlamaConfig, FlatLlamaDecoderLayer, FlatLlamaForCausalLM, FlatLlamaModel
 from .flat_mistral import FlatMistralConfig, FlatMistralDecoderLayer, FlatMistralForCausalLM, FlatMistralModel
+from .flat_qwen2 import FlatQwen2Config, FlatQwen2DecoderLayer, FlatQwen2ForCausalLM, FlatQwen2Model
+from .flat_qwen3 import FlatQwen3Config, FlatQwen3DecoderLayer, FlatQwen3ForCausalLM, FlatQwen3Model
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,8 @@ FAMILIES = {
     "mistral": Family(
         MistralForCausalLM, FlatMistralConfig, FlatMistralDecoderLayer, FlatMistralModel, FlatMistralForCausalLM
     ),
+    "qwen2": Family(Qwen2ForCausalLM, FlatQwen2Config, FlatQwen2DecoderLayer, FlatQwen2Model, FlatQwen2ForCausalLM),
+    "qwen3": Family(Qwen3ForCausalLM, FlatQwen3Config, FlatQwen3DecoderLayer, FlatQwen3Model, FlatQwen3ForCausalLM),
 }
 
 
@@ -45,3 +51,8 @@ def family_of(config: PreTrainedConfig) -> Family:
     if family is None:
         raise InputError(f"model family {config.model_type!r} is not supported; supported: {', '.join(FAMILIES)}")
     return family
+
+
+def head_dim_of(config: PreTrainedConfig) -> int:
+    """Return the width of one head; a Qwen2 config states it only when it is not ``hidden / heads``."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -1,17 +1,20 @@
 """What compressed Llama-like models share, whatever their family.
 
-Every decoder layer has its own value width (``value_head_dim``, per head) and its own MLP width
-(``intermediate_size``); both stand in the config's ``per_layer_config``. A family mixes these classes
-with its dense parents. This file and its siblings named ``flat_*`` import torch, transformers and each
-other only, so that ``save_pretrained`` can put them beside the weights.
+Every decoder layer has its own value width (``value_head_dim``, per head), its own MLP width
+(``intermediate_size``) and, where queries and keys are compressed too, their rank (``query_key_rank``, per
+head); all stand in the config's ``per_layer_config``. A family mixes these classes with its dense parents.
+This file and its siblings named ``flat_*`` import torch, transformers and each other only, so that
+``save_pretrained`` can put them beside the weights.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, initialization
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -40,15 +43,49 @@ def attention_value_width(rank: int, head_dim: int, query_length: int, implement
     return head_dim
 
 
+@dataclass(kw_only=True, repr=False, eq=False)  # those of PreTrainedConfig
 class FlatConfig:
-    """Check of the value widths; a family's config adds the field ``value_head_dim``."""
+    """The fields that a family's compressed config has and its dense one has not; ``None`` leaves a part whole.
 
-    def validate_value_head_dim(self: Any) -> None:
-        """Refuse a width outside ``1..head_dim``; ``None`` is ``head_dim``. transformers calls this on creation."""
+    Attributes:
+        value_head_dim: Width of each value head.
+        query_key_rank: Rank of each head's rows in ``q_proj`` and in ``k_proj``, kept as two factors.
+        dense_intermediate_size: MLP width of the dense model.
+    """
+
+    value_head_dim: int | None = None
+    query_key_rank: int | None = None
+    dense_intermediate_size: int | None = None
+
+    def validate_ranks(self: Any) -> None:
+        """Refuse a rank outside ``1..head_dim``; transformers calls this on creation."""
         for layer_idx, layer_config in enumerate(self.per_layer_config):
-            rank = layer_config.value_head_dim
-            if rank is not None and not 1 <= rank <= layer_config.head_dim:
-                raise ValueError(f"layer {layer_idx}: value_head_dim must be in 1..{layer_config.head_dim}, got {rank}")
+            for name in ("value_head_dim", "query_key_rank"):
+                rank = getattr(layer_config, name)
+                if rank is not None and not 1 <= rank <= layer_config.head_dim:
+                    raise ValueError(f"layer {layer_idx}: {name} must be in 1..{layer_config.head_dim}, got {rank}")
+
+
+class HeadwiseFactoredLinear(nn.Module):
+    """A linear layer to heads, each of whose outputs lies in a subspace of its own.
+
+    It stands in for a linear layer from D to H·d, as ``down`` to H·r followed by ``up`` within each head. Rotary
+    embeddings turn what comes out, so the factors of queries and keys cannot be merged into one another.
+
+    Attributes:
+        down: From D to H·r, with the bias if there is one.
+        up: What each head's r numbers stand for, (H, d, r).
+    """
+
+    def __init__(self, in_features: int, num_heads: int, head_dim: int, rank: int, bias: bool) -> None:
+        super().__init__()
+        self.down = nn.Linear(in_features, num_heads * rank, bias=bias)
+        self.up = nn.Parameter(torch.empty(num_heads, head_dim, rank))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        num_heads, _, rank = self.up.shape
+        reduced = self.down(hidden_states).unflatten(-1, (num_heads, rank))  # (..., H, r)
+        return torch.einsum("...hr,hdr->...hd", reduced, self.up).flatten(-2)  # (..., H·d)
 
 
 class FlatAttention(nn.Module):
@@ -65,20 +102,26 @@ class FlatAttention(nn.Module):
     head_dim: int
     scaling: float
     attention_dropout: float
-    q_proj: nn.Linear
-    k_proj: nn.Linear
+    q_proj: nn.Linear | HeadwiseFactoredLinear
+    k_proj: nn.Linear | HeadwiseFactoredLinear
     v_proj: nn.Linear
     o_proj: nn.Linear
 
     def __init__(self, config: PreTrainedConfig, layer_idx: int) -> None:
         # The whole model's config, not the layer's copy: set_attn_implementation changes the former.
         super().__init__(config, layer_idx)
-        self.value_head_dim: int = config.per_layer_config[layer_idx].value_head_dim or self.head_dim
+        layer_config = config.per_layer_config[layer_idx]
+        self.value_head_dim: int = layer_config.value_head_dim or self.head_dim
         num_kv_heads = self.v_proj.out_features // self.head_dim
         num_heads = self.o_proj.in_features // self.head_dim
         has_bias = self.v_proj.bias is not None, self.o_proj.bias is not None
         self.v_proj = nn.Linear(self.v_proj.in_features, num_kv_heads * self.value_head_dim, bias=has_bias[0])
         self.o_proj = nn.Linear(num_heads * self.value_head_dim, self.o_proj.out_features, bias=has_bias[1])
+        if layer_config.query_key_rank is not None:
+            for name, heads in (("q_proj", num_heads), ("k_proj", num_kv_heads)):
+                whole = getattr(self, name)
+                shape = (whole.in_features, heads, self.head_dim, layer_config.query_key_rank)
+                setattr(self, name, HeadwiseFactoredLinear(*shape, bias=whole.bias is not None))
 
     def project_queries_and_keys(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """Return queries (B, T, H, d) and keys (B, T, G, d) before their rotation."""
@@ -137,7 +180,18 @@ class FlatDecoderLayer(nn.Module):
         self.self_attn = self.attention_class(config, layer_idx)
 
 
-class FlatModel(nn.Module):
+class FlatPreTrainedModel(nn.Module):
+    """How the parameters of compressed models start, beyond those that dense models have."""
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)  # type: ignore[misc]
+        if isinstance(module, HeadwiseFactoredLinear):  # orthonormal columns, as compression leaves them
+            _, head_dim, rank = module.up.shape
+            columns = torch.eye(head_dim, rank, dtype=module.up.dtype, device=module.up.device)
+            initialization.copy_(module.up, columns.expand_as(module.up))
+
+
+class FlatModel(FlatPreTrainedModel):
     """A dense parent's model over compressed layers.
 
     The parents build their layers in ``__init__`` from one width for all, which a config with
@@ -162,7 +216,7 @@ class FlatModel(nn.Module):
         self.post_init()
 
 
-class FlatCausalLM(nn.Module):
+class FlatCausalLM(FlatPreTrainedModel):
     """A dense parent's causal language model over a :class:`FlatModel`."""
 
     model_class: ClassVar[type[FlatModel]]

@@ -16,11 +16,9 @@ from .flat_attention import FlatAttention, FlatCausalLM, FlatConfig, FlatDecoder
 
 @strict
 class FlatLlamaConfig(FlatConfig, LlamaConfig):
-    """A Llama config whose ``per_layer_config`` may hold ``value_head_dim`` and ``intermediate_size``."""
+    """A Llama config whose ``per_layer_config`` may hold ranks and ``intermediate_size``."""
 
     model_type = "flat_llama"
-
-    value_head_dim: int | None = None
 
 
 class FlatLlamaAttention(FlatAttention, LlamaAttention):

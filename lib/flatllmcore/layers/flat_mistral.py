@@ -18,11 +18,9 @@ from .flat_attention import FlatAttention, FlatCausalLM, FlatConfig, FlatDecoder
 
 @strict
 class FlatMistralConfig(FlatConfig, MistralConfig):
-    """A Mistral config whose ``per_layer_config`` may hold ``value_head_dim`` and ``intermediate_size``."""
+    """A Mistral config whose ``per_layer_config`` may hold ranks and ``intermediate_size``."""
 
     model_type = "flat_mistral"
-
-    value_head_dim: int | None = None
 
 
 class FlatMistralAttention(FlatAttention, MistralAttention):

@@ -7,14 +7,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import InputError
-from .families import FAMILIES, family_of
+from .families import FAMILIES, family_of, head_dim_of
 from .flat_attention import FlatDecoderLayer
 
 _LOST_IN_CONVERSION = ("model_type", "transformers_version", "architectures", "auto_map")
 
 
 def compressed_config(
-    config: PreTrainedConfig, value_ranks: Sequence[int], mlp_widths: Sequence[int]
+    config: PreTrainedConfig,
+    value_ranks: Sequence[int],
+    mlp_widths: Sequence[int],
+    query_key_ranks: Sequence[int | None] | None = None,
 ) -> PreTrainedConfig:
     """Return the compressed family's config; all else is as in the dense ``config``.
 
@@ -24,6 +27,8 @@ def compressed_config(
         config: A dense model's config.
         value_ranks: Value width per head of each layer, ``1..head_dim``.
         mlp_widths: MLP width of each layer, ``1..intermediate_size``.
+        query_key_ranks: Rank per head of each layer's queries and keys, ``1..head_dim``; a layer with ``None``
+            keeps them whole, and so do all layers by default.
 
     Raises:
         InputError: If the family is not supported, or the model is compressed already.
@@ -32,12 +37,22 @@ def compressed_config(
     family = family_of(config)
     if config.model_type not in FAMILIES:
         raise InputError(f"the model is compressed already ({config.model_type}); give one of: {', '.join(FAMILIES)}")
-    _check_widths("value ranks", value_ranks, config.num_hidden_layers, config.head_dim)
+    _check_widths("value ranks", value_ranks, config.num_hidden_layers, head_dim_of(config))
     _check_widths("MLP widths", mlp_widths, config.num_hidden_layers, config.intermediate_size)
+    if query_key_ranks is None:
+        query_key_ranks = [None] * config.num_hidden_layers
+    whole_or_rank = [head_dim_of(config) if rank is None else rank for rank in query_key_ranks]
+    _check_widths("query and key ranks", whole_or_rank, config.num_hidden_layers, head_dim_of(config))
 
     fields = {name: value for name, value in config.to_dict().items() if name not in _LOST_IN_CONVERSION}
-    per_layer: dict[int, dict[str, int]] = {layer_idx: {} for layer_idx in range(config.num_hidden_layers)}
-    for name, widths in (("value_head_dim", value_ranks), ("intermediate_size", mlp_widths)):
+    fields["dense_intermediate_size"] = config.intermediate_size
+    per_layer: dict[int, dict[str, int | None]] = {layer_idx: {} for layer_idx in range(config.num_hidden_layers)}
+    layer_fields: dict[str, Sequence[int | None]] = {
+        "value_head_dim": value_ranks,
+        "intermediate_size": mlp_widths,
+        "query_key_rank": query_key_ranks,
+    }
+    for name, widths in layer_fields.items():
         if len(set(widths)) == 1:
             fields[name] = widths[0]
             continue
@@ -66,7 +81,8 @@ def compress_decoder_layer(
     """Return the compressed layer: ``weights`` where given, else the dense layer's own parameters.
 
     Parameters taken from the dense layer are the same objects, not copies. New ones take device, dtype and
-    ``requires_grad`` of the dense parameter they stand in for. The dense layer is left as it was.
+    ``requires_grad`` of the dense parameter they stand in for, factors those of the weight they are factors of.
+    The dense layer is left as it was.
 
     Args:
         dense_layer: The decoder layer of the dense model.
@@ -75,15 +91,21 @@ def compress_decoder_layer(
         weights: New weights by name inside the layer, e.g. ``self_attn.v_proj.weight``.
 
     Raises:
-        ValueError: If a name is unknown, or a shape is not the one ``flat_config`` states.
+        ValueError: If a name is unknown, a factor is missing, or a shape is not the one ``flat_config`` states.
     """
     layer = empty_decoder_layer(flat_config, layer_idx)
+    expected_parameters = dict(layer.named_parameters())
     dense_parameters = dict(dense_layer.named_parameters())
-    unknown = sorted(weights.keys() - dense_parameters.keys())
+    unknown = sorted(weights.keys() - expected_parameters.keys())
     if unknown:
-        raise ValueError(f"layer {layer_idx}: no parameter {', '.join(unknown)}; it has {', '.join(dense_parameters)}")
-    for name, expected in list(layer.named_parameters()):
-        parameter = dense_parameters[name]
+        raise ValueError(
+            f"layer {layer_idx}: no parameter {', '.join(unknown)}; it has {', '.join(expected_parameters)}"
+        )
+    missing = sorted(expected_parameters.keys() - weights.keys() - dense_parameters.keys())
+    if missing:
+        raise ValueError(f"layer {layer_idx}: {', '.join(missing)} must be given; the dense layer has none such")
+    for name, expected in expected_parameters.items():
+        parameter = dense_parameters[name if name in dense_parameters else _dense_name(name)]
         if name in weights:
             parameter = nn.Parameter(_copy_like(weights[name], parameter), requires_grad=parameter.requires_grad)
         if parameter.shape != expected.shape:
@@ -152,6 +174,12 @@ def _check_layers(expected: Sequence[FlatDecoderLayer], layers: Sequence[FlatDec
         for name, parameter in pattern.named_parameters():
             if shapes.get(name) != tuple(parameter.shape):
                 raise ValueError(f"layer {layer_idx}: {name} must be {tuple(parameter.shape)}, got {shapes.get(name)}")
+
+
+def _dense_name(factor: str) -> str:
+    """Return the name of the weight that ``factor``, a parameter of a factored projection, is part of."""
+    projection = factor.rpartition(".")[0].removesuffix(".down")
+    return f"{projection}.weight"
 
 
 def _copy_like(weight: Tensor, parameter: Tensor) -> Tensor:

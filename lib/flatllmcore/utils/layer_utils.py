@@ -4,13 +4,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from transformers import AutoConfig, PretrainedConfig
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from ..errors import InputError
-from ..layers.families import FAMILIES, family_of
+from ..layers.families import FAMILIES, family_of, head_dim_of
+from .dispatch import check_weights_present
 
 # A decoder layer or a part of one. torch types a module's members as tensor or module, so their own are lost.
 DecoderModule: TypeAlias = Any
+
+_COMPRESSED = "flat_"  # before the model_type of the dense family
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,11 @@ class ModelDimensions:
         """Parameters of gate, up and down that one MLP channel costs."""
         return 3 * self.hidden_size
 
+    def differences_from(self, other: "ModelDimensions") -> str:
+        """Return the sizes that are not equal, in words; nothing for equal dimensions."""
+        ours, given = self.to_dict(), other.to_dict()
+        return "; ".join(f"{name} {ours[name]}, not {given[name]}" for name in ours if ours[name] != given[name])
+
     def to_dict(self) -> dict[str, str | int]:
         return asdict(self)
 
@@ -63,10 +73,11 @@ def load_config(model: str, cache_dir: Path | None = None) -> PretrainedConfig:
     """
     try:
         return AutoConfig.from_pretrained(model, cache_dir=cache_dir)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+    except (OSError, ValueError, TypeError, ZeroDivisionError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split("\n")[:2])
         raise InputError(
-            f"no usable model config at {model!r} ({reason}); expected a local model folder or a hub id"
+            f"no usable model config at {model!r} ({reason}); expected a local model folder or a hub id, "
+            f"of one of the families {', '.join(FAMILIES)}"
         ) from error
 
 
@@ -79,12 +90,103 @@ def dimensions_from_config(config: PretrainedConfig) -> ModelDimensions:
     family_of(config)
     if config.model_type not in FAMILIES:
         raise InputError(f"the model is compressed already ({config.model_type}); give one of: {', '.join(FAMILIES)}")
+    return _dense_dimensions(config, config.intermediate_size)
+
+
+def detect_architecture(model: nn.Module) -> str:
+    """Return the family of a dense or compressed model, ``llama``, ``mistral`` and so on.
+
+    Raises:
+        InputError: If the model is not a transformers model of a supported family.
+    """
+    config = getattr(model, "config", None)
+    if not isinstance(config, PretrainedConfig):
+        names = ", ".join(FAMILIES)
+        raise InputError(f"a {type(model).__name__} has no config that names its family; supported: {names}")
+    family_of(config)
+    return config.model_type.removeprefix(_COMPRESSED)
+
+
+def check_causal_lm(model: PreTrainedModel) -> None:
+    """Refuse a model that the method cannot walk through, layer by layer.
+
+    Raises:
+        InputError: If it is not a causal language model of a supported family, dense or compressed, or weights are
+            not in memory as floating-point numbers.
+    """
+    detect_architecture(model)
+    family = family_of(model.config)
+    if type(model) not in (family.dense_causal_lm, family.causal_lm):
+        expected = family.dense_causal_lm.__name__
+        raise InputError(f"the model is a {type(model).__name__}; accepted of this family: {expected}")
+    check_weights_present(model)
+
+
+def find_layers(module: nn.Module, kinds: tuple[type[nn.Module], ...] = (nn.Linear,)) -> dict[str, nn.Module]:
+    """Return the modules inside ``module`` that are of exactly one of ``kinds``, by dotted name."""
+    return {name: part for name, part in module.named_modules() if type(part) in kinds}
+
+
+def find_decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """Return the decoder layers of a dense or compressed model, in order.
+
+    Raises:
+        InputError: If the family is not supported.
+    """
+    detect_architecture(model)
+    return model.base_model.layers
+
+
+def check_sparsity(model: PreTrainedModel) -> float:
+    """Return the share of the decoder layers' linear weights that is zero or has been removed, 0 to 1.
+
+    Relative to the dense model: 0 for an ordinary dense model, the zeros of one pruned by a mask, and for a compressed
+    model what its smaller weights leave out. Two factors that stand for one weight count as they are.
+
+    Raises:
+        InputError: If the family is not supported.
+    """
+    layers = find_decoder_layers(model)
+    weights = [parameter for parameter in layers.parameters() if parameter.ndim > 1]  # norms and biases are vectors
+    nonzero = sum(int(weight.count_nonzero()) for weight in weights)
+    dimensions = _dense_dimensions(model.config, _dense_intermediate_size(model.config))
+    return 1 - nonzero / (dimensions.num_layers * dimensions.layer_parameters)
+
+
+def get_layer_dimensions(model: PreTrainedModel, architecture: str | None = None) -> dict[str, Any]:
+    """Return the sizes of the dense model, and the ``value_rank`` and ``mlp_width`` of each layer as it is.
+
+    Args:
+        model: Dense or compressed.
+        architecture: The family the model is expected to be of; any for ``None``.
+
+    Raises:
+        InputError: If the model is of another family, or of one that is not supported.
+    """
+    found = detect_architecture(model)
+    if architecture not in (None, found):
+        raise InputError(f"the model is of the family {found!r}, not {architecture!r}")
+    dimensions = _dense_dimensions(model.config, _dense_intermediate_size(model.config))
+    layers: list[DecoderModule] = list(find_decoder_layers(model))
+    return {
+        **dimensions.to_dict(),
+        "value_rank": [layer.self_attn.v_proj.out_features // dimensions.num_kv_heads for layer in layers],
+        "mlp_width": [layer.mlp.down_proj.in_features for layer in layers],
+    }
+
+
+def _dense_dimensions(config: PretrainedConfig, intermediate_size: int) -> ModelDimensions:
     return ModelDimensions(
-        architecture=config.model_type,
+        architecture=config.model_type.removeprefix(_COMPRESSED),
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
         num_heads=config.num_attention_heads,
         num_kv_heads=config.num_key_value_heads,
-        head_dim=config.head_dim or config.hidden_size // config.num_attention_heads,
-        intermediate_size=config.intermediate_size,
+        head_dim=head_dim_of(config),
+        intermediate_size=intermediate_size,
     )
+
+
+def _dense_intermediate_size(config: PretrainedConfig) -> int:
+    """Return the MLP width before compression; a config of per-layer widths refuses to give one for all."""
+    return config.intermediate_size if config.model_type in FAMILIES else config.dense_intermediate_size
