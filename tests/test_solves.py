@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from conftest import tiny_model
 from flatllmcore.core import moments as moments_module
-from flatllmcore.core.attention_pca import headwise_pca, project_output, project_values, rank_for_mass
+from flatllmcore.core.attention_pca import headwise_pca, project_heads, project_output, rank_for_mass
 from flatllmcore.core.mlp_nystrom import diagonal_of_ridge_inverse, reconstruct_down_projection, select_channels
 from flatllmcore.core.moments import add_head_moments, add_moment, collect_moments, mirror_lower_triangle
 from flatllmcore.core.stopwatch import Stopwatch
@@ -85,9 +85,9 @@ def test_grouped_heads_are_full_heads_repeated():
     repeated = bases.repeat_interleave(n, dim=0)
     torch.testing.assert_close(project_output(o_weight, bases), project_output(o_weight, repeated))
     v_weight = random(G * d, D, seed=4)
-    by_group = project_values(v_weight, bases).view(G, r, D).repeat_interleave(n, dim=0)
+    by_group = project_heads(v_weight, bases).view(G, r, D).repeat_interleave(n, dim=0)
     full = v_weight.view(G, d, D).repeat_interleave(n, dim=0).reshape(-1, D)
-    torch.testing.assert_close(by_group.flatten(0, 1), project_values(full, repeated))
+    torch.testing.assert_close(by_group.flatten(0, 1), project_heads(full, repeated))
 
 
 def test_a_moment_that_is_not_finite_names_its_head():
@@ -164,7 +164,7 @@ def test_duplicated_channels_are_solved_with_jitter(caplog):
     z = torch.cat([z, z[:, :2]], dim=1)
     weight = random(3, 7)
     kept = torch.arange(6)  # channels 0 and 5 are the same
-    with caplog.at_level(logging.DEBUG):
+    with caplog.at_level(logging.DEBUG, logger="flatllmcore"):
         fitted = reconstruct_down_projection(weight, z.T @ z, kept)
     assert "jitter" in caplog.text
     torch.testing.assert_close(z[:, kept] @ fitted.T, z @ weight.T, rtol=1e-5, atol=1e-5)

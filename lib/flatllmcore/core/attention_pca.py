@@ -1,4 +1,7 @@
-"""Step 4 of the method: head-wise PCA of the values, absorbed into ``v_proj`` and ``o_proj``.
+"""Steps 4 and 6 of the method: head-wise PCA of what the attention's projections put out.
+
+That of the values is absorbed into ``v_proj`` and ``o_proj``. That of queries and of keys leaves two factors of
+``q_proj`` and of ``k_proj``, between whose products the rotary embedding stands.
 
 Shapes: D hidden size, H query heads, G key/value heads, d head width, r rank. Multi-head attention is G = H.
 """
@@ -7,11 +10,12 @@ import torch
 from torch import Tensor
 
 
-def headwise_pca(second_moment: Tensor) -> tuple[Tensor, Tensor]:
-    """Return eigenvalues and principal directions of each key/value head, largest first.
+def headwise_pca(second_moment: Tensor, name: str = "value") -> tuple[Tensor, Tensor]:
+    """Return eigenvalues and principal directions of each head, largest first.
 
     Args:
         second_moment: Sum of ``v vᵀ`` over calibration tokens, float64, (G, d, d).
+        name: Whose moment it is, for the error message.
 
     Returns:
         Eigenvalues (G, d), falling, and orthonormal columns (G, d, d), both float64.
@@ -21,24 +25,24 @@ def headwise_pca(second_moment: Tensor) -> tuple[Tensor, Tensor]:
     """
     if not torch.isfinite(second_moment).all():
         heads = (~torch.isfinite(second_moment)).flatten(1).any(1).nonzero().flatten().tolist()
-        raise ValueError(f"the value moment of key/value heads {heads} is not finite")
+        raise ValueError(f"the {name} moment of heads {heads} is not finite")
     eigenvalues, directions = torch.linalg.eigh(second_moment)
     return eigenvalues.flip(-1), directions.flip(-1)
 
 
-def project_values(v_weight: Tensor, bases: Tensor) -> Tensor:
-    """Return ``Q̃_gᵀ W_v^g`` for every key/value head.
+def project_heads(weight: Tensor, bases: Tensor) -> Tensor:
+    """Return ``Q̃_gᵀ W^g`` for every head of a projection.
 
     Args:
-        v_weight: ``v_proj``'s weight (G·d, D), or its bias as a column (G·d, 1).
+        weight: The weight of ``v_proj``, ``q_proj`` or ``k_proj``, (G·d, D), or its bias, (G·d,).
         bases: Leading directions per head, float64, (G, d, r).
 
     Returns:
-        float64, (G·r, D) or (G·r, 1).
+        float64, (G·r, D) or (G·r,).
     """
-    num_kv_heads, head_dim, _ = bases.shape
-    per_head = v_weight.double().view(num_kv_heads, head_dim, -1)  # (G, d, D)
-    return (bases.mT @ per_head).flatten(0, 1)
+    num_heads, head_dim, _ = bases.shape
+    per_head = weight.double().view(num_heads, head_dim, -1)  # (G, d, D or 1)
+    return (bases.mT @ per_head).reshape(-1, *weight.shape[1:])
 
 
 def project_output(o_weight: Tensor, bases: Tensor) -> Tensor:

@@ -1,11 +1,12 @@
-"""Step 3 of the method: second moments of a decoder layer's values and MLP activations, streamed.
+"""Step 3 of the method: second moments of a decoder layer's heads and MLP activations, streamed.
 
 Nothing is centred. Products are summed within a batch in at least float32 and over batches in float64.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -26,22 +27,25 @@ class LayerMoments:
     Attributes:
         value: ``Σ v_g v_gᵀ`` for each key/value head, (G, d, d).
         mlp: ``Σ z zᵀ`` of the input ``z`` of ``down_proj``, (F, F).
+        query_key: What ``value`` is, of the outputs of ``q_proj``, (H, d, d), and ``k_proj``, (G, d, d), by these
+            names; empty unless asked for.
         tokens: How many tokens were summed.
     """
 
     value: Tensor
     mlp: Tensor
+    query_key: dict[str, Tensor] = field(default_factory=dict)
     tokens: int = 0
 
 
-def add_head_moments(total: Tensor, values: Tensor) -> None:
+def add_head_moments(total: Tensor, outputs: Tensor) -> None:
     """Add ``Σ v vᵀ`` per head to ``total`` in place.
 
     Args:
         total: float64, (G, d, d).
-        values: Output of ``v_proj``, (tokens, G·d).
+        outputs: Of ``v_proj``, ``q_proj`` or ``k_proj``, (tokens, G·d).
     """
-    heads = values.view(len(values), *total.shape[:2]).transpose(0, 1)  # (G, tokens, d)
+    heads = outputs.view(len(outputs), *total.shape[:2]).transpose(0, 1)  # (G, tokens, d)
     total += float32_product(heads.mT, heads)
 
 
@@ -65,32 +69,38 @@ def mirror_lower_triangle(total: Tensor) -> None:
 
 
 @contextmanager
-def collect_moments(layer: DecoderModule, dimensions: ModelDimensions, stopwatch: Stopwatch) -> Iterator[LayerMoments]:
+def collect_moments(
+    layer: DecoderModule, dimensions: ModelDimensions, stopwatch: Stopwatch, *, with_queries_and_keys: bool = False
+) -> Iterator[LayerMoments]:
     """Sum the moments of everything that runs through ``layer`` inside the block.
 
     ``down_proj`` is stood in for meanwhile: its input is all that is wanted, so its product is not
     computed and the layer's output inside the block is not meaningful. The moments are complete, and
     the layer is as it was, when the block ends.
     """
-    weight = layer.self_attn.v_proj.weight
-    heads, width = dimensions.num_kv_heads, dimensions.head_dim
+    attention, down_proj = layer.self_attn, layer.mlp.down_proj
+    zeros = partial(torch.zeros, dtype=torch.float64, device=down_proj.weight.device)
+    width = dimensions.head_dim
     moments = LayerMoments(
-        value=torch.zeros(heads, width, width, dtype=torch.float64, device=weight.device),
-        mlp=torch.zeros(*2 * (dimensions.intermediate_size,), dtype=torch.float64, device=weight.device),
+        value=zeros(dimensions.num_kv_heads, width, width),
+        mlp=zeros(dimensions.intermediate_size, dimensions.intermediate_size),
     )
+    totals = {attention.v_proj: moments.value}
+    if with_queries_and_keys:
+        moments.query_key["q_proj"] = totals[attention.q_proj] = zeros(dimensions.num_heads, width, width)
+        moments.query_key["k_proj"] = totals[attention.k_proj] = zeros(dimensions.num_kv_heads, width, width)
 
-    def add_values(_module: nn.Module, _inputs: tuple[Tensor], values: Tensor) -> None:
+    def add_heads(projection: nn.Module, _inputs: tuple[Tensor], outputs: Tensor) -> None:
         with stopwatch.stage("moments"):
-            add_head_moments(moments.value, values.flatten(0, -2))
-            moments.tokens += values.shape[:-1].numel()
+            add_head_moments(totals[projection], outputs.flatten(0, -2))
 
-    down_proj = layer.mlp.down_proj
-    hook = layer.self_attn.v_proj.register_forward_hook(add_values)
-    layer.mlp.down_proj = _DownProjectionInput(moments.mlp, dimensions.hidden_size, stopwatch)
+    hooks = [projection.register_forward_hook(add_heads) for projection in totals]
+    layer.mlp.down_proj = _DownProjectionInput(moments, dimensions.hidden_size, stopwatch)
     try:
         yield moments
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
         layer.mlp.down_proj = down_proj
     mirror_lower_triangle(moments.mlp)
 
@@ -98,13 +108,14 @@ def collect_moments(layer: DecoderModule, dimensions: ModelDimensions, stopwatch
 class _DownProjectionInput(nn.Module):
     """Stands where ``down_proj`` was, sums the moment of its input and returns zeros of its output's shape."""
 
-    def __init__(self, total: Tensor, hidden_size: int, stopwatch: Stopwatch) -> None:
+    def __init__(self, moments: LayerMoments, hidden_size: int, stopwatch: Stopwatch) -> None:
         super().__init__()
-        self.total = total
+        self.moments = moments
         self.hidden_size = hidden_size
         self.stopwatch = stopwatch
 
     def forward(self, activations: Tensor) -> Tensor:
         with self.stopwatch.stage("moments"):
-            add_moment(self.total, activations.flatten(0, -2))
+            add_moment(self.moments.mlp, activations.flatten(0, -2))
+            self.moments.tokens += activations.shape[:-1].numel()
         return activations.new_zeros(()).expand(*activations.shape[:-1], self.hidden_size)

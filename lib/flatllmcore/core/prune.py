@@ -1,4 +1,4 @@
-"""Steps 3 to 5 of the method, layer by layer: statistics, solve, replace, and on with the compressed output."""
+"""Steps 3 to 6 of the method, layer by layer: statistics, solve, replace, and on with the compressed output."""
 
 import logging
 import time
@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 from ..errors import InputError
 from ..layers.replacement import compress_decoder_layer, compressed_config
 from ..utils.layer_utils import DecoderModule
-from .attention_pca import headwise_pca, project_output, project_values, rank_for_mass
+from .attention_pca import headwise_pca, project_heads, project_output, rank_for_mass
 from .calibration import HiddenStates, LayerSink, LayerSource, progress
 from .mlp_nystrom import reconstruct_down_projection, select_channels
 from .moments import LayerMoments, collect_moments
@@ -28,6 +28,7 @@ class LayerRecord:
     """What was done to one layer.
 
     Attributes:
+        query_key_rank: Rank per head of Q and K; ``None`` where they stay whole.
         rank_at_tolerance: Mean over heads of the rank that would keep the monitored share of eigenvalue
             mass; ``None`` for a layer that was left whole, whose moments nobody needs.
     """
@@ -36,6 +37,7 @@ class LayerRecord:
     keep: float
     value_rank: int
     mlp_width: int
+    query_key_rank: int | None
     rank_at_tolerance: float | None
     elapsed_s: float
 
@@ -60,7 +62,7 @@ def compress_layers(
         source: The dense model.
         sink: Takes each layer when it is done.
         windows: Calibration token ids, (N, S).
-        allocation: Ranks and widths per layer.
+        allocation: Ranks and widths per layer, and whether Q and K are pruned too.
         batch_size: Windows run at a time; the result depends on it only by rounding.
         tolerance: Share of eigenvalue mass to monitor, in (0, 1]; changes nothing.
         stopwatch: Counts the stages ``forward``, ``moments`` and ``solves``.
@@ -79,22 +81,25 @@ def compress_layers(
             windows.numel(),
             dimensions.intermediate_size,
         )
-    flat_config = compressed_config(source.config, allocation.value_rank, allocation.mlp_width)
+    query_key_ranks = allocation.query_key_rank
+    flat_config = compressed_config(source.config, allocation.value_rank, allocation.mlp_width, query_key_ranks)
     hidden = HiddenStates.embed(source, windows, batch_size)
     records = []
     for index in progress(source.num_layers, "compress"):
         started = time.perf_counter()
-        rank, width = allocation.value_rank[index], allocation.mlp_width[index]
+        rank, width, qk_rank = allocation.value_rank[index], allocation.mlp_width[index], query_key_ranks[index]
         with source.layer(index) as dense:
             weights: dict[str, Tensor] = {}
             rank_at_tolerance = None
             if rank < dimensions.head_dim or width < dimensions.intermediate_size:
-                with collect_moments(dense, dimensions, stopwatch) as moments:
+                with collect_moments(
+                    dense, dimensions, stopwatch, with_queries_and_keys=qk_rank is not None
+                ) as moments:
                     for batch in hidden.batches():
                         with stopwatch.stage("forward"):
                             hidden.run(dense, index, batch)
                 with stopwatch.stage("solves"), _naming_layer(index):
-                    weights, rank_at_tolerance = solve_layer(dense, moments, rank, width, tolerance)
+                    weights, rank_at_tolerance = solve_layer(dense, moments, rank, width, qk_rank, tolerance)
             compressed = compress_decoder_layer(dense, flat_config, index, weights)
             for batch in hidden.batches():
                 with stopwatch.stage("forward"):
@@ -105,6 +110,7 @@ def compress_layers(
             keep=allocation.keep[index],
             value_rank=rank,
             mlp_width=width,
+            query_key_rank=qk_rank,
             rank_at_tolerance=rank_at_tolerance,
             elapsed_s=round(time.perf_counter() - started, 3),
         )
@@ -114,31 +120,45 @@ def compress_layers(
 
 
 def solve_layer(
-    layer: DecoderModule, moments: LayerMoments, rank: int, width: int, tolerance: float
+    layer: DecoderModule, moments: LayerMoments, rank: int, width: int, query_key_rank: int | None, tolerance: float
 ) -> tuple[dict[str, Tensor], float]:
     """Return the weights that change, and the mean rank that would keep ``tolerance`` of the eigenvalue mass.
 
-    A rank equal to the head width leaves V and O as they are, a full width the MLP. The weights are in
-    the layer's dtype, under their names within the layer.
+    A rank equal to the head width leaves V and O as they are, a full width the MLP, and no rank Q and K.
+    The weights are in the layer's dtype, under their names within the layer.
     """
     weights: dict[str, Tensor] = {}
     eigenvalues, directions = headwise_pca(moments.value)
     if rank < directions.shape[-1]:
-        weights |= _compress_attention(layer.self_attn, directions[..., :rank])
+        weights |= _compress_values(layer.self_attn, directions[..., :rank])
+    if query_key_rank is not None:
+        weights |= _factor_queries_and_keys(layer.self_attn, moments, query_key_rank)
     if width < len(moments.mlp):
         weights |= _compress_mlp(layer.mlp, moments, width)
     dtype = layer.mlp.down_proj.weight.dtype
     return {name: weight.to(dtype) for name, weight in weights.items()}, rank_for_mass(eigenvalues, tolerance)
 
 
-def _compress_attention(attention: DecoderModule, bases: Tensor) -> dict[str, Tensor]:
+def _compress_values(attention: DecoderModule, bases: Tensor) -> dict[str, Tensor]:
     v_proj, o_proj = attention.v_proj, attention.o_proj
     weights = {
-        "self_attn.v_proj.weight": project_values(v_proj.weight, bases),
+        "self_attn.v_proj.weight": project_heads(v_proj.weight, bases),
         "self_attn.o_proj.weight": project_output(o_proj.weight, bases),
     }
     if v_proj.bias is not None:
-        weights["self_attn.v_proj.bias"] = project_values(v_proj.bias, bases).flatten()
+        weights["self_attn.v_proj.bias"] = project_heads(v_proj.bias, bases)
+    return weights
+
+
+def _factor_queries_and_keys(attention: DecoderModule, moments: LayerMoments, rank: int) -> dict[str, Tensor]:
+    weights = {}
+    for name, moment in moments.query_key.items():
+        bases = headwise_pca(moment, name)[1][..., :rank]  # (H or G, d, r)
+        projection = attention.get_submodule(name)
+        weights[f"self_attn.{name}.up"] = bases
+        weights[f"self_attn.{name}.down.weight"] = project_heads(projection.weight, bases)
+        if projection.bias is not None:
+            weights[f"self_attn.{name}.down.bias"] = project_heads(projection.bias, bases)
     return weights
 
 
@@ -166,16 +186,20 @@ def _naming_layer(index: int) -> Iterator[None]:
 
 def _log(record: LayerRecord, allocation: RankAllocation, tolerance: float) -> None:
     dimensions = allocation.dimensions
+    queries_and_keys = ""
+    if allocation.prune_qk:
+        queries_and_keys = f", Q and K {'whole' if record.query_key_rank is None else 'too'}"
     monitored = ""
     if record.rank_at_tolerance is not None:
         monitored = f" ({record.rank_at_tolerance:.1f} would keep {tolerance:g} of the mass)"
     logger.info(
-        "layer %d: keep %.3f, rank %d/%d%s, mlp %d/%d, %.1f s",
+        "layer %d: keep %.3f, rank %d/%d%s%s, mlp %d/%d, %.1f s",
         record.layer,
         record.keep,
         record.value_rank,
         dimensions.head_dim,
         monitored,
+        queries_and_keys,
         record.mlp_width,
         dimensions.intermediate_size,
         record.elapsed_s,

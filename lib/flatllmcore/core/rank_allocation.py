@@ -11,7 +11,7 @@ from ..errors import InputError
 from ..utils.files import write_atomically
 from ..utils.json_fields import read_dimensions, read_field, read_json_object, read_sequence
 from ..utils.layer_utils import ModelDimensions
-from .rank_rounding import attention_parameters, rounded_ranks
+from .rank_rounding import attention_parameters, query_key_rank, rounded_ranks
 
 MAX_SPARSITY_RATIO = 95
 _BINARY_ROUNDING = 1e-9  # 0.29 · 100 is 28.999999999999996 and means 29
@@ -51,6 +51,13 @@ class RankAllocation:
                 if not least <= value <= most or value == 0:
                     accepted = f"{least} to {most}" if least else f"more than 0, at most {most}"
                     raise InputError(f"'{name}' of layer {layer_idx} is {value}; accepted: {accepted}")
+
+    @property
+    def query_key_rank(self) -> tuple[int | None, ...]:
+        """Rank per head of each layer's Q and K; ``None`` where they stay whole."""
+        if not self.prune_qk:
+            return (None,) * self.dimensions.num_layers
+        return tuple(query_key_rank(self.dimensions, rank) for rank in self.value_rank)
 
     @property
     def parameters_before(self) -> int:

@@ -13,15 +13,24 @@ WIDE_STEP_SHARE = 0.005  # of a layer's parameters: what a wide step may cost
 
 
 def attention_parameters(dimensions: ModelDimensions, rank: int, prune_qk: bool) -> int:
-    """Return the weights of Q, K, V and O of one layer at one rank per head.
+    """Return the weights of Q, K, V and O of one layer at one rank per head."""
+    qk_rank = query_key_rank(dimensions, rank) if prune_qk else None
+    qk_parameters = dimensions.qk_parameters if qk_rank is None else qk_rank * _factor_parameters(dimensions)
+    return qk_parameters + rank * dimensions.rank_parameters
 
-    Pruned Q and K are two factors, (rank, D) and (d, rank) per head; where those would be more than
-    the projection itself, it is left whole.
+
+def query_key_rank(dimensions: ModelDimensions, rank: int) -> int | None:
+    """Return the rank at which pruned Q and K are kept, or ``None`` for whole ones.
+
+    They are two factors, (rank, D) and (d, rank) per head; where those would not be fewer weights than
+    the projections themselves, these are left whole.
     """
-    whole_head = dimensions.head_dim * dimensions.hidden_size
-    factors = rank * (dimensions.hidden_size + dimensions.head_dim)
-    qk_head = min(factors, whole_head) if prune_qk else whole_head
-    return (dimensions.num_heads + dimensions.num_kv_heads) * qk_head + rank * dimensions.rank_parameters
+    return rank if rank * _factor_parameters(dimensions) < dimensions.qk_parameters else None
+
+
+def _factor_parameters(dimensions: ModelDimensions) -> int:
+    """Return what one unit of rank costs in the two factors of Q and of K."""
+    return (dimensions.hidden_size + dimensions.head_dim) * (dimensions.num_heads + dimensions.num_kv_heads)
 
 
 def rounded_ranks(

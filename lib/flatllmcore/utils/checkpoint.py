@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import InputError
+from ..layers.flat_attention import HeadwiseFactoredLinear
 
 _NOT_RUN = "not run"
 
@@ -67,10 +68,15 @@ def check_output_folder(folder: Path, overwrite: bool) -> None:
 
 
 def count_parameters(model: PreTrainedModel) -> dict[str, int]:
-    """Return ``decoder_linear``, weights of linear layers inside decoder layers, and ``total``, tied ones once."""
-    linears = (module for module in model.base_model.layers.modules() if isinstance(module, nn.Linear))
+    """Return ``decoder_linear``, weights of linear layers inside decoder layers, and ``total``, tied ones once.
+
+    The second factors of pruned queries and keys count as linear weights.
+    """
+    modules = list(model.base_model.layers.modules())
+    weights = [module.weight for module in modules if isinstance(module, nn.Linear)]
+    weights += [module.up for module in modules if isinstance(module, HeadwiseFactoredLinear)]
     return {
-        "decoder_linear": sum(linear.weight.numel() for linear in linears),
+        "decoder_linear": sum(weight.numel() for weight in weights),
         "total": sum(parameter.numel() for parameter in model.parameters()),
     }
 
@@ -84,6 +90,7 @@ def model_card(record: Mapping[str, Any]) -> str:
             - ``base_model``: Hub id or folder of the dense model.
             - ``sparsity_ratio``, ``achieved_sparsity_percent``: percent of decoder-layer linear weights removed,
               asked and achieved.
+            - ``prune_qk``: whether queries and keys were pruned too.
             - ``parameters_before``, ``parameters_after``: as :func:`count_parameters`.
             - ``dataset``, ``nsamples``, ``seqlen``, ``seed``: the calibration text.
             - ``perplexity``: ``{"dense": ..., "compressed": ..., "dataset": ..., "seqlen": ...}``, or nothing.
@@ -101,13 +108,14 @@ def model_card(record: Mapping[str, Any]) -> str:
 
 def _facts(base_name: str, record: Mapping[str, Any]) -> list[str]:
     before, after = record["parameters_before"], record["parameters_after"]
+    projections = "query, key, value and output" if record["prune_qk"] else "value and output"
     perplexity = record.get("perplexity") or {}
     measured_on = f" ({perplexity['dataset']}, windows of {perplexity['seqlen']} tokens)" if perplexity else ""
     return [
         f"# {base_name}, compressed by FLAT-LLM",
         "",
         f"{record['achieved_sparsity_percent']:.2f} % of the decoder layers' linear weights were removed,"
-        " without training: value and output projections by head-wise PCA, MLPs by Nyström approximation.",
+        f" without training: {projections} projections by head-wise PCA, MLPs by Nyström approximation.",
         "",
         "| | dense | compressed |",
         "|---|---:|---:|",
