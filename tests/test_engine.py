@@ -141,3 +141,36 @@ def test_opposite_rows_count_as_a_right_angle_and_zero_rows_as_cosine_one_half()
     angles, zeros = angles_between(x, y)
     assert angles.tolist() == pytest.approx([0.5, 0.5, 1 / 3, 0.25])
     assert zeros == 1
+
+
+def test_gradient_importance_equals_finite_differences(model, windows):
+    """Oracle: the change of the loss when one unit of one token's row of a layer's output is scaled by 1 ± ε."""
+    windows, epsilon = windows[:2, :4], 1e-2
+    found = layer_importance(ModelInMemory(model, CPU), windows, 2, Stopwatch(CPU), "gradient").scores
+
+    def losses(layer, token, unit, scale):
+        def scale_unit(_module, _inputs, outputs):
+            scaled = outputs.clone()
+            scaled[:, token, unit] *= scale
+            return scaled
+
+        hook = model.model.layers[layer].register_forward_hook(scale_unit)
+        try:
+            logits = model(windows).logits[:, :-1]
+        finally:
+            hook.remove()
+        per_token = torch.nn.functional.cross_entropy(logits.mT, windows[:, 1:], reduction="none")
+        return per_token.mean(1)  # (windows,)
+
+    for layer in range(2):
+        total = sum(
+            (losses(layer, token, unit, 1 + epsilon) - losses(layer, token, unit, 1 - epsilon)).abs().sum().item()
+            for token in range(4)
+            for unit in range(32)
+        )
+        assert found[layer] == pytest.approx(total / (2 * epsilon) / windows.numel(), rel=2e-3)
+
+
+def test_an_unknown_importance_method_is_refused_by_name(model, windows):
+    with pytest.raises(InputError, match="'random' is unknown; accepted: angular, gradient"):
+        layer_importance(ModelInMemory(model, CPU), windows, 2, Stopwatch(CPU), "random")

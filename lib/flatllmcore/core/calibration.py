@@ -104,13 +104,7 @@ class HiddenStates:
         Raises:
             InputError: If the result is not finite.
         """
-        outputs = layer(batch.states, **self._arguments[index])
-        if not torch.isfinite(outputs).all():
-            raise InputError(
-                f"layer {index} gives NaN or infinite activations in {outputs.dtype}; "
-                "check the checkpoint, or use a wider --dtype (float32, bfloat16)"
-            )
-        return outputs
+        return checked(layer(batch.states, **self._arguments[index]), index)
 
 
 class ModelInMemory:
@@ -178,6 +172,20 @@ def record_layer_arguments(decoder: DecoderModule, seqlen: int) -> list[dict[str
         for layer in decoder.layers:
             layer.__dict__.pop("forward", None)
     return recorded
+
+
+def checked(outputs: Tensor, index: int) -> Tensor:
+    """Return what layer ``index`` gave, if it is finite.
+
+    Raises:
+        InputError: If it is not.
+    """
+    if not torch.isfinite(outputs).all():
+        raise InputError(
+            f"layer {index} gives NaN or infinite activations in {outputs.dtype}; "
+            "check the checkpoint, or use a wider --dtype (float32, bfloat16)"
+        )
+    return outputs
 
 
 @contextmanager

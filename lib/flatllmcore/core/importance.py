@@ -1,12 +1,19 @@
-"""Step 1 of the method: how far each decoder layer turns its input."""
+"""Step 1 of the method: how much each decoder layer matters.
+
+``angular`` is the method's own: how far a layer turns its input. ``gradient`` is the first-order estimate of what
+the loss would change by if a layer's output were taken away.
+"""
 
 import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
 
-from .calibration import HiddenStates, LayerSource, progress
+from ..errors import InputError
+from .calibration import HiddenStates, LayerSource, checked, progress
 from .stopwatch import Stopwatch
 
 
@@ -15,8 +22,8 @@ class LayerImportance:
     """Scores of all layers and the rows that had no angle.
 
     Attributes:
-        scores: Mean angle over tokens in units of π, one per layer, 0 to 0.5.
-        zero_rows: Input or output rows of zeros, counted as cosine 0.5.
+        scores: One per layer. Angular: mean angle over tokens in units of π, 0 to 0.5.
+        zero_rows: Tokens whose input or output was all zeros; they count as cosine 0.5.
     """
 
     scores: tuple[float, ...]
@@ -43,19 +50,29 @@ def angles_between(inputs: Tensor, outputs: Tensor) -> tuple[Tensor, int]:
     return cosine.clamp(0, 1).arccos() / math.pi, int(is_zero.sum())
 
 
-@torch.no_grad()
-def layer_importance(source: LayerSource, windows: Tensor, batch_size: int, stopwatch: Stopwatch) -> LayerImportance:
-    """Score every decoder layer by the angle between its input and its output, residual included.
+def layer_importance(
+    source: LayerSource, windows: Tensor, batch_size: int, stopwatch: Stopwatch, method: str = "angular"
+) -> LayerImportance:
+    """Score every decoder layer.
 
     Args:
         source: The model, dense.
         windows: Token ids, (N, S).
         batch_size: Windows run at a time; the scores depend on it only by rounding.
-        stopwatch: Counts the stages ``forward`` and ``angles``.
+        stopwatch: Counts the stages ``forward`` and ``angles``, or ``forward`` and ``backward``.
+        method: ``angular`` or ``gradient``.
 
     Raises:
-        InputError: If a layer's activations are not finite.
+        InputError: If the method is unknown, or a layer's activations are not finite.
     """
+    if method not in METHODS:
+        raise InputError(f"importance method {method!r} is unknown; accepted: {', '.join(METHODS)}")
+    return METHODS[method](source, windows, batch_size, stopwatch)
+
+
+@torch.no_grad()
+def angular_importance(source: LayerSource, windows: Tensor, batch_size: int, stopwatch: Stopwatch) -> LayerImportance:
+    """Score every layer by the mean angle between its input and its output, residual included."""
     hidden = HiddenStates.embed(source, windows, batch_size)
     scores, zero_rows = [], 0
     for index in progress(source.num_layers, "importance"):
@@ -71,3 +88,49 @@ def layer_importance(source: LayerSource, windows: Tensor, batch_size: int, stop
                 batch.replace(outputs)
         scores.append(total / windows.numel())
     return LayerImportance(tuple(scores), zero_rows)
+
+
+@torch.no_grad()
+def gradient_importance(source: LayerSource, windows: Tensor, batch_size: int, stopwatch: Stopwatch) -> LayerImportance:
+    """Score every layer by the mean over tokens of ``Σ_d |∂loss/∂h_d · h_d|`` with ``h`` the layer's output.
+
+    This is the first-order Taylor estimate of what taking away each hidden unit does to a window's mean next-token
+    loss. The absolute value is taken per unit: the final norm makes the loss blind to the length of the last
+    layer's output, so there the products of a token sum to zero whatever the layer does.
+
+    What is kept at a time are one batch's hidden states at every layer boundary, and one layer: its forward pass
+    is run again to carry the gradient back through it.
+    """
+    arguments = source.layer_arguments(windows.shape[1])
+    totals = [0.0] * source.num_layers
+    for ids in tqdm(windows.split(batch_size), desc="gradient importance", unit="batch", disable=None):
+        states = [source.embed(ids)]  # states[l + 1] is the output of layer l
+        with stopwatch.stage("forward"):
+            for index in range(source.num_layers):
+                with source.layer(index) as layer:
+                    states.append(checked(layer(states[index], **arguments[index]), index))
+        with stopwatch.stage("backward"):
+            gradient = _loss_gradient(source, states[-1], ids.to(source.device))
+            for index in reversed(range(source.num_layers)):
+                totals[index] += (gradient * states[index + 1]).abs().sum(dtype=torch.float64).item()
+                if index > 0:
+                    with source.layer(index) as layer, torch.enable_grad():
+                        inputs = states[index].detach().requires_grad_()
+                        outputs = layer(inputs, **arguments[index])
+                        (gradient,) = torch.autograd.grad(outputs, inputs, gradient)
+    return LayerImportance(tuple(total / windows.numel() for total in totals), zero_rows=0)
+
+
+METHODS = {"angular": angular_importance, "gradient": gradient_importance}
+
+
+def _loss_gradient(source: LayerSource, states: Tensor, ids: Tensor) -> Tensor:
+    """Return the gradient of each window's mean loss at the last layer's output, window by window, (batch, S, D)."""
+    gradient = torch.zeros_like(states)
+    with source.head() as logits_of, torch.enable_grad():
+        for window, targets, part in zip(states, ids, gradient, strict=True):
+            inputs = window[:-1].detach().requires_grad_()
+            logits = logits_of(inputs)
+            loss = cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets[1:])
+            part[:-1] = torch.autograd.grad(loss, inputs)[0]
+    return gradient

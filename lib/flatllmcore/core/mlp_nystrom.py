@@ -19,7 +19,7 @@ JITTERS = (0.0, 1e-10, 1e-8, 1e-6, 1e-4)
 # With fewer tokens than channels the moment is singular, and an exact solve fits the few tokens' noise:
 # worst where the kept channels are about as many as the tokens. Measured (benchmarks/few_tokens.py), a tenth
 # of each channel's energy mends that; with tokens enough the solve stays exact.
-FEW_TOKENS_JITTER = 0.1
+FEW_TOKENS_JITTERS = (0.1,)
 # A squared pivot is the share of a channel's energy that earlier channels do not explain; below this,
 # float64 has lost it and the factor is no basis for a solve.
 SMALLEST_PIVOT = 1e-11
@@ -84,7 +84,7 @@ def reconstruct_down_projection(
         second_moment: ``C``, float64, (F, F).
         kept: Rising indices ``I``, (k,).
         is_singular: Whether ``C`` sums fewer tokens than it has channels; ``C[I, I]`` is then solved with
-            ``FEW_TOKENS_JITTER`` or more.
+            ``FEW_TOKENS_JITTERS``.
 
     Returns:
         float64, (D, k).
@@ -100,7 +100,7 @@ def reconstruct_down_projection(
 
     energy = moment.diagonal()
     scale = torch.where(energy > 0, energy.rsqrt(), torch.ones_like(energy))
-    jitters = (FEW_TOKENS_JITTER,) if is_singular else JITTERS
+    jitters = FEW_TOKENS_JITTERS if is_singular else JITTERS
     factor = _cholesky_with_jitter(moment * scale[:, None] * scale, jitters)
     fitted = torch.cholesky_solve((cross * scale).T, factor).T * scale
     return weight[:, kept] + fitted
