@@ -15,6 +15,7 @@ from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
 
+from flatllmbench.command_line import complain
 from flatllmbench.plots import plot_ranks
 from flatllmcore.core.importance_scores import ImportanceScores, read_author_scores
 from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector, RankAllocation, check_sparsity_ratio
@@ -47,8 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             write_ranks(importance, allocations, args.plot)
             sys.stdout.write(table(importance, allocations))
     except (InputError, OSError) as error:
-        sys.stderr.write(f"compute_rank.py: {error}\n")
-        return 2
+        return complain(str(error))
     return 0
 
 

@@ -12,19 +12,19 @@
 import argparse
 import errno
 import logging
+import math
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import transformers
 from torch import Tensor
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from flatllmbench.command_line import check_arguments, complain, logging_to, parse_arguments, request, run_name
 from flatllmbench.perplexity import perplexity
 from flatllmbench.records import hardware, versions, write_record
 from flatllmcore.core.calibration import ModelInMemory, default_batch_size
@@ -34,34 +34,34 @@ from flatllmcore.core.prune import compress_layers
 from flatllmcore.core.rank_allocation import (
     ImportancePreservingRankSelector,
     RankAllocation,
-    check_sparsity_ratio,
     prunable_keep_ratio,
 )
 from flatllmcore.core.rank_files import IMPORTANCE_FILE, find_ranks, ranks_file
 from flatllmcore.core.stopwatch import Stopwatch
 from flatllmcore.errors import InputError
-from flatllmcore.utils.checkpoint import check_output_folder, count_parameters, model_card, save_compressed
+from flatllmcore.utils.calibration_windows import check_token_ids, window_length
+from flatllmcore.utils.checkpoint import count_parameters, model_card, save_compressed
 from flatllmcore.utils.data_utils import (
     TextDataset,
     consecutive_windows,
-    has_test_split,
     load_text,
     sample_documents,
     sample_windows,
 )
 from flatllmcore.utils.devices import parse_device, peak_memory_gib
+from flatllmcore.utils.files import check_disk_space
 from flatllmcore.utils.layer_utils import dimensions_from_config, load_config
 from flatllmcore.utils.loading import load_model, load_tokenizer, model_fingerprint
 
 logger = logging.getLogger("flatllm")
 
-LONGEST_WINDOW = 4096
+UNUSABLE_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOTDIR, errno.EEXIST)
 PUBLISHED_NSAMPLES = {"bi": 128, "flatllm": 256}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; return its exit status: 0, or 2 after one line on stderr about unusable input."""
-    args = parse_arguments(argv)
+    args = parse_arguments(argv, __doc__ or "")
     command = shlex.join(["python", "main.py", *(sys.argv[1:] if argv is None else argv)])
     try:
         check_arguments(args)
@@ -74,9 +74,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return complain(f"interrupted; scores and ranks finished so far stay in {args.bi_score}; go on with: {command}")
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in UNUSABLE_PLACE:
             raise
-        return complain(f"disk full ({error.filename}); nothing was left half-written; free space and run: {command}")
+        place = error.filename or args.save  # a log that cannot be written does not say its name
+        return complain(f"{error.strerror}: {place}; nothing is left half-written; mend that and run: {command}")
     return 0
 
 
@@ -84,8 +85,6 @@ def score(args: argparse.Namespace) -> dict[str, Any]:
     """Write the model's importance scores; return what the record says about it."""
     started = time.perf_counter()
     place = args.bi_score / IMPORTANCE_FILE
-    if place.exists() and not args.overwrite:
-        raise InputError(f"{place} exists; give --overwrite to score anew, or another --bi_score")
     setup = Setup(args)
     windows = importance_windows(args, setup)
     scores = score_layers(args, setup, setup.load_source(args), windows)
@@ -98,16 +97,23 @@ def compress(args: argparse.Namespace, command: str) -> dict[str, Any]:
     """Compress the model, measure it before and after, save it; return what the record says about it."""
     started = time.perf_counter()
     setup = Setup(args)
-    prunable_keep_ratio(setup.dimensions, 1 - args.sparsity_ratio / 100, prune_qk=False)  # refuses the impossible
+    prunable_keep_ratio(setup.dimensions, 1 - args.sparsity_ratio / 100, args.prune_qk)  # refuses the impossible
     with setup.stopwatch.stage("data"):
         nsamples = args.nsamples or PUBLISHED_NSAMPLES["flatllm"]
         windows = sample_documents(training_text(args), setup.tokenizer, nsamples, setup.seqlen, args.seed)
         test_windows = consecutive_windows(test_text(args), setup.tokenizer, setup.seqlen)
+        check_token_ids(windows, setup.vocab_size)
+        check_token_ids(test_windows, setup.vocab_size)
     source = setup.load_source(args)
     allocation = ranks_for(args, setup, source)
-
     parameters_before = count_parameters(source.model)
+    if args.save_model is not None:
+        removed = allocation.parameters_before - allocation.parameters_after
+        check_disk_space(args.save_model, (parameters_before["total"] - removed) * source.model.dtype.itemsize)
+
     dense = perplexity(source, test_windows, setup.batch_size, setup.stopwatch)
+    if not math.isfinite(dense.value):
+        raise InputError(f"dense perplexity is {dense.value}; check the final norm and lm_head of the checkpoint")
     logger.info("dense perplexity %.4f over %d windows of %d tokens", dense.value, dense.windows, dense.seqlen)
     flat_config, layers = compress_layers(
         source,
@@ -128,6 +134,7 @@ def compress(args: argparse.Namespace, command: str) -> dict[str, Any]:
         "sparsity_ratio": allocation.sparsity_ratio,
         "achieved_sparsity_percent": allocation.achieved_sparsity_percent,
         "rank_multiple": allocation.rank_multiple,
+        "prune_qk": allocation.prune_qk,
         "parameters_before": parameters_before,
         "parameters_after": count_parameters(model),
         "dataset": args.dataset,
@@ -159,13 +166,26 @@ class Setup:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.device = parse_device(args.device)
+        if not Path(args.model).is_dir():
+            logger.info("there is no folder %s; asking the Hugging Face Hub for it", args.model)
         config = load_config(args.model, args.cache_dir)
         self.dimensions = dimensions_from_config(config)
         self.seqlen = window_length(args.seqlen, config.max_position_embeddings)
         self.batch_size = args.batch_size or default_batch_size(self.seqlen)
-        self.selector = ImportancePreservingRankSelector(self.dimensions, rank_multiple=args.rank_multiple)
+        self.selector = ImportancePreservingRankSelector(
+            self.dimensions, rank_multiple=args.rank_multiple, prune_qk=args.prune_qk
+        )
         self.stopwatch = Stopwatch(self.device)
         self.tokenizer = load_tokenizer(args.model, cache_dir=args.cache_dir)
+        self.vocab_size = config.vocab_size
+        logger.info(
+            "%s: %s of %d layers; windows of %d tokens; on %s",
+            args.model,
+            self.dimensions.architecture,
+            self.dimensions.num_layers,
+            self.seqlen,
+            self.device,
+        )
 
     def load_source(self, args: argparse.Namespace) -> ModelInMemory:
         """Read the weights, into host memory."""
@@ -204,9 +224,14 @@ def ranks_for(args: argparse.Namespace, setup: Setup, source: ModelInMemory) -> 
         scores.save(args.bi_score / IMPORTANCE_FILE)
         found = setup.selector.allocate(scores.scores, args.sparsity_ratio, scores.sha256())
         found.save(args.bi_score / ranks_file(args.sparsity_ratio))
+    elif args.rank_multiple not in (None, found.rank_multiple):
+        raise InputError(
+            f"the ranks in {args.bi_score} go with --rank_multiple {found.rank_multiple}, not {args.rank_multiple}; "
+            "drop the flag, or name a file of scores by --bi_score"
+        )
     logger.info(
-        "asked to remove %g %% of %d decoder-layer weights; the ranks remove %.3f %%",
-        found.sparsity_ratio,
+        "asked to remove %d %% of %d decoder-layer weights; the ranks remove %.3f %%",
+        args.sparsity_ratio,
         found.parameters_before,
         found.achieved_sparsity_percent,
     )
@@ -217,7 +242,9 @@ def importance_windows(args: argparse.Namespace, setup: Setup) -> Tensor:
     """Return the token windows that importance is measured on, (N, S)."""
     with setup.stopwatch.stage("data"):
         nsamples = args.nsamples or PUBLISHED_NSAMPLES["bi"]
-        return sample_windows(training_text(args), setup.tokenizer, nsamples, setup.seqlen, args.seed)
+        windows = sample_windows(training_text(args), setup.tokenizer, nsamples, setup.seqlen, args.seed)
+        check_token_ids(windows, setup.vocab_size)
+        return windows
 
 
 def training_text(args: argparse.Namespace) -> TextDataset:
@@ -233,144 +260,14 @@ def costs(setup: Setup, started: float) -> dict[str, Any]:
     elapsed_s = time.perf_counter() - started
     stages = {name: round(seconds, 3) for name, seconds in setup.stopwatch.elapsed_s.items()}
     peak = peak_memory_gib(setup.device)
-    logger.info("%.1f s in all; peak memory %s GiB", elapsed_s, peak)
+    memory = ", ".join(f"{gib:.2f} GiB on the {place}" for place, gib in peak.items())
+    logger.info("%.1f s in all; peak memory %s", elapsed_s, memory)
     return {
         "elapsed_s": round(elapsed_s, 3),
         "stages_s": stages | {"rest": round(elapsed_s - sum(stages.values()), 3)},
         "peak_memory_gib": peak,
         "hardware": hardware(setup.device),
     }
-
-
-def window_length(asked: int | None, longest: int) -> int:
-    """Return the length of the windows, the published 4096 or what the model takes."""
-    if asked is None:
-        return min(LONGEST_WINDOW, longest)
-    if not 2 <= asked <= longest:
-        raise InputError(f"--seqlen {asked} is out of range; this model takes 2 to {longest} tokens")
-    return asked
-
-
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    what = parser.add_argument_group("model and text")
-    what.add_argument("--model", required=True, help="local model folder or hub id")
-    what.add_argument(
-        "--dataset",
-        default="wikitext2",
-        help="calibration text: wikitext2, c4, alpaca, pydocs, or a file or folder (default: %(default)s)",
-    )
-    what.add_argument("--eval_dataset", help="text to measure perplexity on (default: the test split of --dataset)")
-    what.add_argument("--dataset_root", type=Path, help="folder with local copies of the named datasets")
-    what.add_argument("--cache_dir", type=Path, help="where hub downloads are kept (default: the hub's own)")
-
-    how = parser.add_argument_group("compression")
-    how.add_argument(
-        "--prune_method",
-        choices=("bi", "flatllm"),
-        default="flatllm",
-        help="bi: write importance scores; flatllm: compress (default: %(default)s)",
-    )
-    how.add_argument(
-        "--sparsity_ratio",
-        type=int,
-        default=20,
-        help="percentage of decoder-layer linear parameters removed, 1-95 (default: %(default)s)",
-    )
-    how.add_argument(
-        "--bi_score",
-        type=Path,
-        help="folder of importance.json and ranks_<percent>.json, or one such file (default: ranks/<model>)",
-    )
-    how.add_argument(
-        "--rank_multiple",
-        type=int,
-        help="round ranks and widths to multiples of this (default: 8 if heads are 64 wide or more, else 1)",
-    )
-    how.add_argument(
-        "--tol",
-        type=float,
-        default=0.96,
-        help="share of eigenvalue mass whose rank is logged for comparison; changes nothing (default: %(default)s)",
-    )
-
-    sampling = parser.add_argument_group("calibration")
-    sampling.add_argument("--nsamples", type=int, help="windows of text (default: 128 for scores, 256 to compress)")
-    sampling.add_argument("--seqlen", type=int, help="tokens per window (default: 4096 or what the model takes)")
-    sampling.add_argument("--seed", type=int, default=42, help="of the sampling (default: %(default)s)")
-    sampling.add_argument("--batch_size", type=int, help="windows run at a time (default: about 8192 tokens)")
-
-    where = parser.add_argument_group("machine and output")
-    where.add_argument("--device", help="cpu, cuda or cuda:N (default: the GPU if there is one)")
-    where.add_argument(
-        "--dtype",
-        choices=("auto", "bfloat16", "float16", "float32", "float64"),
-        default="auto",
-        help="of the weights in the run and in the result (default: the checkpoint's own)",
-    )
-    where.add_argument("--save", type=Path, default=Path("logs"), help="folder for logs and records (default: logs)")
-    where.add_argument("--save_model", type=Path, help="folder for the compressed model")
-    where.add_argument("--overwrite", action="store_true", help="replace scores or a model folder that exist")
-
-    args = parser.parse_args(argv)
-    if args.bi_score is None:
-        args.bi_score = Path("ranks") / Path(args.model).name
-    return args
-
-
-def check_arguments(args: argparse.Namespace) -> None:
-    """Refuse what can be refused without looking at the model; fill in the default evaluation text."""
-    check_sparsity_ratio(args.sparsity_ratio)
-    for name in ("nsamples", "batch_size", "rank_multiple"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise InputError(f"--{name} {value} is out of range; 1 or more is accepted")
-    if not 0 < args.tol <= 1:
-        raise InputError(f"--tol {args.tol} is out of range; a share above 0 and at most 1 is accepted")
-    if args.save_model is not None:
-        check_output_folder(args.save_model, args.overwrite)
-    if args.eval_dataset is None:
-        if args.prune_method == "flatllm" and not has_test_split(args.dataset, args.dataset_root):
-            raise InputError(f"{args.dataset} has no test split to measure perplexity on; name one with --eval_dataset")
-        args.eval_dataset = args.dataset
-
-
-def run_name(args: argparse.Namespace) -> str:
-    stage = "bi" if args.prune_method == "bi" else f"flatllm_{args.sparsity_ratio}"
-    return f"{Path(args.model).name}_{stage}"
-
-
-def request(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the arguments as JSON takes them."""
-    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-
-
-@contextmanager
-def logging_to(path: Path) -> Iterator[None]:
-    """Log to the console and to a file, and keep transformers to its warnings, inside the block."""
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = logging.FileHandler(path, mode="w")
-    logging.basicConfig(
-        level=logging.INFO,
-        format="%(asctime)s %(message)s",
-        datefmt="%H:%M:%S",
-        handlers=[logging.StreamHandler(sys.stdout), file],
-        force=True,
-    )
-    try:
-        yield
-    finally:
-        logging.getLogger().removeHandler(file)
-        file.close()
-
-
-def complain(message: str) -> int:
-    """Say in one line what was unusable; return the exit status that goes with it."""
-    print("error:", " ".join(message.split()), file=sys.stderr)  # noqa: T201
-    return 2
 
 
 if __name__ == "__main__":

@@ -3,8 +3,13 @@
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flatllmcore.utils.files import write_atomically
+
+if TYPE_CHECKING:  # matplotlib loads where it is used
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 def plot_ranks(scores: Sequence[float], keep_by_target: Mapping[int, Sequence[float]], title: str, path: Path) -> None:
@@ -36,10 +41,51 @@ def plot_ranks(scores: Sequence[float], keep_by_target: Mapping[int, Sequence[fl
     figure.legend(title="removed", loc="outside right center", frameon=False)
 
     for axes in (importance, kept):
-        axes.grid(color="0.9")
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
+        _tidy(axes)
+    _save(figure, path)
 
+
+def plot_perplexity(curves: Sequence[tuple[str, Sequence[tuple[float, float]]]], path: Path) -> None:
+    """Draw perplexity against size into a PNG.
+
+    Args:
+        curves: Per model its label and its points, the dense model's first: percent of decoder-layer
+            weights kept, perplexity.
+        path: Where the PNG goes.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter, ScalarFormatter
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for index, (label, points) in enumerate(curves):
+        color = f"C{index}"
+        axes.plot(*zip(*points, strict=True), color=color, label=label, marker="o", linewidth=1.6)
+        axes.plot(*points[0], color=color, marker="o", markersize=9, markerfacecolor="white")
+        for kept, value in points:
+            axes.annotate(f"{value:.2f}", (kept, value), (5, 5), textcoords="offset points", color=color)
+    axes.plot([], [], color="0.4", marker="o", markersize=9, markerfacecolor="white", linestyle="", label="dense")
+    axes.set_title("Perplexity against size", fontsize="large", fontweight="bold")
+    axes.margins(x=0.06, y=0.12)
+    axes.xaxis.set_major_formatter(PercentFormatter(symbol=" %"))
+    axes.set_xlabel("decoder-layer weights kept")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=8))
+    axes.yaxis.set_major_formatter(ScalarFormatter(useOffset=False))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.set_ylabel("perplexity (logarithmic)")
+    axes.legend(frameon=False)
+    _tidy(axes)
+    _save(figure, path)
+
+
+def _tidy(axes: "Axes") -> None:
+    axes.grid(color="0.9")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _save(figure: "Figure", path: Path) -> None:
     png = BytesIO()
     figure.savefig(png, format="png", dpi=150)
     write_atomically(path, png.getvalue())

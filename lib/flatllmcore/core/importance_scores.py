@@ -87,10 +87,9 @@ class ImportanceScores:
         Raises:
             InputError: Naming the sizes that differ, or the weights.
         """
-        ours, given = self.dimensions.to_dict(), dimensions.to_dict()
-        differences = [f"{name} {ours[name]}, not {given[name]}" for name in ours if ours[name] != given[name]]
+        differences = self.dimensions.differences_from(dimensions)
         if differences:
-            raise InputError(f"the scores belong to another model, {self.model_id}: {'; '.join(differences)}")
+            raise InputError(f"the scores belong to another model, {self.model_id}: {differences}")
         if fingerprint not in (None, self.fingerprint):
             raise InputError(
                 f"the scores belong to other weights of the same sizes, {self.model_id} (fingerprint "

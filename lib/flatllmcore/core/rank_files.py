@@ -1,11 +1,11 @@
 """Finds the ranks of a model in a folder or file of scores and ranks, ours or the authors'."""
 
-import json
 import logging
+from hashlib import sha256
 from pathlib import Path
 
 from ..errors import InputError
-from ..utils.layer_utils import ModelDimensions
+from ..utils.json_fields import read_json_object
 from .importance_scores import ImportanceScores, read_author_keep_ratios, read_author_scores
 from .rank_allocation import (
     ImportancePreservingRankSelector,
@@ -50,30 +50,48 @@ def _read(
     path: Path, selector: ImportancePreservingRankSelector, fingerprint: str, sparsity_ratio: int
 ) -> RankAllocation:
     logger.info("ranks from %s", path)
+    try:
+        return _ranks_of(path, selector, fingerprint, sparsity_ratio)
+    except InputError as error:
+        message = str(error)
+        raise InputError(message if str(path) in message else f"{path}: {message}") from error
+
+
+def _ranks_of(
+    path: Path, selector: ImportancePreservingRankSelector, fingerprint: str, sparsity_ratio: int
+) -> RankAllocation:
     if path.suffix == ".pt" and path.name.startswith("sparsity_score"):
-        return ranks_from_keep_ratios(selector.dimensions, read_author_keep_ratios(path))
+        return ranks_from_keep_ratios(selector.dimensions, read_author_keep_ratios(path), prune_qk=selector.prune_qk)
     if path.suffix == ".pt":
         return selector.allocate(read_author_scores(path), sparsity_ratio)
-    if _holds_scores(path):
+    if "scores" in read_json_object(path):
         scores = ImportanceScores.load(path)
         scores.check_matches(selector.dimensions, fingerprint)
-        return selector.allocate(scores.scores, sparsity_ratio, scores.sha256())
+        return selector.allocate(scores.scores, sparsity_ratio, _digest(path))
     allocation = RankAllocation.load(path)
-    _check_ranks(allocation, path, selector.dimensions)
+    _check_ranks(allocation, path, selector, fingerprint)
     return allocation
 
 
-def _holds_scores(path: Path) -> bool:
-    try:
-        return "scores" in json.loads(path.read_bytes())
-    except ValueError as error:
-        raise InputError(f"{path} is not a JSON file of scores or ranks: {error}") from error
-
-
-def _check_ranks(allocation: RankAllocation, path: Path, dimensions: ModelDimensions) -> None:
-    if allocation.dimensions != dimensions:
-        raise InputError(f"{path} is for another model: {allocation.dimensions}, not {dimensions}")
+def _check_ranks(
+    allocation: RankAllocation, path: Path, selector: ImportancePreservingRankSelector, fingerprint: str
+) -> None:
+    differences = allocation.dimensions.differences_from(selector.dimensions)
+    if differences:
+        raise InputError(f"the ranks belong to another model: {differences}")
+    if allocation.prune_qk != selector.prune_qk:
+        made, wanted = ("pruned", "whole") if allocation.prune_qk else ("whole", "pruned")
+        remedy = "give" if allocation.prune_qk else "drop"
+        raise InputError(
+            f"the ranks are for {made} Q and K, which are {wanted} here; {remedy} --prune_qk, or name other ranks"
+        )
     scores = path.with_name(IMPORTANCE_FILE)
-    digest = allocation.importance_sha256
-    if digest and scores.is_file() and ImportanceScores.load(scores).sha256() != digest:
-        raise InputError(f"{path} was made from other scores than {scores}; run compute_rank.py again")
+    if allocation.importance_sha256 is None or not scores.is_file():
+        return
+    if allocation.importance_sha256 != _digest(scores):
+        raise InputError(f"the ranks were made from other scores than {scores}; run compute_rank.py again")
+    ImportanceScores.load(scores).check_matches(selector.dimensions, fingerprint)
+
+
+def _digest(path: Path) -> str:
+    return sha256(path.read_bytes()).hexdigest()

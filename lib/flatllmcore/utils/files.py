@@ -1,7 +1,11 @@
-"""Atomic writes: a reader sees the old file or the new one, never half of one."""
+"""Atomic writes: a reader sees the old file or the new one, never half of one. And is there room for them?"""
 
 import os
+import shutil
 from pathlib import Path
+
+from ..errors import InputError
+from .devices import GIB
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -18,5 +22,23 @@ def write_atomically(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        error.filename = str(path)  # a full disk does not say which file
+        raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_disk_space(folder: Path, needed_bytes: int) -> None:
+    """Refuse a folder, present or still to be made, whose file system has too little room left.
+
+    Raises:
+        InputError: Saying how much is needed and how much is free.
+    """
+    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    free_bytes = shutil.disk_usage(existing).free
+    if free_bytes < needed_bytes:
+        raise InputError(
+            f"{folder} needs {needed_bytes / GIB:.3g} GiB of disk and {free_bytes / GIB:.3g} GiB are free; "
+            "free some space or give another folder"
+        )

@@ -1,6 +1,7 @@
 """Models and tokenizers from a local folder or the hub, refused in one line when they cannot be used."""
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import InputError
+
+_FINGERPRINT_ROWS = 16
 
 
 def load_model(model: str, *, dtype: str = "auto", cache_dir: Path | None = None) -> PreTrainedModel:
@@ -25,14 +28,32 @@ def load_model(model: str, *, dtype: str = "auto", cache_dir: Path | None = None
     chosen: Any = dtype if dtype == "auto" else getattr(torch, dtype)
     try:
         loaded, info = AutoModelForCausalLM.from_pretrained(
-            model, dtype=chosen, cache_dir=cache_dir, use_safetensors=True, output_loading_info=True
+            model,
+            dtype=chosen,
+            cache_dir=cache_dir,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
+            output_loading_info=True,
         )
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise InputError(f"checkpoint {model!r} is missing or damaged: {_first_line(error)}") from error
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise InputError(f"checkpoint {model!r} is damaged: {len(missing)} weights are missing, first {missing[0]}")
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"checkpoint {model!r} is missing or damaged ({reason}); expected safetensors files"
+        ) from error
+    _check_weights(model, info)
     return loaded.eval()
+
+
+def _check_weights(model: str, info: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint whose weights are not exactly those its config asks for."""
+    for kind, problem in (
+        ("missing_keys", "are missing"),
+        ("mismatched_keys", "have other shapes than its config.json says"),
+        ("unexpected_keys", "have no place in the model its config.json describes"),
+    ):
+        names = sorted(key if isinstance(key, str) else key[0] for key in info[kind])
+        if names:
+            raise InputError(f"checkpoint {model!r} is damaged: {len(names)} weights {problem}, first {names[0]}")
 
 
 def load_tokenizer(model: str, *, cache_dir: Path | None = None) -> PreTrainedTokenizerBase:
@@ -43,22 +64,19 @@ def load_tokenizer(model: str, *, cache_dir: Path | None = None) -> PreTrainedTo
     """
     try:
         return AutoTokenizer.from_pretrained(model, cache_dir=cache_dir)
-    except (OSError, ValueError) as error:
-        raise InputError(f"no usable tokenizer at {model!r}: {_first_line(error)}") from error
+    except Exception as error:  # damaged files raise KeyError, and the tokenizers library Exception itself
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"no usable tokenizer at {model!r} ({reason}); expected one beside the weights") from error
 
 
 def model_fingerprint(model: PreTrainedModel) -> str:
     """Return 16 hexadecimal digits that tell this model's weights from another's of the same shape.
 
-    A digest of the final norm and the first rows of the embedding, rounded to bf16 so that loading
-    the same checkpoint in another dtype gives the same digits.
+    A digest of the signs of the first rows of every matrix: signs are what loading the same checkpoint
+    in another dtype leaves alone, and training or a merged adapter does not.
     """
-    embedding = model.get_input_embeddings().weight[:64]
     digest = hashlib.sha256()
-    for tensor in (model.get_decoder().norm.weight, embedding):
-        digest.update(tensor.detach().to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
+    for parameter in model.get_decoder().parameters():
+        if parameter.ndim == 2:
+            digest.update(parameter.detach()[:_FINGERPRINT_ROWS].signbit().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

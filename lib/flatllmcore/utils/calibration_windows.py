@@ -1,0 +1,190 @@
+"""Calibration data as callers have it (names, texts, token ids, loaders of batches) made windows of real tokens."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice, repeat
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from ..errors import InputError
+from .data_utils import TextDataset, load_text
+
+LONGEST_WINDOW = 4096
+TokenRow: TypeAlias = tuple[Tensor, Tensor | None]  # ids (n,) and, where one is given, their mask (n,)
+
+
+def read_calibration_data(
+    cal_dataset: Any,
+    *,
+    nsamples: int,
+    padding_ids: Sequence[int],
+    dataset_root: Path | None = None,
+    cache_dir: Path | None = None,
+) -> TextDataset | list[Tensor]:
+    """Return text to sample windows from, or the real tokens of rows of token ids.
+
+    Args:
+        cal_dataset: What ``FlatLLMConfig.cal_dataset`` takes. Of a named dataset it is the train split.
+        nsamples: Most rows of token ids to take; texts are all taken.
+        padding_ids: What rows given without a mask are padded with.
+        dataset_root: As for :func:`load_text`.
+        cache_dir: As for :func:`load_text`.
+
+    Returns:
+        A text, or rows of int64 (n,) that may differ in length, without padding.
+
+    Raises:
+        InputError: If there is no such dataset, or the data hold neither texts nor token ids.
+    """
+    if isinstance(cal_dataset, str):
+        return load_text(cal_dataset, "train", dataset_root=dataset_root, cache_dir=cache_dir)
+    is_one_batch = isinstance(cal_dataset, Tensor | Mapping)
+    items = _items([cal_dataset] if is_one_batch else cal_dataset)
+    first = next(items, None)
+    if first is None:
+        raise InputError("the calibration data are empty; accepted: texts, or rows of token ids")
+    found = [first, *(items if isinstance(first, str) else islice(items, nsamples - 1))]
+    documents = [item for item in found if isinstance(item, str)]
+    rows = [real_tokens(*item, padding_ids) for item in found if not isinstance(item, str)]
+    if documents and rows:
+        raise InputError("the calibration data mix texts and token ids; give one or the other")
+    return rows or TextDataset("the texts given", "train", documents, "\n\n")
+
+
+def token_rows(ids: Any, mask: Any = None) -> Iterator[TokenRow]:
+    """Yield the rows of ids (n,) or (B, S), each with its mask.
+
+    Args:
+        ids: A tensor, an array, or lists that may differ in length.
+        mask: Of the same shape, 0 for padding; ``None`` if there is none.
+
+    Raises:
+        InputError: If these are no token ids.
+    """
+    if isinstance(ids, Sequence) and ids and isinstance(ids[0], Sequence | Tensor):
+        for row, row_mask in zip(ids, repeat(None) if mask is None else mask, strict=False):
+            yield from token_rows(row, row_mask)
+        return
+    try:
+        tokens = torch.as_tensor(ids).cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"the calibration data hold {type(ids).__name__}; accepted: texts, or token ids") from error
+    if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype is torch.bool or tokens.ndim not in (1, 2):
+        raise InputError(
+            f"the calibration data hold {tokens.dtype} of shape {tuple(tokens.shape)}; "
+            "accepted: token ids, which are integers, (n,) or (B, S)"
+        )
+    masks = repeat(None) if mask is None else torch.as_tensor(mask).cpu().view_as(tokens).reshape(-1, tokens.shape[-1])
+    yield from zip(tokens.long().reshape(-1, tokens.shape[-1]), masks, strict=False)
+
+
+def windows_of_rows(rows: Sequence[Tensor], seqlen: int) -> Tensor:
+    """Return the rows joined in order and cut, the remainder dropped; rows of ``seqlen`` tokens stay as they are.
+
+    Args:
+        rows: Token ids, (n,) each.
+        seqlen: Tokens per window.
+
+    Returns:
+        int64, (N, seqlen).
+
+    Raises:
+        InputError: If there are fewer tokens than one window has.
+    """
+    joined = torch.cat(list(rows))
+    if not 0 < seqlen <= len(joined):
+        raise InputError(
+            f"the calibration data hold {len(joined)} tokens without padding, fewer than one window of {seqlen}; "
+            "give more, or shorter windows"
+        )
+    count = len(joined) // seqlen
+    return joined[: count * seqlen].view(count, seqlen)
+
+
+def real_tokens(ids: Tensor, mask: Tensor | None, padding_ids: Sequence[int]) -> Tensor:
+    """Return a row's ids without its padding: where ``mask`` is 0, else the runs of ``padding_ids`` at both ends.
+
+    A padding id between real tokens stays: models often pad with the token that ends a text.
+    """
+    if mask is not None:
+        return ids[mask.bool()]
+    real = torch.isin(ids, torch.tensor(padding_ids, dtype=ids.dtype), invert=True).nonzero()
+    return ids[real[0] : real[-1] + 1] if len(real) else ids[:0]
+
+
+def padding_ids_of(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> tuple[int, ...]:
+    """Return the ids that rows are padded with: the tokenizer's, else the model's, else what ends a text.
+
+    The last is what callers pad with where neither names a padding token.
+    """
+    for ids in (tokenizer and tokenizer.pad_token_id, config.pad_token_id, config.eos_token_id):
+        if ids is not None:
+            return tuple(ids) if isinstance(ids, list | tuple) else (ids,)
+    return ()
+
+
+def window_length(asked: int | None, longest: int) -> int:
+    """Return the tokens per window: as asked, else the published 4096 or what the model takes.
+
+    Raises:
+        InputError: If the model takes fewer.
+    """
+    if asked is None:
+        return min(LONGEST_WINDOW, longest)
+    if not 2 <= asked <= longest:
+        raise InputError(f"windows of {asked} tokens are out of range; this model takes 2 to {longest} tokens")
+    return asked
+
+
+def check_token_ids(windows: Tensor, vocab_size: int) -> None:
+    """Refuse token ids that the model has no embedding for.
+
+    Raises:
+        InputError: Naming the id.
+    """
+    for extreme in (windows.min().item(), windows.max().item()):
+        if not 0 <= extreme < vocab_size:
+            raise InputError(
+                f"token id {extreme} is out of range: the model knows 0 to {vocab_size - 1}; "
+                "give the tokenizer that belongs to the model"
+            )
+
+
+def calibration_statistics(windows: Tensor) -> dict[str, int]:
+    """Return how much text token windows (N, S) hold, and how varied it is."""
+    return {
+        "nsamples": windows.shape[0],
+        "seqlen": windows.shape[1],
+        "tokens": windows.numel(),
+        "distinct_tokens": windows.unique().numel(),
+    }
+
+
+def _items(batches: Iterable[Any]) -> Iterator[str | TokenRow]:
+    """Yield the texts or rows of token ids that batches hold, in order."""
+    for batch in batches:
+        if isinstance(batch, str):
+            yield batch
+        elif isinstance(batch, Mapping):
+            yield from _items_of_columns(batch)
+        elif isinstance(batch, Sequence) and batch and isinstance(batch[0], str):
+            yield from batch
+        elif isinstance(batch, Sequence) and batch and isinstance(batch[0], Tensor):
+            yield from token_rows(batch[0], None)  # ids come first in the batches of a TensorDataset
+        else:
+            yield from token_rows(batch, None)
+
+
+def _items_of_columns(batch: Mapping[str, Any]) -> Iterator[str | TokenRow]:
+    if "input_ids" in batch:
+        yield from token_rows(batch["input_ids"], batch.get("attention_mask"))
+    elif "text" in batch:
+        yield from [batch["text"]] if isinstance(batch["text"], str) else batch["text"]
+    else:
+        raise InputError(
+            f"the calibration data have {', '.join(map(repr, batch)) or 'no columns'}; expected the column "
+            "'input_ids' or 'text' (of a dataset with splits, give one split)"
+        )

@@ -1,0 +1,53 @@
+"""What differs between devices."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from flatllmcore.errors import InputError
+from flatllmcore.utils.devices import best_device, float32_product, free_memory, parse_device, peak_memory_gib
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("batch", [(), (3,)])
+def test_products_are_accumulated_in_at_least_float32(device, dtype, batch):
+    """Oracle: the product in float64. A sum in bf16 would be wrong by 1e-2, one in fp16 by 1e-3."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.rand(*batch, *shape, generator=generator).to(device, dtype) for shape in ((5, 2000), (2000, 7)))
+    product = float32_product(a, b)
+    assert product.dtype == torch.promote_types(dtype, torch.float32)
+    torch.testing.assert_close(product.double(), a.double() @ b.double(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", ["nonsense", "cpu:x", "", "cuda:99", "meta", "mps"])
+def test_a_device_that_cannot_be_used_is_refused(name):
+    with pytest.raises(InputError, match=f"device '{name}' is not .*; use cpu, cuda or cuda:N"):
+        parse_device(name)
+
+
+def test_a_device_is_the_named_one_or_the_best():
+    assert parse_device("cpu") == torch.device("cpu")
+    assert parse_device(None) == best_device()
+    assert best_device().type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def kib(path: str, field: str) -> int:
+    return int(re.search(rf"^{field}:\s+(\d+) kB", Path(path).read_text(), re.MULTILINE).group(1))
+
+
+def test_free_memory_of_the_host_is_what_the_kernel_says():
+    available = kib("/proc/meminfo", "MemAvailable") * 1024
+    assert free_memory(torch.device("cpu")) == pytest.approx(available, rel=0.2)
+
+
+def test_peak_memory_of_the_host_is_what_the_kernel_says():
+    block = torch.ones(2**26)  # 256 MiB, so that the peak is now
+    assert peak_memory_gib(torch.device("cpu"))["host"] == pytest.approx(
+        kib("/proc/self/status", "VmHWM") / 2**20, abs=0.01
+    )
+    assert block.sum() == 2**26

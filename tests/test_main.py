@@ -1,0 +1,583 @@
+"""The program ``main.py``, called as from the command line, on tiny random models and a small local text."""
+
+import errno
+import json
+import math
+import os
+import random
+import shutil
+import socket
+import string
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, PreTrainedTokenizerFast
+
+import compute_rank
+import main
+from conftest import tiny_model
+from flatllmcore.core import prune
+
+SEQLEN = 32
+SHORT = ("--nsamples", "6", "--seqlen", str(SEQLEN), "--device", "cpu")
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "while", "rain", "fell"]
+SPOILED = "model.layers.1.mlp.up_proj.weight"
+SCORES = "ranks/llama/importance.json"
+RANKS = "ranks/llama/ranks_30.json"
+MODEL = "out/llama-30"
+RECORD = "logs/llama_flatllm_30.json"
+
+
+def character_tokenizer() -> PreTrainedTokenizerFast:
+    characters = [c for c in string.printable if c not in "\r\x0b\x0c"]
+    vocabulary = {"<s>": 0} | {c: i for i, c in enumerate(characters, start=1)}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(vocabulary, merges=[])), bos_token="<s>")
+
+
+def save_checkpoint(folder: Path, family: str, dtype: torch.dtype, **overrides) -> None:
+    tokenizer = character_tokenizer()
+    model = tiny_model(family, vocab_size=len(tokenizer), num_hidden_layers=3, max_position_embeddings=128, **overrides)
+    model.to(dtype).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def save_text(folder: Path) -> None:
+    folder.mkdir()
+    generator = random.Random(0)
+    for split, lines in (("train", 200), ("test", 30)):
+        text = "\n".join(" ".join(generator.choices(WORDS, k=generator.randint(3, 20))) for _ in range(lines))
+        (folder / f"{split}.txt").write_text(text)
+
+
+def run(*argv: str, model: str = "llama") -> int:
+    """Call the program in the current folder; a flag given twice counts as it stands last."""
+    return main.main(["--model", model, "--dataset", "text", "--sparsity_ratio", "30", *SHORT, *argv])
+
+
+def read(path: str) -> dict:
+    return json.loads(Path(path).read_text())
+
+
+def layer_ranks(record: dict) -> list[tuple]:
+    return [(layer["value_rank"], layer["mlp_width"]) for layer in record["layers"]]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A folder with two models, a text, and all that one command left: scores, ranks, record, compressed model."""
+    folder = tmp_path_factory.mktemp("finished")
+    save_checkpoint(folder / "llama", "llama", torch.float32)
+    save_checkpoint(folder / "mistral", "mistral", torch.bfloat16, sliding_window=16)
+    save_text(folder / "text")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert run("--save_model", MODEL) == 0
+    return folder
+
+
+@pytest.fixture
+def here(finished, tmp_path, monkeypatch) -> Path:
+    """A copy of the finished folder to work in, where nobody may use the network."""
+
+    def refuse(*_address: object) -> None:
+        raise AssertionError("the network was used")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    folder = tmp_path / "here"
+    shutil.copytree(finished, folder)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Every file's content but the logs', which only grow."""
+    found = (path for path in folder.rglob("*") if path.is_file() and path.suffix != ".log")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
+
+
+@pytest.fixture
+def refused(here, capfd) -> Callable[..., str]:
+    """Run, check status 2, one line of error and that no file has changed; return the line."""
+
+    def run_refused(*argv: str, **options: str) -> str:
+        before = files(here)
+        log = (here / "logs/llama_flatllm_30.log").read_text()
+        capfd.readouterr()
+        assert run(*argv, **options) == 2
+        line = capfd.readouterr().err
+        assert line.startswith("error: ")
+        assert line.count("\n") == 1
+        assert "  " not in line
+        assert files(here) == before
+        assert (here / "logs/llama_flatllm_30.log").read_text().startswith(log)
+        return line
+
+    return run_refused
+
+
+# What comes out
+
+
+def test_scores_hold_all_it_takes_to_compute_them_again(here):
+    assert run("--prune_method", "bi", "--bi_score", "new") == 0
+    scores = read("new/importance.json")
+    expected = {"model_id": "llama", "dataset": "text", "nsamples": 6, "seqlen": SEQLEN, "seed": 42}
+    assert {name: scores[name] for name in expected} == expected
+    assert scores["method"] == "angular"
+    assert scores["dimensions"]["num_layers"] == len(scores["scores"]) == 3
+    assert all(0 < score < 0.5 for score in scores["scores"])
+    assert scores["versions"]["torch"] == torch.__version__
+    record = read("logs/llama_bi.json")
+    assert record["scores"] == scores["scores"]
+    assert {"data", "load", "forward", "angles", "rest"} <= record["stages_s"].keys()
+
+
+def test_the_record_says_what_was_asked_done_and_spent(finished):
+    record = json.loads((finished / RECORD).read_text())
+    assert record["request"]["sparsity_ratio"] == 30
+    assert record["request"]["save_model"] == MODEL
+    assert record["command"].startswith("python main.py --model llama --dataset text")
+    assert record["versions"]["torch"] == torch.__version__
+    assert "CPU" in record["hardware"]["device"]
+    assert record["peak_memory_gib"]["host"] > 0
+    assert [layer["layer"] for layer in record["layers"]] == [0, 1, 2]
+    assert record["perplexity"]["dense"] > 1
+    stages = record["stages_s"]
+    assert {"data", "load", "forward", "angles", "moments", "solves", "perplexity", "save", "rest"} == stages.keys()
+    assert sum(stages.values()) == pytest.approx(record["elapsed_s"], abs=0.01)
+    assert sum(layer["elapsed_s"] for layer in record["layers"]) <= record["elapsed_s"]
+
+
+def test_reported_sizes_equal_the_reloaded_model(finished):
+    record = json.loads((finished / RECORD).read_text())
+    for folder, reported in (("llama", "parameters_before"), (MODEL, "parameters_after")):
+        model = AutoModelForCausalLM.from_pretrained(finished / folder)
+        linear = [p.numel() for name, p in model.named_parameters() if ".layers." in name and "_proj.weight" in name]
+        total = sum(parameter.numel() for parameter in model.parameters())
+        assert record[reported] == {"decoder_linear": sum(linear), "total": total}
+    before, after = (record[name]["decoder_linear"] for name in ("parameters_before", "parameters_after"))
+    assert record["achieved_sparsity_percent"] == pytest.approx(100 * (1 - after / before))
+    assert record["achieved_sparsity_percent"] == pytest.approx(30, abs=4)  # floors of 12 directions and 56 channels
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_reported_perplexities_equal_the_loss_of_the_saved_models(here, family):
+    """Oracle: the causal language model's own loss on windows cut by hand."""
+    out = f"out/{family}-30"
+    if family == "mistral":
+        assert run("--save_model", out, model=family) == 0
+    record = read(f"logs/{family}_flatllm_30.json")["perplexity"]
+    ids = AutoTokenizer.from_pretrained(family)(Path("text/test.txt").read_text())["input_ids"]
+    windows = torch.tensor(ids[: len(ids) // SEQLEN * SEQLEN]).view(-1, SEQLEN)
+    assert record["windows"] == len(windows)
+    for folder, value in ((family, record["dense"]), (out, record["compressed"])):
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        losses = [model(window[None], labels=window[None]).loss.item() for window in windows]
+        tolerance = 1e-4 if model.dtype == torch.float32 else 1e-2
+        assert value == pytest.approx(math.exp(sum(losses) / len(losses)), rel=tolerance)
+    assert record["compressed"] != record["dense"]
+
+
+def test_the_log_goes_to_the_console_and_to_the_end_of_a_file(here, capsys):
+    earlier = Path("logs/llama_flatllm_30.log").read_text()
+    assert run() == 0
+    log = Path("logs/llama_flatllm_30.log").read_text()
+    assert log == earlier + capsys.readouterr().out
+    record = read(RECORD)
+    for layer in record["layers"]:
+        assert f"rank {layer['value_rank']}/12" in log
+    assert f"{record['parameters_before']['decoder_linear']} decoder-layer weights" in log
+    assert f"remove {record['achieved_sparsity_percent']:.3f} %" in log
+
+
+def test_the_folder_of_logs_can_be_chosen(here):
+    assert run("--save", "elsewhere/logs") == 0
+    assert {path.name for path in Path("elsewhere/logs").iterdir()} == {"llama_flatllm_30.json", "llama_flatllm_30.log"}
+
+
+# Where ranks come from
+
+
+def test_ranks_are_the_same_however_they_are_given(here):
+    """Scored on the way, from scores, from ranks of either program, or from the authors' scores, by folder or name."""
+    expected = layer_ranks(read(RECORD))
+    assert run("--prune_method", "bi", "--bi_score", "scores") == 0
+    assert compute_rank.main(["--bi_score", "scores", "--sparsity_ratio", "30", "--no-plot"]) == 0
+    Path("theirs").mkdir()
+    torch.save(read(SCORES)["scores"], "theirs/bi_score.pt")
+    Path("named").mkdir()
+    shutil.copy(SCORES, "named/mine.json")
+    places = (
+        "ranks/llama",
+        SCORES,
+        RANKS,
+        "scores",
+        "scores/ranks_30.json",
+        "named/mine.json",
+        "theirs",
+        "theirs/bi_score.pt",
+    )
+    for place in places:
+        assert run("--bi_score", place) == 0
+        assert layer_ranks(read(RECORD)) == expected, place
+    assert len(set(expected)) > 1
+
+
+def test_scores_that_are_there_are_used_and_not_written_again(here):
+    """Oracle: scores made up to prefer another layer than the model's own do."""
+    scores = read(SCORES)
+    scores["scores"].reverse()
+    shutil.rmtree("ranks")
+    Path("ranks/llama").mkdir(parents=True)
+    Path(SCORES).write_text(json.dumps(scores))
+    expected = layer_ranks(read(RECORD))
+    assert run() == 0
+    assert layer_ranks(read(RECORD)) != expected
+    assert read(SCORES) == scores
+
+
+def test_a_rank_multiple_other_than_that_of_the_ranks_found_is_refused(here, refused):
+    assert "go with --rank_multiple 1, not 4" in refused("--rank_multiple", "4")
+    assert run("--rank_multiple", "4", "--bi_score", SCORES) == 0
+    assert all(rank % 4 == 0 and width % 4 == 0 for rank, width in layer_ranks(read(RECORD)))
+
+
+def test_ranks_for_pruned_queries_and_keys_need_the_flag(here, refused):
+    assert "whole Q and K, which are pruned here; drop --prune_qk" in refused("--prune_qk")
+    unpruned = layer_ranks(read(RECORD))
+    assert run("--prune_qk", "--bi_score", SCORES, "--save_model", "pruned") == 0
+    record = read(RECORD)
+    pruned = AutoModelForCausalLM.from_pretrained("pruned")
+    assert sum(parameter.numel() for parameter in pruned.parameters()) == record["parameters_after"]["total"]
+    assert min(width for _, width in layer_ranks(record)) > min(width for _, width in unpruned)  # Q and K gave some
+
+
+# What the flags do
+
+
+def weights(folder: str) -> dict[str, torch.Tensor]:
+    return load_file(f"{folder}/model.safetensors")
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_does_not(here):
+    expected = Path(MODEL, "model.safetensors").read_bytes()
+    assert run("--save_model", "same") == 0
+    assert Path("same/model.safetensors").read_bytes() == expected
+    assert run("--save_model", "other", "--seed", "43", "--bi_score", "other_ranks") == 0
+    assert Path("other/model.safetensors").read_bytes() != expected
+    assert read("other_ranks/importance.json")["scores"] != read(SCORES)["scores"]
+
+
+def test_tol_changes_what_is_monitored_and_nothing_else(here):
+    before = [layer["rank_at_tolerance"] for layer in read(RECORD)["layers"]]
+    assert run("--save_model", "same", "--tol", "0.5") == 0
+    after = [layer["rank_at_tolerance"] for layer in read(RECORD)["layers"]]
+    assert all(fewer < more for fewer, more in zip(after, before, strict=True))
+    assert Path("same/model.safetensors").read_bytes() == Path(MODEL, "model.safetensors").read_bytes()
+
+
+def test_the_batch_size_changes_rounding_only(here):
+    """Functions are compared: bases are fixed only up to sign."""
+    expected = read(RECORD)
+    assert run("--save_model", "by_five", "--batch_size", "5", "--bi_score", "by_five_ranks") == 0
+    assert read("by_five_ranks/importance.json")["scores"] == pytest.approx(read(SCORES)["scores"], rel=1e-6)
+    assert layer_ranks(read(RECORD)) == layer_ranks(expected)
+    ids = torch.arange(2 * SEQLEN).view(2, SEQLEN)
+    logits = [AutoModelForCausalLM.from_pretrained(folder)(ids).logits for folder in (MODEL, "by_five")]
+    torch.testing.assert_close(*logits, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("model", "flag", "dtype"),
+    [("llama", (), "float32"), ("mistral", (), "bfloat16"), ("llama", ("--dtype", "float16"), "float16")],
+)
+def test_weights_are_in_the_checkpoints_dtype_or_the_one_asked_for(here, model, flag, dtype):
+    assert run("--save_model", "typed", *flag, model=model) == 0
+    assert {tensor.dtype for tensor in weights("typed").values()} == {getattr(torch, dtype)}
+    assert read("typed/config.json")["dtype"] == dtype
+
+
+def test_windows_are_as_many_and_as_long_as_asked(here):
+    argv = ("--seqlen", "20", "--nsamples", "3", "--bi_score", "new")
+    assert run(*argv) == 0
+    record, scores = read(RECORD), read("new/importance.json")
+    for found in (record, scores):
+        assert (found["nsamples"], found["seqlen"]) == (3, 20)
+    characters = len(Path("text/test.txt").read_text())
+    assert record["perplexity"]["windows"] == characters // 20
+
+
+def test_without_a_length_windows_are_as_long_as_the_model_takes(here):
+    argv = ["--model", "llama", "--dataset", "text", "--nsamples", "2", "--bi_score", "new"]
+    assert main.main([*argv, "--device", "cpu", "--sparsity_ratio", "30"]) == 0
+    assert read(RECORD)["seqlen"] == 128
+
+
+def test_perplexity_can_be_measured_on_another_text(here):
+    shutil.copy("text/train.txt", "other.txt")
+    assert run("--eval_dataset", "other.txt") == 0
+    perplexity = read(RECORD)["perplexity"]
+    assert perplexity["dataset"] == "other.txt"
+    assert perplexity["windows"] == len(Path("other.txt").read_text()) // SEQLEN
+
+
+def test_overwrite_replaces_scores_and_model(here):
+    argv = ("--seed", "7", "--overwrite")
+    old_scores, old_model = Path(SCORES).read_bytes(), Path(MODEL, "model.safetensors").read_bytes()
+    assert run("--prune_method", "bi", *argv) == 0
+    assert Path(SCORES).read_bytes() != old_scores
+    assert run("--bi_score", SCORES, "--save_model", MODEL, *argv) == 0
+    assert Path(MODEL, "model.safetensors").read_bytes() != old_model
+
+
+# Bad input: the command line
+
+
+def test_argparse_refuses_in_one_line_after_the_usage(here, capsys):
+    before = files(here)
+    for argv, reason in ((("--nope",), "unrecognized arguments"), (("--sparsity_ratio", "2.5"), "invalid int value")):
+        with pytest.raises(SystemExit) as stopped:
+            run(*argv)
+        assert stopped.value.code == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert lines[0].startswith("usage: main.py")
+        assert lines[-1].startswith("main.py: error: ")
+        assert reason in lines[-1]
+    assert files(here) == before
+
+
+@pytest.mark.parametrize(
+    ("argv", "reason"),
+    [
+        (("--sparsity_ratio", "0"), "accepted: 1 to 95"),
+        (("--sparsity_ratio", "96"), "accepted: 1 to 95"),
+        (("--sparsity_ratio", "95"), "Q and K stay whole; the largest possible target is 76 %"),
+        (("--nsamples", "-1"), "--nsamples -1"),
+        (("--nsamples", "0"), "--nsamples 0"),
+        (("--batch_size", "0"), "--batch_size 0"),
+        (("--rank_multiple", "0"), "--rank_multiple 0"),
+        (("--rank_multiple", "13"), "accepted: 1 to 12"),
+        (("--seed", "-1"), "--seed -1"),
+        (("--tol", "0"), "--tol 0.0"),
+        (("--tol", "1.01"), "--tol 1.01"),
+        (("--tol", "nan"), "--tol nan"),
+        (("--seqlen", "129"), "this model takes 2 to 128 tokens"),
+        (("--seqlen", "1"), "this model takes 2 to 128 tokens"),
+        (("--nsamples", "9999"), "asked 9999 windows of 32 tokens, text 'text' (train) gives at most"),
+        (("--device", "nonsense"), "device 'nonsense'"),
+        (("--device", "cuda:99"), "device 'cuda:99'"),
+        (("--device", "meta"), "device 'meta'"),
+        (("--dataset", "nosuch"), "no dataset or path called 'nosuch'; known datasets: pydocs, wikitext2"),
+        (("--eval_dataset", "nosuch"), "no dataset or path called 'nosuch'"),
+        (("--dataset", "wikitext2"), "without a network give --dataset_root"),
+        (("--dataset", "wikitext2", "--dataset_root", "text"), "no local copy of 'wikitext2' in text"),
+        (("--dataset", "text/train.txt"), "no test split to measure perplexity on; name one with --eval_dataset"),
+        (("--save_model", MODEL), "it is not empty"),
+        (("--save_model", "text", "--overwrite"), "it holds no model"),
+        (("--save_model", "text/train.txt"), "it is a file"),
+        (("--prune_method", "bi"), f"{SCORES} exists; give --overwrite"),
+        (("--prune_method", "bi", "--bi_score", SCORES), f"{SCORES} is a file"),
+        (("--bi_score", "ranks/llama/ranks_40.json"), "ranks_40.json does not exist"),
+        (("--save", "text/train.txt"), "text/train.txt"),
+        (("--bi_score", "text/train.txt/x"), "text/train.txt/x"),
+    ],
+)
+def test_unusable_arguments_are_refused(refused, argv, reason):
+    assert reason in refused(*argv)
+
+
+def test_a_text_shorter_than_a_window_is_refused(here, refused):
+    Path("short.txt").write_text("too short")
+    assert "has 9 tokens, fewer than one window of 32" in refused("--eval_dataset", "short.txt")
+
+
+# Bad input: the model
+
+
+def edit_config(folder: Path, **fields: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | fields))
+
+
+def unsupported_family(folder: Path) -> None:
+    GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=100, bos_token_id=0, eos_token_id=0).save_pretrained(folder)
+    (folder / "model.safetensors").unlink()  # refused before any weight is looked for
+
+
+def damaged_config(folder: Path) -> None:
+    (folder / "config.json").write_text("{")
+
+
+def cut_weights(folder: Path) -> None:
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[:-100])
+
+
+def missing_weight(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    del tensors[SPOILED]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def pickled_weights(folder: Path) -> None:
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def damaged_index(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {')
+
+
+def not_a_number(folder: Path, name: str = SPOILED) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name].flatten()[0] = math.nan
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def smaller_vocabulary(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        tensors[name] = tensors[name][:20].clone()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    edit_config(folder, vocab_size=20)
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (unsupported_family, "model family 'gpt2' is not supported; supported: llama, mistral"),
+        (lambda folder: edit_config(folder, model_type="nonsense"), "nonsense"),
+        (damaged_config, "no usable model config at 'llama'"),
+        (lambda folder: (folder / "config.json").unlink(), "no usable model config at 'llama'"),
+        (lambda folder: edit_config(folder, head_dim="wide"), "Field 'head_dim'"),
+        (lambda folder: edit_config(folder, num_attention_heads=0), "no usable model config at 'llama'"),
+        (lambda folder: edit_config(folder, num_hidden_layers=4), "9 weights are missing, first model.layers.3"),
+        (lambda folder: edit_config(folder, num_hidden_layers=2), "9 weights have no place in the model"),
+        (lambda folder: edit_config(folder, intermediate_size=40), "9 weights have other shapes"),
+        (cut_weights, "checkpoint 'llama' is missing or damaged"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b""), "checkpoint 'llama' is missing or damaged"),
+        (damaged_index, "checkpoint 'llama' is missing or damaged"),
+        (lambda folder: edit_config(folder, hidden_act="nosuch"), "checkpoint 'llama' is missing or damaged"),
+        (missing_weight, f"1 weights are missing, first {SPOILED}"),
+        (pickled_weights, "expected safetensors files"),
+        (not_a_number, "layer 1 gives NaN or infinite activations in torch.float32"),
+        (lambda folder: not_a_number(folder, "lm_head.weight"), "dense perplexity is nan"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "no usable tokenizer at 'llama'"),
+        (lambda folder: (folder / "tokenizer.json").write_text("{}"), "no usable tokenizer at 'llama'"),
+        (smaller_vocabulary, "give the tokenizer that belongs to the model"),
+    ],
+)
+def test_a_damaged_or_unsupported_model_is_refused(here, refused, damage, reason):
+    damage(here / "llama")
+    assert reason in refused("--save_model", "new")
+
+
+def test_scoring_a_model_that_is_not_finite_writes_no_scores(here, refused):
+    not_a_number(here / "llama")
+    assert "layer 1 gives NaN" in refused("--prune_method", "bi", "--bi_score", "new")
+    assert not Path("new").exists()
+
+
+@pytest.mark.parametrize("model", ["nosuch", "nosuch/model", "./no/such/model"])
+def test_a_model_that_is_nowhere_is_refused(refused, model):
+    assert f"no usable model config at {model!r}" in refused(model=model)
+
+
+def test_a_model_that_is_compressed_already_is_refused(refused):
+    assert "compressed already" in refused(model=MODEL)
+
+
+# Bad input: scores and ranks
+
+
+def test_scores_of_another_model_are_refused(refused):
+    assert "architecture llama, not mistral" in refused("--bi_score", "ranks/llama", model="mistral")
+    assert "architecture llama, not mistral" in refused("--bi_score", SCORES, model="mistral")
+    assert "architecture llama, not mistral" in refused("--bi_score", RANKS, model="mistral")
+
+
+@pytest.mark.parametrize("place", ["ranks/llama", SCORES, RANKS])
+def test_scores_and_ranks_of_other_weights_of_the_same_sizes_are_refused(here, refused, place):
+    tensors = load_file("llama/model.safetensors")
+    tensors["model.layers.2.self_attn.q_proj.weight"] += 0.1
+    save_file(tensors, "llama/model.safetensors", {"format": "pt"})
+    assert "other weights of the same sizes" in refused("--bi_score", place)
+
+
+def test_a_wrong_number_of_scores_is_refused(here, refused):
+    torch.save([0.1, 0.2], "bi_score.pt")
+    assert "bi_score.pt: 'scores' has 2 entries; the model has 3 layers" in refused("--bi_score", "bi_score.pt")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"scores": [1]}', "\xff"])
+def test_damaged_ranks_are_refused_by_name(here, refused, content):
+    Path(RANKS).write_text(content, encoding="latin-1")
+    assert RANKS in refused()
+
+
+# Full disk and interruption
+
+
+@pytest.mark.parametrize(
+    "argv", [("--bi_score", "new"), ("--save_model", "out/new"), ()], ids=["scores", "model", "record"]
+)
+def test_a_full_disk_is_one_clear_line(refused, monkeypatch, argv):
+    def fail(_descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    line = refused(*argv)
+    assert "no space left" in line.lower()
+    assert (argv[1] if argv else "logs/llama_flatllm_30.json") in line
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no device that is always full")
+def test_a_log_on_a_full_disk_is_one_clear_line(here, refused):
+    Path("full").mkdir()
+    Path("full/llama_flatllm_30.log").symlink_to("/dev/full")
+    assert "No space left on device: full" in refused("--save", "full")
+
+
+def test_too_little_disk_for_the_model_is_said_before_the_work(here, refused, monkeypatch):
+    """Oracle: the size of the file that the same command wrote before; all but its header is weights."""
+    needed = sum(tensor.nbytes for tensor in weights(MODEL).values())
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage._replace(free=needed - 1))
+    monkeypatch.setattr(prune, "solve_layer", None)  # the work may not begin
+    assert "out/new needs" in refused("--save_model", "out/new")
+    monkeypatch.undo()
+    os.chdir(here)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage._replace(free=needed))
+    assert run("--save_model", "out/new") == 0
+
+
+def test_an_interrupted_run_says_how_to_go_on_and_its_command_then_succeeds(here, capfd, monkeypatch):
+    calls = []
+
+    def interrupt_second(*args: object) -> object:
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return solve_layer(*args)
+
+    solve_layer = prune.solve_layer
+    argv = ("--bi_score", "new", "--save_model", "out/new")
+    with monkeypatch.context() as patch:
+        patch.setattr(prune, "solve_layer", interrupt_second)
+        assert run(*argv) == 2
+    line = capfd.readouterr().err
+    assert line.startswith("error: interrupted; scores and ranks finished so far stay in new; go on with: python main")
+    assert line.count("\n") == 1
+    assert line.rstrip().endswith("--bi_score new --save_model out/new")
+    assert set(os.listdir("new")) == {"importance.json", "ranks_30.json"}
+    assert os.listdir("out") == ["llama-30"]
+    scores = Path("new/importance.json").read_bytes()
+    assert run(*argv) == 0
+    assert Path("new/importance.json").read_bytes() == scores
+    assert Path("out/new/model.safetensors").read_bytes() == Path(MODEL, "model.safetensors").read_bytes()
