@@ -1,0 +1,188 @@
+"""The interface by which FedCore's own FLAT-LLM reassembler asks for a compression, layer by layer.
+
+In this file ``sparsity_ratio`` and ``target_sparsity`` are the share **kept**, as FedCore means them; everywhere
+else they are the share removed.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from types import TracebackType
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..errors import InputError
+from ..utils.calibration_windows import check_token_ids, padding_ids_of, real_tokens, token_rows, windows_of_rows
+from ..utils.devices import parse_device
+from ..utils.dispatch import dispatch_hooks_lifted
+from ..utils.layer_utils import DecoderModule, check_causal_lm, dimensions_from_config
+from .calibration import ModelInMemory, default_batch_size
+from .moments import LayerMoments, collect_moments
+from .prune import compress_layers
+from .rank_allocation import RankAllocation, ranks_from_keep_ratios
+from .stopwatch import Stopwatch
+
+
+class AbsorptionCompressor:
+    """Compresses chosen layers of a model by shares that the caller chooses, one call after the other.
+
+    A layer's statistics must see what the compressed layers before it give, so the calls say what is wanted and
+    :meth:`patch_compressed_layers` walks through the model once and changes it. Until then it is as it was.
+
+    Args:
+        model: A dense causal language model of a supported family, in memory; it keeps its device and dtype.
+        target_sparsity: Share of V, O and MLP that a layer **keeps** where a call gives none, in (0, 1].
+        tolerance: Share of eigenvalue mass whose rank is logged; changes nothing.
+        device: Where layers run; where the model is, by default.
+
+    Raises:
+        InputError: If the model or a share is unusable.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        target_sparsity: float = 0.3,
+        tolerance: float = 0.96,
+        device: str | torch.device | None = None,
+    ) -> None:
+        self.model = model
+        check_causal_lm(model)
+        self.dimensions = dimensions_from_config(model.config)
+        self.target_sparsity = _checked_share("target_sparsity", target_sparsity)
+        self.tolerance = _checked_share("tolerance", tolerance)
+        self.device = model.get_output_embeddings().weight.device if device is None else parse_device(str(device))
+        self._layers: set[int] = set()
+        self._windows: Tensor | None = None
+        self._kept_of_mlp: dict[int, float] = {}
+        self._kept_of_attention: dict[int, float] = {}
+
+    def collect_all_activations(
+        self, layer_indices: Sequence[int], calibration_input_ids: Tensor, attention_mask: Tensor | None = None
+    ) -> None:
+        """Take the calibration data for the layers that are going to be compressed.
+
+        Padding is no data: it is cut off, and rows of unequal length are joined and cut into windows as long as the
+        longest, or as the model takes.
+
+        Args:
+            layer_indices: The layers.
+            calibration_input_ids: Token ids, int64, (N, S), rows may be padded at either end.
+            attention_mask: 0 for padding, (N, S). Without it, what the model's padding id (or where it has none,
+                the id that ends a text) fills at the ends of a row is padding.
+
+        Raises:
+            InputError: If a layer does not exist, or the ids are unusable.
+        """
+        for layer_idx in layer_indices:
+            self._check_layer(layer_idx)
+        padding_ids = padding_ids_of(self.model.config)
+        rows = [real_tokens(*row, padding_ids) for row in token_rows(calibration_input_ids, attention_mask)]
+        longest = max(len(row) for row in rows)
+        windows = windows_of_rows(rows, min(longest, self.model.config.max_position_embeddings))
+        check_token_ids(windows, self.model.config.vocab_size)
+        self._layers, self._windows = set(layer_indices), windows
+
+    def apply_absorption_mlp(self, layer_idx: int, sparsity_ratio: float | None = None) -> None:
+        """Have ``layer_idx`` keep the share ``sparsity_ratio`` of its MLP's channels.
+
+        Raises:
+            InputError: If no activations are collected for the layer, or the share is outside (0, 1].
+        """
+        self._kept_of_mlp[self._check_collected(layer_idx)] = self._share(sparsity_ratio)
+
+    def apply_absorption_attention(self, layer_idx: int, sparsity_ratio: float | None = None) -> None:
+        """Have ``layer_idx`` keep the share ``sparsity_ratio`` of the directions of each value head.
+
+        Raises:
+            InputError: If no activations are collected for the layer, or the share is outside (0, 1].
+        """
+        self._kept_of_attention[self._check_collected(layer_idx)] = self._share(sparsity_ratio)
+
+    def patch_compressed_layers(self, layer_indices: Sequence[int]) -> None:
+        """Compress these layers as asked, in place; the model becomes one of the compressed class.
+
+        Layers that are not named, and parts for which nothing was asked, stay whole.
+
+        Raises:
+            InputError: If no activations are collected for a layer, or a layer's are not finite; the model is then
+                as it was.
+        """
+        chosen = {self._check_collected(layer_idx) for layer_idx in layer_indices}
+        assert self._windows is not None  # collected with the layers
+        with dispatch_hooks_lifted(self.model):
+            source = ModelInMemory(self.model, self.device)
+            flat_config, _ = compress_layers(
+                source,
+                source,
+                self._windows,
+                self._allocation(chosen),
+                batch_size=default_batch_size(self._windows.shape[1]),
+                tolerance=self.tolerance,
+                stopwatch=Stopwatch(self.device),
+            )
+            source.adopt(flat_config)
+
+    def _allocation(self, chosen: set[int]) -> RankAllocation:
+        layers = range(self.dimensions.num_layers)
+        of_attention = [self._kept_of_attention.get(i, 1.0) if i in chosen else 1.0 for i in layers]
+        of_mlp = [self._kept_of_mlp.get(i, 1.0) if i in chosen else 1.0 for i in layers]
+        ranks = ranks_from_keep_ratios(self.dimensions, of_attention).value_rank
+        return replace(ranks_from_keep_ratios(self.dimensions, of_mlp), value_rank=ranks)
+
+    def _share(self, sparsity_ratio: float | None) -> float:
+        return self.target_sparsity if sparsity_ratio is None else _checked_share("sparsity_ratio", sparsity_ratio)
+
+    def _check_layer(self, layer_idx: int) -> None:
+        if not 0 <= layer_idx < self.dimensions.num_layers:
+            raise InputError(
+                f"there is no layer {layer_idx}; the model has layers 0 to {self.dimensions.num_layers - 1}"
+            )
+
+    def _check_collected(self, layer_idx: int) -> int:
+        self._check_layer(layer_idx)
+        if layer_idx not in self._layers:
+            raise InputError(f"no activations are collected for layer {layer_idx}; name it to collect_all_activations")
+        return layer_idx
+
+
+class ActivationCollector:
+    """Sums the moments of what runs through one decoder layer, as a context manager.
+
+    Inside the block the layer's own output is not meaningful; see :func:`collect_moments`.
+
+    Args:
+        layer: A dense decoder layer.
+        num_heads: Its query heads.
+        tolerance: Taken for FedCore's sake; the moments do not depend on it.
+        device: Where the layer is; its own device by default.
+
+    Raises:
+        InputError: If the layer has another number of heads.
+    """
+
+    def __init__(
+        self, layer: DecoderModule, num_heads: int, tolerance: float = 0.96, device: str | torch.device | None = None
+    ) -> None:
+        dimensions = dimensions_from_config(layer.self_attn.config)
+        if num_heads != dimensions.num_heads:
+            raise InputError(f"num_heads is {num_heads}; the layer has {dimensions.num_heads}")
+        self.tolerance = tolerance
+        own = next(layer.parameters()).device
+        stopwatch = Stopwatch(own if device is None else torch.device(device))
+        self._collecting = collect_moments(layer, dimensions, stopwatch)
+
+    def __enter__(self) -> LayerMoments:
+        return self._collecting.__enter__()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._collecting.__exit__(kind, error, traceback)
+
+
+def _checked_share(name: str, share: float) -> float:
+    if not 0 < share <= 1:
+        raise InputError(f"{name} is {share}; accepted: a share above 0 and at most 1")
+    return share

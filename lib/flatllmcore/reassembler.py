@@ -1,0 +1,174 @@
+"""The library under the interface of FedCore's reassemblers, and as a subclass of theirs where FedCore is there.
+
+FedCore is imported with this module; ``import flatllmcore`` leaves it alone.
+"""
+
+import importlib
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .config import FlatLLMConfig, merged_config
+from .core.pruner import FlatLLMPruner, apply_flat_llm, compute_layer_importance
+from .core.rank_allocation import ImportancePreservingRankSelector, RankAllocation, allocate_keep_ratios
+from .errors import InputError
+from .utils.dispatch import is_spread_over_devices
+from .utils.layer_utils import detect_architecture, dimensions_from_config
+
+__all__ = ["FlatLLMReassembler", "StandaloneReassembler", "apply_flat_llm", "compute_layer_importance"]
+
+logger = logging.getLogger(__name__)
+
+FEDCORE_REASSEMBLERS = "fedcore.algorithm.low_rank.reassembly.core_reassemblers"
+
+
+class StandaloneReassembler:
+    """What :class:`FlatLLMReassembler` takes from FedCore's ``Reassembler``, for where FedCore is not."""
+
+    @classmethod
+    def get_module(cls, root: nn.Module, name: str) -> nn.Module:
+        """Return the module at a dotted name."""
+        return root.get_submodule(name)
+
+    @classmethod
+    def set_module(cls, root: nn.Module, name: str, module: nn.Module) -> None:
+        """Put ``module`` at a dotted name."""
+        parent, _, child = name.rpartition(".")
+        setattr(root.get_submodule(parent), child, module)
+
+    @classmethod
+    def _apply_additional_mapping(cls, model: nn.Module, mapping: Mapping[type[nn.Module], Any] | None) -> None:
+        """Replace every module whose type is a key of ``mapping`` by what the value makes when it is called."""
+        for name, module in list(model.named_modules()):
+            if name and mapping and type(module) in mapping:
+                cls.set_module(model, name, mapping[type(module)]())
+
+    @classmethod
+    def _validate_device_consistency(cls, model: nn.Module) -> None:
+        """Raise RuntimeError if the parameters are on more than one device."""
+        devices = {parameter.device for parameter in model.parameters()}
+        if len(devices) > 1:
+            raise RuntimeError(f"the parameters are on several devices: {', '.join(sorted(map(str, devices)))}")
+
+
+def _base_class() -> Any:
+    try:
+        return importlib.import_module(FEDCORE_REASSEMBLERS).Reassembler
+    except Exception as error:  # FedCore's own imports raise more kinds than ImportError
+        logger.debug("FedCore is not used: %s: %s", type(error).__name__, error)
+        return StandaloneReassembler
+
+
+_Reassembler: Any = _base_class()
+
+
+class FlatLLMReassembler(_Reassembler):
+    """FLAT-LLM as a reassembler: no state, class methods only, and so the same on the class and on an instance."""
+
+    @classmethod
+    def reassemble(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        config: FlatLLMConfig | None = None,
+        *,
+        architecture: str | None = None,
+        additional_mapping: Mapping[type[nn.Module], Any] | None = None,
+        **options: Any,
+    ) -> PreTrainedModel:
+        """Compress ``model`` in place and return it, the same object.
+
+        Args:
+            model: As for :class:`FlatLLMPruner`.
+            tokenizer: As there.
+            config: What is asked; the defaults for ``None``. ``target_sparsity`` is the share removed.
+            architecture: The family the model is expected to be of.
+            additional_mapping: Module types to replace afterwards, as FedCore's reassemblers do.
+            **options: Those that are fields of :class:`FlatLLMConfig` take precedence over ``config``; the others
+                come from the framework's callers and are ignored, with a log line.
+
+        Raises:
+            InputError: If the model, an option or the text is unusable; the model is then as it was.
+            RuntimeError: If the model is on several devices without a ``device_map``.
+        """
+        found = cls._detect_model_architecture(model)
+        if architecture not in (None, found):
+            raise InputError(f"the model is of the family {found!r}, not {architecture!r}")
+        if not is_spread_over_devices(model):
+            cls._validate_device_consistency(model)
+        pruner = FlatLLMPruner(model, tokenizer, config, **_fields_among(options))
+        pruner.prune_model()
+        if additional_mapping:
+            cls._apply_additional_mapping(model, additional_mapping)
+        return model
+
+    @classmethod
+    def compute_importance_scores(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        config: FlatLLMConfig | None = None,
+        **fields: Any,
+    ) -> list[float]:
+        """Return the importance of every decoder layer; the model is unchanged. See :class:`FlatLLMPruner`."""
+        return compute_layer_importance(model, tokenizer, config, **fields)
+
+    @classmethod
+    def allocate_ranks(
+        cls,
+        importance_scores: Sequence[float],
+        target_sparsity: float = 0.5,
+        *,
+        model: PreTrainedModel | None = None,
+        config: FlatLLMConfig | None = None,
+    ) -> list[float] | RankAllocation:
+        """Return what each layer keeps, by Importance-Preserving Rank Selection.
+
+        Scores alone do not say how large Q and K are, which stay whole and count in the total. Without ``model`` the
+        target is therefore applied to the pruned projections (V, O and MLP) alone, and less of the whole model is
+        removed than ``target_sparsity``.
+
+        Args:
+            importance_scores: One per decoder layer, more than 0.
+            target_sparsity: Share to remove, more than 0 and less than 1.
+            model: The dense model the scores are of.
+            config: Its ``rank_multiple`` and ``preserve_qk_layers`` count, for ``model``.
+
+        Returns:
+            Without ``model`` the share of each layer to keep, in (0, 1], their mean ``1 - target_sparsity``. With it
+            the ranks and widths that remove ``target_sparsity`` of all the decoder layers' linear weights.
+
+        Raises:
+            InputError: If a score or the target is out of range, or so much cannot be removed from ``model``.
+        """
+        config = merged_config(config, {"target_sparsity": target_sparsity})
+        if model is None:
+            logger.info("no model given: %g of V, O and MLP is removed, and Q and K are not counted", target_sparsity)
+            return allocate_keep_ratios(importance_scores, 1 - target_sparsity)
+        selector = ImportancePreservingRankSelector(
+            dimensions_from_config(model.config),
+            rank_multiple=config.rank_multiple,
+            prune_qk=not config.preserve_qk_layers,
+        )
+        return selector.allocate(importance_scores, round(100 * target_sparsity, 9))
+
+    @classmethod
+    def _detect_model_architecture(cls, model: nn.Module) -> str:
+        """Return the model's family, ``llama``, ``mistral`` and so on.
+
+        Raises:
+            InputError: If it is not supported.
+        """
+        return detect_architecture(model)
+
+
+def _fields_among(options: Mapping[str, Any]) -> dict[str, Any]:
+    known = {field.name for field in fields(FlatLLMConfig)}
+    ignored = sorted(options.keys() - known)
+    if ignored:
+        logger.info("ignored, since FLAT-LLM has no such option: %s", ", ".join(ignored))
+    return {name: value for name, value in options.items() if name in known}

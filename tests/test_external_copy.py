@@ -1,0 +1,95 @@
+"""A copy of the package inside another project, as ``external/flatllmcore``, works without the package itself."""
+
+import ast
+import shutil
+import sys
+
+import pytest
+
+from python_process import BLOCKED, LIBRARY, run_python
+
+PACKAGE = LIBRARY / "flatllmcore"
+# Not of the standard library, and likely to be imported in the process that puts these folders on its path.
+WELL_KNOWN = """
+absl accelerate aiohttp attr attrs bitsandbytes bs4 certifi click cv2 datasets deepspeed diffusers einops evaluate
+faiss fastapi fedcore filelock flask fsspec gradio h5py httpx huggingface_hub hypothesis jax jinja2 joblib keras
+lightning lm_eval matplotlib mpmath multidict networkx nltk numba numpy omegaconf onnx optimum packaging pandas peft
+PIL pkg_resources pluggy polars psutil pyarrow pydantic pytest ray regex requests rich safetensors scipy seaborn
+sentencepiece setuptools six sklearn spacy sympy tdecomp tensorboard tensorflow timm tokenizers toml torch torchaudio
+torchvision tqdm transformers triton trl typing_extensions urllib3 wandb wheel xformers yaml
+"""
+
+COMPRESS = """
+import torch
+from {package} import FlatLLMConfig, FlatLLMReassembler
+from transformers import AutoModelForCausalLM
+
+from conftest import tiny_model
+from tiny_text import documents, word_tokenizer
+
+model, tokenizer = tiny_model(), word_tokenizer()
+config = FlatLLMConfig(target_sparsity=0.5, cal_dataset=documents(60), cal_nsamples=8, seqlen=16, device="cpu")
+dense_size = model.num_parameters()
+compressed_model = FlatLLMReassembler.reassemble(model, tokenizer, config)
+assert compressed_model is model
+assert type(model).__module__ == "{package}.layers.flat_llama"
+
+model.save_pretrained("{folder}")
+ids = torch.randint(97, (2, 10))
+reloaded = AutoModelForCausalLM.from_pretrained("{folder}", dtype=torch.float64)
+assert type(reloaded) is type(model)
+assert torch.equal(reloaded(ids).logits, model(ids).logits)
+assert reloaded.num_parameters() < dense_size
+
+from {package}.utils import check_sparsity, get_layer_dimensions
+
+# Analyze current sparsity
+sparsity = check_sparsity(model)
+print(f"Current sparsity: {{sparsity:.4f}}")
+
+# Get model dimensions
+dimensions = get_layer_dimensions(model, "llama")
+print(f"Model dimensions: {{dimensions}}")
+
+from {package}.core.absorption import AbsorptionCompressor
+from {package} import layers
+import sys
+assert not [name for name in sys.modules if name.partition(".")[0] == "flatllmcore" and sys.modules[name]]
+"""
+
+
+@pytest.mark.parametrize("package", ["external.flatllmcore", "fedcore.external.flatllmcore"])
+def test_a_copy_compresses_saves_and_reloads(package, tmp_path):
+    copy = tmp_path.joinpath(*package.split("."))
+    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    code = COMPRESS.format(package=package, folder=tmp_path / "saved")
+    sparsity, dimensions = run_python(BLOCKED + code, [tmp_path]).splitlines()
+    assert sparsity.startswith("Current sparsity: 0.5")
+    assert dimensions.startswith("Model dimensions: {'architecture': 'llama', 'num_layers': 2,")
+
+
+def test_imports_inside_the_package_are_relative():
+    absolute = []
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            absolute += [(path.name, name) for name in names if name.partition(".")[0] in ("flatllmcore", "lib")]
+    assert not absolute
+
+
+def test_no_file_shadows_a_known_module():
+    """FedCore puts these two folders at the front of sys.path."""
+    names = {path.stem for folder in (PACKAGE, PACKAGE / "core") for path in folder.iterdir()} - {"__init__"}
+    assert not names & (set(sys.stdlib_module_names) | set(WELL_KNOWN.split()))
+
+
+def test_importing_the_package_loads_nothing_heavy(tmp_path):
+    heavy = ("datasets", "fedcore", "hypothesis", "lm_eval", "matplotlib", "pandas", "pyarrow")
+    (tmp_path / "fedcore.py").write_text("raise SystemError('imported too early')")
+    code = f"import sys, flatllmcore; print([name for name in {heavy} if name in sys.modules])"
+    assert run_python(code, [tmp_path, LIBRARY]) == "[]\n"
+
+
+def test_the_package_says_that_it_is_typed():
+    assert (PACKAGE / "py.typed").is_file()
