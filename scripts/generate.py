@@ -1,0 +1,56 @@
+"""Let models, dense or compressed, finish a sentence: greedily, so that their texts compare.
+
+python scripts/generate.py models/pydocs-llama demo/pydocs-llama-20 --prompt "This function returns"
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from flatllmbench.command_line import complain
+from flatllmcore import InputError
+from flatllmcore.utils.devices import best_device
+from flatllmcore.utils.loading import load_model, load_tokenizer
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print one line per model; return the exit status: 0, or 2 after one line on stderr about unusable input."""
+    args = parse_arguments(argv)
+    logging.disable_progress_bar()
+    try:
+        for name in args.models:
+            tokenizer = load_tokenizer(name)
+            model = load_model(name).to(best_device())
+            text = finished_sentence(model, tokenizer, args.prompt, args.max_new_tokens)
+            print(f"{name}: {text}")
+    except InputError as error:
+        return complain(str(error))
+    return 0
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+", help="local folders or hub ids")
+    parser.add_argument("--prompt", required=True, help="the sentence's beginning")
+    parser.add_argument("--max_new_tokens", type=int, default=40, help="at most (default: %(default)s)")
+    return parser.parse_args(argv)
+
+
+def finished_sentence(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int
+) -> str:
+    """Return the prompt and its most likely continuation, on one line, up to the end of a sentence or the limit."""
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
+    with torch.inference_mode():
+        ids = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
+    text = " ".join(tokenizer.decode(ids[0], skip_special_tokens=True).split())
+    end = text.find(". ", len(prompt))
+    return text if end < 0 else text[: end + 1]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

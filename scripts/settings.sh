@@ -1,0 +1,30 @@
+# Sourced, not run: the variables that the experiments share, with the published settings as
+# defaults. Relative paths start at the repository's root, which becomes the working folder.
+#   DATASET       calibration and test text (default: wikitext2)
+#   BI_NSAMPLES   windows to score layers on (default: 128)
+#   SEQLEN        tokens per window (default: 4096)
+#   SEED          of the sampling (default: 42)
+#   CACHE_DIR     where hub downloads are kept (default: the hub's own)
+#   DATASET_ROOT  folder with local copies of the datasets (default: none, the hub is asked)
+#   DEVICE        cpu, cuda or cuda:N (default: the GPU if there is one)
+#   PYTHON        interpreter of the environment that requirements.txt is installed in (default: python3)
+# shellcheck shell=bash disable=SC2034 # the scripts that source this use the arrays
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || return
+PYTHON="${PYTHON:-python3}"
+flags=(--dataset "${DATASET:-wikitext2}" --seqlen "${SEQLEN:-4096}" --seed "${SEED:-42}" --overwrite)
+[[ -z "${CACHE_DIR:-}" ]] || flags+=(--cache_dir "$CACHE_DIR")
+[[ -z "${DATASET_ROOT:-}" ]] || flags+=(--dataset_root "$DATASET_ROOT")
+[[ -z "${DEVICE:-}" ]] || flags+=(--device "$DEVICE")
+
+# run COMMAND...: shows a command and runs it.
+run() {
+    printf '\n+ %s\n' "$*"
+    "$@"
+}
+
+# score MODEL FOLDER FLAG...: writes FOLDER/importance.json, with the log and the record of the run beside it.
+score() {
+    run "$PYTHON" main.py --prune_method bi --model "$1" --bi_score "$2" --save "$2" \
+        --nsamples "${BI_NSAMPLES:-128}" "${flags[@]}" "${@:3}"
+}

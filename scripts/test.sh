@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Installs into a virtual environment, where that is still to do, and runs the tests.
+#
+#   bash scripts/test.sh                    # all of them
+#   bash scripts/test.sh -m "not slow" -x   # arguments go to pytest
+#
+# Variables: VENV, PYTHON, SKIP_INSTALL (see scripts/environment.sh).
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+pip_install dev -e ".[dev]"
+exec "$PYTHON" -m pytest "$@"
