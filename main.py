@@ -1,6 +1,6 @@
 """Score the layers of a language model (`bi`), or compress it (`flatllm`).
 
-    python main.py --model models/pydocs-llama --dataset pydocs --prune_method bi
+    python main.py --model models/pydocs-llama --dataset pydocs --prune_method bi --bi_score out/scores
     python main.py --model models/pydocs-llama --dataset pydocs --prune_method flatllm \\
         --sparsity_ratio 20 --save_model out/pydocs-llama-20
     python main.py --model meta-llama/Llama-2-7b-hf --dataset wikitext2 --prune_method flatllm \\
@@ -126,6 +126,8 @@ def compress(args: argparse.Namespace, command: str) -> dict[str, Any]:
     )
     model = source.adopt(flat_config)
     compressed = perplexity(ModelInMemory(model, setup.device), test_windows, setup.batch_size, setup.stopwatch)
+    if not math.isfinite(compressed.value):
+        raise InputError(f"compressed perplexity is {compressed.value}; the model does not bear this ratio, or --dtype")
     logger.info(
         "compressed perplexity %.4f, %.3f times the dense one", compressed.value, compressed.value / dense.value
     )

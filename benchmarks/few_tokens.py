@@ -1,23 +1,27 @@
 """What a ridge does for the MLP solve when calibration tokens are few: perplexity by tokens and jitter.
 
-    python benchmarks/few_tokens.py --model models/pydocs-llama --dataset pydocs --tokens 128 256 512 1024 8192
+    python benchmarks/few_tokens.py --model models/pydocs-llama --dataset pydocs --tokens 128 256 512 1024 2048 8192
 
-The jitter is relative to each kept channel's own energy. With fewer tokens than MLP channels the exact solve fits
-the noise of the tokens it has; the library then uses FEW_TOKENS_JITTERS. Prints a Markdown table.
+The jitter is a share of each kept channel's own energy; 0 is the exact solve, and the last column is what the library
+does: a tenth, faded out up to four tokens per channel. Prints a Markdown table and writes `--out` as JSON.
 """
 
 import argparse
 import copy
+import json
+from pathlib import Path
 from unittest import mock
 
-import torch
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from flatllmbench.perplexity import perplexity
-from flatllmcore.core import mlp_nystrom
+from flatllmbench.records import hardware, versions
+from flatllmbench.tables import markdown_table
+from flatllmcore.core import prune
 from flatllmcore.core.calibration import ModelInMemory
 from flatllmcore.core.importance import layer_importance
-from flatllmcore.core.prune import compress_layers
-from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector
+from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector, RankAllocation
 from flatllmcore.core.stopwatch import Stopwatch
 from flatllmcore.utils.data_utils import consecutive_windows, load_text, sample_documents
 from flatllmcore.utils.devices import best_device
@@ -32,10 +36,11 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--dataset", required=True)
     parser.add_argument("--eval_dataset")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[128, 256, 512, 1024, 8192])
-    parser.add_argument("--jitter", type=float, nargs="+", default=[0.0, 1e-3, 1e-2, 1e-1, 1.0])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[128, 256, 512, 1024, 2048, 8192])
+    parser.add_argument("--jitter", type=float, nargs="+", default=[0.0, 1e-2, 1e-1])
     parser.add_argument("--sparsity_ratio", type=int, default=20)
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
 
     device = best_device()
@@ -53,23 +58,26 @@ def main() -> None:
     dense = perplexity(ModelInMemory(model, device), test, 64, watch).value
     width = dimensions.intermediate_size
     print(f"{args.model} {args.sparsity_ratio} %: dense perplexity {dense:.2f}, MLP width {width}")
-    print("\n| tokens | " + " | ".join(f"jitter {jitter:g}" for jitter in args.jitter) + " |")
-    print("|---:" * (1 + len(args.jitter)) + "|")
+    rows = []
     for tokens in args.tokens:
-        found = [f"{compressed(model, calibration[: tokens // SEQLEN], allocation, test, j):.2f}" for j in args.jitter]
-        print(f"| {tokens} | " + " | ".join(found) + " |", flush=True)
+        part = calibration[: tokens // SEQLEN]
+        rows.append([tokens, *(compressed(model, part, allocation, test, jitter) for jitter in (*args.jitter, None))])
+    header = ("tokens", *(f"jitter {jitter:g}" for jitter in args.jitter), "library")
+    print("\n" + markdown_table(header, [(str(tokens), *(f"{p:.2f}" for p in found)) for tokens, *found in rows]))
+    if args.out is not None:
+        facts = {"request": {k: str(v) for k, v in vars(args).items()}, "hardware": hardware(device)}
+        args.out.write_text(json.dumps(facts | {"versions": versions(), "dense": dense, "rows": rows}, indent=1) + "\n")
 
 
-def compressed(model, windows: torch.Tensor, allocation, test: torch.Tensor, jitter: float) -> float:
-    """Return the perplexity after a compression whose MLP solves all use ``jitter``, or more if they must."""
-    ladder = tuple(j for j in (*mlp_nystrom.JITTERS, 1e-2, 1e-1) if j > jitter)
+def compressed(
+    model: PreTrainedModel, windows: Tensor, allocation: RankAllocation, test: Tensor, jitter: float | None
+) -> float:
+    """Return the perplexity after a compression with ``jitter`` in every MLP solve, ``None`` for the library's own."""
     device = best_device()
     source = ModelInMemory(copy.deepcopy(model), device)
-    with (
-        mock.patch.object(mlp_nystrom, "JITTERS", (jitter, *ladder)),
-        mock.patch.object(mlp_nystrom, "FEW_TOKENS_JITTERS", (jitter, *ladder)),
-    ):
-        flat_config, _ = compress_layers(
+    chosen = prune.few_tokens_jitter if jitter is None else (lambda _tokens, _channels: jitter)
+    with mock.patch.object(prune, "few_tokens_jitter", chosen):
+        flat_config, _ = prune.compress_layers(
             source, source, windows, allocation, batch_size=64, tolerance=0.96, stopwatch=Stopwatch(device)
         )
     return perplexity(ModelInMemory(source.adopt(flat_config), device), test, 64, Stopwatch(device)).value

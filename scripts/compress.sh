@@ -9,9 +9,11 @@
 #   RATIOS         percentages of decoder-layer linear weights to remove (default: 10 20 30 40 50)
 #   NSAMPLES       windows to compress on (default: 256)
 #   RANK_MULTIPLE  1 gives the published floors (default: 8 if heads are 64 wide or more, else 1)
+#   PRUNE_QK       1 prunes Q and K too (default: they stay whole)
+#   OVERWRITE      1 does ratios again whose record and model are there (default: they are left alone)
 #   BI_SCORE       folder of the importance scores, made if there are none (default: ranks/<model>)
 #   OUT            gets <model>-<percent>/, logs/, README.md and perplexity.png (default: results/<model>)
-# Arguments go to main.py.
+# Arguments go to main.py; what changes the ranks is a variable here, since compute_rank.py needs it too.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/settings.sh"
 : "${MODEL:?is not set; name a local folder or a hub id}"
@@ -21,6 +23,10 @@ scores="${BI_SCORE:-ranks/$name}"
 out="${OUT:-results/$name}"
 rank_flags=()
 [[ -z "${RANK_MULTIPLE:-}" ]] || rank_flags+=(--rank_multiple "$RANK_MULTIPLE")
+if [[ "${PRUNE_QK:-}" == 1 ]]; then
+    rank_flags+=(--prune_qk)
+    flags+=(--prune_qk)
+fi
 
 [[ -e "$scores/importance.json" ]] || score "$MODEL" "$scores" "$@"
 # shellcheck disable=SC2086 # one word per ratio
@@ -28,8 +34,13 @@ run "$PYTHON" compute_rank.py --bi_score "$scores" --sparsity_ratio $ratios "${r
 
 records=()
 for percent in $ratios; do
+    record="$out/logs/${name}_flatllm_$percent.json"
+    records+=("$record")
+    if [[ "${OVERWRITE:-}" != 1 && -e "$record" && -e "$out/$name-$percent/config.json" ]]; then
+        printf '\n%s is there; OVERWRITE=1 does it again\n' "$record"
+        continue
+    fi
     run "$PYTHON" main.py --prune_method flatllm --model "$MODEL" --sparsity_ratio "$percent" --bi_score "$scores" \
         --nsamples "${NSAMPLES:-256}" --save "$out/logs" --save_model "$out/$name-$percent" "${flags[@]}" "$@"
-    records+=("$out/logs/${name}_flatllm_$percent.json")
 done
 run "$PYTHON" -m flatllmbench.report "${records[@]}" --out "$out"

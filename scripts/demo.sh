@@ -19,6 +19,7 @@ export SEQLEN="${SEQLEN:-256}"
 export NSAMPLES="${NSAMPLES:-128}"
 export OUT="${OUT:-demo}"
 export BI_SCORE="$OUT/ranks"
+export OVERWRITE=1
 
 rm -f "$BI_SCORE/importance.json" # an earlier demo's; it may be about another model
 bash scripts/compress.sh

@@ -10,5 +10,6 @@
 #
 # Variables: see scripts/compress.sh. Arguments go to main.py.
 set -euo pipefail
+export RANK_MULTIPLE="${RANK_MULTIPLE:-1}" # the published floors
 export MODEL="${MODEL:-meta-llama/Llama-2-7b-hf}"
 exec bash "$(dirname "${BASH_SOURCE[0]}")/compress.sh" "$@"

@@ -31,6 +31,13 @@ def tiny_model(family: str = "llama", seed: int = 0, **overrides):
     return model
 
 
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request):
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    return torch.device(request.param)
+
+
 @pytest.fixture(params=["llama", "mistral"])
 def model(request):
     return tiny_model(request.param)

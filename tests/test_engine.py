@@ -30,34 +30,35 @@ VARIANTS = [
 ]
 
 
-def compressed(model, windows, percent=40, batch_size=5, scores=(0.3, 0.2), rank_multiple=1):
+def compressed(model, windows, percent=40, batch_size=5, device=CPU):
     dimensions = dimensions_from_config(model.config)
-    allocation = ImportancePreservingRankSelector(dimensions, rank_multiple=rank_multiple).allocate(scores, percent)
-    source = ModelInMemory(model, CPU)
+    allocation = ImportancePreservingRankSelector(dimensions, rank_multiple=1).allocate((0.3, 0.2), percent)
+    source = ModelInMemory(model, device)
     flat_config, records = compress_layers(
-        source, source, windows, allocation, batch_size=batch_size, tolerance=0.96, stopwatch=Stopwatch(CPU)
+        source, source, windows, allocation, batch_size=batch_size, tolerance=0.96, stopwatch=Stopwatch(device)
     )
     return source.adopt(flat_config), allocation, records
 
 
 @pytest.mark.parametrize(("family", "overrides"), VARIANTS)
-def test_importance_equals_the_oracle(family, overrides, windows):
+def test_importance_equals_the_oracle(family, overrides, windows, device):
     model = tiny_model(family, **overrides)
-    found = layer_importance(ModelInMemory(model, CPU), windows, 5, Stopwatch(CPU))
+    found = layer_importance(ModelInMemory(model, device), windows, 5, Stopwatch(device))
     assert found.scores == pytest.approx(oracle.importance(*oracle.weights_and_sizes(model), windows), rel=1e-5)
     assert found.zero_rows == 0
 
 
 @pytest.mark.parametrize(("family", "overrides"), VARIANTS)
-def test_compressed_logits_and_perplexity_equal_the_oracle(family, overrides, windows):
+def test_compressed_logits_and_perplexity_equal_the_oracle(family, overrides, windows, device):
     """Bases are fixed only up to sign, so functions are compared, not weights."""
     model = tiny_model(family, **overrides)
     weights, sizes = oracle.weights_and_sizes(model)
-    model, allocation, _ = compressed(model, windows)
+    model, allocation, _ = compressed(model, windows, device=device)
     expected = oracle.compress(weights, sizes, windows, allocation.value_rank, allocation.mlp_width)
 
     test_windows = torch.randint(97, (6, 16), generator=torch.Generator().manual_seed(2))
-    measured = perplexity(ModelInMemory(model, CPU), test_windows, 4, Stopwatch(CPU))
+    measured = perplexity(ModelInMemory(model, device), test_windows, 4, Stopwatch(device))
+    assert {p.device.type for p in model.parameters()} == {"cpu"}
     assert measured.value == pytest.approx(oracle.perplexity(expected, sizes, test_windows), rel=1e-5)
     assert measured.predicted_tokens == 6 * 15
 
@@ -76,7 +77,7 @@ def test_the_result_does_not_depend_on_the_batch_size(model, windows):
 
 
 def test_a_layer_kept_whole_gives_the_very_same_logits(model, windows):
-    """Oracle: the model itself. Both layers' shares are 1 when nothing is to be removed but a rounding step."""
+    """Oracle: the model itself. Nothing is to be removed, so both layers' shares are 1."""
     before = model(windows).logits
     dimensions = dimensions_from_config(model.config)
     whole = ImportancePreservingRankSelector(dimensions).allocate([0.3, 0.3], 0.0)
@@ -93,6 +94,26 @@ def test_compression_changes_the_given_object_and_counts_its_parameters(model, w
     linear = sum(p.numel() for n, p in model.named_parameters() if "_proj.weight" in n and ".layers." in n)
     assert allocation.parameters_after == linear
     assert [r.value_rank for r in records] == list(allocation.value_rank)
+
+
+def test_hidden_states_in_host_memory_give_the_same_result(windows, device, monkeypatch):
+    """On a GPU they stay there while they fit; here they never do."""
+    monkeypatch.setattr("flatllmcore.core.calibration._SHARE_OF_DEVICE_FOR_STATES", 0)
+    on_host, _, _ = compressed(tiny_model(), windows, device=device)
+    monkeypatch.undo()
+    on_device, _, _ = compressed(tiny_model(), windows, device=device)
+    for (name, a), (_, b) in zip(on_host.state_dict().items(), on_device.state_dict().items(), strict=True):
+        torch.testing.assert_close(a.abs(), b.abs(), msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_a_forward_that_a_user_put_on_a_layer_stays(windows):
+    model = tiny_model()
+    layer = model.model.layers[0]
+    own = layer.forward
+    layer.forward = own
+    record_layer_arguments(model.model, 8)
+    assert layer.__dict__["forward"] is own
+    assert "forward" not in model.model.layers[1].__dict__
 
 
 def test_a_failed_compression_leaves_the_model_as_it_was(model, windows):
@@ -112,6 +133,15 @@ def test_a_failed_compression_leaves_the_model_as_it_was(model, windows):
     assert not any("forward" in module.__dict__ for module in model.modules())
 
 
+def test_few_calibration_tokens_are_warned_of_and_do_not_blow_up(model, windows, caplog):
+    """Oracle: the dense model's perplexity. Without the ridge, 56 channels solved from 48 tokens give far more."""
+    test_windows = torch.randint(97, (6, 16), generator=torch.Generator().manual_seed(2))
+    before = perplexity(ModelInMemory(model, CPU), test_windows, 4, Stopwatch(CPU)).value
+    small, _, _ = compressed(model, windows[:3], percent=20)
+    assert "48 calibration tokens are few for 56 MLP channels" in caplog.text
+    assert perplexity(ModelInMemory(small, CPU), test_windows, 4, Stopwatch(CPU)).value < 3 * before
+
+
 def test_infinite_activations_name_their_layer(model, windows):
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight.fill_(math.inf)
@@ -124,8 +154,10 @@ def test_layer_arguments_are_those_the_model_passes(windows):
     model = tiny_model("mistral", sliding_window=5)
     arguments = record_layer_arguments(model.model, 16)
     states = model(windows, output_hidden_states=True).hidden_states
-    for index, layer in enumerate(model.model.layers[:1]):
-        torch.testing.assert_close(layer(states[index], **arguments[index]), states[index + 1])
+    outputs = states[0]
+    for layer, given in zip(model.model.layers, arguments, strict=True):
+        outputs = layer(outputs, **given)
+    torch.testing.assert_close(model.model.norm(outputs), states[-1])
 
 
 def test_an_identity_block_has_no_angle():

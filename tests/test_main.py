@@ -379,6 +379,8 @@ def test_argparse_refuses_in_one_line_after_the_usage(here, capsys):
         (("--dataset", "text/train.txt"), "no test split to measure perplexity on; name one with --eval_dataset"),
         (("--save_model", MODEL), "it is not empty"),
         (("--save_model", "text", "--overwrite"), "it holds no model"),
+        (("--save_model", "llama", "--overwrite"), "overlap; give another folder"),
+        (("--save_model", "llama/small"), "overlap; give another folder"),
         (("--save_model", "text/train.txt"), "it is a file"),
         (("--prune_method", "bi"), f"{SCORES} exists; give --overwrite"),
         (("--prune_method", "bi", "--bi_score", SCORES), f"{SCORES} is a file"),

@@ -45,7 +45,8 @@ EXPECTED_PERPLEXITIES = {  # dense and FLAT-LLM at 20 %, Table 1
 }
 SETTINGS = {
     *("BI_NSAMPLES", "BI_SCORE", "CACHE_DIR", "DATASET", "DATASET_ROOT", "DEVICE", "MODEL", "MODELS", "NSAMPLES"),
-    *("OUT", "PROMPT", "PYTHON", "RANK_MULTIPLE", "RATIOS", "SEED", "SEQLEN", "SKIP_INSTALL", "VENV"),
+    *("OUT", "OVERWRITE", "PROMPT", "PRUNE_QK", "PYTHON", "RANK_MULTIPLE", "RATIOS", "SEED", "SEQLEN"),
+    *("SKIP_INSTALL", "VENV"),
 }
 
 
@@ -167,7 +168,8 @@ def test_the_published_settings_are_the_defaults(commands, script, tmp_path):
     assert value_of("--nsamples", scoring) == "128"
     assert {value_of("--nsamples", command) for command in compressing} == {"256"}
     percents = ["10", "20", "30", "40", "50"]
-    assert ranking == ["compute_rank.py", "--bi_score", str(tmp_path), "--sparsity_ratio", *percents]
+    floors = ["--rank_multiple", "1"]
+    assert ranking == ["compute_rank.py", "--bi_score", str(tmp_path), "--sparsity_ratio", *percents, *floors]
     assert [value_of("--sparsity_ratio", command) for command in compressing] == percents
     name = PUBLISHED_MODELS[script].split("/")[1]
     records = [f"results/{name}/logs/{name}_flatllm_{percent}.json" for percent in percents]
@@ -205,6 +207,24 @@ def test_scores_that_exist_are_not_made_again(commands, tmp_path):
     assert ranking[0] == "compute_rank.py"
 
 
+def test_pruning_q_and_k_reaches_the_ranks_and_the_compression(commands, tmp_path):
+    _, ranking, compressing, _ = commands("compress.sh", MODEL="m", RATIOS="30", BI_SCORE=tmp_path, PRUNE_QK="1")
+    assert "--prune_qk" in ranking
+    assert "--prune_qk" in compressing
+
+
+def test_ratios_that_are_done_are_left_alone_unless_asked(commands, tmp_path):
+    (tmp_path / "importance.json").write_text("{}")
+    for place in (tmp_path / "out" / "logs" / "m_flatllm_30.json", tmp_path / "out" / "m-30" / "config.json"):
+        place.parent.mkdir(parents=True)
+        place.write_text("{}")
+    settings = {"MODEL": "m", "RATIOS": "20 30", "BI_SCORE": tmp_path, "OUT": tmp_path / "out"}
+    again = [value_of("--sparsity_ratio", c) for c in commands("compress.sh", **settings) if c[0] == "main.py"]
+    assert again == ["20"]
+    all_calls = commands("compress.sh", **settings, OVERWRITE="1")
+    assert [value_of("--sparsity_ratio", c) for c in all_calls if c[0] == "main.py"][-2:] == ["20", "30"]
+
+
 def test_compress_asks_for_a_model(tmp_path):
     done = shell("compress.sh", PYTHON=tmp_path / "none")
     assert done.returncode != 0
@@ -226,15 +246,12 @@ def test_llama_bi_leaves_scores_for_every_model_with_the_record_beside(ranks):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", PUBLISHED_MODELS)
-def test_each_experiment_compresses_a_model_given_by_its_variables(script, tiny, text, ranks, tmp_path):
-    settings = {"DATASET": text, "MODEL": tiny["mistral" if script == "mistral.sh" else "llama"]}
-    settings["BI_SCORE"] = ranks / settings["MODEL"].name
-    if script == "llama_7b.sh" and EMBEDDED.exists():
-        settings = {"DATASET": "pydocs", "MODEL": EMBEDDED, "BI_NSAMPLES": "4", "BI_SCORE": tmp_path / "scores"}
+def test_each_experiment_compresses_the_embedded_model_by_its_variables(script, text, tmp_path):
+    settings = {"MODEL": EMBEDDED, "DATASET": text, "BI_NSAMPLES": "4", "BI_SCORE": tmp_path / "scores"}
     printed = run(
         script, SEQLEN="32", NSAMPLES="4", RATIOS="20", OUT=tmp_path / "out", PYTHON=sys.executable, **settings
     )
-    name = settings["MODEL"].name
+    name = EMBEDDED.name
     record = json.loads((tmp_path / "out" / "logs" / f"{name}_flatllm_20.json").read_text())
     compressed = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / f"{name}-20")
     assert compressed.num_parameters() == record["parameters_after"]["total"] < record["parameters_before"]["total"]

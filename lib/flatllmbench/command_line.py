@@ -90,7 +90,7 @@ def parse_arguments(argv: Sequence[str] | None, description: str) -> argparse.Na
         "--seed", type=int, default=42, metavar="N", help="seed of the sampling (default: %(default)s)"
     )
     sampling.add_argument(
-        "--batch_size", type=int, metavar="N", help="windows run at a time (default: about 8192 tokens)"
+        "--batch_size", type=int, metavar="N", help="windows run at a time (default: about 4096 tokens)"
     )
 
     where = parser.add_argument_group("machine and output")
@@ -129,6 +129,9 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise InputError(f"--seed {args.seed} is out of range; 0 to 2^63 - 1 is accepted")
     if args.save_model is not None:
         check_output_folder(args.save_model, args.overwrite)
+        model, out = Path(args.model).resolve(), args.save_model.resolve()
+        if model == out or out in model.parents or model in out.parents:
+            raise InputError(f"--save_model {args.save_model} and --model {args.model} overlap; give another folder")
     check_score_place(args)
     if args.eval_dataset is None:
         if args.prune_method == "flatllm" and not has_test_split(args.dataset, args.dataset_root):

@@ -28,7 +28,7 @@ class FlatLLMConfig:
         importance_method: ``angular`` (the published one) or ``gradient``.
         preserve_qk_layers: Whether Q and K stay whole, as published.
         seqlen: Tokens per window; ``None`` for 4096, or fewer if the model takes fewer.
-        batch_size: Windows run at a time; ``None`` for about 8192 tokens.
+        batch_size: Windows run at a time; ``None`` for about 4096 tokens.
         seed: Of the sampling of windows.
         rank_multiple: Ranks and widths are multiples of this; ``None`` for 8 where heads are 64 wide or more, else 1.
         device: Where layers run, ``cpu``, ``cuda`` or ``cuda:N``; ``None`` for where the model is, or the GPU if there

@@ -21,11 +21,11 @@ def headwise_pca(second_moment: Tensor, name: str = "value") -> tuple[Tensor, Te
         Eigenvalues (G, d), falling, and orthonormal columns (G, d, d), both float64.
 
     Raises:
-        ValueError: If a moment is not finite.
+        ArithmeticError: If a moment is not finite.
     """
     if not torch.isfinite(second_moment).all():
         heads = (~torch.isfinite(second_moment)).flatten(1).any(1).nonzero().flatten().tolist()
-        raise ValueError(f"the {name} moment of heads {heads} is not finite")
+        raise ArithmeticError(f"the {name} moment of heads {heads} is not finite")
     eigenvalues, directions = torch.linalg.eigh(second_moment)
     return eigenvalues.flip(-1), directions.flip(-1)
 

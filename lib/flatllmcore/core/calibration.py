@@ -19,13 +19,14 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ..errors import InputError
 from ..layers.flat_attention import FlatDecoderLayer
 from ..layers.replacement import adopt_compressed_layers
-from ..utils.devices import GIB, free_memory
+from ..utils.devices import GIB, free_device_memory
 from ..utils.layer_utils import DecoderModule
 
 logger = logging.getLogger(__name__)
 
-TOKENS_PER_BATCH = 8192
-_SHARE_OF_DEVICE_FOR_STATES = 0.5
+TOKENS_PER_BATCH = 4096
+# The rest is for a layer and its solves: at the widths of a 70B model about 20 GiB beside 16 GiB of states.
+_SHARE_OF_DEVICE_FOR_STATES = 0.25
 
 
 class LayerSource(Protocol):
@@ -70,7 +71,7 @@ class Batch:
 class HiddenStates:
     """The hidden states of all windows between two layers, (N, S, D).
 
-    They stay on the device while they take no more than half of its free memory, else in host memory.
+    They stay on the device while they take no more than a quarter of its free memory, else in host memory.
     """
 
     def __init__(self, states: Tensor, source: LayerSource, batch_size: int) -> None:
@@ -85,8 +86,9 @@ class HiddenStates:
         first = source.embed(windows[:batch_size])
         shape = (*windows.shape, first.shape[-1])
         size = torch.Size(shape).numel() * first.element_size()
-        fits = size < _SHARE_OF_DEVICE_FOR_STATES * free_memory(source.device)
-        place = source.device if fits else torch.device("cpu")
+        host = torch.device("cpu")
+        fits = source.device == host or size < _SHARE_OF_DEVICE_FOR_STATES * free_device_memory(source.device)
+        place = source.device if fits else host
         logger.info("hidden states of %d windows: %.2f GiB on %s", len(windows), size / GIB, place)
         states = torch.empty(shape, dtype=first.dtype, device=place)
         for stored, ids in zip(states.split(batch_size), windows.split(batch_size), strict=True):
@@ -128,8 +130,7 @@ class ModelInMemory:
         return embedding(ids.to(embedding.weight.device)).to(self.device)
 
     def layer_arguments(self, seqlen: int) -> list[dict[str, Any]]:
-        arguments = record_layer_arguments(self.decoder, seqlen)
-        return [_to_device(layer_arguments, self.device) for layer_arguments in arguments]
+        return _to_device(record_layer_arguments(self.decoder, seqlen), self.device, {})
 
     @contextmanager
     def layer(self, index: int) -> Iterator[DecoderModule]:
@@ -163,14 +164,17 @@ def record_layer_arguments(decoder: DecoderModule, seqlen: int) -> list[dict[str
         return hidden_states
 
     device = decoder.get_input_embeddings().weight.device
+    replaced = {layer: layer.__dict__.get("forward") for layer in decoder.layers}  # one's own is a user's patch
     try:
         for layer in decoder.layers:
             layer.forward = note_arguments
         with torch.no_grad(), evaluation_mode(decoder):
             decoder(torch.zeros(1, seqlen, dtype=torch.long, device=device), use_cache=False)
     finally:
-        for layer in decoder.layers:
-            layer.__dict__.pop("forward", None)
+        for layer, forward in replaced.items():
+            del layer.forward
+            if forward is not None:
+                layer.forward = forward
     return recorded
 
 
@@ -201,7 +205,7 @@ def evaluation_mode(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def default_batch_size(seqlen: int) -> int:
-    """Return how many windows make up about 8192 tokens, at least 1."""
+    """Return how many windows make up about 4096 tokens, at least 1."""
     return max(1, TOKENS_PER_BATCH // seqlen)
 
 
@@ -225,12 +229,20 @@ def _lent(module: nn.Module, device: torch.device) -> Iterator[nn.Module]:
             tensor.data = home
 
 
-def _to_device(value: Any, device: torch.device) -> Any:
-    """Return ``value`` with every tensor in it, in nested tuples and dicts too, on ``device``."""
+def _to_device(value: Any, device: torch.device, moved: dict[int, Tensor]) -> Any:
+    """Return ``value`` with every tensor in it on ``device``; one that occurs many times is copied once.
+
+    Args:
+        value: Anything; lists, tuples and dicts are searched.
+        device: Where the tensors go.
+        moved: What was moved so far, by the ``id`` of the original, which ``value`` keeps alive.
+    """
     if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, tuple):
-        return tuple(_to_device(part, device) for part in value)
+        if id(value) not in moved:
+            moved[id(value)] = value.to(device)
+        return moved[id(value)]
+    if isinstance(value, list | tuple):
+        return type(value)(_to_device(part, device, moved) for part in value)
     if isinstance(value, dict):
-        return {name: _to_device(part, device) for name, part in value.items()}
+        return {name: _to_device(part, device, moved) for name, part in value.items()}
     return value

@@ -5,7 +5,6 @@ width, k kept channels.
 """
 
 import logging
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -13,13 +12,14 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 RIDGE = 1.0  # λ of the leverage scores, on the unnormalised sum
-# Jitter tried in turn on the correlation matrix of the kept channels (unit diagonal, so it is relative
-# to each channel's own energy).
-JITTERS = (0.0, 1e-10, 1e-8, 1e-6, 1e-4)
-# With fewer tokens than channels the moment is singular, and an exact solve fits the few tokens' noise:
-# worst where the kept channels are about as many as the tokens. Measured (benchmarks/few_tokens.py), a tenth
-# of each channel's energy mends that; with tokens enough the solve stays exact.
-FEW_TOKENS_JITTERS = (0.1,)
+# Jitter tried in turn, where none is not enough, on the correlation matrix of the kept channels. Its diagonal
+# is 1, so jitter is relative to each channel's own energy.
+JITTERS = (1e-10, 1e-8, 1e-6, 1e-4, 1e-2)
+# With few tokens per channel an exact solve fits the noise of the tokens it has, worst where the kept channels
+# are about as many as the tokens. A tenth of each channel's energy mends that (benchmarks/few_tokens.py); it is
+# faded out, so that more tokens never do worse, and from four tokens per channel on the solve is exact.
+FEW_TOKENS_JITTER = 0.1
+ENOUGH_TOKENS_PER_CHANNEL = 4
 # A squared pivot is the share of a channel's energy that earlier channels do not explain; below this,
 # float64 has lost it and the factor is no basis for a solve.
 SMALLEST_PIVOT = 1e-11
@@ -40,13 +40,14 @@ def select_channels(second_moment: Tensor, width: int) -> Tensor:
         int64, (width,).
 
     Raises:
-        ValueError: If ``C`` is not finite or ``width`` is out of range.
+        ArithmeticError: If ``C`` is not finite.
+        ValueError: If ``width`` is out of range.
     """
     channels = len(second_moment)
     if not 1 <= width <= channels:
         raise ValueError(f"an MLP width between 1 and {channels} can be kept, not {width}")
     if not torch.isfinite(second_moment).all():
-        raise ValueError("the MLP moment is not finite")
+        raise ArithmeticError("the MLP moment is not finite")
     diagonal = diagonal_of_ridge_inverse(second_moment)
     return diagonal.argsort(stable=True)[:width].sort().values
 
@@ -56,10 +57,12 @@ def diagonal_of_ridge_inverse(second_moment: Tensor, ridge: float = RIDGE) -> Te
 
     With ``C + λI = L Lᵀ`` entry ``i`` is the squared length of column ``i`` of ``L⁻¹``. That column is
     zero above row ``i``, so a strip of columns needs only the trailing block of ``L``: F³/3 operations
-    in all and F × 1024 numbers of memory.
+    in all and F × 1024 numbers of memory. A ridge that would be lost to rounding beside ``C`` is raised to
+    what is not: 8 times the machine's epsilon of the trace.
     """
     shifted = second_moment.clone()
-    shifted.diagonal().add_(ridge)
+    smallest = 8 * torch.finfo(shifted.dtype).eps * shifted.trace().item()
+    shifted.diagonal().add_(max(ridge, smallest))
     factor = torch.linalg.cholesky(shifted, out=shifted)
     diagonal = torch.empty(len(factor), dtype=factor.dtype, device=factor.device)
     for start in range(0, len(factor), _COLUMNS):
@@ -70,8 +73,13 @@ def diagonal_of_ridge_inverse(second_moment: Tensor, ridge: float = RIDGE) -> Te
     return diagonal
 
 
+def few_tokens_jitter(tokens: int, channels: int) -> float:
+    """Return the jitter for a moment of ``channels`` summed over ``tokens``: 0 if these are enough."""
+    return FEW_TOKENS_JITTER * max(0.0, 1 - tokens / (ENOUGH_TOKENS_PER_CHANNEL * channels))
+
+
 def reconstruct_down_projection(
-    down_weight: Tensor, second_moment: Tensor, kept: Tensor, *, is_singular: bool = False
+    down_weight: Tensor, second_moment: Tensor, kept: Tensor, *, jitter: float = 0.0
 ) -> Tensor:
     """Return ``W_down C[:, I] C[I, I]⁻¹``, the least-squares fit of ``down_proj`` on the kept channels.
 
@@ -83,14 +91,14 @@ def reconstruct_down_projection(
         down_weight: (D, F).
         second_moment: ``C``, float64, (F, F).
         kept: Rising indices ``I``, (k,).
-        is_singular: Whether ``C`` sums fewer tokens than it has channels; ``C[I, I]`` is then solved with
-            ``FEW_TOKENS_JITTERS``.
+        jitter: Share of each kept channel's energy to add to it before the solve. Where that is not enough
+            for a sound factor, ``JITTERS`` above it are tried in turn.
 
     Returns:
         float64, (D, k).
 
     Raises:
-        ValueError: If even the last jitter leaves ``C[I, I]`` without a Cholesky factor.
+        ArithmeticError: If even the last jitter leaves ``C[I, I]`` without a Cholesky factor.
     """
     weight = down_weight.double()
     is_dropped = torch.ones(len(second_moment), dtype=torch.bool, device=second_moment.device)
@@ -100,20 +108,19 @@ def reconstruct_down_projection(
 
     energy = moment.diagonal()
     scale = torch.where(energy > 0, energy.rsqrt(), torch.ones_like(energy))
-    jitters = FEW_TOKENS_JITTERS if is_singular else JITTERS
-    factor = _cholesky_with_jitter(moment * scale[:, None] * scale, jitters)
+    factor = _cholesky_with_jitter(moment * scale[:, None] * scale, jitter)
     fitted = torch.cholesky_solve((cross * scale).T, factor).T * scale
     return weight[:, kept] + fitted
 
 
-def _cholesky_with_jitter(correlation: Tensor, jitters: Sequence[float]) -> Tensor:
-    """Return the Cholesky factor of a correlation matrix plus the first of ``jitters`` that makes it sound."""
+def _cholesky_with_jitter(correlation: Tensor, least: float) -> Tensor:
+    """Return the Cholesky factor of a correlation matrix plus ``least``, or the first larger jitter that is sound."""
     unit = correlation.diagonal().clone()
-    for jitter in jitters:
+    for jitter in (least, *(larger for larger in JITTERS if larger > least)):
         correlation.diagonal().copy_(unit + jitter)
         factor, failed_at = torch.linalg.cholesky_ex(correlation)
         if failed_at.item() == 0 and factor.diagonal().square().min().item() > SMALLEST_PIVOT:
             if jitter:
-                logger.debug("the kept MLP channels' moment is solved with jitter %.0e", jitter)
+                logger.debug("the kept MLP channels' moment is solved with jitter %.1e", jitter)
             return factor
-    raise ValueError(f"the kept MLP channels' moment has no Cholesky factor even with jitter {jitters[-1]:.0e}")
+    raise ArithmeticError(f"the kept MLP channels' moment has no Cholesky factor even with jitter {jitter:.0e}")

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ..utils.devices import float32_product
+from ..utils.devices import float32_product, product_operand
 from ..utils.layer_utils import DecoderModule, ModelDimensions
 from .stopwatch import Stopwatch
 
@@ -56,6 +56,7 @@ def add_moment(total: Tensor, rows: Tensor) -> None:
         total: float64, (F, F); what stands above the diagonal strips is left alone.
         rows: Activations, (tokens, F).
     """
+    rows = product_operand(rows)
     for start in range(0, rows.shape[1], BLOCK):
         stop = min(start + BLOCK, rows.shape[1])
         total[start:stop, :stop] += float32_product(rows[:, start:stop].T, rows[:, :stop])

@@ -15,7 +15,7 @@ from ..layers.replacement import compress_decoder_layer, compressed_config
 from ..utils.layer_utils import DecoderModule
 from .attention_pca import headwise_pca, project_heads, project_output, rank_for_mass
 from .calibration import HiddenStates, LayerSink, LayerSource, progress
-from .mlp_nystrom import reconstruct_down_projection, select_channels
+from .mlp_nystrom import few_tokens_jitter, reconstruct_down_projection, select_channels
 from .moments import LayerMoments, collect_moments
 from .rank_allocation import RankAllocation
 from .stopwatch import Stopwatch
@@ -74,12 +74,14 @@ def compress_layers(
         InputError: If a layer's activations are not finite.
     """
     dimensions = allocation.dimensions
-    if windows.numel() < dimensions.intermediate_size:
+    jitter = few_tokens_jitter(windows.numel(), dimensions.intermediate_size)
+    if jitter:
         logger.warning(
-            "%d calibration tokens for %d MLP channels: their moment is singular and solved with a ridge; "
-            "more tokens would do better",
+            "%d calibration tokens are few for %d MLP channels: the MLP is solved with %.3f of each channel's "
+            "energy added; give more tokens",
             windows.numel(),
             dimensions.intermediate_size,
+            jitter,
         )
     query_key_ranks = allocation.query_key_rank
     flat_config = compressed_config(source.config, allocation.value_rank, allocation.mlp_width, query_key_ranks)
@@ -165,7 +167,7 @@ def _factor_queries_and_keys(attention: DecoderModule, moments: LayerMoments, ra
 def _compress_mlp(mlp: DecoderModule, moments: LayerMoments, width: int) -> dict[str, Tensor]:
     kept = select_channels(moments.mlp, width)
     down_weight = reconstruct_down_projection(
-        mlp.down_proj.weight, moments.mlp, kept, is_singular=moments.tokens < len(moments.mlp)
+        mlp.down_proj.weight, moments.mlp, kept, jitter=few_tokens_jitter(moments.tokens, len(moments.mlp))
     )
     weights = {"mlp.down_proj.weight": down_weight}
     for name, projection in (("gate_proj", mlp.gate_proj), ("up_proj", mlp.up_proj)):
@@ -180,7 +182,7 @@ def _naming_layer(index: int) -> Iterator[None]:
     """Turn numerical trouble inside the block into an error that names the layer."""
     try:
         yield
-    except (ValueError, torch.linalg.LinAlgError) as error:
+    except (ArithmeticError, torch.linalg.LinAlgError) as error:
         raise InputError(f"layer {index} cannot be compressed: {error}") from error
 
 

@@ -26,8 +26,7 @@ def parse_device(name: str | None) -> torch.device:
     if name is None:
         return best_device()
     try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
+        device = torch.empty(0, device=name).device  # "cuda" is "cuda:0" by now
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device {name!r} is not usable here; use cpu, cuda or cuda:N") from error
     if device.type not in ("cpu", "cuda"):
@@ -35,18 +34,26 @@ def parse_device(name: str | None) -> torch.device:
     return device
 
 
+def product_operand(x: Tensor) -> Tensor:
+    """Return ``x`` as :func:`float32_product` multiplies it on its device: bf16 and fp16 widened except on CUDA.
+
+    For an operand of several products, so that it is widened once.
+    """
+    return x.float() if x.dtype in _LOW_PRECISION and not x.is_cuda else x
+
+
 def float32_product(a: Tensor, b: Tensor) -> Tensor:
     """Return ``a @ b`` accumulated in at least float32; leading batch dimensions allowed.
 
     bf16 and fp16 operands multiply exactly in float32. CUDA's matrix units take them as they are and
-    give the float32 sums out; elsewhere they are widened first. float32 and float64 stay what they are.
+    give the float32 sums out; elsewhere they are widened first. float32 and float64 stay what they are
+    (torch.set_float32_matmul_precision, if it was changed, counts for float32).
     """
+    a, b = product_operand(a), product_operand(b)
     if a.dtype not in _LOW_PRECISION:
         return a @ b
-    if a.is_cuda:
-        multiply = torch.mm if a.ndim == 2 else torch.bmm
-        return multiply(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
+    multiply = torch.mm if a.ndim == 2 else torch.bmm
+    return multiply(a, b, out_dtype=torch.float32)
 
 
 def synchronize(device: torch.device) -> None:
@@ -55,13 +62,10 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def free_memory(device: torch.device) -> int:
-    """Return the bytes that can still be allocated on ``device``: GPU memory, or memory the host has available."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    with open("/proc/meminfo") as meminfo:
-        available = next(line for line in meminfo if line.startswith("MemAvailable:"))
-    return int(available.split()[1]) * 1024
+def free_device_memory(device: torch.device) -> int:
+    """Return the bytes that can still be allocated on a GPU, what PyTorch holds in reserve included."""
+    reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + reserve
 
 
 def peak_memory_gib(device: torch.device) -> dict[str, float]:

@@ -10,6 +10,7 @@ import ast
 import hashlib
 import importlib.util
 import json
+import logging
 import os
 import re
 import sysconfig
@@ -21,6 +22,8 @@ from platform import python_version
 from typing import Literal
 
 from .files import write_atomically
+
+logger = logging.getLogger(__name__)
 
 PACKAGES = ("huggingface_hub", "networkx", "numpy", "torch", "transformers")
 SPLITS = ("train", "test")
@@ -57,9 +60,15 @@ def _documents() -> list[tuple[int, str]]:
     recipe = Path(__file__).read_text(encoding="utf-8") + json.dumps(pydocs_sources())
     cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     cached = cache_home / "flatllmcore" / f"pydocs-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}.json"
-    if not cached.is_file():
-        write_atomically(cached, json.dumps(_parsed_documents()).encode())
-    return [(int(digest, 16), text) for digest, text in json.loads(cached.read_bytes())]
+    if cached.is_file():
+        documents = json.loads(cached.read_bytes())
+    else:
+        documents = _parsed_documents()
+        try:
+            write_atomically(cached, json.dumps(documents).encode())
+        except OSError as error:
+            logger.warning("the pydocs text cannot be kept for the next run: %s", error)
+    return [(int(digest, 16), text) for digest, text in documents]
 
 
 def _parsed_documents() -> list[tuple[str, str]]:

@@ -1,0 +1,59 @@
+"""Every command that the documents and the programs' own help show is one that the programs take."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import compute_rank
+import main
+from flatllmbench import command_line
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = ("README.md", "INSTALL.md", "main.py", "compute_rank.py")
+COMMAND = re.compile(r"^\s*python (main|compute_rank)\.py (--.*)$", re.MULTILINE)
+CONTINUED = re.compile(r"\\+\n\s*")  # in a docstring the backslash is doubled
+FLAGS = (
+    "model dataset cache_dir prune_method sparsity_ratio tol bi_score seed nsamples save save_model "
+    "seqlen batch_size device dtype eval_dataset overwrite"
+)
+
+
+def commands() -> list[tuple[str, list[str]]]:
+    found = []
+    for document in DOCUMENTS:
+        text = CONTINUED.sub(" ", (ROOT / document).read_text())
+        for program, arguments in COMMAND.findall(text):
+            words = shlex.split(arguments, comments=True)
+            if "..." not in words:
+                found.append((program, words))
+    return found
+
+
+@pytest.mark.parametrize(("program", "arguments"), commands())
+def test_a_command_shown_is_taken(program, arguments):
+    if program == "main":
+        command_line.parse_arguments(arguments, "")
+    else:
+        compute_rank.parse_arguments(arguments)
+
+
+def test_the_documents_show_commands_of_both_programs():
+    assert {program for program, _ in commands()} == {"main", "compute_rank"}
+
+
+@pytest.mark.parametrize("document", ["README.md", "INSTALL.md", "results/pydocs-llama/README.md"])
+def test_every_link_leads_to_a_file(document):
+    path = ROOT / document
+    for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
+        assert target.startswith("https://") or (path.parent / target).exists(), target
+
+
+def test_help_names_every_flag_and_shows_examples(capsys):
+    with pytest.raises(SystemExit):
+        main.main(["--help"])
+    shown = capsys.readouterr().out
+    for flag in FLAGS.split():
+        assert re.search(rf"--{flag}\s", shown), flag
+    assert "python main.py --model models/pydocs-llama" in shown

@@ -1,0 +1,142 @@
+"""Source distribution, wheel and API reference: built, looked into, and the wheel installed and used."""
+
+import ast
+import email
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tomllib
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import flatllmcore
+from flatllmcore import core, layers, utils
+
+ROOT = Path(__file__).resolve().parents[1]
+LIBRARY = ROOT / "lib"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+SOURCES = ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "lib", "tests", "models", "scripts", "docs")
+
+
+def checked_output(*command: str | Path, **options) -> str:
+    """Run a command, check that it succeeds, and return what it says on both streams."""
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, **options)
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> Path:
+    """The folder with a source distribution and the wheel made of it, from a copy of the sources."""
+    copy = tmp_path_factory.mktemp("sources")
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("*.egg-info", "__pycache__"))
+        else:
+            shutil.copy(ROOT / name, copy)
+    said = checked_output(sys.executable, "-m", "build", "--no-isolation", cwd=copy)
+    assert "deprecat" not in said.lower()
+    return copy / "dist"
+
+
+@pytest.fixture(scope="module")
+def wheel(built) -> Path:
+    (path,) = built.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def python_with_wheel(wheel, tmp_path_factory) -> Path:
+    """The interpreter of an environment with the wheel, and with this one's other packages, not downloaded again."""
+    folder = tmp_path_factory.mktemp("installed")
+    venv.create(folder, with_pip=False)
+    python = folder / "bin" / "python"
+    pip = [sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check"]
+    checked_output(*pip, "install", "--no-deps", "--no-index", wheel)
+    (site_packages,) = folder.glob("lib/python*/site-packages")
+    # Folders that a .pth file names have their own .pth files left alone, and so an editable installation unseen.
+    others = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
+    (site_packages / "dependencies.pth").write_text("\n".join(others))
+    return python
+
+
+def test_the_wheel_holds_both_packages_the_licence_and_nothing_else(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    modules = {path.relative_to(LIBRARY).as_posix() for path in LIBRARY.rglob("*.py")}
+    information = f"flatllmcore-{PROJECT['version']}.dist-info"
+    assert {name for name in names if not name.startswith(information)} == modules | {"flatllmcore/py.typed"}
+    assert f"{information}/licenses/LICENSE" in names
+
+
+def test_the_wheel_states_what_it_needs(wheel):
+    with zipfile.ZipFile(wheel) as file:
+        (name,) = (name for name in file.namelist() if name.endswith("/METADATA"))
+        metadata = email.message_from_bytes(file.read(name))
+    assert metadata["License-Expression"] == "MIT"
+    assert metadata["Requires-Python"] == PROJECT["requires-python"]
+    needed = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
+    assert needed == PROJECT["dependencies"]
+
+
+def test_the_source_distribution_holds_what_the_wheel_is_made_of_and_no_tests(built):
+    (path,) = built.glob("*.tar.gz")
+    with tarfile.open(path) as file:
+        names = {name.partition("/")[2] for name in file.getnames()}
+    modules = {f"lib/{path.relative_to(LIBRARY).as_posix()}" for path in LIBRARY.rglob("*.py")}
+    assert names >= modules | {"lib/flatllmcore/py.typed", "pyproject.toml", "README.md", "LICENSE"}
+    assert not {name for name in names if name.startswith(("tests", "models"))}
+
+
+@pytest.mark.slow
+def test_the_installed_wheel_runs_the_quick_start(python_with_wheel, tmp_path):
+    """``-I`` hides PYTHONPATH; the assertion on the place shows that no other copy is used."""
+    offline = {"env": os.environ | {"HF_HUB_OFFLINE": "1"}, "cwd": tmp_path}
+    where = "import flatllmbench, flatllmcore; print(flatllmcore.__file__, flatllmbench.__file__)"
+    for place in checked_output(python_with_wheel, "-I", "-c", where, **offline).split():
+        assert Path(place).is_relative_to(python_with_wheel.parents[1])
+    script = shutil.copy(ROOT / "scripts" / "quick_start.py", tmp_path)
+    said = checked_output(python_with_wheel, "-I", script, ROOT / "models" / "pydocs-llama", **offline)
+    assert "Reloaded: FlatLlamaForCausalLM" in said
+    assert "If the file does not exist, " in said
+
+
+def imported_packages(package: str, top_level_only: bool) -> set[str]:
+    """Return the names of other packages than the standard library's that the files of a package import."""
+    names = set()
+    for path in (LIBRARY / package).rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in tree.body if top_level_only else ast.walk(tree):
+            if isinstance(node, ast.Import):
+                names |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                names.add(node.module.partition(".")[0])
+    return names - set(sys.stdlib_module_names) - {"flatllmcore"}
+
+
+def declared(requirements: list[str]) -> set[str]:
+    return {re.match(r"\w+", requirement)[0] for requirement in requirements}
+
+
+def test_dependencies_are_the_packages_that_the_code_imports():
+    dependencies, programs = declared(PROJECT["dependencies"]), declared(PROJECT["optional-dependencies"]["programs"])
+    assert imported_packages("flatllmcore", top_level_only=True) <= dependencies
+    everywhere = imported_packages("flatllmcore", False) | imported_packages("flatllmbench", False)
+    assert everywhere == dependencies | programs
+
+
+@pytest.mark.slow
+def test_the_api_reference_builds_without_warnings_and_has_every_public_name(tmp_path):
+    settings = {"PYTHON": sys.executable, "SKIP_INSTALL": "1", "OUT": str(tmp_path)}
+    said = checked_output("bash", ROOT / "scripts" / "docs.sh", env=os.environ | settings)
+    assert said == f"API reference: {tmp_path}/index.html\n"
+    for package in (flatllmcore, core, layers, utils):
+        page = tmp_path.joinpath(*package.__name__.split(".")).with_suffix(".html").read_text()
+        assert [name for name in package.__all__ if f'id="{name}"' not in page] == []
+    # Made when it is first asked for, so that an inspection could miss it.
+    assert 'id="FlatLLMReassembler.reassemble"' in (tmp_path / "flatllmcore.html").read_text()
