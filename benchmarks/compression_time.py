@@ -1,18 +1,20 @@
 """Where the time of a compression goes, beside what its arithmetic must cost on the same machine.
 
-    python benchmarks/compression_time.py --model models/pydocs-llama --nsamples 256 --seqlen 256
+    python benchmarks/compression_time.py --model models/pydocs-llama --dataset pydocs --nsamples 256 --seqlen 256
     python benchmarks/compression_time.py --shape 1024x8 --nsamples 128 --seqlen 512
     python benchmarks/compression_time.py --shape llama-2-7b --nsamples 256 --seqlen 4096 --device cuda
 
-A shape is a Llama with random weights and random tokens: the time does not depend on their values. Peak rates are
-those of one large matrix product on the same device in the same run, in the model's dtype, in the dtype the moments
-are multiplied in, and in float64. The bound of a stage is its operations over that rate. Scores are spread so that
-about every layer is cut.
+A shape is a Llama with random weights, and without `--dataset` the tokens are random: the time does not depend on their
+values. Peak rates are those of one large matrix product on the same device in the same run, in the model's dtype, in
+the dtype the moments are multiplied in, and in float64, and of one large copy. The bound of a stage is the larger of
+its operations over the first and the bytes it cannot but move over the second. Every layer is cut. Peak memory is
+read before the rates are measured.
 """
 
 import argparse
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -24,9 +26,10 @@ from flatllmcore.core.importance import layer_importance
 from flatllmcore.core.prune import compress_layers
 from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector, RankAllocation
 from flatllmcore.core.stopwatch import Stopwatch
+from flatllmcore.utils.data_utils import load_text, sample_documents
 from flatllmcore.utils.devices import float32_product, parse_device, peak_memory_gib, synchronize
 from flatllmcore.utils.layer_utils import dimensions_from_config
-from flatllmcore.utils.loading import load_model
+from flatllmcore.utils.loading import load_model, load_tokenizer
 
 SHAPES = {
     "1024x8": {
@@ -58,13 +61,12 @@ def main() -> None:
     load_s = time.perf_counter() - started
     dimensions = dimensions_from_config(model.config)
     dtype = model.dtype
-    windows = torch.randint(model.config.vocab_size, (args.nsamples, args.seqlen))
+    started = time.perf_counter()
+    windows = token_windows(args, model.config.vocab_size)
+    data_s = time.perf_counter() - started
     batch_size = args.batch_size or default_batch_size(args.seqlen)
     scores = [1 + 0.3 * abs(2 * layer / (dimensions.num_layers - 1) - 1) for layer in range(dimensions.num_layers)]
     allocation = ImportancePreservingRankSelector(dimensions).allocate(scores, args.sparsity_ratio)
-    rates = {name: peak_rate(kind, device) for name, kind in (("model", dtype), ("float64", torch.float64))}
-    rates["moments"] = peak_rate(dtype, device, float32_product)
-
     watch = Stopwatch(device)
     started = time.perf_counter()
     source = ModelInMemory(model, device)
@@ -79,13 +81,18 @@ def main() -> None:
     source.adopt(flat_config)
     elapsed_s = time.perf_counter() - started
 
-    operations = count_operations(allocation, windows.numel(), args.seqlen)
-    bounds = {
-        "forward": operations["forward"] / rates["model"],
-        "moments": operations["moments"] / rates["moments"],
-        "solves": operations["solves"] / rates["float64"],
+    peak = peak_memory_gib(device)
+    rates = {
+        "forward": peak_rate(dtype, device),
+        "moments": peak_rate(dtype, device, float32_product),
+        "solves": peak_rate(torch.float64, device),
     }
-    stages = watch.elapsed_s | {"rest": elapsed_s - sum(watch.elapsed_s.values())}
+    bandwidth = copy_rate(device)
+    operations = count_operations(allocation, windows.numel(), args.seqlen)
+    moved = count_bytes(allocation, windows.numel(), batch_size * args.seqlen, dtype.itemsize)
+    bounds = {name: max(operations[name] / rates[name], moved[name] / bandwidth) for name in operations}
+    rest_s = elapsed_s - sum(watch.elapsed_s.values())
+    stages = {"data": data_s} | watch.elapsed_s | {"rest": rest_s}
     record = {
         "model": args.model or args.shape,
         "dtype": str(dtype),
@@ -98,9 +105,11 @@ def main() -> None:
         "stages_s": stages,
         "bounds_s": bounds,
         "tflop": {name: count / 1e12 for name, count in operations.items()},
+        "gbytes": {name: count / 1e9 for name, count in moved.items()},
         "peak_tflops": {name: rate / 1e12 for name, rate in rates.items()},
+        "peak_gbytes_per_s": bandwidth / 1e9,
         "tokens_per_s": windows.numel() / elapsed_s,
-        "peak_memory_gib": peak_memory_gib(device),
+        "peak_memory_gib": peak,
         "hardware": hardware(device),
         "versions": versions(),
     }
@@ -114,6 +123,7 @@ def parse_arguments() -> argparse.Namespace:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--model", help="local folder or hub id")
     what.add_argument("--shape", choices=SHAPES)
+    parser.add_argument("--dataset", help="text to sample the windows from, with --model")
     parser.add_argument("--nsamples", type=int, default=128)
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--batch_size", type=int)
@@ -134,18 +144,39 @@ def random_model(shape: str, dtype: str) -> PreTrainedModel:
         torch.set_default_dtype(torch.float32)
 
 
-def peak_rate(dtype: torch.dtype, device: torch.device, multiply=torch.matmul) -> float:
+def token_windows(args: argparse.Namespace, vocab_size: int) -> torch.Tensor:
+    if args.dataset is None:
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(vocab_size, (args.nsamples, args.seqlen), generator=generator)
+    text = load_text(args.dataset, "train")
+    return sample_documents(text, load_tokenizer(args.model), args.nsamples, args.seqlen, seed=42)
+
+
+def peak_rate(
+    dtype: torch.dtype, device: torch.device, multiply: Callable[[torch.Tensor, torch.Tensor], object] = torch.matmul
+) -> float:
     """Return operations per second of a square matrix product, the best of several."""
     size = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return 2 * size**3 / best_time(lambda: multiply(a, b), device)
+
+
+def copy_rate(device: torch.device) -> float:
+    """Return bytes per second of a large copy, read and written bytes counted, the best of several."""
+    source = torch.ones(2**28, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.numel() / best_time(lambda: target.copy_(source), device)
+
+
+def best_time(work: Callable[[], object], device: torch.device) -> float:
     best = float("inf")
     for _ in range(5):
         synchronize(device)
         started = time.perf_counter()
-        multiply(a, b)
+        work()
         synchronize(device)
         best = min(best, time.perf_counter() - started)
-    return 2 * size**3 / best
+    return best
 
 
 def count_operations(allocation: RankAllocation, tokens: int, seqlen: int) -> dict[str, float]:
@@ -171,21 +202,42 @@ def count_operations(allocation: RankAllocation, tokens: int, seqlen: int) -> di
     return count
 
 
+def count_bytes(allocation: RankAllocation, tokens: int, batch_tokens: int, itemsize: int) -> dict[str, float]:
+    """Return the bytes that must be read or written however well a batch is kept in cache.
+
+    Forward: per batch, each pass's weights and its hidden states in, and those of the compressed layer out. Moments:
+    per batch, the activations in, and the triangle of float64 sums in and out. Solves: the moment, once.
+    """
+    dims = allocation.dimensions
+    F, D = dims.intermediate_size, dims.hidden_size
+    batches = -(-tokens // batch_tokens)
+    count = {"forward": 0.0, "moments": 0.0, "solves": 0.0}
+    for r, k in zip(allocation.value_rank, allocation.mlp_width, strict=True):
+        compressed = dims.qk_parameters + r * dims.rank_parameters + k * dims.width_parameters
+        weights = dims.layer_parameters - D * F + compressed
+        count["forward"] += itemsize * (batches * weights + 3 * tokens * D)
+        count["moments"] += itemsize * tokens * F + batches * 8 * F * F
+        count["solves"] += 8 * F * F
+    return count
+
+
 def report(record: dict) -> None:
     rates = ", ".join(f"{name} {rate:.3f}" for name, rate in record["peak_tflops"].items())
     print(f"{record['model']}, {record['dtype']}, {record['windows']} tokens, {record['hardware']['device']}")
     print(f"peak TFLOP/s measured: {rates}; peak memory {record['peak_memory_gib']} GiB")
     print(
         f"load {record['load_s']:.1f} s, importance {record['importance_s']:.1f} s, "
-        f"compress {record['compress_s']:.1f} s ({record['tokens_per_s']:.0f} tokens/s)\n"
+        f"compress {record['compress_s']:.1f} s ({record['tokens_per_s']:.0f} tokens/s)"
     )
-    print("| stage | s | TFLOP | bound s | share of peak |\n|---|---:|---:|---:|---:|")
+    print(f"copy {record['peak_gbytes_per_s']:.1f} GB/s\n")
+    print("| stage | s | TFLOP | GB | bound s | share of bound |\n|---|---:|---:|---:|---:|---:|")
     for name, seconds in record["stages_s"].items():
         if name not in record["bounds_s"]:
-            print(f"| {name} | {seconds:.2f} | | | |")
+            print(f"| {name} | {seconds:.2f} | | | | |")
             continue
         bound = record["bounds_s"][name]
-        print(f"| {name} | {seconds:.2f} | {record['tflop'][name]:.3f} | {bound:.2f} | {bound / seconds:.0%} |")
+        work = f"{record['tflop'][name]:.3f} | {record['gbytes'][name]:.2f}"
+        print(f"| {name} | {seconds:.2f} | {work} | {bound:.2f} | {bound / seconds:.0%} |")
 
 
 if __name__ == "__main__":
