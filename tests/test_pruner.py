@@ -152,7 +152,11 @@ class TestCalibrationData:
             lambda rows: rows.tolist(),
             lambda rows: {"input_ids": rows},
             lambda rows: DataLoader(TensorDataset(rows, torch.zeros(len(rows))), batch_size=5),
+            lambda rows: DataLoader(TensorDataset(rows, torch.ones_like(rows)), batch_size=5),
             lambda rows: DataLoader([{"input_ids": row} for row in rows], batch_size=5),
+            lambda rows: DataLoader(datasets.Dataset.from_dict({"input_ids": rows.tolist()}), batch_size=5),
+            lambda rows: DataLoader(rows.tolist(), batch_size=5),
+            lambda rows: DataLoader(list(rows), batch_size=5, collate_fn=list),
             lambda rows: datasets.Dataset.from_dict({"input_ids": rows.tolist()}),
             lambda rows: datasets.Dataset.from_dict({"input_ids": rows.tolist()}).with_format("torch"),
         ],
@@ -385,3 +389,29 @@ class TestLayerUtils:
 
 def get_dense_layer_parameters(model):
     return sum(p.numel() for p in model.model.layers[0].parameters() if p.ndim > 1)
+
+
+def test_a_mask_of_another_shape_is_refused():
+    rows = torch.zeros(4, 6, dtype=torch.int64)
+    for mask in (torch.ones(3, 6), torch.ones(4, 5)):
+        with pytest.raises(InputError, match="mask"):
+            compute_layer_importance(tiny_model(), cal_dataset={"input_ids": rows, "attention_mask": mask})
+
+
+def test_a_config_given_to_apply_flat_llm_counts():
+    config = FlatLLMConfig(target_sparsity=0.2, cal_dataset=documents(60), **SMALL)
+    model = apply_flat_llm(tiny_model(), TOKENIZER, config=config)
+    assert check_sparsity(model) == pytest.approx(0.2, abs=0.03)
+
+
+def test_queries_and_keys_are_the_dense_ones_and_each_layer_keeps_its_mode():
+    model = tiny_model()
+    model.train()
+    model.model.layers[1].eval()
+    dense = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    apply_flat_llm(model, TOKENIZER, 0.3, documents(60), **SMALL)
+    after = model.state_dict()
+    kept = [name for name in dense if "q_proj" in name or "k_proj" in name]
+    assert len(kept) >= 4
+    assert all(torch.equal(after[name], dense[name]) for name in kept)
+    assert [layer.training for layer in model.model.layers] == [True, False]

@@ -106,7 +106,31 @@ def test_scores_computed_apart_lead_to_the_same_ranks(model, expected):
     assert list(allocation.value_rank) == ranks
 
 
+def test_a_config_s_target_counts_for_the_ranks(model):
+    scores, config = [0.3, 0.2], FlatLLMConfig(target_sparsity=0.2)
+    by_config = FlatLLMReassembler.allocate_ranks(scores, model=model, config=config)
+    assert by_config == FlatLLMReassembler.allocate_ranks(scores, target_sparsity=0.2, model=model)
+    with pytest.raises(InputError, match="no importance scores"):
+        FlatLLMReassembler.allocate_ranks([])
+
+
+def test_a_model_on_two_devices_is_refused(model):
+    model.lm_head.to("meta")
+    with pytest.raises(RuntimeError, match="several devices"):
+        FlatLLMReassembler.reassemble(model, TOKENIZER, CONFIG)
+
+
+def test_an_additional_mapping_is_applied_after_the_compression(model):
+    norm = type(model.model.norm)
+    FlatLLMReassembler.reassemble(model, TOKENIZER, CONFIG, additional_mapping={norm: nn.Identity})
+    assert not any(type(module) is norm for module in model.modules())
+    assert isinstance(model.model.norm, nn.Identity)
+
+
 class TestStandaloneReassembler:
+    def test_it_has_the_tables_of_fedcore_s_base(self):
+        assert StandaloneReassembler.supported_layers == StandaloneReassembler.supported_decomposed_layers == {}
+
     def test_modules_are_got_and_set_by_dotted_name(self):
         model = nn.Sequential(nn.Sequential(nn.ReLU()), nn.Linear(2, 2))
         new = nn.Identity()

@@ -7,7 +7,7 @@ import importlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,6 +28,9 @@ FEDCORE_REASSEMBLERS = "fedcore.algorithm.low_rank.reassembly.core_reassemblers"
 
 class StandaloneReassembler:
     """What :class:`FlatLLMReassembler` takes from FedCore's ``Reassembler``, for where FedCore is not."""
+
+    supported_layers: ClassVar[dict[type[nn.Module], Any]] = {}
+    supported_decomposed_layers: ClassVar[dict[type[nn.Module], Any]] = {}
 
     @classmethod
     def get_module(cls, root: nn.Module, name: str) -> nn.Module:
@@ -121,7 +124,7 @@ class FlatLLMReassembler(_Reassembler):
     def allocate_ranks(
         cls,
         importance_scores: Sequence[float],
-        target_sparsity: float = 0.5,
+        target_sparsity: float | None = None,
         *,
         model: PreTrainedModel | None = None,
         config: FlatLLMConfig | None = None,
@@ -134,7 +137,7 @@ class FlatLLMReassembler(_Reassembler):
 
         Args:
             importance_scores: One per decoder layer, more than 0.
-            target_sparsity: Share to remove, more than 0 and less than 1.
+            target_sparsity: Share to remove, more than 0 and less than 1; ``None`` for the config's.
             model: The dense model the scores are of.
             config: Its ``rank_multiple`` and ``preserve_qk_layers`` count, for ``model``.
 
@@ -145,16 +148,22 @@ class FlatLLMReassembler(_Reassembler):
         Raises:
             InputError: If a score or the target is out of range, or so much cannot be removed from ``model``.
         """
-        config = merged_config(config, {"target_sparsity": target_sparsity})
+        scores = [float(score) for score in importance_scores]
+        if not scores:
+            raise InputError("there are no importance scores; give one per decoder layer")
+        config = merged_config(config, {} if target_sparsity is None else {"target_sparsity": target_sparsity})
+        target_sparsity = config.target_sparsity
         if model is None:
-            logger.info("no model given: %g of V, O and MLP is removed, and Q and K are not counted", target_sparsity)
-            return allocate_keep_ratios(importance_scores, 1 - target_sparsity)
+            logger.warning(
+                "no model given: %g of V, O and MLP is removed, and Q and K are not counted", target_sparsity
+            )
+            return allocate_keep_ratios(scores, 1 - target_sparsity)
         selector = ImportancePreservingRankSelector(
             dimensions_from_config(model.config),
             rank_multiple=config.rank_multiple,
             prune_qk=not config.preserve_qk_layers,
         )
-        return selector.allocate(importance_scores, round(100 * target_sparsity, 9))
+        return selector.allocate(scores, round(100 * target_sparsity, 9))
 
     @classmethod
     def _detect_model_architecture(cls, model: nn.Module) -> str:
@@ -170,5 +179,5 @@ def _fields_among(options: Mapping[str, Any]) -> dict[str, Any]:
     known = {field.name for field in fields(FlatLLMConfig)}
     ignored = sorted(options.keys() - known)
     if ignored:
-        logger.info("ignored, since FLAT-LLM has no such option: %s", ", ".join(ignored))
+        logger.warning("ignored, since FLAT-LLM has no such option: %s", ", ".join(ignored))
     return {name: value for name, value in options.items() if name in known}

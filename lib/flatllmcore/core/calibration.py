@@ -143,8 +143,9 @@ class ModelInMemory:
             yield lambda states: lm_head(norm(states))
 
     def put(self, index: int, layer: FlatDecoderLayer) -> None:
-        home = next(self.decoder.layers[index].parameters()).device
-        self._compressed.append(layer.to(home))
+        dense = self.decoder.layers[index]
+        home = next(dense.parameters()).device
+        self._compressed.append(layer.to(home).train(dense.training))  # it was compressed in evaluation mode
 
     def adopt(self, flat_config: PretrainedConfig) -> PreTrainedModel:
         """Put the compressed layers into the model, which becomes the flat class; return the same object."""

@@ -90,7 +90,6 @@ class FlatLLMPruner:
             prune_qk=not self.config.preserve_qk_layers,
         )
         prunable_keep_ratio(selector.dimensions, 1 - target_percent / 100, selector.prune_qk)  # refuses the impossible
-        was_training = self.model.training
         parameters_before = count_parameters(self.model)
         with dispatch_hooks_lifted(self.model):
             source = ModelInMemory(self.model, self.device)
@@ -106,7 +105,6 @@ class FlatLLMPruner:
                 stopwatch=self.stopwatch,
             )
             source.adopt(flat_config)
-        self.model.train(was_training)  # layers are compressed in evaluation mode
         self._stats = _statistics(allocation, layers, parameters_before, count_parameters(self.model))
         logger.info(
             "asked to remove %g %% of %d decoder-layer weights; %.3f %% are removed",
@@ -178,8 +176,10 @@ class FlatLLMPruner:
 def apply_flat_llm(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    target_sparsity: float = 0.5,
-    cal_dataset: Any = "wikitext2",
+    target_sparsity: float | None = None,
+    cal_dataset: Any = None,
+    *,
+    config: FlatLLMConfig | None = None,
     **fields: Any,
 ) -> PreTrainedModel:
     """Compress ``model`` in place and return it, the same object.
@@ -187,15 +187,17 @@ def apply_flat_llm(
     Args:
         model: As for :class:`FlatLLMPruner`.
         tokenizer: As there.
-        target_sparsity: Share of the decoder layers' linear weights to remove.
-        cal_dataset: Calibration text, as in :class:`FlatLLMConfig`.
-        **fields: Further fields of :class:`FlatLLMConfig`.
+        target_sparsity: Share of the decoder layers' linear weights to remove; ``None`` for the config's.
+        cal_dataset: Calibration text, as in :class:`FlatLLMConfig`; ``None`` for the config's.
+        config: What is asked where no argument says otherwise; the defaults for ``None``.
+        **fields: Further fields of :class:`FlatLLMConfig`; they take precedence over ``config``.
 
     Raises:
         InputError: If the model, an option or the text is unusable; the model is then as it was.
     """
-    pruner = FlatLLMPruner(model, tokenizer, target_sparsity=target_sparsity, cal_dataset=cal_dataset, **fields)
-    return pruner.prune_model()
+    named = {"target_sparsity": target_sparsity, "cal_dataset": cal_dataset}
+    fields |= {name: value for name, value in named.items() if value is not None}
+    return FlatLLMPruner(model, tokenizer, config, **fields).prune_model()
 
 
 def compute_layer_importance(

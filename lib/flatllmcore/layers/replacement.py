@@ -140,7 +140,9 @@ def adopt_compressed_layers(
 
     dense_config = model.config
     flat_config._attn_implementation = dense_config._attn_implementation
+    was_training = model.model.layers.training
     model.model.layers = nn.ModuleList(layers)
+    model.model.layers.training = was_training  # of the list alone: each layer has a mode of its own
     for adopted, example in ((model, pattern), (model.model, pattern.model)):
         adopted.__class__ = type(example)
         adopted._no_split_modules = example._no_split_modules

@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, default_collate
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..errors import InputError
@@ -42,6 +43,8 @@ def read_calibration_data(
     if isinstance(cal_dataset, str):
         return load_text(cal_dataset, "train", dataset_root=dataset_root, cache_dir=cache_dir)
     is_one_batch = isinstance(cal_dataset, Tensor | Mapping)
+    if isinstance(cal_dataset, DataLoader) and cal_dataset.collate_fn is default_collate:
+        cal_dataset = map(_uncollated, cal_dataset)
     items = _items([cal_dataset] if is_one_batch else cal_dataset)
     first = next(items, None)
     if first is None:
@@ -65,7 +68,9 @@ def token_rows(ids: Any, mask: Any = None) -> Iterator[TokenRow]:
         InputError: If these are no token ids.
     """
     if isinstance(ids, Sequence) and ids and isinstance(ids[0], Sequence | Tensor):
-        for row, row_mask in zip(ids, repeat(None) if mask is None else mask, strict=False):
+        if mask is not None and len(mask) != len(ids):
+            raise InputError(f"there are {len(ids)} rows of token ids and {len(mask)} of their mask; give one for each")
+        for row, row_mask in zip(ids, [None] * len(ids) if mask is None else mask, strict=True):
             yield from token_rows(row, row_mask)
         return
     try:
@@ -77,8 +82,17 @@ def token_rows(ids: Any, mask: Any = None) -> Iterator[TokenRow]:
             f"the calibration data hold {tokens.dtype} of shape {tuple(tokens.shape)}; "
             "accepted: token ids, which are integers, (n,) or (B, S)"
         )
-    masks = repeat(None) if mask is None else torch.as_tensor(mask).cpu().view_as(tokens).reshape(-1, tokens.shape[-1])
-    yield from zip(tokens.long().reshape(-1, tokens.shape[-1]), masks, strict=False)
+    rows = tokens.long().reshape(-1, tokens.shape[-1])
+    if mask is None:
+        yield from zip(rows, repeat(None))
+        return
+    masks = torch.as_tensor(mask).cpu()
+    if masks.shape != tokens.shape:
+        raise InputError(
+            f"the attention mask has the shape {tuple(masks.shape)} and the token ids {tuple(tokens.shape)}; "
+            "give one entry of the mask for each id"
+        )
+    yield from zip(rows, masks.reshape(rows.shape), strict=True)
 
 
 def windows_of_rows(rows: Sequence[Tensor], seqlen: int) -> Tensor:
@@ -172,10 +186,31 @@ def _items(batches: Iterable[Any]) -> Iterator[str | TokenRow]:
             yield from _items_of_columns(batch)
         elif isinstance(batch, Sequence) and batch and isinstance(batch[0], str):
             yield from batch
-        elif isinstance(batch, Sequence) and batch and isinstance(batch[0], Tensor):
-            yield from token_rows(batch[0], None)  # ids come first in the batches of a TensorDataset
+        elif isinstance(batch, Sequence) and batch and isinstance(batch[0], Tensor) and batch[0].ndim > 1:
+            yield from token_rows(batch[0], _mask_among(batch))  # ids come first in a TensorDataset
         else:
             yield from token_rows(batch, None)
+
+
+def _uncollated(batch: Any) -> Any:
+    """Return a batch of the default collation with its lists of ids as rows.
+
+    That collation turns equally long lists of numbers around: it gives a list of tensors, one per position.
+    """
+    if isinstance(batch, Mapping):
+        return {name: _uncollated(column) for name, column in batch.items()}
+    if isinstance(batch, list) and batch and all(isinstance(part, Tensor) and part.ndim == 1 for part in batch):
+        return torch.stack(batch, dim=1)
+    return batch
+
+
+def _mask_among(tensors: Sequence[Any]) -> Tensor | None:
+    """Return the second tensor if it can only be the mask of the first: of its shape, zeros and ones."""
+    ids, *others = tensors
+    if others and isinstance(others[0], Tensor) and others[0].shape == ids.shape:
+        is_mask = bool(((others[0] == 0) | (others[0] == 1)).all())
+        return others[0] if is_mask else None
+    return None
 
 
 def _items_of_columns(batch: Mapping[str, Any]) -> Iterator[str | TokenRow]:
