@@ -21,8 +21,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from tqdm.contrib.logging import logging_redirect_tqdm
+from transformers import PreTrainedModel
 
 from flatllmbench.command_line import check_arguments, complain, logging_to, parse_arguments, request, run_name
 from flatllmbench.perplexity import perplexity
@@ -39,6 +41,7 @@ from flatllmcore.core.rank_allocation import (
 from flatllmcore.core.rank_files import IMPORTANCE_FILE, find_ranks, ranks_file
 from flatllmcore.core.stopwatch import Stopwatch
 from flatllmcore.errors import InputError
+from flatllmcore.layers import attention_value_width
 from flatllmcore.utils.calibration_windows import check_token_ids, window_length
 from flatllmcore.utils.checkpoint import count_parameters, model_card, save_compressed
 from flatllmcore.utils.data_utils import (
@@ -150,6 +153,7 @@ def compress(args: argparse.Namespace, command: str) -> dict[str, Any]:
             "dense": dense.value,
             "compressed": compressed.value,
         },
+        "attention": attention_widths(model, setup.device),
         "layers": [asdict(layer) for layer in layers],
     }
     if args.save_model is not None:
@@ -196,13 +200,22 @@ class Setup:
         return ModelInMemory(model, self.device)
 
 
+def attention_widths(model: PreTrainedModel, device: torch.device) -> dict[str, Any]:
+    """Return the value width per layer that the attention function is handed on ``device``, so what kernel it takes."""
+    implementation = model.config._attn_implementation
+    widths = {
+        stage: [
+            attention_value_width(a.value_head_dim, a.head_dim, query_length, implementation, device.type)
+            for a in (layer.self_attn for layer in model.get_decoder().layers)
+        ]
+        for stage, query_length in (("prompt", 2), ("decoding", 1))
+    }
+    return {"implementation": implementation, "value_width": widths}
+
+
 def score_layers(args: argparse.Namespace, setup: Setup, source: ModelInMemory, windows: Tensor) -> ImportanceScores:
     """Return the importance of every layer, with what it takes to compute it again."""
     found = layer_importance(source, windows, setup.batch_size, setup.stopwatch)
-    if found.zero_rows:
-        logger.warning("%d rows of zeros have no angle and count as cosine 0.5", found.zero_rows)
-    for index, value in enumerate(found.scores):
-        logger.info("layer %d: importance %.4f", index, value)
     return ImportanceScores(
         model_id=args.model,
         fingerprint=model_fingerprint(source.model),

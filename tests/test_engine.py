@@ -6,6 +6,7 @@ the dtype: that, not the method, is what the tolerances of 1e-5 allow for.
 
 import copy
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -94,6 +95,29 @@ def test_compression_changes_the_given_object_and_counts_its_parameters(model, w
     linear = sum(p.numel() for n, p in model.named_parameters() if "_proj.weight" in n and ".layers." in n)
     assert allocation.parameters_after == linear
     assert [r.value_rank for r in records] == list(allocation.value_rank)
+
+
+def test_a_layer_runs_once_for_its_statistics_and_once_compressed(windows, monkeypatch):
+    """Oracle: the calls of every projection, in windows. Dense layers never reach their down projection."""
+    seen = Counter()
+    linear = torch.nn.Linear.forward
+
+    def counting(self, inputs):
+        seen[self.in_features, self.out_features] += len(inputs)
+        return linear(self, inputs)
+
+    model = tiny_model(num_hidden_layers=3)
+    dimensions = dimensions_from_config(model.config)
+    allocation = ImportancePreservingRankSelector(dimensions).allocate((0.3, 0.3, 0.3), 40)
+    source = ModelInMemory(model, CPU)
+    monkeypatch.setattr(torch.nn.Linear, "forward", counting)
+    compress_layers(source, source, windows, allocation, batch_size=5, tolerance=0.96, stopwatch=Stopwatch(CPU))
+    width = allocation.mlp_width[0]
+    assert seen[32, 48] == 2 * 3 * 24  # q_proj, dense and compressed
+    assert seen[32, 56] == 2 * 3 * 24  # gate_proj and up_proj, dense
+    assert seen[32, width] == 2 * 3 * 24  # the same, compressed
+    assert seen[56, 32] == 0
+    assert seen[width, 32] == 3 * 24
 
 
 def test_hidden_states_in_host_memory_give_the_same_result(windows, device, monkeypatch):

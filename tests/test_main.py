@@ -147,6 +147,9 @@ def test_the_record_says_what_was_asked_done_and_spent(finished):
     assert record["peak_memory_gib"]["host"] > 0
     assert [layer["layer"] for layer in record["layers"]] == [0, 1, 2]
     assert record["perplexity"]["dense"] > 1
+    ranks = [layer["value_rank"] for layer in record["layers"]]
+    # on this CPU a prompt's values are padded for the fused kernel, 12 wide, and decoding reads the narrow cache
+    assert record["attention"] == {"implementation": "sdpa", "value_width": {"prompt": [12] * 3, "decoding": ranks}}
     stages = record["stages_s"]
     assert {"data", "load", "forward", "angles", "moments", "solves", "perplexity", "save", "rest"} == stages.keys()
     assert sum(stages.values()) == pytest.approx(record["elapsed_s"], abs=0.01)

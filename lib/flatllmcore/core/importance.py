@@ -4,6 +4,7 @@
 the loss would change by if a layer's output were taken away.
 """
 
+import logging
 import math
 from dataclasses import dataclass
 
@@ -15,6 +16,8 @@ from tqdm import tqdm
 from ..errors import InputError
 from .calibration import HiddenStates, LayerSource, checked, progress
 from .stopwatch import Stopwatch
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ def angles_between(inputs: Tensor, outputs: Tensor) -> tuple[Tensor, int]:
 def layer_importance(
     source: LayerSource, windows: Tensor, batch_size: int, stopwatch: Stopwatch, method: str = "angular"
 ) -> LayerImportance:
-    """Score every decoder layer.
+    """Score every decoder layer, and log the scores.
 
     Args:
         source: The model, dense.
@@ -67,7 +70,12 @@ def layer_importance(
     """
     if method not in METHODS:
         raise InputError(f"importance method {method!r} is unknown; accepted: {', '.join(METHODS)}")
-    return METHODS[method](source, windows, batch_size, stopwatch)
+    found = METHODS[method](source, windows, batch_size, stopwatch)
+    if found.zero_rows:
+        logger.warning("%d rows of zeros have no angle and count as cosine 0.5", found.zero_rows)
+    for index, score in enumerate(found.scores):
+        logger.info("layer %d: importance %.4f", index, score)
+    return found
 
 
 @torch.no_grad()

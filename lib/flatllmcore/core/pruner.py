@@ -146,10 +146,6 @@ class FlatLLMPruner:
         windows = self._windows(sample_windows)
         method = self.config.importance_method
         found = layer_importance(source, windows, self._batch_size(windows), self.stopwatch, method)
-        if found.zero_rows:
-            logger.warning("%d rows of zeros have no angle and count as cosine 0.5", found.zero_rows)
-        for index, score in enumerate(found.scores):
-            logger.info("layer %d: importance %.4f", index, score)
         return list(found.scores)
 
     def _windows(self, sample: Sampler) -> Tensor:

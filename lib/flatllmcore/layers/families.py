@@ -41,6 +41,17 @@ FAMILIES = {
 }
 
 
+def check_is_dense(config: PreTrainedConfig) -> None:
+    """Refuse the config of a model that cannot be compressed.
+
+    Raises:
+        InputError: If the family is not supported, or the model is compressed already.
+    """
+    family_of(config)
+    if config.model_type not in FAMILIES:
+        raise InputError(f"the model is compressed already ({config.model_type}); give one of: {', '.join(FAMILIES)}")
+
+
 def family_of(config: PreTrainedConfig) -> Family:
     """Return the family of a dense or compressed model's config.
 

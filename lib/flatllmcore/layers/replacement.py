@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..errors import InputError
-from .families import FAMILIES, family_of, head_dim_of
+from .families import check_is_dense, family_of, head_dim_of
 from .flat_attention import FlatDecoderLayer
 
 _LOST_IN_CONVERSION = ("model_type", "transformers_version", "architectures", "auto_map")
@@ -35,8 +34,7 @@ def compressed_config(
         ValueError: If there is not one rank and one width per layer, or one is out of range.
     """
     family = family_of(config)
-    if config.model_type not in FAMILIES:
-        raise InputError(f"the model is compressed already ({config.model_type}); give one of: {', '.join(FAMILIES)}")
+    check_is_dense(config)
     _check_widths("value ranks", value_ranks, config.num_hidden_layers, head_dim_of(config))
     _check_widths("MLP widths", mlp_widths, config.num_hidden_layers, config.intermediate_size)
     if query_key_ranks is None:
@@ -63,16 +61,10 @@ def compressed_config(
     return family.config(**fields, attn_implementation=config._attn_implementation)
 
 
-def empty_decoder_layer(
-    flat_config: PreTrainedConfig,
-    layer_idx: int,
-    device: torch.device | str = "meta",
-    dtype: torch.dtype | None = None,
-) -> FlatDecoderLayer:
-    """Return layer ``layer_idx``, its weights still to be filled in; ``dtype`` defaults to the config's."""
-    with torch.device(device):
-        layer = family_of(flat_config).decoder_layer(flat_config, layer_idx)
-    return layer.to(dtype or flat_config.dtype)
+def empty_decoder_layer(flat_config: PreTrainedConfig, layer_idx: int) -> FlatDecoderLayer:
+    """Return layer ``layer_idx`` on the meta device, its weights still to be filled in."""
+    with torch.device("meta"):
+        return family_of(flat_config).decoder_layer(flat_config, layer_idx)
 
 
 def compress_decoder_layer(

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from ..errors import InputError
-from ..layers.families import FAMILIES, family_of, head_dim_of
+from ..layers.families import FAMILIES, check_is_dense, family_of, head_dim_of
 from .dispatch import check_weights_present
 
 # A decoder layer or a part of one. torch types a module's members as tensor or module, so their own are lost.
@@ -87,9 +87,7 @@ def dimensions_from_config(config: PretrainedConfig) -> ModelDimensions:
     Raises:
         InputError: If the family is not supported, or the model is compressed already.
     """
-    family_of(config)
-    if config.model_type not in FAMILIES:
-        raise InputError(f"the model is compressed already ({config.model_type}); give one of: {', '.join(FAMILIES)}")
+    check_is_dense(config)
     return _dense_dimensions(config, config.intermediate_size)
 
 

@@ -1,0 +1,93 @@
+"""The model in the repository, and the script that trained it."""
+
+import argparse
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from flatllmbench.perplexity import perplexity
+from flatllmcore.core.calibration import ModelInMemory
+from flatllmcore.core.stopwatch import Stopwatch
+from flatllmcore.utils.data_utils import consecutive_windows, load_text
+from flatllmcore.utils.loading import load_model, load_tokenizer
+from flatllmcore.utils.pydocs import pydocs_sources
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = ROOT / "models" / "pydocs-llama"
+LOG = json.loads((FOLDER / "training_log.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("train_embedded", ROOT / "scripts" / "train_embedded.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_it_is_small_grouped_and_in_bf16():
+    model = load_model(str(FOLDER))
+    assert sum(path.stat().st_size for path in FOLDER.iterdir()) <= 8_000_000
+    assert model.num_parameters() == LOG["parameters"]
+    assert model.config.num_key_value_heads < model.config.num_attention_heads
+    assert model.dtype == torch.bfloat16
+
+
+@pytest.mark.slow
+def test_its_perplexity_is_the_stated_one():
+    """Oracle: what the training script measured, through the parent class alone, on the same text."""
+    others = {name: v for name, v in pydocs_sources().items() if LOG["sources"].get(name) != v}
+    if others:
+        pytest.skip(f"other versions than in training make another text: {others}")
+    stated = LOG["test_perplexity"]
+    windows = consecutive_windows(load_text("pydocs", "test"), load_tokenizer(str(FOLDER)), stated["seqlen"])
+    assert len(windows) == stated["windows"]
+    cpu = torch.device("cpu")
+    measured = perplexity(ModelInMemory(load_model(str(FOLDER)), cpu), windows, 16, Stopwatch(cpu)).value
+    assert measured == pytest.approx(stated["value"], rel=2e-3)  # bf16 sums in another order
+    assert f"{stated['value']:.2f}" in (ROOT / "README.md").read_text()
+
+
+def test_an_interrupted_training_goes_on_where_it_was(script, tmp_path, monkeypatch):
+    """Oracle: the steps that are run, each one's windows a function of its number."""
+    steps = []
+    batch, training_step = script.batch_of_windows, script.training_step
+    monkeypatch.setattr(
+        script, "batch_of_windows", lambda tokens, step, args: steps.append(step) or batch(tokens, step, args)
+    )
+    monkeypatch.setattr(script, "SAVE_EVERY_S", 0)
+    tokens = np.random.default_rng(0).integers(50, size=500).astype(np.int16)
+    args = argparse.Namespace(minutes=1, batch_size=2, seqlen=8, lr=1e-3, device="cpu", work_dir=tmp_path)
+
+    def tiny() -> LlamaForCausalLM:
+        sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        return LlamaForCausalLM(LlamaConfig(vocab_size=50, **sizes))
+
+    def interrupted_at(last):
+        def step(model, optimizer, ids):
+            if len(steps) == last:
+                raise KeyboardInterrupt
+            return training_step(model, optimizer, ids)
+
+        return step
+
+    monkeypatch.setattr(script, "training_step", interrupted_at(6))
+    with pytest.raises(KeyboardInterrupt):
+        script.train(tiny(), tokens, args)
+    assert steps == [0, 1, 2, 3, 4, 5]
+    saved = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert saved["step"] == 5  # the sixth did not finish
+
+    steps.clear()
+    resumed = tiny()
+    monkeypatch.setattr(script, "training_step", interrupted_at(1))
+    with pytest.raises(KeyboardInterrupt):
+        script.train(resumed, tokens, args)
+    assert steps == [5]
+    for name, tensor in resumed.state_dict().items():
+        assert torch.equal(tensor, saved["model"][name]), name
