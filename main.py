@@ -70,7 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_arguments(args)
         with logging_to(args.save / f"{run_name(args)}.log"), logging_redirect_tqdm():
             record = score(args) if args.prune_method == "bi" else compress(args, command)
-            record = {"command": command, "request": request(args), "versions": versions()} | record
+            asked = {"kind": args.prune_method, "command": command, "request": request(args)}
+            record = asked | {"versions": versions()} | record
             write_record(args.save / f"{run_name(args)}.json", record)
     except InputError as error:
         return complain(str(error))

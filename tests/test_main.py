@@ -133,12 +133,14 @@ def test_scores_hold_all_it_takes_to_compute_them_again(here):
     assert all(0 < score < 0.5 for score in scores["scores"])
     assert scores["versions"]["torch"] == torch.__version__
     record = read("logs/llama_bi.json")
+    assert record["kind"] == "bi"
     assert record["scores"] == scores["scores"]
     assert {"data", "load", "forward", "angles", "rest"} <= record["stages_s"].keys()
 
 
 def test_the_record_says_what_was_asked_done_and_spent(finished):
     record = json.loads((finished / RECORD).read_text())
+    assert record["kind"] == "flatllm"
     assert record["request"]["sparsity_ratio"] == 30
     assert record["request"]["save_model"] == MODEL
     assert record["command"].startswith("python main.py --model llama --dataset text")

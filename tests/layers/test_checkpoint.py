@@ -2,6 +2,7 @@ import errno
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
@@ -141,7 +142,9 @@ def test_the_reported_size_is_the_size_on_disk(is_tied, tmp_path):
 def test_the_card_states_how_the_model_was_made():
     card = model_card(RECORD)
     assert card.startswith("---\nlibrary_name: transformers\n")
-    assert 'base_model: "meta-llama/Llama-2-7b-hf"' in card
+    stated = ModelCard(card).data.to_dict()
+    assert stated["base_model"] == "meta-llama/Llama-2-7b-hf"
+    assert stated["flat_llm"] == {"base_model": "meta-llama/Llama-2-7b-hf", "sparsity_ratio": 20}
     for fact in ("20.000 % achieved", "5.472", "6.700", "256 samples of 4096 tokens, seed 42", "torch 2.13.0", "800"):
         assert fact in card
     assert "trust_remote_code=True" in card
@@ -149,6 +152,8 @@ def test_the_card_states_how_the_model_was_made():
 
 def test_the_card_of_a_local_model_names_no_path_and_invents_no_perplexity(tmp_path):
     card = model_card(RECORD | {"base_model": str(tmp_path), "perplexity": None})
-    assert "base_model" not in card
+    stated = ModelCard(card).data.to_dict()
+    assert "base_model" not in stated
+    assert stated["flat_llm"] == {"base_model": tmp_path.name, "sparsity_ratio": 20}
     assert str(tmp_path.parent) not in card
     assert "| not run | not run |" in card

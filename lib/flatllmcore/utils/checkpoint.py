@@ -99,10 +99,12 @@ def model_card(record: Mapping[str, Any]) -> str:
     """
     base_model = str(record["base_model"])
     is_local = Path(base_model).exists()
-    base_name = Path(base_model).name if is_local else base_model
+    base_name = Path(base_model).absolute().name if is_local else base_model  # absolute: "." has no name
     front_matter = ["---", "library_name: transformers", "tags:", "- flat-llm", "- compressed"]
     if not is_local:  # the hub links this name to a repository
         front_matter.append(f"base_model: {json.dumps(base_model)}")
+    front_matter += ["flat_llm:", f"  base_model: {json.dumps(base_name)}"]
+    front_matter.append(f"  sparsity_ratio: {record['sparsity_ratio']:g}")
     return "\n".join([*front_matter, "---", "", *_facts(base_name, record), "", *_HOW_TO_LOAD])
 
 

@@ -88,7 +88,25 @@ def dimensions_from_config(config: PretrainedConfig) -> ModelDimensions:
         InputError: If the family is not supported, or the model is compressed already.
     """
     check_is_dense(config)
-    return _dense_dimensions(config, config.intermediate_size)
+    return dense_dimensions(config)
+
+
+def dense_dimensions(config: PretrainedConfig) -> ModelDimensions:
+    """Return the sizes of the dense model, from the config of that model or of what it was compressed to.
+
+    Raises:
+        InputError: If the family is not supported.
+    """
+    family_of(config)
+    return ModelDimensions(
+        architecture=config.model_type.removeprefix(_COMPRESSED),
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=head_dim_of(config),
+        intermediate_size=_dense_intermediate_size(config),
+    )
 
 
 def detect_architecture(model: nn.Module) -> str:
@@ -147,7 +165,7 @@ def check_sparsity(model: PreTrainedModel) -> float:
     layers = find_decoder_layers(model)
     weights = [parameter for parameter in layers.parameters() if parameter.ndim > 1]  # norms and biases are vectors
     nonzero = sum(int(weight.count_nonzero()) for weight in weights)
-    dimensions = _dense_dimensions(model.config, _dense_intermediate_size(model.config))
+    dimensions = dense_dimensions(model.config)
     return 1 - nonzero / (dimensions.num_layers * dimensions.layer_parameters)
 
 
@@ -164,25 +182,13 @@ def get_layer_dimensions(model: PreTrainedModel, architecture: str | None = None
     found = detect_architecture(model)
     if architecture not in (None, found):
         raise InputError(f"the model is of the family {found!r}, not {architecture!r}")
-    dimensions = _dense_dimensions(model.config, _dense_intermediate_size(model.config))
+    dimensions = dense_dimensions(model.config)
     layers: list[DecoderModule] = list(find_decoder_layers(model))
     return {
         **dimensions.to_dict(),
         "value_rank": [layer.self_attn.v_proj.out_features // dimensions.num_kv_heads for layer in layers],
         "mlp_width": [layer.mlp.down_proj.in_features for layer in layers],
     }
-
-
-def _dense_dimensions(config: PretrainedConfig, intermediate_size: int) -> ModelDimensions:
-    return ModelDimensions(
-        architecture=config.model_type.removeprefix(_COMPRESSED),
-        num_layers=config.num_hidden_layers,
-        hidden_size=config.hidden_size,
-        num_heads=config.num_attention_heads,
-        num_kv_heads=config.num_key_value_heads,
-        head_dim=head_dim_of(config),
-        intermediate_size=intermediate_size,
-    )
 
 
 def _dense_intermediate_size(config: PretrainedConfig) -> int:
