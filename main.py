@@ -11,14 +11,18 @@
 
 import argparse
 import errno
+import hashlib
+import json
 import logging
 import math
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -27,23 +31,29 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import PreTrainedModel
 
 from flatllmbench.command_line import check_arguments, complain, logging_to, parse_arguments, request, run_name
-from flatllmbench.perplexity import perplexity
+from flatllmbench.perplexity import Perplexity, perplexity
 from flatllmbench.records import hardware, versions, write_record
-from flatllmcore.core.calibration import ModelInMemory, default_batch_size
+from flatllmbench.setup import Setup
+from flatllmcore.core.calibration import LayerSource
+from flatllmcore.core.checkpoint_sink import CheckpointSink, partial_folder
+from flatllmcore.core.checkpoint_source import CheckpointSource
 from flatllmcore.core.importance import layer_importance
 from flatllmcore.core.importance_scores import ImportanceScores
-from flatllmcore.core.prune import compress_layers
-from flatllmcore.core.rank_allocation import (
-    ImportancePreservingRankSelector,
-    RankAllocation,
-    prunable_keep_ratio,
+from flatllmcore.core.processes import (
+    OtherProcessError,
+    is_first_failure,
+    is_first_process,
+    process_count,
+    process_group,
+    told_by_first,
 )
+from flatllmcore.core.prune import compress_layers
+from flatllmcore.core.rank_allocation import RankAllocation, prunable_keep_ratio
 from flatllmcore.core.rank_files import IMPORTANCE_FILE, find_ranks, ranks_file
-from flatllmcore.core.stopwatch import Stopwatch
 from flatllmcore.errors import InputError
 from flatllmcore.layers import attention_value_width
-from flatllmcore.utils.calibration_windows import check_token_ids, window_length
-from flatllmcore.utils.checkpoint import count_parameters, model_card, save_compressed
+from flatllmcore.utils.calibration_windows import check_token_ids
+from flatllmcore.utils.checkpoint import count_parameters, model_card
 from flatllmcore.utils.data_utils import (
     TextDataset,
     consecutive_windows,
@@ -53,8 +63,7 @@ from flatllmcore.utils.data_utils import (
 )
 from flatllmcore.utils.devices import parse_device, peak_memory_gib
 from flatllmcore.utils.files import check_disk_space
-from flatllmcore.utils.layer_utils import dimensions_from_config, load_config
-from flatllmcore.utils.loading import load_model, load_tokenizer, model_fingerprint
+from flatllmcore.utils.loading import generation_config_file
 
 logger = logging.getLogger("flatllm")
 
@@ -67,138 +76,194 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv, __doc__ or "")
     command = shlex.join(["python", "main.py", *(sys.argv[1:] if argv is None else argv)])
     try:
-        check_arguments(args)
-        with logging_to(args.save / f"{run_name(args)}.log"), logging_redirect_tqdm():
-            record = score(args) if args.prune_method == "bi" else compress(args, command)
-            asked = {"kind": args.prune_method, "command": command, "request": request(args)}
-            record = asked | {"versions": versions()} | record
-            write_record(args.save / f"{run_name(args)}.json", record)
+        device = parse_device(args.device)
     except InputError as error:
         return complain(str(error))
-    except KeyboardInterrupt:
-        return complain(f"interrupted; scores and ranks finished so far stay in {args.bi_score}; go on with: {command}")
-    except OSError as error:
-        if error.errno not in UNUSABLE_PLACE:
-            raise
-        place = error.filename or args.save  # a log that cannot be written does not say its name
-        return complain(f"{error.strerror}: {place}; nothing is left half-written; mend that and run: {command}")
+    with process_group(device):
+        try:
+            check_arguments(args)
+            with logging_to(args.save / f"{run_name(args)}.log"), logging_redirect_tqdm():
+                if args.prune_method == "bi":
+                    score(args, command)
+                else:
+                    compress(args, command)
+        except InputError as error:
+            return complain_once(str(error))
+        except OtherProcessError as error:
+            return complain_once(str(error))
+        except KeyboardInterrupt:
+            return complain_once(f"interrupted; {finished(args)}; go on with: {command}")
+        except OSError as error:
+            if error.errno not in UNUSABLE_PLACE:
+                raise
+            place = error.filename or args.save  # a log that cannot be written does not say its name
+            return complain_once(f"{error.strerror}: {place}; {finished(args)}; mend that and run: {command}")
     return 0
 
 
-def score(args: argparse.Namespace) -> dict[str, Any]:
-    """Write the model's importance scores; return what the record says about it."""
+def complain_once(message: str) -> int:
+    """Say what was unusable, unless another process has said something; return the exit status."""
+    return complain(message) if is_first_failure() else 2
+
+
+def finished(args: argparse.Namespace) -> str:
+    """Say what a run that was stopped leaves to go on from."""
+    partial = None if args.save_model is None else partial_folder(args.save_model)
+    layers = f", finished layers in {partial}" if partial and partial.exists() else ""
+    return f"scores and ranks finished so far stay in {args.bi_score}{layers}"
+
+
+def score(args: argparse.Namespace, command: str) -> None:
+    """Write the model's importance scores, and the record of the run."""
     started = time.perf_counter()
     place = args.bi_score / IMPORTANCE_FILE
     setup = Setup(args)
     windows = importance_windows(args, setup)
-    scores = score_layers(args, setup, setup.load_source(args), windows)
-    scores.save(place)
+    scores = score_layers(args, setup, setup.load_source(len(windows)), windows)
+    if is_first_process():
+        scores.save(place)
     logger.info("importance scores are in %s", place)
-    return {"scores": scores.scores, "zero_rows": scores.zero_rows} | costs(setup, started)
+    found = {"scores": scores.scores, "zero_rows": scores.zero_rows}
+    keep_record(args, command, found | costs(setup, started))
 
 
-def compress(args: argparse.Namespace, command: str) -> dict[str, Any]:
-    """Compress the model, measure it before and after, save it; return what the record says about it."""
+def compress(args: argparse.Namespace, command: str) -> None:
+    """Compress the model, measure it before and after, save it and the record of the run."""
     started = time.perf_counter()
     setup = Setup(args)
-    prunable_keep_ratio(setup.dimensions, 1 - args.sparsity_ratio / 100, args.prune_qk)  # refuses the impossible
+    keep_ratio = 1 - args.sparsity_ratio / 100
+    prunable_keep_ratio(setup.dimensions, keep_ratio, args.prune_qk)  # refuses the impossible
     with setup.stopwatch.stage("data"):
         nsamples = args.nsamples or PUBLISHED_NSAMPLES["flatllm"]
         windows = sample_documents(training_text(args), setup.tokenizer, nsamples, setup.seqlen, args.seed)
         test_windows = consecutive_windows(test_text(args), setup.tokenizer, setup.seqlen)
         check_token_ids(windows, setup.vocab_size)
         check_token_ids(test_windows, setup.vocab_size)
-    source = setup.load_source(args)
-    allocation = ranks_for(args, setup, source)
-    parameters_before = count_parameters(source.model)
+    with output_folder(args) as folder:
+        before = setup.parameters
+        kept = before["total"] - (1 - keep_ratio) * before["decoder_linear"]
+        check_disk_space(folder, int(kept) * setup.checkpoint.dtype.itemsize)
+        source = setup.load_source(max(len(windows), len(test_windows)))
+        allocation = ranks_for(args, setup, source)
+        asked = compression_request(args, setup, source, allocation, windows, test_windows)
+        with CheckpointSink(folder, source.num_layers, asked, args.overwrite) as sink:
+            dense = dense_perplexity(setup, source, test_windows, sink)
+            flat_config, layers = compress_layers(
+                source,
+                sink,
+                windows,
+                allocation,
+                batch_size=setup.batch_size,
+                tolerance=args.tol,
+                stopwatch=setup.stopwatch,
+            )
+            with setup.stopwatch.stage("write"):
+                generation_config = generation_config_file(args.model, args.cache_dir)
+                partial = sink.complete(source, flat_config, generation_config, setup.tokenizer)
+            written = CheckpointSource(partial, setup.device, storage=setup.storage)
+            compressed = perplexity(written, test_windows, setup.batch_size, setup.stopwatch)
+            if not math.isfinite(compressed.value):
+                raise InputError(
+                    f"compressed perplexity is {compressed.value}; the model does not bear this ratio, or --dtype"
+                )
+            logger.info(
+                "compressed perplexity %.4f, %.3f times the dense one", compressed.value, compressed.value / dense.value
+            )
+            result: dict[str, Any] = {
+                "base_model": args.model,
+                "sparsity_ratio": allocation.sparsity_ratio,
+                "achieved_sparsity_percent": allocation.achieved_sparsity_percent,
+                "rank_multiple": allocation.rank_multiple,
+                "prune_qk": allocation.prune_qk,
+                "parameters_before": before,
+                "parameters_after": count_parameters(written.skeleton),
+                "dataset": args.dataset,
+                "nsamples": nsamples,
+                "seqlen": setup.seqlen,
+                "seed": args.seed,
+                "perplexity": {
+                    "dataset": args.eval_dataset,
+                    "seqlen": setup.seqlen,
+                    "windows": dense.windows,
+                    "dense": dense.value,
+                    "compressed": compressed.value,
+                },
+                "attention": attention_widths(written.skeleton, setup.device),
+                "layers": [asdict(layer) for layer in layers],
+            }
+            keep_record(args, command, result | costs(setup, started))
+            sink.publish(model_card({"command": command, "versions": versions()} | result))  # last: then all is there
     if args.save_model is not None:
-        removed = allocation.parameters_before - allocation.parameters_after
-        check_disk_space(args.save_model, (parameters_before["total"] - removed) * source.model.dtype.itemsize)
+        logger.info("compressed model is in %s", args.save_model)
 
-    dense = perplexity(source, test_windows, setup.batch_size, setup.stopwatch)
-    if not math.isfinite(dense.value):
-        raise InputError(f"dense perplexity is {dense.value}; check the final norm and lm_head of the checkpoint")
-    logger.info("dense perplexity %.4f over %d windows of %d tokens", dense.value, dense.windows, dense.seqlen)
-    flat_config, layers = compress_layers(
-        source,
-        source,
-        windows,
-        allocation,
-        batch_size=setup.batch_size,
-        tolerance=args.tol,
-        stopwatch=setup.stopwatch,
-    )
-    model = source.adopt(flat_config)
-    compressed = perplexity(ModelInMemory(model, setup.device), test_windows, setup.batch_size, setup.stopwatch)
-    if not math.isfinite(compressed.value):
-        raise InputError(f"compressed perplexity is {compressed.value}; the model does not bear this ratio, or --dtype")
-    logger.info(
-        "compressed perplexity %.4f, %.3f times the dense one", compressed.value, compressed.value / dense.value
-    )
-    result: dict[str, Any] = {
-        "base_model": args.model,
-        "sparsity_ratio": allocation.sparsity_ratio,
-        "achieved_sparsity_percent": allocation.achieved_sparsity_percent,
-        "rank_multiple": allocation.rank_multiple,
-        "prune_qk": allocation.prune_qk,
-        "parameters_before": parameters_before,
-        "parameters_after": count_parameters(model),
+
+@contextmanager
+def output_folder(args: argparse.Namespace) -> Iterator[Path]:
+    """Give the folder for the compressed model: the one asked for, or a temporary one that is deleted at the end."""
+    if args.save_model is not None:
+        yield args.save_model
+        return
+    with ExitStack() as stack:
+        made = told_by_first(
+            lambda: stack.enter_context(TemporaryDirectory(prefix="flat-llm-", dir=args.offload_folder))
+        )
+        yield Path(made, "model")
+
+
+def compression_request(
+    args: argparse.Namespace,
+    setup: Setup,
+    source: LayerSource,
+    allocation: RankAllocation,
+    windows: Tensor,
+    test_windows: Tensor,
+) -> dict[str, Any]:
+    """Return all that decides the bytes of the result, in words where there are some, for a run that goes on."""
+    return {
+        "model": args.model,
+        "fingerprint": source.fingerprint(),
+        "dtype": str(source.dtype),
         "dataset": args.dataset,
-        "nsamples": nsamples,
+        "nsamples": len(windows),
         "seqlen": setup.seqlen,
         "seed": args.seed,
-        "perplexity": {
-            "dataset": args.eval_dataset,
-            "seqlen": setup.seqlen,
-            "windows": dense.windows,
-            "dense": dense.value,
-            "compressed": compressed.value,
-        },
-        "attention": attention_widths(model, setup.device),
-        "layers": [asdict(layer) for layer in layers],
+        "windows": digest(windows.numpy().tobytes()),
+        "eval_dataset": args.eval_dataset,
+        "eval_windows": digest(test_windows.numpy().tobytes()),
+        "sparsity_ratio": args.sparsity_ratio,
+        "prune_qk": allocation.prune_qk,
+        "ranks": digest(json.dumps([allocation.value_rank, allocation.mlp_width]).encode()),
+        "tol": args.tol,
+        "batch_size": setup.batch_size,
+        "processes": process_count(),
+        "hardware": hardware(setup.device),
+        "versions": versions(),
     }
-    if args.save_model is not None:
-        with setup.stopwatch.stage("save"):
-            card = model_card({"command": command, "versions": versions()} | result)
-            save_compressed(model, setup.tokenizer, args.save_model, card, overwrite=args.overwrite)
-        logger.info("compressed model is in %s", args.save_model)
-    return result | costs(setup, started)
 
 
-class Setup:
-    """What both stages need: device, window length, tokenizer, the dense model and a stopwatch.
+def digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
-    Everything that can be refused is checked before any weight is read.
-    """
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.device = parse_device(args.device)
-        if not Path(args.model).is_dir():
-            logger.info("there is no folder %s; asking the Hugging Face Hub for it", args.model)
-        config = load_config(args.model, args.cache_dir)
-        self.dimensions = dimensions_from_config(config)
-        self.seqlen = window_length(args.seqlen, config.max_position_embeddings)
-        self.batch_size = args.batch_size or default_batch_size(self.seqlen)
-        self.selector = ImportancePreservingRankSelector(
-            self.dimensions, rank_multiple=args.rank_multiple, prune_qk=args.prune_qk
-        )
-        self.stopwatch = Stopwatch(self.device)
-        self.tokenizer = load_tokenizer(args.model, cache_dir=args.cache_dir)
-        self.vocab_size = config.vocab_size
-        logger.info(
-            "%s: %s of %d layers; windows of %d tokens; on %s",
-            args.model,
-            self.dimensions.architecture,
-            self.dimensions.num_layers,
-            self.seqlen,
-            self.device,
-        )
+def dense_perplexity(setup: Setup, source: LayerSource, windows: Tensor, sink: CheckpointSink) -> Perplexity:
+    """Return the dense model's perplexity, as the sink remembers it from an earlier run or else measured."""
+    if "dense_perplexity" not in sink.results:
+        measured = perplexity(source, windows, setup.batch_size, setup.stopwatch)
+        if not math.isfinite(measured.value):
+            raise InputError(
+                f"dense perplexity is {measured.value}; check the final norm and lm_head of the checkpoint"
+            )
+        sink.remember("dense_perplexity", asdict(measured))
+    dense = Perplexity(**sink.results["dense_perplexity"])
+    logger.info("dense perplexity %.4f over %d windows of %d tokens", dense.value, dense.windows, dense.seqlen)
+    return dense
 
-    def load_source(self, args: argparse.Namespace) -> ModelInMemory:
-        """Read the weights, into host memory."""
-        with self.stopwatch.stage("load"):
-            model = load_model(args.model, dtype=args.dtype, cache_dir=args.cache_dir)
-        return ModelInMemory(model, self.device)
+
+def keep_record(args: argparse.Namespace, command: str, result: dict[str, Any]) -> None:
+    """Write the record of the run."""
+    if is_first_process():
+        asked = {"kind": args.prune_method, "command": command, "request": request(args), "versions": versions()}
+        write_record(args.save / f"{run_name(args)}.json", asked | result)
 
 
 def attention_widths(model: PreTrainedModel, device: torch.device) -> dict[str, Any]:
@@ -214,12 +279,12 @@ def attention_widths(model: PreTrainedModel, device: torch.device) -> dict[str, 
     return {"implementation": implementation, "value_width": widths}
 
 
-def score_layers(args: argparse.Namespace, setup: Setup, source: ModelInMemory, windows: Tensor) -> ImportanceScores:
+def score_layers(args: argparse.Namespace, setup: Setup, source: LayerSource, windows: Tensor) -> ImportanceScores:
     """Return the importance of every layer, with what it takes to compute it again."""
     found = layer_importance(source, windows, setup.batch_size, setup.stopwatch)
     return ImportanceScores(
         model_id=args.model,
-        fingerprint=model_fingerprint(source.model),
+        fingerprint=source.fingerprint(),
         dimensions=setup.dimensions,
         dataset=args.dataset,
         nsamples=len(windows),
@@ -231,20 +296,18 @@ def score_layers(args: argparse.Namespace, setup: Setup, source: ModelInMemory, 
     )
 
 
-def ranks_for(args: argparse.Namespace, setup: Setup, source: ModelInMemory) -> RankAllocation:
+def ranks_for(args: argparse.Namespace, setup: Setup, source: LayerSource) -> RankAllocation:
     """Return the ranks that --bi_score holds, or else score the layers, allocate, and leave both there."""
-    found = find_ranks(args.bi_score, setup.selector, model_fingerprint(source.model), args.sparsity_ratio)
-    if found is None:
+    told = told_by_first(lambda: ranks_that_are_there(args, setup, source))
+    if told is not None:
+        found = RankAllocation.from_json(told)
+    else:
         logger.info("no ranks or scores in %s: scoring the layers first", args.bi_score)
         scores = score_layers(args, setup, source, importance_windows(args, setup))
-        scores.save(args.bi_score / IMPORTANCE_FILE)
         found = setup.selector.allocate(scores.scores, args.sparsity_ratio, scores.sha256())
-        found.save(args.bi_score / ranks_file(args.sparsity_ratio))
-    elif args.rank_multiple not in (None, found.rank_multiple):
-        raise InputError(
-            f"the ranks in {args.bi_score} go with --rank_multiple {found.rank_multiple}, not {args.rank_multiple}; "
-            "drop the flag, or name a file of scores by --bi_score"
-        )
+        if is_first_process():
+            scores.save(args.bi_score / IMPORTANCE_FILE)
+            found.save(args.bi_score / ranks_file(args.sparsity_ratio))
     logger.info(
         "asked to remove %d %% of %d decoder-layer weights; the ranks remove %.3f %%",
         args.sparsity_ratio,
@@ -252,6 +315,19 @@ def ranks_for(args: argparse.Namespace, setup: Setup, source: ModelInMemory) -> 
         found.achieved_sparsity_percent,
     )
     return found
+
+
+def ranks_that_are_there(args: argparse.Namespace, setup: Setup, source: LayerSource) -> dict[str, Any] | None:
+    """Return the ranks that --bi_score holds, as JSON takes them."""
+    found = find_ranks(args.bi_score, setup.selector, source.fingerprint(), args.sparsity_ratio)
+    if found is None:
+        return None
+    if args.rank_multiple not in (None, found.rank_multiple):
+        raise InputError(
+            f"the ranks in {args.bi_score} go with --rank_multiple {found.rank_multiple}, not {args.rank_multiple}; "
+            "drop the flag, or name a file of scores by --bi_score"
+        )
+    return found.to_json()
 
 
 def importance_windows(args: argparse.Namespace, setup: Setup) -> Tensor:

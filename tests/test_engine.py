@@ -122,7 +122,7 @@ def test_a_layer_runs_once_for_its_statistics_and_once_compressed(windows, monke
 
 def test_hidden_states_in_host_memory_give_the_same_result(windows, device, monkeypatch):
     """On a GPU they stay there while they fit; here they never do."""
-    monkeypatch.setattr("flatllmcore.core.calibration._SHARE_OF_DEVICE_FOR_STATES", 0)
+    monkeypatch.setattr("flatllmcore.core.hidden_states._SHARE_OF_DEVICE", 0)
     on_host, _, _ = compressed(tiny_model(), windows, device=device)
     monkeypatch.undo()
     on_device, _, _ = compressed(tiny_model(), windows, device=device)

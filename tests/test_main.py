@@ -153,7 +153,9 @@ def test_the_record_says_what_was_asked_done_and_spent(finished):
     # on this CPU a prompt's values are padded for the fused kernel, 12 wide, and decoding reads the narrow cache
     assert record["attention"] == {"implementation": "sdpa", "value_width": {"prompt": [12] * 3, "decoding": ranks}}
     stages = record["stages_s"]
-    assert {"data", "load", "forward", "angles", "moments", "solves", "perplexity", "save", "rest"} == stages.keys()
+    assert stages.keys() == {
+        *("data", "load", "forward", "angles", "moments", "reduce", "solves", "perplexity", "write", "rest")
+    }
     assert sum(stages.values()) == pytest.approx(record["elapsed_s"], abs=0.01)
     assert sum(layer["elapsed_s"] for layer in record["layers"]) <= record["elapsed_s"]
 
@@ -266,15 +268,19 @@ def test_ranks_for_pruned_queries_and_keys_need_the_flag(here, refused):
 
 
 def weights(folder: str) -> dict[str, torch.Tensor]:
-    return load_file(f"{folder}/model.safetensors")
+    return {name: weight for path in Path(folder).glob("*.safetensors") for name, weight in load_file(path).items()}
+
+
+def shards(folder: str) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in Path(folder).glob("*.safetensors")}
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_does_not(here):
-    expected = Path(MODEL, "model.safetensors").read_bytes()
+    expected = shards(MODEL)
     assert run("--save_model", "same") == 0
-    assert Path("same/model.safetensors").read_bytes() == expected
+    assert shards("same") == expected
     assert run("--save_model", "other", "--seed", "43", "--bi_score", "other_ranks") == 0
-    assert Path("other/model.safetensors").read_bytes() != expected
+    assert shards("other") != expected
     assert read("other_ranks/importance.json")["scores"] != read(SCORES)["scores"]
 
 
@@ -283,7 +289,7 @@ def test_tol_changes_what_is_monitored_and_nothing_else(here):
     assert run("--save_model", "same", "--tol", "0.5") == 0
     after = [layer["rank_at_tolerance"] for layer in read(RECORD)["layers"]]
     assert all(fewer < more for fewer, more in zip(after, before, strict=True))
-    assert Path("same/model.safetensors").read_bytes() == Path(MODEL, "model.safetensors").read_bytes()
+    assert shards("same") == shards(MODEL)
 
 
 def test_the_batch_size_changes_rounding_only(here):
@@ -333,11 +339,11 @@ def test_perplexity_can_be_measured_on_another_text(here):
 
 def test_overwrite_replaces_scores_and_model(here):
     argv = ("--seed", "7", "--overwrite")
-    old_scores, old_model = Path(SCORES).read_bytes(), Path(MODEL, "model.safetensors").read_bytes()
+    old_scores, old_model = Path(SCORES).read_bytes(), shards(MODEL)
     assert run("--prune_method", "bi", *argv) == 0
     assert Path(SCORES).read_bytes() != old_scores
     assert run("--bi_score", SCORES, "--save_model", MODEL, *argv) == 0
-    assert Path(MODEL, "model.safetensors").read_bytes() != old_model
+    assert shards(MODEL) != old_model
 
 
 # Bad input: the command line
@@ -470,7 +476,7 @@ def smaller_vocabulary(folder: Path) -> None:
         (cut_weights, "checkpoint 'llama' is missing or damaged"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b""), "checkpoint 'llama' is missing or damaged"),
         (damaged_index, "checkpoint 'llama' is missing or damaged"),
-        (lambda folder: edit_config(folder, hidden_act="nosuch"), "checkpoint 'llama' is missing or damaged"),
+        (lambda folder: edit_config(folder, hidden_act="nosuch"), "config asks for 'nosuch'"),
         (missing_weight, f"1 weights are missing, first {SPOILED}"),
         (pickled_weights, "expected safetensors files"),
         (not_a_number, "layer 1 gives NaN or infinite activations in torch.float32"),
@@ -541,7 +547,7 @@ def test_a_full_disk_is_one_clear_line(refused, monkeypatch, argv):
     monkeypatch.setattr(os, "fsync", fail)
     line = refused(*argv)
     assert "no space left" in line.lower()
-    assert (argv[1] if argv else "logs/llama_flatllm_30.json") in line
+    assert (argv[1] if argv else ".partial") in line
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no device that is always full")
@@ -552,15 +558,15 @@ def test_a_log_on_a_full_disk_is_one_clear_line(here, refused):
 
 
 def test_too_little_disk_for_the_model_is_said_before_the_work(here, refused, monkeypatch):
-    """Oracle: the size of the file that the same command wrote before; all but its header is weights."""
+    """Oracle: the weights that the same command wrote before, give or take what ranks are rounded by."""
     needed = sum(tensor.nbytes for tensor in weights(MODEL).values())
     usage = shutil.disk_usage("/")
-    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage._replace(free=needed - 1))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage._replace(free=int(0.9 * needed)))
     monkeypatch.setattr(prune, "solve_layer", None)  # the work may not begin
     assert "out/new needs" in refused("--save_model", "out/new")
     monkeypatch.undo()
     os.chdir(here)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage._replace(free=needed))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage._replace(free=int(1.1 * needed)))
     assert run("--save_model", "out/new") == 0
 
 
@@ -579,12 +585,13 @@ def test_an_interrupted_run_says_how_to_go_on_and_its_command_then_succeeds(here
         patch.setattr(prune, "solve_layer", interrupt_second)
         assert run(*argv) == 2
     line = capfd.readouterr().err
-    assert line.startswith("error: interrupted; scores and ranks finished so far stay in new; go on with: python main")
+    assert line.startswith("error: interrupted; scores and ranks finished so far stay in new, finished layers in out/")
+    assert "new.partial; go on with: python main.py" in line
     assert line.count("\n") == 1
     assert line.rstrip().endswith("--bi_score new --save_model out/new")
     assert set(os.listdir("new")) == {"importance.json", "ranks_30.json"}
-    assert os.listdir("out") == ["llama-30"]
+    assert set(os.listdir("out")) == {"llama-30", "new.partial"}
     scores = Path("new/importance.json").read_bytes()
     assert run(*argv) == 0
     assert Path("new/importance.json").read_bytes() == scores
-    assert Path("out/new/model.safetensors").read_bytes() == Path(MODEL, "model.safetensors").read_bytes()
+    assert shards("out/new") == shards(MODEL)

@@ -14,7 +14,7 @@ from conftest import tiny_model
 from flatllmbench import records
 from flatllmbench.records import describe_model, hardware, versions, write_record
 from flatllmcore import FlatLLMPruner, InputError
-from flatllmcore.utils.checkpoint import model_card, save_compressed
+from flatllmcore.utils.checkpoint import model_card
 from layers.test_checkpoint import RECORD as CARD
 from tiny_text import documents, word_tokenizer
 
@@ -65,7 +65,8 @@ def compressed(tmp_path):
     pruner = FlatLLMPruner(model, word_tokenizer(), target_sparsity=0.3, cal_dataset=documents(40), cal_nsamples=4)
     pruner.prune_model()
     card = model_card(CARD | {"base_model": str(tmp_path / "dense"), "sparsity_ratio": 30})
-    save_compressed(model, None, tmp_path / "small", card)
+    model.save_pretrained(tmp_path / "small")
+    (tmp_path / "small" / "README.md").write_text(card)
     return tmp_path / "small"
 
 

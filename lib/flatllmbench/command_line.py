@@ -12,6 +12,7 @@ from typing import Any
 import huggingface_hub
 import transformers
 
+from flatllmcore.core.processes import is_first_process
 from flatllmcore.core.rank_allocation import check_sparsity_ratio
 from flatllmcore.core.rank_files import IMPORTANCE_FILE
 from flatllmcore.errors import InputError
@@ -103,10 +104,27 @@ def parse_arguments(argv: Sequence[str] | None, description: str) -> argparse.Na
         help="of the weights, in the run and in the result: %(choices)s (default: the checkpoint's own)",
     )
     where.add_argument(
+        "--out_of_core",
+        action="store_true",
+        help="read layers from disk one at a time (default: if the weights take over half of the host memory)",
+    )
+    where.add_argument(
+        "--host_memory_gib",
+        type=float,
+        metavar="N",
+        help="host memory to plan with, per process (default: what is free, shared by the processes)",
+    )
+    where.add_argument(
+        "--offload_folder",
+        type=Path,
+        metavar="DIR",
+        help="where hidden states go that memory is too small for (default: the system's temporary folder)",
+    )
+    where.add_argument(
         "--save", type=Path, default=Path("logs"), metavar="DIR", help="folder for logs and records (default: logs)"
     )
     where.add_argument(
-        "--save_model", type=Path, metavar="DIR", help="folder for the compressed model (default: it is not kept)"
+        "--save_model", type=Path, metavar="DIR", help="folder for the compressed model (default: a temporary one)"
     )
     where.add_argument("--overwrite", action="store_true", help="replace scores or a model folder that exist")
 
@@ -132,6 +150,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         model, out = Path(args.model).resolve(), args.save_model.resolve()
         if model == out or out in model.parents or model in out.parents:
             raise InputError(f"--save_model {args.save_model} and --model {args.model} overlap; give another folder")
+    if args.host_memory_gib is not None and args.host_memory_gib < 0:
+        raise InputError(f"--host_memory_gib {args.host_memory_gib} is out of range; 0 or more is accepted")
     check_score_place(args)
     if args.eval_dataset is None:
         if args.prune_method == "flatllm" and not has_test_split(args.dataset, args.dataset_root):
@@ -180,14 +200,19 @@ class LogFile(logging.FileHandler):
 
 @contextmanager
 def logging_to(path: Path) -> Iterator[None]:
-    """Log to the console and to the end of a file, and keep other libraries to their warnings, inside the block."""
+    """Log to the console and to the end of a file, and keep other libraries to their warnings, inside the block.
+
+    Of a group of processes, the first one alone logs.
+    """
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     huggingface_hub.utils.logging.set_verbosity_error()
     package_loggers = [logging.getLogger(name) for name in ("flatllm", "flatllmcore", "flatllmbench")]
     for package_logger in package_loggers:
         package_logger.setLevel(logging.INFO)
-    handlers = (logging.StreamHandler(sys.stdout), LogFile(path, delay=True))
+    handlers: tuple[logging.Handler, ...] = (logging.NullHandler(),)
+    if is_first_process():
+        handlers = (logging.StreamHandler(sys.stdout), LogFile(path, delay=True))
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
         logging.getLogger().addHandler(handler)

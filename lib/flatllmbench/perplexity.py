@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from flatllmcore.core.calibration import HiddenStates, LayerSource, progress
+from flatllmcore.core.calibration import LayerSource, progress
+from flatllmcore.core.hidden_states import HiddenStates
+from flatllmcore.core.processes import own_share, sum_of_numbers
 from flatllmcore.core.stopwatch import Stopwatch
 
 _LOGIT_ROWS = 1024  # a vocabulary of 128,256 makes half a gigabyte of float32 of them
@@ -38,20 +40,22 @@ def perplexity(source: LayerSource, windows: Tensor, batch_size: int, stopwatch:
         InputError: If a layer's activations are not finite.
     """
     with stopwatch.stage("perplexity"):
-        hidden = HiddenStates.embed(source, windows, batch_size)
+        own_windows = own_share(windows)
+        hidden = HiddenStates.embed(source, own_windows, batch_size)
         for index in progress(source.num_layers, "perplexity"):
             with source.layer(index) as layer:
                 for batch in hidden.batches():
                     batch.replace(hidden.run(layer, index, batch))
         nll = 0.0
         with source.head() as logits_of:
-            for batch, ids in zip(hidden.batches(), windows.split(batch_size), strict=True):
+            for batch, ids in zip(hidden.batches(), own_windows.split(batch_size), strict=False):
                 rows = batch.states[:, :-1].flatten(0, 1).split(_LOGIT_ROWS)
                 targets = ids[:, 1:].flatten().to(source.device).split(_LOGIT_ROWS)
                 for states, target in zip(rows, targets, strict=True):
                     logits = logits_of(states)
                     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
                     nll += cross_entropy(logits, target, reduction="sum").item()
+        (nll,) = sum_of_numbers(nll, device=source.device)
     count, seqlen = windows.shape
     predicted = count * (seqlen - 1)
     return Perplexity(torch.tensor(nll / predicted, dtype=torch.float64).exp().item(), count, seqlen, predicted)

@@ -9,7 +9,6 @@ from typing import Any
 import huggingface_hub
 import torch
 from huggingface_hub.errors import EntryNotFoundError
-from transformers import AutoModelForCausalLM
 
 from flatllmcore.errors import InputError
 from flatllmcore.layers import FAMILIES
@@ -17,6 +16,7 @@ from flatllmcore.utils.checkpoint import count_parameters
 from flatllmcore.utils.devices import device_name
 from flatllmcore.utils.files import write_atomically
 from flatllmcore.utils.layer_utils import dense_dimensions, load_config
+from flatllmcore.utils.loading import empty_causal_lm
 
 _PACKAGES = ("flatllmcore", "torch", "transformers", "datasets", "accelerate", "numpy", "safetensors", "tokenizers")
 
@@ -58,8 +58,7 @@ def describe_model(model: str | Path, cache_dir: Path | None = None) -> dict[str
     """
     config = load_config(str(model), cache_dir)
     dense = dense_dimensions(config)
-    with torch.device("meta"):
-        counted = count_parameters(AutoModelForCausalLM.from_config(config))
+    counted = count_parameters(empty_causal_lm(config))
     kept = counted["decoder_linear"] / (dense.num_layers * dense.layer_parameters)
     return {
         "model": _name(str(model)),

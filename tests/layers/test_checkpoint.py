@@ -1,17 +1,12 @@
 import errno
+from pathlib import Path
 
 import pytest
-import torch
 from huggingface_hub import ModelCard
-from safetensors import SafetensorError
 from safetensors.torch import load_file
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from flatllmcore import InputError
-from flatllmcore.utils import checkpoint
-from flatllmcore.utils.checkpoint import check_output_folder, count_parameters, model_card, save_compressed
+from flatllmcore.utils.checkpoint import check_output_folder, count_parameters, model_card, put_in_place
 
 from .tiny_models import RANKS, WIDTHS, compress, dense_model_of
 
@@ -32,58 +27,6 @@ RECORD = {
 }
 
 
-@pytest.fixture
-def model():
-    return compress(dense_model_of("llama"))
-
-
-@pytest.fixture
-def tokenizer():
-    vocabulary = {"[UNK]": 0, "a": 1, "b": 2}
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(vocabulary, unk_token="[UNK]")))
-
-
-def names(folder):
-    return sorted(path.name for path in folder.iterdir())
-
-
-def test_the_folder_holds_all_that_loading_needs(model, tokenizer, tokens, tmp_path):
-    folder = tmp_path / "new" / "model"
-    save_compressed(model, tokenizer, folder, "# card\n")
-    assert names(folder.parent) == ["model"]
-    assert names(folder) == [
-        "README.md",
-        "config.json",
-        "flat_attention.py",
-        "flat_llama.py",
-        "generation_config.json",
-        "model.safetensors",
-        "tokenizer.json",
-        "tokenizer_config.json",
-    ]
-    assert (folder / "README.md").read_text() == "# card\n"
-    assert torch.equal(AutoModelForCausalLM.from_pretrained(folder)(tokens).logits, model(tokens).logits)
-    assert AutoTokenizer.from_pretrained(folder)("a")["input_ids"] == tokenizer("a")["input_ids"]
-
-
-def test_a_folder_in_use_is_refused_unless_overwriting(model, tmp_path):
-    folder = tmp_path / "model"
-    save_compressed(model, None, folder, "first")
-    with pytest.raises(InputError, match="is not empty"):
-        save_compressed(model, None, folder, "second")
-    assert (folder / "README.md").read_text() == "first"
-    (folder / "left over").touch()
-    save_compressed(model, None, folder, "second", overwrite=True)
-    assert (folder / "README.md").read_text() == "second"
-    assert not (folder / "left over").exists()
-    assert names(tmp_path) == ["model"]
-
-
-def test_an_empty_folder_is_used(model, tmp_path):
-    save_compressed(model, None, tmp_path, "card")
-    assert (tmp_path / "config.json").is_file()
-
-
 def test_overwriting_spares_what_is_no_model(tmp_path):
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(InputError, match="holds no model"):
@@ -92,38 +35,26 @@ def test_overwriting_spares_what_is_no_model(tmp_path):
         check_output_folder(tmp_path / "thesis.tex", overwrite=True)
 
 
-@pytest.mark.parametrize(
-    ("failure", "raised"),
-    [
-        (KeyboardInterrupt(), KeyboardInterrupt),
-        (OSError(errno.ENOSPC, "No space left on device"), InputError),
-        (SafetensorError("I/O error: No space left on device (os error 28)"), InputError),
-        (OSError(errno.EIO, "Input/output error"), OSError),
-    ],
-)
-@pytest.mark.parametrize("failing", ["weights", "flush", "rename"])
-def test_a_failure_leaves_the_old_model_and_nothing_else(model, tmp_path, monkeypatch, failure, raised, failing):
-    folder = tmp_path / "model"
-    save_compressed(model, None, folder, "old")
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+def test_a_model_takes_the_place_of_the_old_one_or_leaves_it(tmp_path, monkeypatch):
+    for name in ("new", "old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    rename = Path.rename
 
-    def fail(*args, **kwargs):
-        raise failure
+    def fail_for_new(self, target):
+        if self.name == "new":
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(self, target)
 
-    if failing == "weights":
-        save = model.save_pretrained
-        monkeypatch.setattr(model, "save_pretrained", lambda target: (save(target), fail()))
-    elif failing == "flush":
-        monkeypatch.setattr(checkpoint.os, "fsync", fail)
-    else:
-        rename = checkpoint.Path.rename
-        monkeypatch.setattr(
-            checkpoint.Path, "rename", lambda self, to: fail() if self.name == "complete" else rename(self, to)
-        )
-    with pytest.raises(raised):
-        save_compressed(model, None, folder, "new", overwrite=True)
-    assert names(tmp_path) == ["model"]
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", fail_for_new)
+        with pytest.raises(OSError, match="Input/output"):
+            put_in_place(tmp_path / "new", tmp_path / "old")
+    assert {path.name for path in tmp_path.iterdir()} == {"new", "old"}
+    assert (tmp_path / "old" / "old").exists()
+    put_in_place(tmp_path / "new", tmp_path / "old")
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
+    assert (tmp_path / "old" / "new").exists()
 
 
 @pytest.mark.parametrize("is_tied", [False, True])

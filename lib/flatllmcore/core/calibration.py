@@ -2,31 +2,29 @@
 
 A *source* gives the layers of a model one by one; hidden states of all windows are kept between them.
 Importance, compression and perplexity are three visitors of this walk, so what runs on one device is
-one decoder layer and one batch, whatever the size of the model.
+one decoder layer and one batch, whatever the size of the model. A *sink* takes the compressed layers.
 """
 
-import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ..errors import InputError
 from ..layers.flat_attention import FlatDecoderLayer
 from ..layers.replacement import adopt_compressed_layers
-from ..utils.devices import GIB, free_device_memory
 from ..utils.layer_utils import DecoderModule
+from ..utils.loading import model_fingerprint
+from .hidden_states import StatesStorage
+from .processes import is_first_process
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from .prune import LayerRecord
 
 TOKENS_PER_BATCH = 4096
-# The rest is for a layer and its solves: at the widths of a 70B model about 20 GiB beside 16 GiB of states.
-_SHARE_OF_DEVICE_FOR_STATES = 0.25
 
 
 class LayerSource(Protocol):
@@ -34,10 +32,18 @@ class LayerSource(Protocol):
 
     config: PretrainedConfig
     device: torch.device
+    dtype: torch.dtype
     num_layers: int
+    storage: StatesStorage
 
-    def embed(self, ids: Tensor) -> Tensor:
-        """Return the hidden states that enter layer 0, (batch, S, D), for ids (batch, S)."""
+    def fingerprint(self) -> str:
+        """Return what tells the model's weights from another's: see ``weights_fingerprint``."""
+
+    def weights_beside_layers(self) -> Iterator[dict[str, Tensor]]:
+        """Yield the embeddings, then the final norm and the head, by name; a tied head once."""
+
+    def embedding(self) -> AbstractContextManager[Callable[[Tensor], Tensor]]:
+        """Lend the function from ids, (batch, S), to the hidden states that enter layer 0, (batch, S, D)."""
 
     def layer_arguments(self, seqlen: int) -> list[dict[str, Any]]:
         """Return, per layer, what the model passes to it beside the hidden states."""
@@ -52,61 +58,15 @@ class LayerSource(Protocol):
 class LayerSink(Protocol):
     """Where compressed layers go."""
 
-    def put(self, index: int, layer: FlatDecoderLayer) -> None:
-        """Take compressed layer ``index``; layers come in order."""
+    @property
+    def finished(self) -> Mapping[int, "LayerRecord"]:
+        """Layers that are there, the same in every process; an earlier run may have put them."""
 
+    def put(self, index: int, layer: FlatDecoderLayer, record: "LayerRecord") -> None:
+        """Take compressed layer ``index``."""
 
-@dataclass
-class Batch:
-    """Some windows' hidden states on the device, and the place they came from."""
-
-    states: Tensor  # (batch, S, D)
-    stored: Tensor
-
-    def replace(self, outputs: Tensor) -> None:
-        """Store ``outputs`` as these windows' hidden states."""
-        self.stored.copy_(outputs)
-
-
-class HiddenStates:
-    """The hidden states of all windows between two layers, (N, S, D).
-
-    They stay on the device while they take no more than a quarter of its free memory, else in host memory.
-    """
-
-    def __init__(self, states: Tensor, source: LayerSource, batch_size: int) -> None:
-        self.states = states
-        self.batch_size = batch_size
-        self._device = source.device
-        self._arguments = source.layer_arguments(states.shape[1])
-
-    @classmethod
-    def embed(cls, source: LayerSource, windows: Tensor, batch_size: int) -> "HiddenStates":
-        """Return the hidden states that enter layer 0 for token ids (N, S)."""
-        first = source.embed(windows[:batch_size])
-        shape = (*windows.shape, first.shape[-1])
-        size = torch.Size(shape).numel() * first.element_size()
-        host = torch.device("cpu")
-        fits = source.device == host or size < _SHARE_OF_DEVICE_FOR_STATES * free_device_memory(source.device)
-        place = source.device if fits else host
-        logger.info("hidden states of %d windows: %.2f GiB on %s", len(windows), size / GIB, place)
-        states = torch.empty(shape, dtype=first.dtype, device=place)
-        for stored, ids in zip(states.split(batch_size), windows.split(batch_size), strict=True):
-            stored.copy_(source.embed(ids))
-        return cls(states, source, batch_size)
-
-    def batches(self) -> Iterator[Batch]:
-        """Yield the windows in order, ``batch_size`` at a time, on the device."""
-        for stored in self.states.split(self.batch_size):
-            yield Batch(stored.to(self._device, non_blocking=True), stored)
-
-    def run(self, layer: nn.Module, index: int, batch: Batch) -> Tensor:
-        """Return what ``layer``, at place ``index`` in the model, makes of a batch, (batch, S, D).
-
-        Raises:
-            InputError: If the result is not finite.
-        """
-        return checked(layer(batch.states, **self._arguments[index]), index)
+    def weights(self, index: int) -> dict[str, Tensor]:
+        """Return the parameters of a finished layer."""
 
 
 class ModelInMemory:
@@ -115,22 +75,36 @@ class ModelInMemory:
     Args:
         model: A causal language model, on any one device.
         device: Where its parts run; weights not there are lent a copy on it, one layer at a time.
+        storage: Where hidden states live between layers.
     """
 
-    def __init__(self, model: PreTrainedModel, device: torch.device) -> None:
+    def __init__(self, model: PreTrainedModel, device: torch.device, storage: StatesStorage | None = None) -> None:
         self.model = model
         self.config = model.config
         self.device = device
+        self.dtype = model.get_input_embeddings().weight.dtype
         self.decoder = model.get_decoder()
         self.num_layers = len(self.decoder.layers)
-        self._compressed: list[FlatDecoderLayer] = []
+        self.storage = storage or StatesStorage()
+        self.finished: dict[int, LayerRecord] = {}
+        self._compressed: dict[int, FlatDecoderLayer] = {}
 
-    def embed(self, ids: Tensor) -> Tensor:
-        embedding = self.model.get_input_embeddings()
-        return embedding(ids.to(embedding.weight.device)).to(self.device)
+    @contextmanager
+    def embedding(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        embedding = self.model.get_input_embeddings()  # at its home: it takes more memory than the rows looked up
+        yield lambda ids: embedding(ids.to(embedding.weight.device)).to(self.device)
+
+    def fingerprint(self) -> str:
+        return model_fingerprint(self.model)
+
+    def weights_beside_layers(self) -> Iterator[dict[str, Tensor]]:
+        layers = f"{self.model.base_model_prefix}.layers."
+        beside = [(name, weight) for name, weight in self.model.named_parameters() if not name.startswith(layers)]
+        yield dict(beside[:1])
+        yield dict(beside[1:])
 
     def layer_arguments(self, seqlen: int) -> list[dict[str, Any]]:
-        return _to_device(record_layer_arguments(self.decoder, seqlen), self.device, {})
+        return to_device(record_layer_arguments(self.decoder, seqlen), self.device, {})
 
     @contextmanager
     def layer(self, index: int) -> Iterator[DecoderModule]:
@@ -142,21 +116,26 @@ class ModelInMemory:
         with _lent(self.decoder.norm, self.device) as norm, _lent(self.model.lm_head, self.device) as lm_head:
             yield lambda states: lm_head(norm(states))
 
-    def put(self, index: int, layer: FlatDecoderLayer) -> None:
+    def put(self, index: int, layer: FlatDecoderLayer, record: "LayerRecord") -> None:
         dense = self.decoder.layers[index]
         home = next(dense.parameters()).device
-        self._compressed.append(layer.to(home).train(dense.training))  # it was compressed in evaluation mode
+        self._compressed[index] = layer.to(home).train(dense.training)  # it was compressed in evaluation mode
+        self.finished[index] = record
+
+    def weights(self, index: int) -> dict[str, Tensor]:
+        return dict(self._compressed[index].named_parameters())
 
     def adopt(self, flat_config: PretrainedConfig) -> PreTrainedModel:
         """Put the compressed layers into the model, which becomes the flat class; return the same object."""
-        return adopt_compressed_layers(self.model, flat_config, self._compressed)
+        layers = [self._compressed[index] for index in range(self.num_layers)]
+        return adopt_compressed_layers(self.model, flat_config, layers)
 
 
 def record_layer_arguments(decoder: DecoderModule, seqlen: int) -> list[dict[str, Any]]:
     """Return the keyword arguments that ``decoder`` passes to each of its layers for one window.
 
     Masks, positions and rotary embeddings are the model's own business, so the model is asked: it runs
-    once on one window while its layers only note what they are given. They broadcast over a batch.
+    once on one window of embeddings while its layers only note what they are given. They broadcast over a batch.
     """
     recorded: list[dict[str, Any]] = []
 
@@ -164,33 +143,20 @@ def record_layer_arguments(decoder: DecoderModule, seqlen: int) -> list[dict[str
         recorded.append(arguments)
         return hidden_states
 
-    device = decoder.get_input_embeddings().weight.device
+    example = decoder.norm.weight  # there even where the embeddings are not
+    window = torch.zeros(1, seqlen, decoder.config.hidden_size, dtype=example.dtype, device=example.device)
     replaced = {layer: layer.__dict__.get("forward") for layer in decoder.layers}  # one's own is a user's patch
     try:
         for layer in decoder.layers:
             layer.forward = note_arguments
         with torch.no_grad(), evaluation_mode(decoder):
-            decoder(torch.zeros(1, seqlen, dtype=torch.long, device=device), use_cache=False)
+            decoder(inputs_embeds=window, use_cache=False)
     finally:
         for layer, forward in replaced.items():
             del layer.forward
             if forward is not None:
                 layer.forward = forward
     return recorded
-
-
-def checked(outputs: Tensor, index: int) -> Tensor:
-    """Return what layer ``index`` gave, if it is finite.
-
-    Raises:
-        InputError: If it is not.
-    """
-    if not torch.isfinite(outputs).all():
-        raise InputError(
-            f"layer {index} gives NaN or infinite activations in {outputs.dtype}; "
-            "check the checkpoint, or use a wider --dtype (float32, bfloat16)"
-        )
-    return outputs
 
 
 @contextmanager
@@ -212,7 +178,7 @@ def default_batch_size(seqlen: int) -> int:
 
 def progress(count: int, stage: str) -> tqdm:
     """Return ``range(count)`` behind a progress bar that is silent when nobody watches."""
-    return tqdm(range(count), desc=stage, unit="layer", disable=None)
+    return tqdm(range(count), desc=stage, unit="layer", disable=None if is_first_process() else True)
 
 
 @contextmanager
@@ -230,7 +196,7 @@ def _lent(module: nn.Module, device: torch.device) -> Iterator[nn.Module]:
             tensor.data = home
 
 
-def _to_device(value: Any, device: torch.device, moved: dict[int, Tensor]) -> Any:
+def to_device(value: Any, device: torch.device, moved: dict[int, Tensor]) -> Any:
     """Return ``value`` with every tensor in it on ``device``; one that occurs many times is copied once.
 
     Args:
@@ -243,7 +209,7 @@ def _to_device(value: Any, device: torch.device, moved: dict[int, Tensor]) -> An
             moved[id(value)] = value.to(device)
         return moved[id(value)]
     if isinstance(value, list | tuple):
-        return type(value)(_to_device(part, device, moved) for part in value)
+        return type(value)(to_device(part, device, moved) for part in value)
     if isinstance(value, dict):
-        return {name: _to_device(part, device, moved) for name, part in value.items()}
+        return {name: to_device(part, device, moved) for name, part in value.items()}
     return value

@@ -14,7 +14,9 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from ..errors import InputError
-from .calibration import HiddenStates, LayerSource, checked, progress
+from .calibration import LayerSource, progress
+from .hidden_states import HiddenStates, checked
+from .processes import own_share, sum_of_numbers
 from .stopwatch import Stopwatch
 
 logger = logging.getLogger(__name__)
@@ -81,21 +83,23 @@ def layer_importance(
 @torch.no_grad()
 def angular_importance(source: LayerSource, windows: Tensor, batch_size: int, stopwatch: Stopwatch) -> LayerImportance:
     """Score every layer by the mean angle between its input and its output, residual included."""
-    hidden = HiddenStates.embed(source, windows, batch_size)
-    scores, zero_rows = [], 0
+    hidden = HiddenStates.embed(source, own_share(windows), batch_size)
+    scores, zero_rows = [], 0.0
     for index in progress(source.num_layers, "importance"):
-        total = 0.0
+        total, zeros = 0.0, 0
         with source.layer(index) as layer:
             for batch in hidden.batches():
                 with stopwatch.stage("forward"):
                     outputs = hidden.run(layer, index, batch)
                 with stopwatch.stage("angles"):
-                    angles, zeros = angles_between(batch.states, outputs)
+                    angles, batch_zeros = angles_between(batch.states, outputs)
                     total += angles.sum().item()
-                    zero_rows += zeros
+                    zeros += batch_zeros
                 batch.replace(outputs)
+        total, layer_zeros = sum_of_numbers(total, zeros, device=source.device)
         scores.append(total / windows.numel())
-    return LayerImportance(tuple(scores), zero_rows)
+        zero_rows += layer_zeros
+    return LayerImportance(tuple(scores), int(zero_rows))
 
 
 @torch.no_grad()
@@ -111,8 +115,9 @@ def gradient_importance(source: LayerSource, windows: Tensor, batch_size: int, s
     """
     arguments = source.layer_arguments(windows.shape[1])
     totals = [0.0] * source.num_layers
-    for ids in tqdm(windows.split(batch_size), desc="gradient importance", unit="batch", disable=None):
-        states = [source.embed(ids)]  # states[l + 1] is the output of layer l
+    for ids in tqdm(own_share(windows).split(batch_size), desc="gradient importance", unit="batch", disable=None):
+        with source.embedding() as embed:
+            states = [embed(ids)]  # states[l + 1] is the output of layer l
         with stopwatch.stage("forward"):
             for index in range(source.num_layers):
                 with source.layer(index) as layer:
@@ -126,6 +131,7 @@ def gradient_importance(source: LayerSource, windows: Tensor, batch_size: int, s
                         inputs = states[index].detach().requires_grad_()
                         outputs = layer(inputs, **arguments[index])
                         (gradient,) = torch.autograd.grad(outputs, inputs, gradient)
+    totals = sum_of_numbers(*totals, device=source.device)
     return LayerImportance(tuple(total / windows.numel() for total in totals), zero_rows=0)
 
 

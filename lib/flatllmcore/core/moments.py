@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..utils.devices import float32_product, product_operand
 from ..utils.layer_utils import DecoderModule, ModelDimensions
+from .processes import sum_of_numbers, sum_over_processes
 from .stopwatch import Stopwatch
 
 # Rows of the triangle computed at a time: wide enough to keep the matrix product at speed, while
@@ -104,6 +105,14 @@ def collect_moments(
             hook.remove()
         layer.mlp.down_proj = down_proj
     mirror_lower_triangle(moments.mlp)
+
+
+def sum_moments(moments: LayerMoments) -> None:
+    """Add up the moments of all processes in place."""
+    for total in (moments.value, moments.mlp, *moments.query_key.values()):
+        sum_over_processes(total)
+    (tokens,) = sum_of_numbers(moments.tokens, device=moments.mlp.device)
+    moments.tokens = int(tokens)
 
 
 class _DownProjectionInput(nn.Module):

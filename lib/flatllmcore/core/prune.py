@@ -11,12 +11,15 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from ..errors import InputError
-from ..layers.replacement import compress_decoder_layer, compressed_config
+from ..layers.flat_attention import FlatDecoderLayer
+from ..layers.replacement import compress_decoder_layer, compressed_config, empty_decoder_layer, fill_parameters
 from ..utils.layer_utils import DecoderModule
 from .attention_pca import headwise_pca, project_heads, project_output, rank_for_mass
-from .calibration import HiddenStates, LayerSink, LayerSource, progress
+from .calibration import LayerSink, LayerSource, progress
+from .hidden_states import HiddenStates
 from .mlp_nystrom import few_tokens_jitter, reconstruct_down_projection, select_channels
-from .moments import LayerMoments, collect_moments
+from .moments import LayerMoments, collect_moments, sum_moments
+from .processes import is_first_process, own_share, tensors_of_first
 from .rank_allocation import RankAllocation
 from .stopwatch import Stopwatch
 
@@ -31,6 +34,7 @@ class LayerRecord:
         query_key_rank: Rank per head of Q and K; ``None`` where they stay whole.
         rank_at_tolerance: Mean over heads of the rank that would keep the monitored share of eigenvalue
             mass; ``None`` for a layer that was left whole, whose moments nobody needs.
+        elapsed_s: ``None`` for a layer that an earlier run finished.
     """
 
     layer: int
@@ -39,7 +43,7 @@ class LayerRecord:
     mlp_width: int
     query_key_rank: int | None
     rank_at_tolerance: float | None
-    elapsed_s: float
+    elapsed_s: float | None
 
 
 @torch.no_grad()
@@ -56,7 +60,8 @@ def compress_layers(
     """Compress every decoder layer of ``source`` into ``sink``.
 
     Layer ``l`` sees what left the already compressed layers before it; its statistics come from its own
-    dense weights. Each layer costs one forward pass for the statistics and one of the compressed layer.
+    dense weights. Each layer costs one forward pass for the statistics and one of the compressed layer;
+    one that the sink has from an earlier run costs the latter alone.
 
     Args:
         source: The dense model.
@@ -65,7 +70,7 @@ def compress_layers(
         allocation: Ranks and widths per layer, and whether Q and K are pruned too.
         batch_size: Windows run at a time; the result depends on it only by rounding.
         tolerance: Share of eigenvalue mass to monitor, in (0, 1]; changes nothing.
-        stopwatch: Counts the stages ``forward``, ``moments`` and ``solves``.
+        stopwatch: Counts the stages ``forward``, ``moments``, ``reduce``, ``solves`` and ``write``.
 
     Returns:
         The compressed model's config, and one record per layer.
@@ -73,52 +78,97 @@ def compress_layers(
     Raises:
         InputError: If a layer's activations are not finite.
     """
-    dimensions = allocation.dimensions
-    jitter = few_tokens_jitter(windows.numel(), dimensions.intermediate_size)
+    check_calibration_tokens(windows, allocation)
+    flat_config = compressed_config(
+        source.config, allocation.value_rank, allocation.mlp_width, allocation.query_key_rank
+    )
+    unfinished = [index for index in range(source.num_layers) if index not in sink.finished]
+    if not unfinished:
+        return flat_config, [sink.finished[index] for index in range(source.num_layers)]
+    hidden = HiddenStates.embed(source, own_share(windows), batch_size)
+    for index in progress(unfinished[-1] + 1, "compress"):
+        started = time.perf_counter()
+        if index in sink.finished:
+            _advance(hidden, _finished_layer(flat_config, index, sink, source.device), index, stopwatch)
+            continue
+        with source.layer(index) as dense:
+            weights, rank_at_tolerance = _solve(dense, hidden, index, allocation, tolerance, stopwatch)
+            compressed = compress_decoder_layer(dense, flat_config, index, weights)
+            _advance(hidden, compressed, index, stopwatch)
+        record = LayerRecord(
+            layer=index,
+            keep=allocation.keep[index],
+            value_rank=allocation.value_rank[index],
+            mlp_width=allocation.mlp_width[index],
+            query_key_rank=allocation.query_key_rank[index],
+            rank_at_tolerance=rank_at_tolerance,
+            elapsed_s=round(time.perf_counter() - started, 3),
+        )
+        with stopwatch.stage("write"):
+            sink.put(index, compressed, record)
+        _log(record, allocation, tolerance)
+    return flat_config, [sink.finished[index] for index in range(source.num_layers)]
+
+
+def check_calibration_tokens(windows: Tensor, allocation: RankAllocation) -> None:
+    """Warn where the calibration tokens are too few for the MLP to be solved exactly."""
+    width = allocation.dimensions.intermediate_size
+    jitter = few_tokens_jitter(windows.numel(), width)
     if jitter:
         logger.warning(
             "%d calibration tokens are few for %d MLP channels: the MLP is solved with %.3f of each channel's "
             "energy added; give more tokens",
             windows.numel(),
-            dimensions.intermediate_size,
+            width,
             jitter,
         )
-    query_key_ranks = allocation.query_key_rank
-    flat_config = compressed_config(source.config, allocation.value_rank, allocation.mlp_width, query_key_ranks)
-    hidden = HiddenStates.embed(source, windows, batch_size)
-    records = []
-    for index in progress(source.num_layers, "compress"):
-        started = time.perf_counter()
-        rank, width, qk_rank = allocation.value_rank[index], allocation.mlp_width[index], query_key_ranks[index]
-        with source.layer(index) as dense:
-            weights: dict[str, Tensor] = {}
-            rank_at_tolerance = None
-            if rank < dimensions.head_dim or width < dimensions.intermediate_size:
-                with collect_moments(
-                    dense, dimensions, stopwatch, with_queries_and_keys=qk_rank is not None
-                ) as moments:
-                    for batch in hidden.batches():
-                        with stopwatch.stage("forward"):
-                            hidden.run(dense, index, batch)
-                with stopwatch.stage("solves"), _naming_layer(index):
-                    weights, rank_at_tolerance = solve_layer(dense, moments, rank, width, qk_rank, tolerance)
-            compressed = compress_decoder_layer(dense, flat_config, index, weights)
-            for batch in hidden.batches():
-                with stopwatch.stage("forward"):
-                    batch.replace(hidden.run(compressed, index, batch))
-        sink.put(index, compressed)
-        record = LayerRecord(
-            layer=index,
-            keep=allocation.keep[index],
-            value_rank=rank,
-            mlp_width=width,
-            query_key_rank=qk_rank,
-            rank_at_tolerance=rank_at_tolerance,
-            elapsed_s=round(time.perf_counter() - started, 3),
-        )
-        _log(record, allocation, tolerance)
-        records.append(record)
-    return flat_config, records
+
+
+def _solve(
+    dense: DecoderModule,
+    hidden: HiddenStates,
+    index: int,
+    allocation: RankAllocation,
+    tolerance: float,
+    stopwatch: Stopwatch,
+) -> tuple[dict[str, Tensor], float | None]:
+    """Return what :func:`solve_layer` makes of the moments of all processes' hidden states; nothing for a whole layer.
+
+    The moments are summed over the processes, the first one solves and the others are given its weights.
+    """
+    dimensions = allocation.dimensions
+    rank, width = allocation.value_rank[index], allocation.mlp_width[index]
+    query_key_rank = allocation.query_key_rank[index]
+    if rank == dimensions.head_dim and width == dimensions.intermediate_size:
+        return {}, None
+    with collect_moments(dense, dimensions, stopwatch, with_queries_and_keys=query_key_rank is not None) as moments:
+        for batch in hidden.batches():
+            with stopwatch.stage("forward"):
+                hidden.run(dense, index, batch)
+    with stopwatch.stage("reduce"):
+        sum_moments(moments)
+    weights: dict[str, Tensor] = {}
+    rank_at_tolerance = None
+    with stopwatch.stage("solves"):
+        if is_first_process():
+            with _naming_layer(index):
+                weights, rank_at_tolerance = solve_layer(dense, moments, rank, width, query_key_rank, tolerance)
+        return tensors_of_first(weights, moments.mlp.device), rank_at_tolerance
+
+
+def _advance(hidden: HiddenStates, layer: FlatDecoderLayer, index: int, stopwatch: Stopwatch) -> None:
+    """Run all hidden states through compressed layer ``index``."""
+    for batch in hidden.batches():
+        with stopwatch.stage("forward"):
+            batch.replace(hidden.run(layer, index, batch))
+
+
+def _finished_layer(
+    flat_config: PretrainedConfig, index: int, sink: LayerSink, device: torch.device
+) -> FlatDecoderLayer:
+    layer = empty_decoder_layer(flat_config, index).eval()
+    fill_parameters(layer, {name: weight.to(device) for name, weight in sink.weights(index).items()})
+    return layer
 
 
 def solve_layer(

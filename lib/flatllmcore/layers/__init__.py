@@ -32,7 +32,13 @@ from .flat_qwen3 import (
     FlatQwen3ForCausalLM,
     FlatQwen3Model,
 )
-from .replacement import adopt_compressed_layers, compress_decoder_layer, compressed_config, empty_decoder_layer
+from .replacement import (
+    adopt_compressed_layers,
+    compress_decoder_layer,
+    compressed_config,
+    empty_decoder_layer,
+    fill_parameters,
+)
 
 __all__ = [
     "FAMILIES",
@@ -63,6 +69,7 @@ __all__ = [
     "compressed_config",
     "empty_decoder_layer",
     "family_of",
+    "fill_parameters",
     "head_dim_of",
 ]
 

@@ -67,6 +67,19 @@ def empty_decoder_layer(flat_config: PreTrainedConfig, layer_idx: int) -> FlatDe
         return family_of(flat_config).decoder_layer(flat_config, layer_idx)
 
 
+def fill_parameters(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Put ``weights`` in the place of all the parameters of ``module``, which are on the meta device; no copies.
+
+    Raises:
+        ValueError: If a parameter is missing, or a shape is another.
+    """
+    for name, expected in list(module.named_parameters()):
+        if name not in weights or weights[name].shape != expected.shape:
+            given = tuple(weights[name].shape) if name in weights else "nothing"
+            raise ValueError(f"{name} must be {tuple(expected.shape)}, got {given}")
+        _set_parameter(module, name, nn.Parameter(weights[name], requires_grad=False))
+
+
 def compress_decoder_layer(
     dense_layer: nn.Module, flat_config: PreTrainedConfig, layer_idx: int, weights: Mapping[str, Tensor]
 ) -> FlatDecoderLayer:
@@ -102,8 +115,7 @@ def compress_decoder_layer(
             parameter = nn.Parameter(_copy_like(weights[name], parameter), requires_grad=parameter.requires_grad)
         if parameter.shape != expected.shape:
             raise ValueError(f"layer {layer_idx}: {name} must be {tuple(expected.shape)}, got {tuple(parameter.shape)}")
-        module_name, _, parameter_name = name.rpartition(".")
-        setattr(layer.get_submodule(module_name), parameter_name, parameter)
+        _set_parameter(layer, name, parameter)
     for name in ("gradient_checkpointing", "_gradient_checkpointing_func"):  # set per layer when it is enabled
         if hasattr(dense_layer, name):
             setattr(layer, name, getattr(dense_layer, name))
@@ -146,6 +158,11 @@ def adopt_compressed_layers(
     for layer in layers:
         layer.self_attn.config = flat_config
     return model
+
+
+def _set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    owner, _, own_name = name.rpartition(".")
+    setattr(module.get_submodule(owner), own_name, parameter)
 
 
 def _check_widths(name: str, widths: Sequence[int], num_layers: int, largest: int) -> None:

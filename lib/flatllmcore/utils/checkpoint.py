@@ -1,51 +1,18 @@
-"""Write a compressed model as an ordinary Hugging Face folder, whole or not at all."""
+"""The folder of a compressed model: whether it may be written, how it is put in place, and its model card."""
 
-import errno
 import json
-import os
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from ..errors import InputError
 from ..layers.flat_attention import HeadwiseFactoredLinear
 
 _NOT_RUN = "not run"
-
-
-def save_compressed(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    folder: Path,
-    model_card: str,
-    overwrite: bool = False,
-) -> None:
-    """Write weights, configs, tokenizer, modelling files and ``model_card`` to ``folder``.
-
-    Everything is written to a temporary sibling folder that takes the place of ``folder`` at the end: when anything
-    fails before, ``folder`` is as it was and nothing else is left.
-
-    Raises:
-        InputError: If ``folder`` cannot be used (see :func:`check_output_folder`) or the disk is full.
-    """
-    check_output_folder(folder, overwrite)
-    folder = folder.resolve()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with _naming_full_disk(folder), tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as name:
-        complete, replaced = Path(name, "complete"), Path(name, "replaced")
-        model.save_pretrained(complete)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(complete)
-        (complete / "README.md").write_text(model_card, encoding="utf-8")
-        _flush_to_disk(complete)
-        _put_in_place(complete, folder, replaced)
 
 
 def check_output_folder(folder: Path, overwrite: bool) -> None:
@@ -160,34 +127,17 @@ model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", trust_remote
 """.splitlines()
 
 
-@contextmanager
-def _naming_full_disk(folder: Path) -> Iterator[None]:
-    """Turn a full disk into an :class:`InputError`; safetensors hides the error number in its message."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        if getattr(error, "errno", None) != errno.ENOSPC and "os error 28" not in str(error):
-            raise
-        free_gib = shutil.disk_usage(folder.parent).free / 2**30
-        raise InputError(
-            f"cannot save to {folder}: no space left on the disk ({free_gib:.1f} GiB free); give another folder"
-        ) from error
-
-
-def _flush_to_disk(folder: Path) -> None:
-    for path in folder.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-
-
-def _put_in_place(complete: Path, folder: Path, replaced: Path) -> None:
-    """Rename ``complete`` to ``folder``; what stood there is moved to ``replaced``."""
+def put_in_place(complete: Path, folder: Path) -> None:
+    """Rename ``complete`` to ``folder``; what stood there is deleted when that is done."""
     if not folder.exists():
         complete.rename(folder)
         return
+    replaced = folder.with_name(f".{folder.name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)  # of a run that was killed here
     folder.rename(replaced)
     try:
         complete.rename(folder)
     except BaseException:
         replaced.rename(folder)
         raise
+    shutil.rmtree(replaced)

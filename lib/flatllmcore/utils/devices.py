@@ -1,7 +1,10 @@
 """What differs between devices, and the only place that names one."""
 
+import math
+import os
 import resource
 import sys
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -13,20 +16,22 @@ _LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
 def best_device() -> torch.device:
-    """Return the GPU if there is one, else the CPU (float64 solves rule out devices without it)."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """Return this process's GPU if there is one, else the CPU (float64 solves rule out devices without it)."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))  # set where several processes are launched
 
 
 def parse_device(name: str | None) -> torch.device:
-    """Return the named device, or the best one present for ``None``.
+    """Return the named device, or the best one present for ``None``; ``cuda`` is this process's GPU.
 
     Raises:
         InputError: If the name is malformed or the device is not on this machine.
     """
-    if name is None:
+    if name is None or (name == "cuda" and torch.cuda.is_available()):
         return best_device()
     try:
-        device = torch.empty(0, device=name).device  # "cuda" is "cuda:0" by now
+        device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device {name!r} is not usable here; use cpu, cuda or cuda:N") from error
     if device.type not in ("cpu", "cuda"):
@@ -62,10 +67,39 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def pinned(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return ``tensor`` in host memory that a GPU can fetch it from while it computes; as it is for the CPU."""
+    return tensor.pin_memory() if device.type == "cuda" else tensor
+
+
 def free_device_memory(device: torch.device) -> int:
     """Return the bytes that can still be allocated on a GPU, what PyTorch holds in reserve included."""
     reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + reserve
+
+
+def free_host_memory() -> int:
+    """Return the bytes of memory that this process may still take, page cache that can be dropped included."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (FileNotFoundError, StopIteration):  # not Linux
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return int(min(free, _free_in_container()))
+
+
+def _free_in_container() -> float:
+    """Return what the control group leaves of its limit, file pages it can drop included; infinity without one."""
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = (group / "memory.max").read_text().strip()
+    except FileNotFoundError:
+        return math.inf
+    if limit == "max":
+        return math.inf
+    statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    used = int((group / "memory.current").read_text())
+    return int(limit) - used + int(statistics["inactive_file"])
 
 
 def peak_memory_gib(device: torch.device) -> dict[str, float]:

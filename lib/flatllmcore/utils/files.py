@@ -1,8 +1,13 @@
 """Atomic writes: a reader sees the old file or the new one, never half of one. And is there room for them?"""
 
+import errno
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from ..errors import InputError
 from .devices import GIB
@@ -27,6 +32,23 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def flush_to_disk(path: Path) -> None:
+    """Wait until what was written to a file is on the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def naming_full_disk(path: Path) -> Iterator[None]:
+    """Let a full disk raise OSError with its number and ``path``; safetensors hides the number in its message."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if getattr(error, "errno", None) != errno.ENOSPC and "os error 28" not in str(error):
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
 
 
 def check_disk_space(folder: Path, needed_bytes: int) -> None:

@@ -1,17 +1,26 @@
 """Models and tokenizers from a local folder or the hub, refused in one line when they cannot be used."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import GENERATION_CONFIG_NAME
+from transformers.utils.hub import cached_file
 
 from ..errors import InputError
 
-_FINGERPRINT_ROWS = 16
+FINGERPRINT_ROWS = 16
 
 
 def load_model(model: str, *, dtype: str = "auto", cache_dir: Path | None = None) -> PreTrainedModel:
@@ -40,12 +49,16 @@ def load_model(model: str, *, dtype: str = "auto", cache_dir: Path | None = None
         raise InputError(
             f"checkpoint {model!r} is missing or damaged ({reason}); expected safetensors files"
         ) from error
-    _check_weights(model, info)
+    check_weights(model, info)
     return loaded.eval()
 
 
-def _check_weights(model: str, info: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint whose weights are not exactly those its config asks for."""
+def check_weights(model: str, info: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint whose weights are not exactly those its config asks for.
+
+    Raises:
+        InputError: Naming the first weight that is wrong.
+    """
     for kind, problem in (
         ("missing_keys", "are missing"),
         ("mismatched_keys", "have other shapes than its config.json says"),
@@ -54,6 +67,25 @@ def _check_weights(model: str, info: Mapping[str, Any]) -> None:
         names = sorted(key if isinstance(key, str) else key[0] for key in info[kind])
         if names:
             raise InputError(f"checkpoint {model!r} is damaged: {len(names)} weights {problem}, first {names[0]}")
+
+
+def empty_causal_lm(config: PretrainedConfig) -> PreTrainedModel:
+    """Return the causal language model of a dense or compressed config, on the meta device: shapes and no weights.
+
+    Raises:
+        InputError: If the config asks for what transformers has not, such as an unknown activation.
+    """
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except (KeyError, ValueError) as error:
+        raise InputError(f"the model config asks for {error}, which transformers has not; mend config.json") from error
+
+
+def generation_config_file(model: str, cache_dir: Path | None = None) -> Path | None:
+    """Return the ``generation_config.json`` beside a model, local or on the hub, if it has one."""
+    found = cached_file(model, GENERATION_CONFIG_NAME, cache_dir=cache_dir, _raise_exceptions_for_missing_entries=False)
+    return None if found is None else Path(found)
 
 
 def load_tokenizer(model: str, *, cache_dir: Path | None = None) -> PreTrainedTokenizerBase:
@@ -70,13 +102,21 @@ def load_tokenizer(model: str, *, cache_dir: Path | None = None) -> PreTrainedTo
 
 
 def model_fingerprint(model: PreTrainedModel) -> str:
-    """Return 16 hexadecimal digits that tell this model's weights from another's of the same shape.
+    """Return what :func:`weights_fingerprint` says of the decoder's matrices."""
+    matrices = (parameter for parameter in model.get_decoder().parameters() if parameter.ndim == 2)
+    return weights_fingerprint(matrix.detach()[:FINGERPRINT_ROWS] for matrix in matrices)
 
-    A digest of the signs of the first rows of every matrix: signs are what loading the same checkpoint
-    in another dtype leaves alone, and training or a merged adapter does not.
+
+def weights_fingerprint(leading_rows: Iterable[Tensor]) -> str:
+    """Return 16 hexadecimal digits that tell a model's weights from another's of the same shape.
+
+    A digest of signs: they are what loading the same checkpoint in another dtype leaves alone, and training or a
+    merged adapter does not.
+
+    Args:
+        leading_rows: The first ``FINGERPRINT_ROWS`` rows of every matrix, in the order of the model's parameters.
     """
     digest = hashlib.sha256()
-    for parameter in model.get_decoder().parameters():
-        if parameter.ndim == 2:
-            digest.update(parameter.detach()[:_FINGERPRINT_ROWS].signbit().cpu().numpy().tobytes())
+    for rows in leading_rows:
+        digest.update(rows.signbit().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]

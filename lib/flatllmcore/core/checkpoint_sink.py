@@ -1,0 +1,244 @@
+"""A folder as sink: each compressed layer goes to its final shard, and a run that was stopped goes on from there."""
+
+import fcntl
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers.dynamic_module_utils import custom_object_save
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+
+from ..errors import InputError
+from ..layers.flat_attention import FlatDecoderLayer
+from ..utils.checkpoint import check_output_folder, put_in_place
+from ..utils.files import flush_to_disk, naming_full_disk, write_atomically
+from ..utils.json_fields import read_json_object
+from ..utils.loading import empty_causal_lm
+from .calibration import LayerSource
+from .processes import is_first_process, told_by_first, wait_for_all
+from .prune import LayerRecord
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "flat_llm.json"
+_LAYERS_PREFIX = "model.layers."  # as the model classes of all families name them
+
+
+def partial_folder(folder: Path) -> Path:
+    """Return where a model is written until it is whole."""
+    return folder.with_name(f"{folder.name}.partial")
+
+
+class CheckpointSink:
+    """Writes a compressed model beside ``folder``, in ``<folder>.partial``, which takes its place at the end.
+
+    Used as a context manager, that locks the partial folder: another run's is refused, and a dead run holds nothing.
+    What is there already, of the same request, is kept: the finished layers are in :attr:`finished`, results that
+    were worth remembering in :attr:`results`. Where the block ends by an :class:`InputError`, the partial folder is
+    removed, since the same would come of it again; where it ends by anything else, it stays to go on from.
+
+    In a group of processes the first one writes; the others must see the same file system.
+
+    Args:
+        folder: Where the model shall be. Nothing is there, or ``overwrite`` is given.
+        num_layers: Of the model.
+        request: All that the result depends on, as JSON takes it.
+        overwrite: Whether a model at ``folder`` may be replaced.
+    """
+
+    def __init__(self, folder: Path, num_layers: int, request: Mapping[str, Any], overwrite: bool = False) -> None:
+        self.folder = folder.absolute()
+        self.partial = partial_folder(self.folder)
+        self.num_layers = num_layers
+        self.request = json.loads(json.dumps(request))
+        self.overwrite = overwrite
+        self.finished: dict[int, LayerRecord] = {}
+        self.results: dict[str, Any] = {}
+        self._lock: int | None = None
+
+    def __enter__(self) -> "CheckpointSink":
+        """Open the partial folder.
+
+        Raises:
+            InputError: If ``folder`` is in use, or the partial folder is another run's or not of this request.
+        """
+        try:
+            manifest = told_by_first(self._open)
+        except BaseException:
+            self._unlock()
+            raise
+        self.finished = {record["layer"]: LayerRecord(**record, elapsed_s=None) for record in manifest["layers"]}
+        self.results = manifest["results"]
+        if self.finished:
+            logger.info("%d of %d layers are finished in %s", len(self.finished), self.num_layers, self.partial)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._lock is None:  # not the first process
+            return
+        if isinstance(error, InputError) or (error is not None and not self.finished):
+            shutil.rmtree(self.partial)
+        elif error is not None:
+            logger.info("%d of %d layers are finished in %s", len(self.finished), self.num_layers, self.partial)
+        self._unlock()
+
+    def put(self, index: int, layer: FlatDecoderLayer, record: LayerRecord) -> None:
+        self.finished[index] = record
+        if is_first_process():
+            weights = {f"{_LAYERS_PREFIX}{index}.{name}": weight for name, weight in layer.named_parameters()}
+            self._write_shard(1 + index, weights)
+            self._write_manifest()
+
+    def weights(self, index: int) -> dict[str, Tensor]:
+        with safe_open(self._shard(1 + index), "pt") as shard:
+            prefix = f"{_LAYERS_PREFIX}{index}."
+            return {name.removeprefix(prefix): shard.get_tensor(name).clone() for name in shard.keys()}  # noqa: SIM118
+
+    def remember(self, name: str, result: Any) -> None:
+        """Keep a result, as JSON takes it, for a run that goes on from here."""
+        self.results[name] = result
+        if is_first_process():
+            self._write_manifest()
+
+    def complete(
+        self,
+        source: LayerSource,
+        flat_config: PretrainedConfig,
+        generation_config: Path | None,
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> str:
+        """Write all that is not a layer; return the partial folder, which can be loaded from now on.
+
+        Args:
+            source: The dense model, for its embeddings, final norm and head.
+            flat_config: The compressed model's.
+            generation_config: File to copy, if there is one.
+            tokenizer: The model's.
+        """
+        if is_first_process():
+            before_layers, after_layers = source.weights_beside_layers()
+            self._write_shard(0, before_layers)
+            self._write_shard(1 + self.num_layers, after_layers)
+            with naming_full_disk(self.partial):
+                self._write_index()
+                _save_config(flat_config, source.dtype, self.partial)
+                if generation_config is not None:
+                    shutil.copyfile(generation_config, self.partial / generation_config.name)
+                tokenizer.save_pretrained(self.partial)
+        wait_for_all()
+        return str(self.partial)
+
+    def publish(self, model_card: str) -> None:
+        """Put the finished model in its place."""
+        if is_first_process():
+            write_atomically(self.partial / "README.md", model_card.encode())
+            put_in_place(self.partial, self.folder)
+
+    def _open(self) -> dict[str, Any]:
+        """Lock the partial folder and return its manifest, without layers whose shards are damaged."""
+        check_output_folder(self.folder, self.overwrite)
+        self.partial.mkdir(parents=True, exist_ok=True)
+        self._lock_folder()
+        for left_over in self.partial.glob(".*.tmp"):
+            left_over.unlink()
+        path = self.partial / MANIFEST
+        if not path.exists():
+            if any(self.partial.iterdir()):
+                raise InputError(f"{self.partial} is in the way: it holds no unfinished run; delete it")
+            try:
+                self._write_manifest()
+            except OSError:
+                self.partial.rmdir()
+                raise
+        manifest = read_json_object(path)
+        self._check_request(manifest["request"])
+        manifest["layers"] = [record for record in manifest["layers"] if self._is_whole(record["layer"])]
+        return manifest
+
+    def _lock_folder(self) -> None:
+        """Hold the partial folder until this process ends, however it does."""
+        self._lock = os.open(self.partial, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_still_there = os.path.samestat(os.fstat(self._lock), self.partial.stat())
+        except (BlockingIOError, FileNotFoundError):
+            is_still_there = False
+        if not is_still_there:
+            raise InputError(f"another run is writing {self.partial}; wait for it, or give another folder")
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _check_request(self, earlier: Mapping[str, Any]) -> None:
+        changed = [
+            f"{name} {self.request.get(name)}, not {earlier.get(name)}"
+            for name in sorted(earlier.keys() | self.request.keys())
+            if self.request.get(name) != earlier.get(name)
+        ]
+        if changed:
+            raise InputError(
+                f"{self.partial} holds an unfinished run of another request ({'; '.join(changed)}); "
+                "finish that one, delete the folder, or save to another"
+            )
+
+    def _is_whole(self, index: int) -> bool:
+        path = self._shard(1 + index)
+        try:
+            with safe_open(path, "pt"):  # checks the header against the length of the file
+                return True
+        except (OSError, SafetensorError) as error:
+            logger.warning("%s is damaged and its layer is done again: %s", path, error)
+            return False
+
+    def _shard(self, number: int) -> Path:
+        return self.partial / f"model-{number + 1:05d}-of-{self.num_layers + 2:05d}.safetensors"
+
+    def _write_shard(self, number: int, weights: Mapping[str, Tensor]) -> None:
+        path = self._shard(number)
+        temporary = path.with_name(f".{path.name}.tmp")
+        on_host = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
+        with naming_full_disk(path):
+            save_file(on_host, temporary, metadata={"format": "pt"})
+            flush_to_disk(temporary)
+        temporary.replace(path)
+
+    def _write_manifest(self) -> None:
+        layers = [asdict(record) for _, record in sorted(self.finished.items())]
+        for layer in layers:
+            del layer["elapsed_s"]  # all that is written is the same in every run of the request
+        content = {"request": self.request, "results": self.results, "layers": layers}
+        write_atomically(self.partial / MANIFEST, (json.dumps(content, indent=1) + "\n").encode())
+
+    def _write_index(self) -> None:
+        weight_map, total_size = {}, 0
+        for number in range(self.num_layers + 2):
+            with safe_open(self._shard(number), "pt") as shard:
+                for name in shard.keys():  # noqa: SIM118 (not a mapping)
+                    weight_map[name] = self._shard(number).name
+                    total_size += shard.get_tensor(name).nbytes
+        content = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+        write_atomically(self.partial / SAFE_WEIGHTS_INDEX_NAME, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def _save_config(flat_config: PretrainedConfig, dtype: torch.dtype, folder: Path) -> None:
+    """Write the config, and the modelling files beside it, as ``save_pretrained`` of the model would."""
+    model = empty_causal_lm(flat_config)
+    custom_object_save(model, folder, config=flat_config)
+    flat_config.architectures = [type(model).__name__]
+    flat_config.dtype = dtype
+    flat_config.save_pretrained(folder)

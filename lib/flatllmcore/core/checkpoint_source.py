@@ -1,0 +1,139 @@
+"""A checkpoint on disk as source of the walk: one decoder layer in use, and the next one being read."""
+
+import copy
+import re
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..layers.replacement import fill_parameters
+from ..utils.devices import pinned
+from ..utils.layer_utils import DecoderModule, load_config
+from ..utils.loading import FINGERPRINT_ROWS, check_weights, empty_causal_lm, weights_fingerprint
+from ..utils.weight_files import WeightFiles
+from .calibration import record_layer_arguments, to_device
+from .hidden_states import StatesStorage
+
+_COMPUTED = re.compile(r"rotary_emb\.inv_freq$")  # in old checkpoints, and never read
+
+
+class CheckpointSource:
+    """The checkpoint of a dense or compressed model, of which no more is in memory than is at work.
+
+    Host memory holds one decoder layer (a second one while it is read ahead), or the embeddings, or the head.
+
+    Args:
+        model: Local folder or hub id, of safetensors files with the names that transformers gives.
+        device: Where its parts run.
+        dtype: ``auto`` for the checkpoint's own, or a torch dtype's name; weights are cast as they are read.
+        cache_dir: Where hub downloads are kept; the hub's own default for ``None``.
+        storage: Where hidden states live between layers.
+
+    Raises:
+        InputError: If weights are missing, damaged or of other shapes than the config says.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        device: torch.device,
+        dtype: str = "auto",
+        cache_dir: Path | None = None,
+        storage: StatesStorage | None = None,
+    ) -> None:
+        self.device = device
+        self.storage = storage or StatesStorage()
+        config = load_config(model, cache_dir)
+        self._files = WeightFiles(model, cache_dir)
+        self.dtype = (config.dtype or self._files.dtype) if dtype == "auto" else getattr(torch, dtype)
+        config.dtype = self.dtype
+        self.skeleton = empty_causal_lm(config)
+        self.config = self.skeleton.config
+        self._decoder = self.skeleton.get_decoder()
+        self.num_layers = len(self._decoder.layers)
+        self._prefix = f"{self.skeleton.base_model_prefix}."
+        self._names = [name for name, _ in self.skeleton.named_parameters()]  # tied ones once
+        check_weights(model, self.loading_info())
+        rotary_embedding = self._decoder.rotary_emb
+        self._decoder.rotary_emb = type(rotary_embedding)(config=self.config)  # computed, not read
+        fill_parameters(self._decoder.norm, self._read_part(f"{self._prefix}norm."))
+        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="layer-reader")
+        self._ahead: tuple[int, Future[dict[str, Tensor]]] | None = None
+
+    def loading_info(self) -> dict[str, list[str]]:
+        """Return the names of weights that the checkpoint lacks, has too many or has in another shape."""
+        expected = {name: tuple(parameter.shape) for name, parameter in self.skeleton.named_parameters()}
+        found = self._files.shapes
+        tied = set(self.skeleton.state_dict()) - set(expected)
+        return {
+            "missing_keys": [name for name in expected if name not in found],
+            "unexpected_keys": [
+                name for name in found if name not in expected and name not in tied and not _COMPUTED.search(name)
+            ],
+            "mismatched_keys": [name for name, shape in expected.items() if found.get(name, shape) != shape],
+        }
+
+    def fingerprint(self) -> str:
+        """Return what :func:`weights_fingerprint` says of the decoder's matrices; reads their first rows alone."""
+        names = [n for n, p in self.skeleton.named_parameters() if p.ndim == 2 and n.startswith(self._prefix)]
+        return weights_fingerprint(self._files.leading_rows(names, FINGERPRINT_ROWS))
+
+    def weights_beside_layers(self) -> Iterator[dict[str, Tensor]]:
+        """Yield the embeddings, then the final norm and the head, in the run's dtype."""
+        beside = [name for name in self._names if not name.startswith(f"{self._prefix}layers.")]
+        yield self._read(beside[:1])
+        yield self._read(beside[1:])
+
+    @contextmanager
+    def embedding(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        weight = next(iter(self._read([f"{self._prefix}embed_tokens.weight"]).values())).to(self.device)
+        yield lambda ids: F.embedding(ids.to(self.device), weight)
+
+    def layer_arguments(self, seqlen: int) -> list[dict[str, Any]]:
+        return to_device(record_layer_arguments(self._decoder, seqlen), self.device, {})
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[DecoderModule]:
+        weights = self._take(index)
+        with torch.device("meta"):
+            layer = type(self._decoder.layers[index])(self.config, index)
+        fill_parameters(layer, {name: weight.to(self.device, non_blocking=True) for name, weight in weights.items()})
+        with torch.no_grad():
+            yield layer.eval()
+
+    @contextmanager
+    def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        tied = "lm_head.weight" not in self._names
+        name = f"{self._prefix}embed_tokens.weight" if tied else "lm_head.weight"
+        weight = self._read([name])[name].to(self.device)
+        norm = copy.deepcopy(self._decoder.norm).to(self.device)
+        with torch.no_grad():
+            yield lambda states: F.linear(norm(states), weight)
+
+    def _take(self, index: int) -> dict[str, Tensor]:
+        """Return the parameters of layer ``index``, and begin to read those of the next."""
+        if self._ahead is None or self._ahead[0] != index:
+            self._ahead = index, self._reader.submit(self._read_layer, index)
+        weights = self._ahead[1].result()
+        self._ahead = None
+        if index + 1 < self.num_layers:
+            self._ahead = index + 1, self._reader.submit(self._read_layer, index + 1)
+        return weights
+
+    def _read_layer(self, index: int) -> dict[str, Tensor]:
+        weights = self._read_part(f"{self._prefix}layers.{index}.")
+        return {name: pinned(weight, self.device) for name, weight in weights.items()}
+
+    def _read_part(self, prefix: str) -> dict[str, Tensor]:
+        """Return the parameters of a part of the model by their names within it."""
+        read = self._read([name for name in self._names if name.startswith(prefix)])
+        return {name.removeprefix(prefix): weight for name, weight in read.items()}
+
+    def _read(self, names: Sequence[str]) -> dict[str, Tensor]:
+        return {name: weight.to(self.dtype) for name, weight in self._files.read(names).items()}

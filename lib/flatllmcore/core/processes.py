@@ -1,0 +1,122 @@
+"""Several processes that share out the calibration windows, each with a device of its own (torch.distributed).
+
+Started by ``accelerate launch`` or ``torchrun``, which set the variables that :func:`process_group` reads. Where there
+is no group, one process is all of them, and every function here leaves its argument as it is.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+_FAILURES = "failures"  # key in the group's store
+# A process that waits for the first one's solves must not be taken for one that hangs.
+_PATIENCE_S = 24 * 3600
+
+
+class OtherProcessError(RuntimeError):
+    """Another process of the group ended; it has said why."""
+
+
+@contextmanager
+def process_group(device: torch.device) -> Iterator[None]:
+    """Join the group that the launcher describes, if it started more than one process.
+
+    Args:
+        device: Where this process computes; decides how tensors travel (NCCL between GPUs, gloo between CPUs).
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, timeout=timedelta(seconds=_PATIENCE_S))
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def process_count() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def local_process_count() -> int:
+    """Return how many processes share this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if dist.is_initialized() else 1
+
+
+def is_first_process() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def is_first_failure() -> bool:
+    """Tell whether no other process has asked this before: one failure is reported, not one per process."""
+    if not dist.is_initialized():
+        return True
+    return dist.distributed_c10d._get_default_store().add(_FAILURES, 1) == 1
+
+
+def own_share(windows: Tensor) -> Tensor:
+    """Return the windows, of (N, S), that this process takes; shares differ by one at most and may be empty."""
+    return windows.tensor_split(process_count())[dist.get_rank()] if dist.is_initialized() else windows
+
+
+def sum_over_processes(total: Tensor) -> Tensor:
+    """Add up ``total`` over the group in place, and return it."""
+    if dist.is_initialized():
+        with _naming_lost_processes():
+            dist.all_reduce(total)
+    return total
+
+
+def sum_of_numbers(*numbers: float, device: torch.device) -> list[float]:
+    """Return each number summed over the group, in float64."""
+    return sum_over_processes(torch.tensor(numbers, dtype=torch.float64, device=device)).tolist()
+
+
+def told_by_first(make: Callable[[], Any]) -> Any:
+    """Return what ``make`` gives in the first process, the only one where it is called; anything JSON can hold."""
+    if not dist.is_initialized():
+        return make()
+    told = [json.dumps(make()) if is_first_process() else ""]
+    with _naming_lost_processes():
+        dist.broadcast_object_list(told, device=torch.device("cpu"))
+    return json.loads(told[0])
+
+
+def tensors_of_first(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Return the tensors of the first process, by name, on ``device``; what the others give does not count."""
+    if not dist.is_initialized():
+        return tensors
+    forms = [{name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}]
+    received = {}
+    with _naming_lost_processes():
+        dist.broadcast_object_list(forms, device=torch.device("cpu"))
+        for name, (shape, dtype) in forms[0].items():
+            if is_first_process():
+                received[name] = tensors[name].to(device).contiguous()
+            else:
+                received[name] = torch.empty(shape, dtype=dtype, device=device)
+            dist.broadcast(received[name], src=0)
+    return received
+
+
+def wait_for_all() -> None:
+    """Wait until every process of the group has come here."""
+    if dist.is_initialized():
+        with _naming_lost_processes():
+            dist.barrier()
+
+
+@contextmanager
+def _naming_lost_processes() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # what a lost connection is, whatever the backend
+        raise OtherProcessError(f"another process ended: {error}") from error

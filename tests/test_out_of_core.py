@@ -1,0 +1,273 @@
+"""Checkpoints on disk as source and sink of the walk, against the same model in memory."""
+
+import json
+import logging
+import os
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from checkpoints import (
+    CPU,
+    bytes_in,
+    compress_to,
+    in_memory,
+    on_disk,
+    save_tiny_checkpoint,
+    tokenizer,
+    weights_in,
+)
+from flatllmbench.perplexity import perplexity
+from flatllmcore.core import prune
+from flatllmcore.core.hidden_states import StatesStorage
+from flatllmcore.core.importance import layer_importance
+from flatllmcore.core.stopwatch import Stopwatch
+from flatllmcore.errors import InputError
+from flatllmcore.utils.weight_files import WeightFiles
+
+VARIANTS = [
+    ("llama", {}),
+    ("llama", {"attention_bias": True, "mlp_bias": True}),
+    ("llama", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
+    ("mistral", {"sliding_window": 5}),
+]
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    return save_tiny_checkpoint(tmp_path / "dense")
+
+
+# The source
+
+
+@pytest.mark.parametrize(("family", "overrides"), VARIANTS)
+@pytest.mark.parametrize("shard_size", ["20KB", "1GB"])
+def test_scores_and_perplexity_are_those_of_the_model_in_memory(tmp_path, windows, family, overrides, shard_size):
+    """Bit for bit: the same weights meet the same states in the same order."""
+    folder = save_tiny_checkpoint(tmp_path / "dense", family, shard_size, **overrides)
+    found, expected = (
+        (
+            layer_importance(source, windows, 5, Stopwatch(CPU)),
+            perplexity(source, windows, 5, Stopwatch(CPU)),
+            source.fingerprint(),
+        )
+        for source in (on_disk(folder), in_memory(folder))
+    )
+    assert found == expected
+
+
+def test_a_hub_id_is_found_in_the_cache(tmp_path, windows, checkpoint):
+    """The layout is the hub's; nothing is downloaded."""
+    snapshot = tmp_path / "cache" / "models--someone--tiny" / "snapshots" / "0123"
+    shutil.copytree(checkpoint, snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("0123")
+    found = WeightFiles("someone/tiny", tmp_path / "cache")
+    assert found.shapes == WeightFiles(checkpoint).shapes
+
+
+def test_layers_are_cast_as_the_model_would_be(checkpoint):
+    source, model = on_disk(checkpoint, "bfloat16"), in_memory(checkpoint, "bfloat16").model
+    with source.layer(2) as layer:
+        for name, parameter in layer.named_parameters():
+            assert torch.equal(parameter, model.model.layers[2].get_parameter(name))
+
+
+def test_one_layer_is_read_ahead_and_no_more(checkpoint):
+    source = on_disk(checkpoint)
+    asked = []
+    read_layer = source._read_layer
+    source._read_layer = lambda index: asked.append(index) or read_layer(index)
+    for index in (0, 1, 2, 3, 0):
+        with source.layer(index):
+            pass
+        source._reader.submit(int).result()  # the reader is done with what it was given
+        assert asked[-1] == min(index + 1, 3)
+    assert asked == [0, 1, 2, 3, 0, 1]
+
+
+def test_buffers_of_old_checkpoints_have_no_meaning(checkpoint, windows):
+    path = next(path for path in os.scandir(checkpoint) if path.name.endswith(".safetensors"))
+    weights = load_file(path.path)
+    save_file(weights | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6)}, path.path, {"format": "pt"})
+    layer_importance(on_disk(checkpoint), windows, 5, Stopwatch(CPU))
+
+
+# Where hidden states live
+
+
+def test_states_go_to_the_first_place_that_is_large_enough(tmp_path):
+    gpu = torch.device("cuda")
+    assert StatesStorage(host_memory_bytes=100).place(50, CPU) == "host"
+    assert StatesStorage(host_memory_bytes=100, folder=tmp_path).place(51, CPU) == "file"
+    if torch.cuda.is_available():
+        assert StatesStorage().place(2**20, gpu) == "device"
+        assert StatesStorage().place(2**45, gpu) != "device"
+    with pytest.raises(InputError, match="GiB of disk"):
+        StatesStorage(host_memory_bytes=0, folder=tmp_path).place(2**60, CPU)
+
+
+def test_states_in_a_file_give_the_same_scores_and_leave_nothing(tmp_path, windows, checkpoint, caplog):
+    caplog.set_level(logging.INFO)
+    expected = layer_importance(on_disk(checkpoint), windows, 5, Stopwatch(CPU))
+    source = on_disk(checkpoint)
+    source.storage = StatesStorage(host_memory_bytes=0, folder=tmp_path / "offload")
+    assert layer_importance(source, windows, 5, Stopwatch(CPU)) == expected
+    assert f"a file in {tmp_path / 'offload'}" in caplog.text
+    assert not any((tmp_path / "offload").iterdir())
+
+
+# The sink
+
+
+@pytest.mark.parametrize("prune_qk", [False, True])
+@pytest.mark.parametrize(("family", "overrides"), VARIANTS)
+def test_the_folder_is_that_of_the_model_compressed_in_memory(tmp_path, windows, family, overrides, prune_qk):
+    folder = save_tiny_checkpoint(tmp_path / "dense", family, **overrides)
+    compress_to(tmp_path / "disk", on_disk(folder), windows, prune_qk=prune_qk)
+    compress_to(tmp_path / "memory", in_memory(folder), windows, prune_qk=prune_qk)
+    assert bytes_in(tmp_path / "disk") == bytes_in(tmp_path / "memory")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "disk")
+    losses = [model(ids[None], labels=ids[None]).loss.item() for ids in windows]
+    measured = perplexity(on_disk(str(tmp_path / "disk")), windows, 5, Stopwatch(CPU)).value
+    assert measured == pytest.approx(torch.tensor(losses).double().mean().exp().item(), rel=1e-6)
+
+
+def test_the_folder_holds_what_save_pretrained_writes(tmp_path, windows, checkpoint):
+    """Oracle: the library's own saving of the same model, shards apart."""
+    compress_to(tmp_path / "ours", on_disk(checkpoint), windows)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    model.save_pretrained(tmp_path / "theirs")
+    tokenizer().save_pretrained(tmp_path / "theirs")
+    ours, theirs = bytes_in(tmp_path / "ours"), bytes_in(tmp_path / "theirs")
+    own = {"README.md", "flat_llm.json", "model.safetensors.index.json"}
+    assert {n for n in ours if n not in own and "-of-" not in n} == theirs.keys() - {
+        "model.safetensors",
+        "generation_config.json",  # the dense folder had none
+    }
+    assert json.loads(ours["config.json"]) == json.loads(theirs["config.json"])
+    assert ours["flat_llama.py"] == theirs["flat_llama.py"]
+    index = json.loads(ours["model.safetensors.index.json"])
+    assert index["metadata"]["total_size"] == sum(weight.nbytes for weight in weights_in(tmp_path / "ours").values())
+    assert index["weight_map"].keys() == model.state_dict().keys()
+    assert AutoTokenizer.from_pretrained(tmp_path / "ours")("a")["input_ids"] == tokenizer()("a")["input_ids"]
+
+
+# Going on
+
+
+class StoppedError(Exception):
+    """Stands for whatever may end a run."""
+
+
+def stop_at(monkeypatch, layer):
+    solve, calls = prune.solve_layer, []
+
+    def solve_or_stop(*args):
+        calls.append(args)
+        if len(calls) > layer:
+            raise StoppedError
+        return solve(*args)
+
+    monkeypatch.setattr(prune, "solve_layer", solve_or_stop)
+    return calls
+
+
+@pytest.mark.parametrize("layer", range(4))
+def test_a_stopped_run_goes_on_to_the_same_bytes_and_computes_nothing_twice(
+    tmp_path, windows, checkpoint, monkeypatch, layer
+):
+    compress_to(tmp_path / "straight", on_disk(checkpoint), windows)
+    with monkeypatch.context() as patch:
+        stop_at(patch, layer)
+        with pytest.raises(StoppedError):
+            compress_to(tmp_path / "out", on_disk(checkpoint), windows)
+    assert (tmp_path / "out.partial").exists() == (layer > 0)
+    with monkeypatch.context() as patch:
+        calls = stop_at(patch, 99)
+        compress_to(tmp_path / "out", on_disk(checkpoint), windows)
+    assert len(calls) == 4 - layer
+    assert bytes_in(tmp_path / "out") == bytes_in(tmp_path / "straight")
+    assert not (tmp_path / "out.partial").exists()
+
+
+def stopped(tmp_path, windows, checkpoint, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2)
+        with pytest.raises(StoppedError):
+            compress_to(tmp_path / "out", on_disk(checkpoint), windows)
+    return tmp_path / "out.partial"
+
+
+@pytest.mark.parametrize("damage", [lambda path: os.truncate(path, path.stat().st_size - 1), os.unlink])
+def test_a_damaged_shard_is_found_and_done_again(tmp_path, windows, checkpoint, monkeypatch, damage):
+    compress_to(tmp_path / "straight", on_disk(checkpoint), windows)
+    partial = stopped(tmp_path, windows, checkpoint, monkeypatch)
+    damage(partial / "model-00002-of-00006.safetensors")  # layer 0, with layer 1 whole behind it
+    calls = stop_at(monkeypatch, 99)
+    compress_to(tmp_path / "out", on_disk(checkpoint), windows)
+    assert len(calls) == 3
+    assert bytes_in(tmp_path / "out") == bytes_in(tmp_path / "straight")
+
+
+def test_a_changed_request_is_refused_and_harms_nothing(tmp_path, windows, checkpoint, monkeypatch):
+    before = bytes_in(stopped(tmp_path, windows, checkpoint, monkeypatch))
+    with pytest.raises(InputError, match="another request \\(seed 43, not 42\\)"):
+        compress_to(tmp_path / "out", on_disk(checkpoint), windows, request={"seed": 43}, overwrite=True)
+    assert bytes_in(tmp_path / "out.partial") == before
+
+
+def test_two_runs_in_one_folder_are_refused(tmp_path, windows, checkpoint):
+    def second_run(sink):
+        with pytest.raises(InputError, match="another run is writing"):
+            compress_to(tmp_path / "out", on_disk(checkpoint), windows)
+
+    compress_to(tmp_path / "out", on_disk(checkpoint), windows, before_layers=second_run)
+    assert (tmp_path / "out" / "config.json").exists()
+
+
+def test_a_folder_of_something_else_is_in_the_way(tmp_path, windows, checkpoint):
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "thesis.tex").touch()
+    with pytest.raises(InputError, match="it holds no unfinished run"):
+        compress_to(tmp_path / "out", on_disk(checkpoint), windows)
+    assert (tmp_path / "out.partial" / "thesis.tex").exists()
+
+
+def test_a_model_in_the_way_is_replaced_only_when_asked(tmp_path, windows, checkpoint):
+    compress_to(tmp_path / "out", on_disk(checkpoint), windows)
+    before = bytes_in(tmp_path / "out")
+    with pytest.raises(InputError, match="is not empty"):
+        compress_to(tmp_path / "out", on_disk(checkpoint), windows[:12])
+    assert bytes_in(tmp_path / "out") == before
+    compress_to(tmp_path / "out", on_disk(checkpoint), windows[:12], overwrite=True)
+    assert bytes_in(tmp_path / "out") != before
+    assert {path.name for path in tmp_path.iterdir()} == {"dense", "out"}
+
+
+def test_unusable_input_found_on_the_way_leaves_nothing(tmp_path, windows, checkpoint):
+    def refuse(sink):
+        raise InputError("layer 2 gives NaN")
+
+    with pytest.raises(InputError, match="NaN"):
+        compress_to(tmp_path / "out", on_disk(checkpoint), windows, before_layers=refuse)
+    assert {path.name for path in tmp_path.iterdir()} == {"dense"}
+
+
+def test_results_are_remembered(tmp_path, windows, checkpoint, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 1)
+        with pytest.raises(StoppedError):
+            compress_to(
+                tmp_path / "out",
+                on_disk(checkpoint),
+                windows,
+                before_layers=lambda sink: sink.remember("dense_perplexity", 5.5),
+            )
+    found = []
+    compress_to(tmp_path / "out", on_disk(checkpoint), windows, before_layers=lambda sink: found.append(sink.results))
+    assert found == [{"dense_perplexity": 5.5}]
