@@ -9,8 +9,8 @@ from itertools import pairwise
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig, MistralConfig
 
+from flatllmbench.published_models import PUBLISHED_MODELS
 from flatllmcore.core.rank_allocation import (
     ImportancePreservingRankSelector,
     RankAllocation,
@@ -25,16 +25,8 @@ from flatllmcore.core.rank_rounding import largest_remainder, width_step
 from flatllmcore.errors import InputError
 from flatllmcore.utils.layer_utils import ModelDimensions, dimensions_from_config
 
-LLAMA_2_7B = LlamaConfig()
-LLAMA_2_13B = LlamaConfig(
-    hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40, num_key_value_heads=40
-)
-LLAMA_2_70B = LlamaConfig(
-    hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8
-)
-LLAMA_3_8B = LlamaConfig(intermediate_size=14336, num_key_value_heads=8)
-MISTRAL_7B = MistralConfig()
-PUBLISHED = [dimensions_from_config(c) for c in (LLAMA_2_7B, LLAMA_2_13B, LLAMA_2_70B, LLAMA_3_8B, MISTRAL_7B)]
+NAMES = ("llama-2-7b", "llama-2-13b", "llama-2-70b", "llama-3-8b", "mistral-7b")
+PUBLISHED = [dimensions_from_config(PUBLISHED_MODELS[name]()) for name in NAMES]
 TINY = ModelDimensions("llama", 5, 64, 8, 4, 8, 172)
 
 score_lists = st.lists(st.floats(1e-3, 1.0), min_size=1, max_size=40)
@@ -134,17 +126,17 @@ class TestKeepRatios:
 
 
 class TestBudget:
-    @pytest.mark.parametrize("config", [LLAMA_2_7B, LLAMA_2_13B])
-    def test_llama_2_keeps_the_published_percentages(self, config):
-        assert self.percentages(config) == [88, 76, 64, 52, 40]
+    @pytest.mark.parametrize("name", ["llama-2-7b", "llama-2-13b"])
+    def test_llama_2_keeps_the_published_percentages(self, name):
+        assert self.percentages(name) == [88, 76, 64, 52, 40]
 
-    @pytest.mark.parametrize("config", [LLAMA_3_8B, MISTRAL_7B])
-    def test_llama_3_and_mistral_keep_the_published_percentages(self, config):
-        assert self.percentages(config) == [88, 77, 66, 55, 44]
+    @pytest.mark.parametrize("name", ["llama-3-8b", "mistral-7b"])
+    def test_llama_3_and_mistral_keep_the_published_percentages(self, name):
+        assert self.percentages(name) == [88, 77, 66, 55, 44]
 
     @staticmethod
-    def percentages(config) -> list[int]:
-        dimensions = dimensions_from_config(config)
+    def percentages(name: str) -> list[int]:
+        dimensions = dimensions_from_config(PUBLISHED_MODELS[name]())
         return [int(100 * prunable_keep_ratio(dimensions, 1 - p / 100, False)) for p in (10, 20, 30, 40, 50)]
 
     def test_pruned_q_and_k_leave_the_keep_ratio_as_it_is(self):
