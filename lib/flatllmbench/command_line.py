@@ -209,10 +209,8 @@ def logging_to(path: Path) -> Iterator[None]:
     huggingface_hub.utils.logging.set_verbosity_error()
     package_loggers = [logging.getLogger(name) for name in ("flatllm", "flatllmcore", "flatllmbench")]
     for package_logger in package_loggers:
-        package_logger.setLevel(logging.INFO)
-    handlers: tuple[logging.Handler, ...] = (logging.NullHandler(),)
-    if is_first_process():
-        handlers = (logging.StreamHandler(sys.stdout), LogFile(path, delay=True))
+        package_logger.setLevel(logging.INFO if is_first_process() else logging.CRITICAL)
+    handlers = (logging.StreamHandler(sys.stdout), LogFile(path, delay=True))
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
         logging.getLogger().addHandler(handler)

@@ -1,0 +1,62 @@
+"""Runs of `main.py` in processes of their own, alone or in groups, without paying for the imports each time.
+
+A server process imports everything once, and each run is a fork of it.
+"""
+
+import multiprocessing
+import os
+import socket
+import sys
+from collections.abc import Callable
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["main", "process_groups"])
+
+
+def start(
+    argv: list[str], folder: Path, error: Path, patch: Callable[[], None] | None = None, **environment: str
+) -> ForkServerProcess:
+    """Start `main.py` in ``folder`` with its stderr going to a file; ``patch`` is called before it."""
+    process = SERVER.Process(target=_run, args=(argv, folder, error, patch, environment))
+    process.start()
+    return process
+
+
+def run_group(
+    count: int, argv: list[str], folder: Path, patch: Callable[[], None] | None = None
+) -> tuple[list[int | None], str]:
+    """Run `main.py` in ``count`` processes that share out the windows; return exit statuses and all of stderr."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    group = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    errors = [folder / f"stderr-{rank}" for rank in range(count)]
+    processes = [
+        start(argv, folder, error, patch, RANK=str(rank), LOCAL_RANK=str(rank), **group)
+        for rank, error in enumerate(errors)
+    ]
+    for process in processes:
+        process.join(60)
+        if process.is_alive():
+            process.kill()
+    return [process.exitcode for process in processes], "".join(error.read_text() for error in errors)
+
+
+def _run(
+    argv: list[str], folder: Path, error: Path, patch: Callable[[], None] | None, environment: dict[str, str]
+) -> None:
+    import torch
+
+    import main
+
+    torch.set_num_threads(1)
+    os.environ.update(environment)
+    os.chdir(folder)
+    os.dup2(os.open(error, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115 (the process ends with it)
+    if patch is not None:
+        patch()
+    sys.exit(main.main(argv))

@@ -1,0 +1,149 @@
+"""Several processes that share out the calibration windows, against one."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import process_groups
+from flatllmcore.core import hidden_states, prune
+from flatllmcore.errors import InputError
+from test_main import save_checkpoint, save_text
+
+ARGV = ["--model", "dense", "--dataset", "text", "--sparsity_ratio", "30", "--seqlen", "32", "--device", "cpu"]
+OUT = [*ARGV, "--save_model", "out", "--bi_score", "scores", "--save", "logs"]
+RECORD = "logs/dense_flatllm_30.json"
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    save_checkpoint(folder / "dense", "llama", torch.float64)
+    save_text(folder / "text")
+    return folder
+
+
+@pytest.fixture
+def run(inputs, tmp_path):
+    """Run `main.py` in a number of processes, in a folder of their own that is returned."""
+
+    def run_in(name: str, count: int, *argv: str) -> Path:
+        folder = tmp_path / name
+        shutil.copytree(inputs, folder)
+        statuses, errors = process_groups.run_group(count, [*OUT, *argv], folder)
+        assert (statuses, errors) == ([0] * count, "")
+        return folder
+
+    return run_in
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {n: w for path in (folder / "out").glob("*.safetensors") for n, w in load_file(path).items()}
+
+
+def assert_equal_up_to_rounding(found: Path, expected: Path) -> None:
+    scores, expected_scores = (json.loads((f / "scores/importance.json").read_text()) for f in (found, expected))
+    assert scores["scores"] == pytest.approx(expected_scores["scores"], rel=1e-9)
+    record, expected_record = (json.loads((f / RECORD).read_text()) for f in (found, expected))
+    for kind in ("dense", "compressed"):
+        assert record["perplexity"][kind] == pytest.approx(expected_record["perplexity"][kind], rel=1e-6)
+    expected_weights = weights(expected)
+    for name, weight in weights(found).items():
+        other = expected_weights[name]
+        if "gate_proj" in name or "up_proj" in name:  # rows of the dense matrix: the same channels are kept
+            assert torch.equal(weight, other), name
+        torch.testing.assert_close(weight.abs(), other.abs(), rtol=1e-5, atol=1e-8, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize(("count", "nsamples"), [(2, 6), (2, 7), (3, 7), (3, 2)], ids=str)
+@pytest.mark.parametrize("flags", [(), ("--out_of_core", "--prune_qk")], ids=["memory", "disk"])
+def test_a_group_gives_what_one_process_gives(run, count, nsamples, flags):
+    """Even shares, uneven ones, and one that is empty."""
+    flags = (*flags, "--nsamples", str(nsamples))
+    assert_equal_up_to_rounding(run("group", count, *flags), run("alone", 1, *flags))
+
+
+def stop_at_layer_1():
+    solve = prune.solve_layer
+    calls = []
+
+    def solve_or_stop(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return solve(*args)
+
+    prune.solve_layer = solve_or_stop
+
+
+def test_a_stopped_group_goes_on_to_the_same_bytes(run, inputs, tmp_path):
+    argv = [*OUT, "--nsamples", "7"]
+    straight = run("straight", 2, "--nsamples", "7")
+    folder = tmp_path / "stopped"
+    shutil.copytree(inputs, folder)
+    statuses, errors = process_groups.run_group(2, argv, folder, stop_at_layer_1)
+    assert 0 not in statuses
+    assert "interrupted" in errors
+    assert (folder / "out.partial").is_dir()
+    assert process_groups.run_group(2, argv, folder) == ([0, 0], "")
+    files, expected = ({p.name: p.read_bytes() for p in (f / "out").iterdir()} for f in (folder, straight))
+    assert files == expected
+    assert process_groups.run_group(1, [*argv, "--overwrite"], folder) == ([0], "")
+
+
+def test_another_number_of_processes_does_not_go_on_from_there(inputs, tmp_path):
+    folder = tmp_path / "stopped"
+    shutil.copytree(inputs, folder)
+    argv = [*OUT, "--nsamples", "7"]
+    process_groups.run_group(2, argv, folder, stop_at_layer_1)
+    statuses, errors = process_groups.run_group(1, argv, folder)
+    assert statuses == [2]
+    assert "another request (processes 1, not 2)" in errors
+
+
+def fail_in_the_second():
+    checked = hidden_states.checked
+
+    def fail(outputs, index):
+        if os.environ["RANK"] == "1" and index == 1:
+            raise InputError("layer 1 gives NaN or infinite activations")
+        return checked(outputs, index)
+
+    hidden_states.checked = fail
+
+
+def test_one_failure_ends_all_and_is_told_once(inputs, tmp_path):
+    folder = tmp_path / "failing"
+    shutil.copytree(inputs, folder)
+    statuses, errors = process_groups.run_group(3, [*OUT, "--nsamples", "7"], folder, fail_in_the_second)
+    assert statuses == [2, 2, 2]
+    assert errors == "error: layer 1 gives NaN or infinite activations\n"
+    assert {path.name for path in folder.iterdir() if "stderr" not in path.name} <= {"dense", "text", "logs"}
+
+
+def test_unusable_input_is_told_once(inputs, tmp_path):
+    folder = tmp_path / "refused"
+    shutil.copytree(inputs, folder)
+    statuses, errors = process_groups.run_group(2, [*OUT, "--nsamples", "0"], folder)
+    assert statuses == [2, 2]
+    assert errors.startswith("error: --nsamples 0 is out of range")
+    assert errors.count("\n") == 1
+
+
+def test_the_launcher_of_accelerate_starts_a_group(inputs, tmp_path):
+    folder = tmp_path / "launched"
+    shutil.copytree(inputs, folder)
+    launch = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    main = str(Path(__file__).parents[1] / "main.py")
+    command = [sys.executable, "-m", *launch, main, *OUT, "--nsamples", "7"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "on cpu and 1 more" in done.stdout
+    assert done.stdout.count("compressed model is in out") == 1
+    assert (folder / "out/config.json").exists()
