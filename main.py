@@ -131,18 +131,10 @@ def compress(args: argparse.Namespace, command: str) -> None:
     """Compress the model, measure it before and after, save it and the record of the run."""
     started = time.perf_counter()
     setup = Setup(args)
-    keep_ratio = 1 - args.sparsity_ratio / 100
-    prunable_keep_ratio(setup.dimensions, keep_ratio, args.prune_qk)  # refuses the impossible
-    with setup.stopwatch.stage("data"):
-        nsamples = args.nsamples or PUBLISHED_NSAMPLES["flatllm"]
-        windows = sample_documents(training_text(args), setup.tokenizer, nsamples, setup.seqlen, args.seed)
-        test_windows = consecutive_windows(test_text(args), setup.tokenizer, setup.seqlen)
-        check_token_ids(windows, setup.vocab_size)
-        check_token_ids(test_windows, setup.vocab_size)
+    prunable_keep_ratio(setup.dimensions, 1 - args.sparsity_ratio / 100, args.prune_qk)  # refuses the impossible
+    windows, test_windows = compression_windows(args, setup)
     with output_folder(args) as folder:
-        before = setup.parameters
-        kept = before["total"] - (1 - keep_ratio) * before["decoder_linear"]
-        check_disk_space(folder, int(kept) * setup.checkpoint.dtype.itemsize)
+        check_disk_space(folder, expected_size(args, setup))
         source = setup.load_source(max(len(windows), len(test_windows)))
         allocation = ranks_for(args, setup, source)
         asked = compression_request(args, setup, source, allocation, windows, test_windows)
@@ -161,26 +153,11 @@ def compress(args: argparse.Namespace, command: str) -> None:
                 generation_config = generation_config_file(args.model, args.cache_dir)
                 partial = sink.complete(source, flat_config, generation_config, setup.tokenizer)
             written = CheckpointSource(partial, setup.device, storage=setup.storage)
-            compressed = perplexity(written, test_windows, setup.batch_size, setup.stopwatch)
-            if not math.isfinite(compressed.value):
-                raise InputError(
-                    f"compressed perplexity is {compressed.value}; the model does not bear this ratio, or --dtype"
-                )
-            logger.info(
-                "compressed perplexity %.4f, %.3f times the dense one", compressed.value, compressed.value / dense.value
-            )
-            result: dict[str, Any] = {
-                "base_model": args.model,
-                "sparsity_ratio": allocation.sparsity_ratio,
-                "achieved_sparsity_percent": allocation.achieved_sparsity_percent,
-                "rank_multiple": allocation.rank_multiple,
-                "prune_qk": allocation.prune_qk,
-                "parameters_before": before,
+            compressed = compressed_perplexity(setup, written, test_windows, dense)
+            result = {
+                **description(args, setup, allocation, len(windows)),
+                "parameters_before": setup.parameters,
                 "parameters_after": count_parameters(written.skeleton),
-                "dataset": args.dataset,
-                "nsamples": nsamples,
-                "seqlen": setup.seqlen,
-                "seed": args.seed,
                 "perplexity": {
                     "dataset": args.eval_dataset,
                     "seqlen": setup.seqlen,
@@ -195,6 +172,38 @@ def compress(args: argparse.Namespace, command: str) -> None:
             sink.publish(model_card({"command": command, "versions": versions()} | result))  # last: then all is there
     if args.save_model is not None:
         logger.info("compressed model is in %s", args.save_model)
+
+
+def compression_windows(args: argparse.Namespace, setup: Setup) -> tuple[Tensor, Tensor]:
+    """Return the token windows to compress on and those to measure perplexity on, (N, S) each."""
+    with setup.stopwatch.stage("data"):
+        nsamples = args.nsamples or PUBLISHED_NSAMPLES["flatllm"]
+        windows = sample_documents(training_text(args), setup.tokenizer, nsamples, setup.seqlen, args.seed)
+        test_windows = consecutive_windows(test_text(args), setup.tokenizer, setup.seqlen)
+        check_token_ids(windows, setup.vocab_size)
+        check_token_ids(test_windows, setup.vocab_size)
+    return windows, test_windows
+
+
+def expected_size(args: argparse.Namespace, setup: Setup) -> int:
+    """Return about how many bytes the compressed weights will take."""
+    removed = args.sparsity_ratio / 100 * setup.parameters["decoder_linear"]
+    return int(setup.parameters["total"] - removed) * setup.checkpoint.dtype.itemsize
+
+
+def description(args: argparse.Namespace, setup: Setup, allocation: RankAllocation, nsamples: int) -> dict[str, Any]:
+    """Return what was done to the model, for its card and for the record."""
+    return {
+        "base_model": args.model,
+        "sparsity_ratio": float(allocation.sparsity_ratio),  # the same whether fresh or read from a file
+        "achieved_sparsity_percent": allocation.achieved_sparsity_percent,
+        "rank_multiple": allocation.rank_multiple,
+        "prune_qk": allocation.prune_qk,
+        "dataset": args.dataset,
+        "nsamples": nsamples,
+        "seqlen": setup.seqlen,
+        "seed": args.seed,
+    }
 
 
 @contextmanager
@@ -220,19 +229,13 @@ def compression_request(
 ) -> dict[str, Any]:
     """Return all that decides the bytes of the result, in words where there are some, for a run that goes on."""
     return {
-        "model": args.model,
+        **description(args, setup, allocation, len(windows)),
         "fingerprint": source.fingerprint(),
         "dtype": str(source.dtype),
-        "dataset": args.dataset,
-        "nsamples": len(windows),
-        "seqlen": setup.seqlen,
-        "seed": args.seed,
+        "ranks": digest(json.dumps([allocation.value_rank, allocation.mlp_width]).encode()),
         "windows": digest(windows.numpy().tobytes()),
         "eval_dataset": args.eval_dataset,
         "eval_windows": digest(test_windows.numpy().tobytes()),
-        "sparsity_ratio": args.sparsity_ratio,
-        "prune_qk": allocation.prune_qk,
-        "ranks": digest(json.dumps([allocation.value_rank, allocation.mlp_width]).encode()),
         "tol": args.tol,
         "batch_size": setup.batch_size,
         "processes": process_count(),
@@ -257,6 +260,16 @@ def dense_perplexity(setup: Setup, source: LayerSource, windows: Tensor, sink: C
     dense = Perplexity(**sink.results["dense_perplexity"])
     logger.info("dense perplexity %.4f over %d windows of %d tokens", dense.value, dense.windows, dense.seqlen)
     return dense
+
+
+def compressed_perplexity(setup: Setup, written: LayerSource, windows: Tensor, dense: Perplexity) -> Perplexity:
+    compressed = perplexity(written, windows, setup.batch_size, setup.stopwatch)
+    if not math.isfinite(compressed.value):
+        raise InputError(f"compressed perplexity is {compressed.value}; the model does not bear this ratio, or --dtype")
+    logger.info(
+        "compressed perplexity %.4f, %.3f times the dense one", compressed.value, compressed.value / dense.value
+    )
+    return compressed
 
 
 def keep_record(args: argparse.Namespace, command: str, result: dict[str, Any]) -> None:

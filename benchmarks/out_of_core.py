@@ -1,0 +1,140 @@
+"""Peak memory and time of compressing a checkpoint that is many times larger than what a run holds of it.
+
+    python benchmarks/out_of_core.py --folder /scratch/out-of-core
+    python benchmarks/out_of_core.py --layers 8 --hidden_size 1024     # a quick look
+
+Writes a checkpoint of random weights (bf16), scores and compresses it out of core on few tokens, and measures the
+process from outside. Beside it stand the bound on memory, the imports alone, and the time to read and to write the
+same bytes without computing anything. Each pass of a run (scores, dense perplexity, compression, compressed perplexity)
+reads its checkpoint once.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig
+
+from benchmarks.random_checkpoint import write_random_checkpoint
+from flatllmbench.records import hardware, versions, write_record
+from flatllmcore.utils.devices import GIB
+from flatllmcore.utils.layer_utils import dimensions_from_config
+
+ROOT = Path(__file__).resolve().parents[1]
+TOKENIZER = ROOT / "models" / "pydocs-llama"
+CHUNK = 2**24
+
+
+def main() -> None:
+    args = parse_arguments()
+    config = LlamaConfig(
+        vocab_size=4096,
+        hidden_size=args.hidden_size,
+        intermediate_size=args.intermediate_size,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.hidden_size // 128,
+        num_key_value_heads=args.hidden_size // 128,
+        max_position_embeddings=args.seqlen,
+    )
+    dense, compressed = args.folder / "dense", args.folder / "compressed"
+    if not dense.exists():
+        write_random_checkpoint(
+            config, dense, dtype=torch.bfloat16, max_shard_bytes=GIB, seed=0, tokenizer_from=TOKENIZER
+        )
+    text = args.folder / "text.txt"
+    text.write_text((ROOT / "README.md").read_text()[:10_000])
+    shutil.rmtree(compressed, ignore_errors=True)
+    shutil.rmtree(args.folder / "scores", ignore_errors=True)
+
+    run = [sys.executable, str(ROOT / "main.py"), "--model", str(dense), "--dataset", str(text)]
+    run += ["--eval_dataset", str(text), "--nsamples", str(args.nsamples), "--seqlen", str(args.seqlen)]
+    run += ["--sparsity_ratio", "20", "--bi_score", str(args.folder / "scores"), "--save", str(args.folder / "logs")]
+    run += ["--save_model", str(compressed), "--out_of_core", "--device", "cpu"]
+    imports_s, imports_gib = measured([sys.executable, "-c", "import main"])
+    run_s, run_gib = measured(run)
+    record = json.loads((args.folder / "logs" / "dense_flatllm_20.json").read_text())
+
+    dimensions = dimensions_from_config(config)
+    layer_gib = 2 * dimensions.layer_parameters / GIB
+    found: dict[str, Any] = {
+        "command": "python benchmarks/out_of_core.py " + " ".join(sys.argv[1:]),
+        "checkpoint_gib": size_gib(dense),
+        "compressed_gib": size_gib(compressed),
+        "layer_gib": layer_gib,
+        "moments_gib": 8 * dimensions.intermediate_size**2 / GIB,
+        "states_gib": 2 * record["perplexity"]["windows"] * args.seqlen * args.hidden_size / GIB,
+        "imports": {"elapsed_s": imports_s, "peak_memory_gib": imports_gib},
+        "run": {"elapsed_s": run_s, "peak_memory_gib": run_gib, "stages_s": record["stages_s"]},
+        "read_s": read_s(dense),
+        "write_s": write_s(compressed, args.folder / "copy"),
+        "hardware": hardware(torch.device("cpu")),
+        "versions": versions(),
+    }
+    # Three layers: in use, read ahead, and the mapped pages it is read from. Four moments: the sum, a factor, and two
+    # of the solve. One more layer in float64 parts while it is projected.
+    found["bound_gib"] = imports_gib + 4 * layer_gib + 4 * found["moments_gib"] + found["states_gib"] + 0.1
+    write_record(args.out, found)
+    print(json.dumps(found, indent=1))
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("out-of-core"), help="holds twice the checkpoint")
+    parser.add_argument("--layers", type=int, default=28)
+    parser.add_argument("--hidden_size", type=int, default=4096)
+    parser.add_argument("--intermediate_size", type=int, default=4096)
+    parser.add_argument("--nsamples", type=int, default=8)
+    parser.add_argument("--seqlen", type=int, default=128)
+    parser.add_argument("--out", type=Path, default=Path("results/benchmarks/out_of_core.json"))
+    args = parser.parse_args()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    return args
+
+
+def measured(command: list[str]) -> tuple[float, float]:
+    """Run a command in a process of its own; return its seconds and its peak resident memory in GiB."""
+    started = time.perf_counter()
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"{command[1]} ended with status {os.waitstatus_to_exitcode(status)}")
+    return round(time.perf_counter() - started, 2), round(usage.ru_maxrss * 1024 / GIB, 3)
+
+
+def size_gib(folder: Path) -> float:
+    return round(sum(path.stat().st_size for path in folder.glob("*.safetensors")) / GIB, 3)
+
+
+def read_s(folder: Path) -> float:
+    """Return the seconds to read all weights once, from the disk or from the system's cache, whichever has them."""
+    started = time.perf_counter()
+    buffer = bytearray(CHUNK)
+    for path in folder.glob("*.safetensors"):
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+    return round(time.perf_counter() - started, 2)
+
+
+def write_s(folder: Path, copy: Path) -> float:
+    """Return the seconds to write as many bytes as the weights have, to the disk."""
+    started = time.perf_counter()
+    block = os.urandom(CHUNK)
+    for path in folder.glob("*.safetensors"):
+        with copy.open("wb", buffering=0) as file:
+            for _ in range(path.stat().st_size // CHUNK + 1):
+                file.write(block)
+            os.fsync(file.fileno())
+    copy.unlink()
+    return round(time.perf_counter() - started, 2)
+
+
+if __name__ == "__main__":
+    main()
