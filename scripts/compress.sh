@@ -40,7 +40,7 @@ for percent in $ratios; do
         printf '\n%s is there; OVERWRITE=1 does it again\n' "$record"
         continue
     fi
-    run "$PYTHON" main.py --prune_method flatllm --model "$MODEL" --sparsity_ratio "$percent" --bi_score "$scores" \
+    run "${main[@]}" --prune_method flatllm --model "$MODEL" --sparsity_ratio "$percent" --bi_score "$scores" \
         --nsamples "${NSAMPLES:-256}" --save "$out/logs" --save_model "$out/$name-$percent" "${flags[@]}" "$@"
 done
 run "$PYTHON" -m flatllmbench.report "${records[@]}" --out "$out"

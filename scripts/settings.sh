@@ -7,6 +7,7 @@
 #   CACHE_DIR     where hub downloads are kept (default: the hub's own)
 #   DATASET_ROOT  folder with local copies of the datasets (default: none, the hub is asked)
 #   DEVICE        cpu, cuda or cuda:N (default: the GPU if there is one)
+#   PROCESSES     that share out the windows, each with a GPU of its own (default: 1)
 #   PYTHON        interpreter of the environment that requirements.txt is installed in (default: python3)
 # shellcheck shell=bash disable=SC2034 # the scripts that source this use the arrays
 
@@ -16,6 +17,11 @@ flags=(--dataset "${DATASET:-wikitext2}" --seqlen "${SEQLEN:-4096}" --seed "${SE
 [[ -z "${CACHE_DIR:-}" ]] || flags+=(--cache_dir "$CACHE_DIR")
 [[ -z "${DATASET_ROOT:-}" ]] || flags+=(--dataset_root "$DATASET_ROOT")
 [[ -z "${DEVICE:-}" ]] || flags+=(--device "$DEVICE")
+main=("$PYTHON" main.py)
+if ((${PROCESSES:-1} > 1)); then
+    main=("$PYTHON" -m accelerate.commands.launch --multi_gpu --num_machines 1 --num_processes "$PROCESSES"
+        --mixed_precision no --dynamo_backend no main.py)
+fi
 
 # run COMMAND...: shows a command and runs it.
 run() {
@@ -25,6 +31,6 @@ run() {
 
 # score MODEL FOLDER FLAG...: writes FOLDER/importance.json, with the log and the record of the run beside it.
 score() {
-    run "$PYTHON" main.py --prune_method bi --model "$1" --bi_score "$2" --save "$2" \
+    run "${main[@]}" --prune_method bi --model "$1" --bi_score "$2" --save "$2" \
         --nsamples "${BI_NSAMPLES:-128}" "${flags[@]}" "${@:3}"
 }

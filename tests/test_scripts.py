@@ -190,6 +190,16 @@ def test_llama_bi_scores_llama_2_7b_by_default(commands):
     assert value_of("--nsamples", scoring) == "128"
 
 
+def test_processes_are_started_by_accelerate(commands, tmp_path):
+    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--num_processes"]
+    alone, by_default = (
+        [c[: len(launcher) + 1] for c in commands("llama_70b.sh", BI_SCORE=tmp_path, **settings) if "main.py" in c]
+        for settings in ({"PROCESSES": "1"}, {})
+    )
+    assert all(command[0] == "main.py" for command in alone)
+    assert by_default[len(alone) :] == [[*launcher, "4"]] * 6
+
+
 def test_variables_and_arguments_reach_the_programs(commands, tmp_path):
     places = {"CACHE_DIR": "a cache", "DATASET_ROOT": "data", "DEVICE": "cpu"}
     scoring, ranking, compressing, _ = commands(
@@ -248,9 +258,8 @@ def test_llama_bi_leaves_scores_for_every_model_with_the_record_beside(ranks):
 @pytest.mark.parametrize("script", PUBLISHED_MODELS)
 def test_each_experiment_compresses_the_embedded_model_by_its_variables(script, text, tmp_path):
     settings = {"MODEL": EMBEDDED, "DATASET": text, "BI_NSAMPLES": "4", "BI_SCORE": tmp_path / "scores"}
-    printed = run(
-        script, SEQLEN="32", NSAMPLES="4", RATIOS="20", OUT=tmp_path / "out", PYTHON=sys.executable, **settings
-    )
+    settings |= {"PYTHON": sys.executable, "PROCESSES": "2" if "70b" in script else "1"}
+    printed = run(script, SEQLEN="32", NSAMPLES="4", RATIOS="20", OUT=tmp_path / "out", **settings)
     name = EMBEDDED.name
     record = json.loads((tmp_path / "out" / "logs" / f"{name}_flatllm_20.json").read_text())
     compressed = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / f"{name}-20")
