@@ -18,7 +18,7 @@ from flatllmcore.utils.loading import load_model, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
-_SHARE_OF_HOST_FOR_WEIGHTS = 0.5
+SHARE_OF_HOST_FOR_WEIGHTS = 0.5
 
 
 class Setup:
@@ -65,7 +65,7 @@ class Setup:
             nsamples: The most windows that will run at a time, for the plan.
         """
         weights = self.parameters["total"] * self.checkpoint.dtype.itemsize
-        is_too_large = weights > _SHARE_OF_HOST_FOR_WEIGHTS * self.storage.host_memory()
+        is_too_large = weights > SHARE_OF_HOST_FOR_WEIGHTS * self.storage.host_memory()
         out_of_core = self.args.out_of_core or is_too_large
         logger.info("plan: %s", self._plan(weights, out_of_core, nsamples))
         if out_of_core:

@@ -25,13 +25,25 @@ _SHARE_OF_DEVICE = 0.25
 _SHARE_OF_HOST = 0.5
 
 
+def states_place(size: int, device_memory: float, host_memory: float) -> str:
+    """Return where hidden states of ``size`` bytes live: ``device``, ``host`` or ``file``.
+
+    The device takes them while they are no more than a quarter of its free memory, then the host while they are no
+    more than half of what may be planned with there, and then a file.
+
+    Args:
+        size: Of the states.
+        device_memory: Bytes free on the device; 0 for one that is the host.
+        host_memory: Bytes that may be planned with.
+    """
+    if 0 < size <= _SHARE_OF_DEVICE * device_memory:
+        return "device"
+    return "host" if size <= _SHARE_OF_HOST * host_memory else "file"
+
+
 @dataclass(frozen=True)
 class StatesStorage:
-    """Chooses where hidden states live.
-
-    The device takes them while they are no more than a quarter of its free memory (a device that is the host has no
-    memory of its own), then host memory while they are no more than half of that, and then a file mapped to memory,
-    which has no name and is gone with the process.
+    """Keeps hidden states where :func:`states_place` says; a file is mapped to memory, nameless, and ends with us.
 
     Attributes:
         host_memory_bytes: Host memory that may be planned with; ``None`` for what is free.
@@ -47,12 +59,11 @@ class StatesStorage:
         Raises:
             InputError: If only a file is large enough and the disk is not.
         """
-        if device.type != "cpu" and size <= _SHARE_OF_DEVICE * free_device_memory(device):
-            return "device"
-        if size <= _SHARE_OF_HOST * self.host_memory():
-            return "host"
-        check_disk_space(self._folder(), size)
-        return "file"
+        device_memory = 0 if device.type == "cpu" else free_device_memory(device)
+        place = states_place(size, device_memory, self.host_memory())
+        if place == "file":
+            check_disk_space(self._folder(), size)
+        return place
 
     def host_memory(self) -> int:
         return free_host_memory() if self.host_memory_bytes is None else self.host_memory_bytes
