@@ -18,38 +18,26 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
 
+from flatllmbench.costs import Workload, compression_costs
+from flatllmbench.published_models import PUBLISHED_MODELS
+from flatllmbench.rates import copy_rate, peak_rates
 from flatllmbench.records import hardware, versions
 from flatllmcore.core.calibration import ModelInMemory, default_batch_size
 from flatllmcore.core.importance import layer_importance
 from flatllmcore.core.prune import compress_layers
-from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector, RankAllocation
+from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector
 from flatllmcore.core.stopwatch import Stopwatch
 from flatllmcore.utils.data_utils import load_text, sample_documents
-from flatllmcore.utils.devices import float32_product, parse_device, peak_memory_gib, synchronize
+from flatllmcore.utils.devices import parse_device, peak_memory_gib
 from flatllmcore.utils.layer_utils import dimensions_from_config
 from flatllmcore.utils.loading import load_model, load_tokenizer
 
-SHAPES = {
-    "1024x8": {
-        "hidden_size": 1024,
-        "intermediate_size": 2816,
-        "num_hidden_layers": 8,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 16,
-        "vocab_size": 32000,
-        "max_position_embeddings": 2048,
-    },
-    "llama-2-7b": {
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-        "vocab_size": 32000,
-        "max_position_embeddings": 4096,
-    },
+SHAPES: dict[str, Callable[[], PretrainedConfig]] = PUBLISHED_MODELS | {
+    "1024x8": lambda: LlamaConfig(
+        hidden_size=1024, intermediate_size=2816, num_hidden_layers=8, num_attention_heads=16
+    ),
 }
 
 
@@ -82,15 +70,10 @@ def main() -> None:
     elapsed_s = time.perf_counter() - started
 
     peak = peak_memory_gib(device)
-    rates = {
-        "forward": peak_rate(dtype, device),
-        "moments": peak_rate(dtype, device, float32_product),
-        "solves": peak_rate(torch.float64, device),
-    }
+    rates = peak_rates(dtype, device)
     bandwidth = copy_rate(device)
-    operations = count_operations(allocation, windows.numel(), args.seqlen)
-    moved = count_bytes(allocation, windows.numel(), batch_size * args.seqlen, dtype.itemsize)
-    bounds = {name: max(operations[name] / rates[name], moved[name] / bandwidth) for name in operations}
+    costs = compression_costs(allocation, Workload(*windows.shape, batch_size, dtype.itemsize))
+    bounds = {name: cost.bound_s(rates[name], bandwidth) for name, cost in costs.items()}
     rest_s = elapsed_s - sum(watch.elapsed_s.values())
     stages = {"data": data_s} | watch.elapsed_s | {"rest": rest_s}
     record = {
@@ -104,8 +87,8 @@ def main() -> None:
         "compress_s": elapsed_s,
         "stages_s": stages,
         "bounds_s": bounds,
-        "tflop": {name: count / 1e12 for name, count in operations.items()},
-        "gbytes": {name: count / 1e9 for name, count in moved.items()},
+        "tflop": {name: cost.operations / 1e12 for name, cost in costs.items()},
+        "gbytes": {name: cost.moved_bytes / 1e9 for name, cost in costs.items()},
         "peak_tflops": {name: rate / 1e12 for name, rate in rates.items()},
         "peak_gbytes_per_s": bandwidth / 1e9,
         "tokens_per_s": windows.numel() / elapsed_s,
@@ -136,12 +119,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def random_model(shape: str, dtype: str) -> PreTrainedModel:
     torch.manual_seed(0)
-    config = LlamaConfig(**SHAPES[shape], dtype=torch.bfloat16 if dtype == "auto" else getattr(torch, dtype))
-    torch.set_default_dtype(config.dtype)
-    try:
-        return LlamaForCausalLM(config).eval()
-    finally:
-        torch.set_default_dtype(torch.float32)
+    chosen = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
+    return AutoModelForCausalLM.from_config(SHAPES[shape](), dtype=chosen).eval()
 
 
 def token_windows(args: argparse.Namespace, vocab_size: int) -> torch.Tensor:
@@ -150,75 +129,6 @@ def token_windows(args: argparse.Namespace, vocab_size: int) -> torch.Tensor:
         return torch.randint(vocab_size, (args.nsamples, args.seqlen), generator=generator)
     text = load_text(args.dataset, "train")
     return sample_documents(text, load_tokenizer(args.model), args.nsamples, args.seqlen, seed=42)
-
-
-def peak_rate(
-    dtype: torch.dtype, device: torch.device, multiply: Callable[[torch.Tensor, torch.Tensor], object] = torch.matmul
-) -> float:
-    """Return operations per second of a square matrix product, the best of several."""
-    size = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    return 2 * size**3 / best_time(lambda: multiply(a, b), device)
-
-
-def copy_rate(device: torch.device) -> float:
-    """Return bytes per second of a large copy, read and written bytes counted, the best of several."""
-    source = torch.ones(2**28, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return 2 * source.numel() / best_time(lambda: target.copy_(source), device)
-
-
-def best_time(work: Callable[[], object], device: torch.device) -> float:
-    best = float("inf")
-    for _ in range(5):
-        synchronize(device)
-        started = time.perf_counter()
-        work()
-        synchronize(device)
-        best = min(best, time.perf_counter() - started)
-    return best
-
-
-def count_operations(allocation: RankAllocation, tokens: int, seqlen: int) -> dict[str, float]:
-    """Return the operations (a multiplication and an addition are two) that the method cannot do without.
-
-    Forward: the dense layer up to the input of `down_proj`, then the compressed layer, causal attention counted
-    at half its square. Moments: one triangle. Solves: two Cholesky factors, the inverse of one, and the products
-    with `down_proj`.
-    """
-    dims = allocation.dimensions
-    D, F, d = dims.hidden_size, dims.intermediate_size, dims.head_dim
-    count = {"forward": 0.0, "moments": 0.0, "solves": 0.0}
-    for r, k in zip(allocation.value_rank, allocation.mlp_width, strict=True):
-        scores = seqlen / 2 * dims.num_heads * 2
-        is_cut = r < d or k < F
-        if is_cut:
-            dense = dims.qk_parameters + dims.vo_parameters + 2 * D * F
-            count["forward"] += tokens * (2 * dense + scores * 2 * d)
-            count["moments"] += tokens * (F * F + 2 * dims.num_kv_heads * d * d)
-            count["solves"] += 2 * F**3 / 3 + k**3 / 3 + 2 * D * (F - k) * k + 2 * D * k * k
-        compressed = dims.qk_parameters + r * dims.rank_parameters + k * dims.width_parameters
-        count["forward"] += tokens * (2 * compressed + scores * (d + r))
-    return count
-
-
-def count_bytes(allocation: RankAllocation, tokens: int, batch_tokens: int, itemsize: int) -> dict[str, float]:
-    """Return the bytes that must be read or written however well a batch is kept in cache.
-
-    Forward: per batch, each pass's weights and its hidden states in, and those of the compressed layer out. Moments:
-    per batch, the activations in, and the triangle of float64 sums in and out. Solves: the moment, once.
-    """
-    dims = allocation.dimensions
-    F, D = dims.intermediate_size, dims.hidden_size
-    batches = -(-tokens // batch_tokens)
-    count = {"forward": 0.0, "moments": 0.0, "solves": 0.0}
-    for r, k in zip(allocation.value_rank, allocation.mlp_width, strict=True):
-        compressed = dims.qk_parameters + r * dims.rank_parameters + k * dims.width_parameters
-        weights = dims.layer_parameters - D * F + compressed
-        count["forward"] += itemsize * (batches * weights + 3 * tokens * D)
-        count["moments"] += itemsize * tokens * F + batches * 8 * F * F
-        count["solves"] += 8 * F * F
-    return count
 
 
 def report(record: dict) -> None:
