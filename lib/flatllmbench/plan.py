@@ -1,0 +1,332 @@
+"""A whole run planned from a config: what each step computes, moves, holds, and how long that takes at least."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+
+from flatllmbench.costs import (
+    NO_COST,
+    Cost,
+    LayerSize,
+    ParameterCounts,
+    Workload,
+    activation_bytes,
+    angles_cost,
+    compressed_layers,
+    compression_costs,
+    cut_layers,
+    dense_layers,
+    forward_cost,
+    hidden_state_bytes,
+    layer_weights,
+    moment_bytes,
+    parameter_counts,
+    perplexity_cost,
+    solve_memory_bytes,
+)
+from flatllmbench.machines import Machine
+from flatllmbench.setup import SHARE_OF_HOST_FOR_WEIGHTS
+from flatllmcore.core.calibration import default_batch_size
+from flatllmcore.core.hidden_states import states_place
+from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector, RankAllocation
+from flatllmcore.errors import InputError
+from flatllmcore.utils.devices import GIB
+from flatllmcore.utils.json_fields import read_json_object
+from flatllmcore.utils.layer_utils import ModelDimensions, dimensions_from_config
+
+LOGIT_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a run of ``main.py`` is asked for.
+
+    Attributes:
+        importance_nsamples: 0 where the scores are there.
+        eval_windows: Windows of text that perplexity is measured on, dense and compressed.
+        processes: They share out the windows, each with a device of its own, all on one host.
+        out_of_core: Whether weights are read layer by layer though they may fit in host memory.
+    """
+
+    config: PretrainedConfig
+    sparsity_ratio: float
+    nsamples: int
+    importance_nsamples: int
+    eval_windows: int
+    seqlen: int
+    batch_size: int
+    itemsize: int
+    processes: int = 1
+    out_of_core: bool = False
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of a step, for the process that has most to do.
+
+    Attributes:
+        step: Steps come one after another: ``load``, ``importance``, ``compression``, ...
+        name: What is done in it.
+        rate: Name of the stage of a run's record whose rate tells this one's.
+        cost: Computed on the device.
+        copied_bytes: Between host and device.
+        linked_bytes: Between devices.
+        disk_bytes: Read or written; files that all processes read count once.
+    """
+
+    step: str
+    name: str
+    rate: str
+    cost: Cost = NO_COST
+    copied_bytes: float = 0.0
+    linked_bytes: float = 0.0
+    disk_bytes: float = 0.0
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """How long the four kinds of work of a stage or a step take."""
+
+    compute: float = 0.0
+    copy: float = 0.0
+    link: float = 0.0
+    disk: float = 0.0
+
+    def __add__(self, other: "Seconds") -> "Seconds":
+        pairs = zip(vars(self).values(), vars(other).values(), strict=True)
+        return Seconds(*(a + b for a, b in pairs))
+
+    @property
+    def one_after_another(self) -> float:
+        return sum(vars(self).values())
+
+    @property
+    def overlapped(self) -> float:
+        """What is left when copies and files take no time of their own behind the computing, or it behind them."""
+        return max(self.compute, self.copy, self.disk) + self.link
+
+
+class Plan:
+    """What a run of one request on one machine takes.
+
+    Args:
+        request: What is asked for.
+        machine: Where.
+        efficiency: Share of the bound's rate that is reached, by :attr:`Stage.rate`; 1, the bound, where not given.
+    """
+
+    def __init__(self, request: Request, machine: Machine, efficiency: Mapping[str, float] | None = None) -> None:
+        self.request = request
+        self.machine = machine
+        self.efficiency = efficiency or {}
+        self.dimensions: ModelDimensions = dimensions_from_config(request.config)
+        self.allocation: RankAllocation = ImportancePreservingRankSelector(self.dimensions).allocate(
+            [1.0] * self.dimensions.num_layers, request.sparsity_ratio
+        )
+        self.counts: ParameterCounts = parameter_counts(request.config)
+        self.dense = dense_layers(self.dimensions)
+        self.compressed = compressed_layers(self.allocation)
+
+    @property
+    def dense_bytes(self) -> int:
+        return self.request.itemsize * self.counts.total
+
+    @property
+    def compressed_bytes(self) -> int:
+        removed = self.allocation.parameters_before - self.allocation.parameters_after
+        return self.dense_bytes - self.request.itemsize * removed
+
+    @property
+    def is_in_memory(self) -> bool:
+        """Whether every process holds the dense model in host memory, rather than read it layer by layer."""
+        host_memory = self.machine.host_memory_gib * GIB / self.request.processes
+        return not self.request.out_of_core and self.dense_bytes <= SHARE_OF_HOST_FOR_WEIGHTS * host_memory
+
+    def work(self, windows: int) -> Workload:
+        """Return the largest share of ``windows``, which one process takes."""
+        share = -(-windows // self.request.processes)
+        return Workload(share, self.request.seqlen, self.request.batch_size, self.request.itemsize)
+
+    def states_place(self, windows: int) -> str:
+        """Return where the hidden states of ``windows`` live: ``device``, ``host`` or ``file``."""
+        size = hidden_state_bytes(self.dimensions, self.work(windows))
+        device_memory = (self.machine.memory_gib or 0) * GIB
+        return states_place(size, device_memory, self.machine.host_memory_gib * GIB / self.request.processes)
+
+    def stages(self) -> list[Stage]:
+        """Return all that takes time, in order."""
+        request, dimensions = self.request, self.dimensions
+        stages = [Stage("load", "weights", "load", disk_bytes=self.dense_bytes)] if self.is_in_memory else []
+        if request.importance_nsamples:
+            work = self.work(request.importance_nsamples)
+            stages += [
+                Stage("importance", "forward", "forward", forward_cost(dimensions, self.dense, work)),
+                Stage("importance", "angles", "angles", angles_cost(dimensions, work)),
+                self._weights("importance", self.dense_bytes),
+                self._states("importance", request.importance_nsamples, 2 * len(self.dense)),
+            ]
+        stages += self._perplexity("dense perplexity", self.dense, self._weights("dense perplexity", self.dense_bytes))
+        costs = compression_costs(self.allocation, self.work(request.nsamples))
+        passes = 2 * len(self.dense) + len(cut_layers(self.allocation))
+        stages += [Stage("compression", name, name, cost) for name, cost in costs.items()]
+        if request.processes > 1:
+            stages.append(
+                Stage("compression", "moments and weights, sent", "reduce", linked_bytes=self._linked_bytes())
+            )
+        stages += [
+            self._weights("compression", self.dense_bytes),
+            self._states("compression", request.nsamples, passes),
+            Stage("compression", "compressed weights, written", "write", disk_bytes=self.compressed_bytes),
+        ]
+        step = "compressed perplexity"
+        written = self._weights(step, self.compressed_bytes, in_files=True)
+        stages += self._perplexity(step, self.compressed, written)
+        return [stage for stage in stages if self.seconds(stage).one_after_another]
+
+    def seconds(self, stage: Stage) -> Seconds:
+        machine, efficiency = self.machine, self.efficiency.get(stage.rate, 1.0)
+        tflops = {"moments": machine.moments_tflops, "solves": machine.float64_tflops}.get(stage.rate, machine.tflops)
+        return Seconds(
+            compute=stage.cost.bound_s(tflops * 1e12, machine.bandwidth_gbytes_per_s * 1e9) / efficiency,
+            copy=stage.copied_bytes / (machine.host_link_gbytes_per_s * 1e9),
+            link=stage.linked_bytes / (machine.link_gbytes_per_s * 1e9),
+            disk=stage.disk_bytes / (machine.disk_gbytes_per_s * 1e9) / efficiency,
+        )
+
+    def steps(self) -> dict[str, Seconds]:
+        """Return the time of each step, in order."""
+        steps: dict[str, Seconds] = {}
+        for stage in self.stages():
+            steps[stage.step] = steps.get(stage.step, Seconds()) + self.seconds(stage)
+        return steps
+
+    def device_bytes(self) -> dict[str, int]:
+        """Return the memory of one device by what takes it; of a step's parts only the largest counts."""
+        request, dimensions = self.request, self.dimensions
+        work = self.work(request.nsamples)
+        product_itemsize = request.itemsize if self.machine.memory_gib is not None else 4
+        batch = activation_bytes(dimensions, work, product_itemsize)
+        solves = max((solve_memory_bytes(dimensions, size) for size in cut_layers(self.allocation)), default=0)
+        head = request.itemsize * dimensions.hidden_size * request.config.vocab_size
+        logits = LOGIT_ROWS * request.config.vocab_size * (request.itemsize + 3 * 4)
+        layers = request.itemsize * (self.counts.layer + max(map(self._layer_weights, self.compressed)))
+        parts = {
+            "a dense and a compressed layer": layers,
+            "moments and solves, or a batch": max(moment_bytes(dimensions) + batch, solves),
+        }
+        if head + logits > sum(parts.values()):
+            parts = {"head and logits": head + logits}
+        if self.states_place(request.nsamples) == "device":
+            parts["hidden states"] = hidden_state_bytes(dimensions, work)
+        return parts
+
+    def host_bytes(self) -> dict[str, int]:
+        """Return the memory of the host by what takes it, beside Python and its libraries; of all processes."""
+        request = self.request
+        compressed_layer = max(map(self._layer_weights, self.compressed))
+        layers = 2 * self.counts.layer + compressed_layer  # one at work, one read ahead, one to be written
+        held = request.itemsize * max(layers, self.counts.embedding, self.counts.head)
+        parts = {"weights of three layers": request.processes * held}
+        if self.is_in_memory:
+            parts["the model"] = request.processes * self.dense_bytes
+        if self.states_place(request.nsamples) == "host":
+            states = hidden_state_bytes(self.dimensions, self.work(request.nsamples))
+            parts["hidden states"] = request.processes * states
+        if self.machine.memory_gib is None:
+            parts |= {f"{name} (computing)": size for name, size in self.device_bytes().items()}
+        return parts
+
+    def _layer_weights(self, size: LayerSize) -> int:
+        return layer_weights(self.dimensions, size)
+
+    def _perplexity(self, step: str, layers: list[LayerSize], weights: Stage) -> list[Stage]:
+        windows = self.request.eval_windows
+        if not windows:
+            return []
+        cost = perplexity_cost(self.dimensions, layers, self.request.config.vocab_size, self.work(windows))
+        return [
+            Stage(step, "forward", "perplexity", cost),
+            weights,
+            self._states(step, windows, 2 * len(layers)),
+        ]
+
+    def _weights(self, step: str, weight_bytes: int, in_files: bool | None = None) -> Stage:
+        """Return the way of a model's weights to the device; from files where it is not in memory, if not told."""
+        copied = 0 if self.machine.memory_gib is None else weight_bytes
+        read = weight_bytes if (not self.is_in_memory if in_files is None else in_files) else 0
+        return Stage(step, "weights", "load", copied_bytes=copied, disk_bytes=read)
+
+    def _states(self, step: str, windows: int, passes: int) -> Stage:
+        size = passes * hidden_state_bytes(self.dimensions, self.work(windows))
+        place = self.states_place(windows)
+        copied = size if place != "device" and self.machine.memory_gib is not None else 0
+        in_files = self.request.processes * size if place == "file" else 0
+        return Stage(step, f"hidden states ({place})", "states", copied_bytes=copied, disk_bytes=in_files)
+
+    def _linked_bytes(self) -> float:
+        """Return what one process sends: a ring's share of the moments' sums, and the new weights passed on."""
+        processes = self.request.processes
+        cut = cut_layers(self.allocation)
+        sums = 2 * (processes - 1) / processes * len(cut) * moment_bytes(self.dimensions)
+        new = sum(self._layer_weights(size) - self.dimensions.qk_parameters for size in cut)
+        return sums + self.request.itemsize * new
+
+
+def seconds_by_rate(plan: Plan) -> dict[str, float]:
+    """Return the seconds of computing and of files by the name they have among the stages of a run's record."""
+    found: dict[str, float] = {}
+    for stage in plan.stages():
+        seconds = plan.seconds(stage)
+        if seconds.compute + seconds.disk:
+            found[stage.rate] = found.get(stage.rate, 0.0) + seconds.compute + seconds.disk
+    return found
+
+
+def read_run_record(path: Path) -> dict[str, Any]:
+    """Return the record that a run of ``main.py --prune_method flatllm`` wrote.
+
+    Raises:
+        InputError: If it cannot be read, or is of something else.
+    """
+    record = read_json_object(path)
+    missing = [name for name in ("request", "base_model", "stages_s", "perplexity", "nsamples") if name not in record]
+    if missing:
+        raise InputError(
+            f"{path} is not the record of a run of main.py --prune_method flatllm: it has no {missing[0]!r}"
+        )
+    return record
+
+
+def efficiency_of(record: Mapping[str, Any], config: PretrainedConfig, machine: Machine) -> dict[str, float]:
+    """Return the share of the bound that a run of ``main.py`` reached, by stage of its record.
+
+    Args:
+        record: See :func:`read_run_record`; of one process.
+        config: Of the model it compressed.
+        machine: Where it ran.
+    """
+    measured = record["stages_s"]
+    bounds = seconds_by_rate(Plan(request_of(record, config), machine))
+    return {rate: bound / measured[rate] for rate, bound in bounds.items() if measured.get(rate)}
+
+
+def request_of(record: Mapping[str, Any], config: PretrainedConfig) -> Request:
+    """Return what a run of ``main.py`` was asked for, as its record says."""
+    flags = record["request"]
+    is_scored = "angles" in record["stages_s"]
+    dtype = (config.dtype or torch.bfloat16) if flags["dtype"] == "auto" else getattr(torch, flags["dtype"])
+    return Request(
+        config=config,
+        sparsity_ratio=record["sparsity_ratio"],
+        nsamples=record["nsamples"],
+        importance_nsamples=(flags["nsamples"] or 128) if is_scored else 0,
+        eval_windows=record["perplexity"]["windows"],
+        seqlen=record["seqlen"],
+        batch_size=flags["batch_size"] or default_batch_size(record["seqlen"]),
+        itemsize=dtype.itemsize,
+        out_of_core=flags.get("out_of_core", False),
+    )
