@@ -10,7 +10,6 @@
 """
 
 import argparse
-import errno
 import hashlib
 import json
 import logging
@@ -30,10 +29,20 @@ from torch import Tensor
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import PreTrainedModel
 
-from flatllmbench.command_line import check_arguments, complain, logging_to, parse_arguments, request, run_name
+from flatllmbench.command_line import (
+    UNUSABLE_PLACE,
+    check_arguments,
+    complain,
+    logging_to,
+    parse_arguments,
+    request,
+    run_name,
+)
+from flatllmbench.harness import Tasks, load_tasks
 from flatllmbench.perplexity import Perplexity, perplexity
 from flatllmbench.records import hardware, versions, write_record
 from flatllmbench.setup import Setup
+from flatllmbench.zero_shot import evaluate_saved
 from flatllmcore.core.calibration import LayerSource
 from flatllmcore.core.checkpoint_sink import CheckpointSink, partial_folder
 from flatllmcore.core.checkpoint_source import CheckpointSource
@@ -61,13 +70,12 @@ from flatllmcore.utils.data_utils import (
     sample_documents,
     sample_windows,
 )
-from flatllmcore.utils.devices import parse_device, peak_memory_gib
+from flatllmcore.utils.devices import check_whole_model_fits, parse_device, peak_memory_gib
 from flatllmcore.utils.files import check_disk_space
 from flatllmcore.utils.loading import generation_config_file
 
 logger = logging.getLogger("flatllm")
 
-UNUSABLE_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOTDIR, errno.EEXIST)
 PUBLISHED_NSAMPLES = {"bi": 128, "flatllm": 256}
 
 
@@ -129,12 +137,15 @@ def score(args: argparse.Namespace, command: str) -> None:
 
 def compress(args: argparse.Namespace, command: str) -> None:
     """Compress the model, measure it before and after, save it and the record of the run."""
+    tasks = tasks_to_evaluate(args)  # refused before anything is read, and not counted among the costs
     started = time.perf_counter()
     setup = Setup(args)
     prunable_keep_ratio(setup.dimensions, 1 - args.sparsity_ratio / 100, args.prune_qk)  # refuses the impossible
     windows, test_windows = compression_windows(args, setup)
     with output_folder(args) as folder:
-        check_disk_space(folder, expected_size(args, setup))
+        check_disk_space(folder, expected_size(args, setup) - written_size(folder))
+        if tasks is not None:
+            check_whole_model_fits(setup.device, expected_size(args, setup))
         source = setup.load_source(max(len(windows), len(test_windows)))
         allocation = ranks_for(args, setup, source)
         asked = compression_request(args, setup, source, allocation, windows, test_windows)
@@ -168,10 +179,32 @@ def compress(args: argparse.Namespace, command: str) -> None:
                 "attention": attention_widths(written.skeleton, setup.device),
                 "layers": [asdict(layer) for layer in layers],
             }
-            keep_record(args, command, result | costs(setup, started))
+            result |= costs(setup, started)
+            keep_record(args, command, result)
             sink.publish(model_card({"command": command, "versions": versions()} | result))  # last: then all is there
-    if args.save_model is not None:
-        logger.info("compressed model is in %s", args.save_model)
+        if args.save_model is not None:
+            logger.info("compressed model is in %s", args.save_model)
+        if tasks is not None:
+            result["zero_shot"] = {"compressed": evaluate_compressed(args, setup, folder, tasks)}
+            keep_record(args, command, result)
+
+
+def tasks_to_evaluate(args: argparse.Namespace) -> Tasks | None:
+    """Return the tasks that this process evaluates the compressed model on; ``None`` if it does not."""
+    if not args.eval_zero_shot or not is_first_process():
+        return None
+    return load_tasks(args.tasks, args.num_fewshot, args.include_path)
+
+
+def evaluate_compressed(args: argparse.Namespace, setup: Setup, folder: Path, tasks: Tasks) -> dict[str, Any]:
+    """Return the zero-shot results of the compressed model, which is in ``folder``."""
+    try:
+        return evaluate_saved(str(folder), tasks, setup.device, args.eval_batch_size, args.limit)
+    except KeyboardInterrupt as error:
+        raise InputError(
+            f"interrupted in the evaluation; the record of the compression is in {args.save}; "
+            "a model that --save_model kept is evaluated by: python -m flatllmbench.zero_shot FOLDER"
+        ) from error
 
 
 def compression_windows(args: argparse.Namespace, setup: Setup) -> tuple[Tensor, Tensor]:
@@ -189,6 +222,11 @@ def expected_size(args: argparse.Namespace, setup: Setup) -> int:
     """Return about how many bytes the compressed weights will take."""
     removed = args.sparsity_ratio / 100 * setup.parameters["decoder_linear"]
     return int(setup.parameters["total"] - removed) * setup.checkpoint.dtype.itemsize
+
+
+def written_size(folder: Path) -> int:
+    """Return how many bytes a run that was stopped has written of the compressed weights."""
+    return sum(path.stat().st_size for path in partial_folder(folder).glob("*.safetensors"))
 
 
 def description(args: argparse.Namespace, setup: Setup, allocation: RankAllocation, nsamples: int) -> dict[str, Any]:

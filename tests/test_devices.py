@@ -7,7 +7,14 @@ import pytest
 import torch
 
 from flatllmcore.errors import InputError
-from flatllmcore.utils.devices import best_device, float32_product, parse_device, peak_memory_gib
+from flatllmcore.utils import devices
+from flatllmcore.utils.devices import (
+    best_device,
+    check_whole_model_fits,
+    float32_product,
+    parse_device,
+    peak_memory_gib,
+)
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 
@@ -34,6 +41,18 @@ def test_a_device_is_the_named_one_or_the_best():
     assert parse_device("cpu") == torch.device("cpu")
     assert parse_device(None) == best_device()
     assert best_device().type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def test_a_model_that_does_not_fit_is_refused(monkeypatch):
+    monkeypatch.setattr(devices, "free_host_memory", lambda: 5 * 2**30)
+    monkeypatch.setattr(devices, "free_device_memory", lambda _device: 3 * 2**30)
+    check_whole_model_fits(torch.device("cuda"), 3 * 2**30)
+    check_whole_model_fits(torch.device("cpu"), 5 * 2**30)
+    with pytest.raises(InputError, match=r"needs 4 GiB and 3 GiB are free on cuda; .*parallelize=True"):
+        check_whole_model_fits(torch.device("cuda"), 4 * 2**30)
+    for name in ("cpu", "cuda"):
+        with pytest.raises(InputError, match="needs 6 GiB and 5 GiB are free in host memory"):
+            check_whole_model_fits(torch.device(name), 6 * 2**30)
 
 
 def kib(path: str, field: str) -> int:

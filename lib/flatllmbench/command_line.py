@@ -1,6 +1,7 @@
 """The command line of `main.py`, and what the programs share in talking to a terminal."""
 
 import argparse
+import errno
 import logging
 import sys
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,9 @@ from flatllmcore.core.rank_files import IMPORTANCE_FILE
 from flatllmcore.errors import InputError
 from flatllmcore.utils.checkpoint import check_output_folder
 from flatllmcore.utils.data_utils import has_test_split
+
+# What a user can mend about a place that cannot be written to.
+UNUSABLE_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOTDIR, errno.EEXIST)
 
 
 def parse_arguments(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
@@ -95,14 +99,7 @@ def parse_arguments(argv: Sequence[str] | None, description: str) -> argparse.Na
     )
 
     where = parser.add_argument_group("machine and output")
-    where.add_argument("--device", help="cpu, cuda or cuda:N (default: the GPU if there is one)")
-    where.add_argument(
-        "--dtype",
-        choices=("auto", "bfloat16", "float16", "float32", "float64"),
-        default="auto",
-        metavar="TYPE",
-        help="of the weights, in the run and in the result: %(choices)s (default: the checkpoint's own)",
-    )
+    add_machine_flags(where)
     where.add_argument(
         "--out_of_core",
         action="store_true",
@@ -121,17 +118,63 @@ def parse_arguments(argv: Sequence[str] | None, description: str) -> argparse.Na
         help="where hidden states go that memory is too small for (default: the system's temporary folder)",
     )
     where.add_argument(
-        "--save", type=Path, default=Path("logs"), metavar="DIR", help="folder for logs and records (default: logs)"
-    )
-    where.add_argument(
         "--save_model", type=Path, metavar="DIR", help="folder for the compressed model (default: a temporary one)"
     )
     where.add_argument("--overwrite", action="store_true", help="replace scores or a model folder that exist")
+
+    evaluation = parser.add_argument_group("zero-shot evaluation")
+    evaluation.add_argument(
+        "--eval_zero_shot",
+        action="store_true",
+        help="evaluate the compressed model on tasks of the evaluation harness (needs the package lm_eval)",
+    )
+    add_task_flags(evaluation, "--eval_batch_size")
 
     args = parser.parse_args(argv)
     if args.bi_score is None:
         args.bi_score = Path("ranks") / model_name(args)
     return args
+
+
+def add_machine_flags(parser: argparse._ActionsContainer) -> None:
+    """Add the flags about device, precision and records."""
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: the GPU if there is one)")
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "bfloat16", "float16", "float32", "float64"),
+        default="auto",
+        metavar="TYPE",
+        help="of the weights, in the run and in the result: %(choices)s (default: the checkpoint's own)",
+    )
+    parser.add_argument(
+        "--save", type=Path, default=Path("logs"), metavar="DIR", help="folder for logs and records (default: logs)"
+    )
+
+
+def add_task_flags(parser: argparse._ActionsContainer, batch_size_flag: str) -> None:
+    """Add the flags about tasks of the evaluation harness, named as the harness's own."""
+    parser.add_argument(
+        "--tasks",
+        type=lambda names: names.split(","),
+        metavar="A,B",
+        help="tasks or groups of tasks (default: the paper's seven, MMLU with 5 examples and the others with none)",
+    )
+    parser.add_argument(
+        "--num_fewshot",
+        type=int,
+        metavar="N",
+        help="examples before every question (default: the paper's, and for other tasks as they are defined)",
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="questions of every task, for a trial (default: all)")
+    parser.add_argument("--include_path", type=Path, metavar="DIR", help="folder with task definitions of your own")
+    parser.add_argument(
+        batch_size_flag,
+        dest="eval_batch_size",
+        type=int,
+        default=8,
+        metavar="N",
+        help="questions run at a time (default: %(default)s)",
+    )
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -152,11 +195,25 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise InputError(f"--save_model {args.save_model} and --model {args.model} overlap; give another folder")
     if args.host_memory_gib is not None and args.host_memory_gib < 0:
         raise InputError(f"--host_memory_gib {args.host_memory_gib} is out of range; 0 or more is accepted")
+    given = [flag for flag in ("tasks", "num_fewshot", "limit", "include_path") if getattr(args, flag) is not None]
+    if given and not args.eval_zero_shot:
+        raise InputError(f"--{given[0]} is about tasks of the evaluation harness; give --eval_zero_shot too")
+    check_task_flags(args)
     check_score_place(args)
     if args.eval_dataset is None:
         if args.prune_method == "flatllm" and not has_test_split(args.dataset, args.dataset_root):
             raise InputError(f"{args.dataset} has no test split to measure perplexity on; name one with --eval_dataset")
         args.eval_dataset = args.dataset
+
+
+def check_task_flags(args: argparse.Namespace) -> None:
+    """Refuse flags about tasks that are wrong whatever the tasks are."""
+    for name, lowest in (("num_fewshot", 0), ("limit", 1), ("eval_batch_size", 1)):
+        value = getattr(args, name)
+        if value is not None and value < lowest:
+            raise InputError(f"--{name} {value} is out of range; {lowest} or more is accepted")
+    if args.include_path is not None and not args.include_path.is_dir():
+        raise InputError(f"--include_path {args.include_path} is no folder; give one that holds task definitions")
 
 
 def check_score_place(args: argparse.Namespace) -> None:

@@ -102,6 +102,24 @@ def _free_in_container() -> float:
     return int(limit) - used + int(statistics["inactive_file"])
 
 
+def check_whole_model_fits(device: torch.device, needed_bytes: int) -> None:
+    """Refuse a model that the host, which reads it, or the device has too little free memory for.
+
+    Raises:
+        InputError: Saying how much is needed and how much is free.
+    """
+    free = {"in host memory": free_host_memory()}
+    if device.type == "cuda":
+        free[f"on {device}"] = free_device_memory(device)
+    for place, free_bytes in free.items():
+        if free_bytes < needed_bytes:
+            raise InputError(
+                f"the whole model needs {needed_bytes / GIB:.3g} GiB and {free_bytes / GIB:.3g} GiB are free {place}; "
+                "over several GPUs a saved model is evaluated by: lm_eval --model hf --model_args "
+                "pretrained=FOLDER,trust_remote_code=True,parallelize=True,softmax_dtype=float32"
+            )
+
+
 def peak_memory_gib(device: torch.device) -> dict[str, float]:
     """Return the process's peak resident memory and, on a GPU, the peak allocated there, in GiB."""
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB on Linux
