@@ -44,9 +44,9 @@ EXPECTED_PERPLEXITIES = {  # dense and FLAT-LLM at 20 %, Table 1
     "mistral.sh": ("4.92", "6.11"),
 }
 SETTINGS = {
-    *("BI_NSAMPLES", "BI_SCORE", "CACHE_DIR", "DATASET", "DATASET_ROOT", "DEVICE", "MODEL", "MODELS", "NSAMPLES"),
-    *("OUT", "OVERWRITE", "PROMPT", "PRUNE_QK", "PYTHON", "RANK_MULTIPLE", "RATIOS", "SEED", "SEQLEN"),
-    *("SKIP_INSTALL", "VENV"),
+    *("BATCH_SIZE", "BI_NSAMPLES", "BI_SCORE", "CACHE_DIR", "DATASET", "DATASET_ROOT", "DEVICE", "INCLUDE_PATH"),
+    *("LIMIT", "MODEL", "MODELS", "NSAMPLES", "NUM_FEWSHOT", "OUT", "OVERWRITE", "PROMPT", "PRUNE_QK", "PYTHON"),
+    *("RANK_MULTIPLE", "RATIOS", "SEED", "SEQLEN", "SKIP_INSTALL", "TASKS", "VENV"),
 }
 
 
@@ -280,6 +280,36 @@ def test_the_demo_ends_with_a_table_a_picture_and_a_sentence_of_each_model(tiny,
     assert "| 50 " in (out / "README.md").read_text()
     for model in (tiny["llama"], out / "tiny-llama-20", out / "tiny-llama-50"):
         assert f"{model}: w1 w2 w" in printed
+
+
+def test_eval_runs_the_paper_s_tasks_by_default(commands):
+    assert commands("eval.sh", "some/model") == [["-m", "flatllmbench.zero_shot", "some/model", "--save", "logs"]]
+
+
+def test_variables_and_arguments_reach_the_evaluation(commands):
+    values = {"TASKS": "a,b", "NUM_FEWSHOT": "3", "LIMIT": "9", "BATCH_SIZE": "2", "INCLUDE_PATH": "my tasks"}
+    values |= {"DEVICE": "cpu", "CACHE_DIR": "cache"}
+    (command,) = commands("eval.sh", "m", "--dtype", "float32", OUT="out", **values)
+    assert {name: value_of(f"--{name.lower()}", command) for name in values} == values
+    assert value_of("--save", command) == "out"
+    assert command[-2:] == ["--dtype", "float32"]
+
+
+def test_eval_asks_for_a_model(tmp_path):
+    done = shell("eval.sh", PYTHON=tmp_path / "none")
+    assert done.returncode != 0
+    assert "is missing; name a local folder or a hub id" in done.stderr
+
+
+def test_eval_of_the_embedded_model_ends_with_a_record(tmp_path):
+    settings = {"TASKS": "pydocs_endings,pydocs_text", "INCLUDE_PATH": "tests/tasks", "LIMIT": "12", "OUT": tmp_path}
+    printed = run("eval.sh", "models/pydocs-llama", PYTHON=sys.executable, DEVICE="cpu", **settings)
+    record = json.loads((tmp_path / "pydocs-llama_zero_shot.json").read_text())
+    assert record["model"]["model"] == "pydocs-llama"
+    found = record["zero_shot"]["tasks"]
+    assert list(found) == ["pydocs_endings", "pydocs_text"]
+    assert all(f"{row['metric']} {row['value']:.4f} on 12 samples" in printed for row in found.values())
+    assert found["pydocs_endings"]["metrics"]["acc"] > 0.5  # of four endings
 
 
 def test_test_sh_installs_once_and_passes_its_arguments_to_pytest(commands, tmp_path):
