@@ -550,6 +550,31 @@ def test_a_full_disk_is_one_clear_line(refused, monkeypatch, argv):
     assert (argv[1] if argv else ".partial") in line
 
 
+def test_a_disk_that_fills_up_leaves_what_to_go_on_from(here, capfd, monkeypatch):
+    """Room for the manifest, two layers and what is said of them; the finished shards then count as there."""
+    flush, calls = os.fsync, []
+
+    def fill_up(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) > 6:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        flush(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fill_up)
+        assert run("--save_model", "out/new") == 2
+    line = capfd.readouterr().err
+    assert line.startswith("error: No space left on device: ")
+    assert "finished layers in out/new.partial; mend that and run: python main.py" in line
+    partial = sum(path.stat().st_size for path in Path("out/new.partial").glob("*.safetensors"))
+    missing = sum(weight.nbytes for weight in weights(MODEL).values()) - partial
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage._replace(free=int(1.1 * missing)))
+    assert run("--save_model", "out/new") == 0
+    assert "2 of 3 layers are finished" in Path("logs/llama_flatllm_30.log").read_text()
+    assert shards("out/new") == shards(MODEL)
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no device that is always full")
 def test_a_log_on_a_full_disk_is_one_clear_line(here, refused):
     Path("full").mkdir()

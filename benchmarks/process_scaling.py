@@ -1,0 +1,121 @@
+"""Time of one process against two that share out the windows, each pinned to a core of its own.
+
+    python benchmarks/process_scaling.py --folder /scratch/scaling --out results/benchmarks/process_scaling.json
+
+Compresses a checkpoint of random weights on the embedded model's text, out of core, by turns in one process and in two.
+Tokens per second are those of the compression itself; beside it stands the share of what one core could do at its
+measured peak (`flatllmbench/costs.py` says what must be computed). The solves are the first process's alone: that, and
+summing the moments, is what two processes cannot halve.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from transformers import LlamaConfig
+
+from benchmarks.random_checkpoint import write_random_checkpoint
+from flatllmbench.costs import Workload, compression_costs
+from flatllmbench.rates import copy_rate, peak_rates
+from flatllmbench.records import hardware, versions, write_record
+from flatllmcore.core.calibration import default_batch_size
+from flatllmcore.core.rank_allocation import RankAllocation
+
+ROOT = Path(__file__).resolve().parents[1]
+STAGES = ("forward", "moments", "reduce", "solves", "write")
+PORT = "29517"
+
+
+def main() -> None:
+    args = parse_arguments()
+    dense = args.folder / "dense"
+    if not dense.exists():
+        config = LlamaConfig(
+            vocab_size=4096,
+            hidden_size=1024,
+            intermediate_size=2816,
+            num_hidden_layers=args.layers,
+            num_attention_heads=8,
+            max_position_embeddings=args.seqlen,
+        )
+        tokenizer = ROOT / "models" / "pydocs-llama"
+        write_random_checkpoint(
+            config, dense, dtype=torch.bfloat16, max_shard_bytes=2**30, seed=0, tokenizer_from=tokenizer
+        )
+    turns: dict[int, list[dict[str, Any]]] = {1: [], 2: []}
+    compress(1, args)  # leaves the ranks, and the files in the system's cache
+    for _ in range(args.repeats):
+        for count, records in turns.items():
+            records.append(compress(count, args))
+
+    allocation = RankAllocation.load(args.folder / "scores" / "ranks_20.json")
+    os.sched_setaffinity(0, {0})
+    torch.set_num_threads(1)
+    rates, bandwidth = peak_rates(torch.bfloat16, torch.device("cpu")), copy_rate(torch.device("cpu"))
+    tokens = args.nsamples * args.seqlen
+    found: dict[str, Any] = {
+        "command": "python benchmarks/process_scaling.py " + " ".join(sys.argv[1:]),
+        "shape": {"layers": args.layers, "nsamples": args.nsamples, "seqlen": args.seqlen},
+        "peak_tflops_of_a_core": {name: rate / 1e12 for name, rate in rates.items()},
+    }
+    for count, records in turns.items():
+        work = Workload(args.nsamples // count, args.seqlen, default_batch_size(args.seqlen), 2)
+        costs = compression_costs(allocation, work)
+        bound_s = sum(cost.bound_s(rates[name], bandwidth) for name, cost in costs.items())
+        compress_s = [sum(record["stages_s"].get(name, 0) for name in STAGES) for record in records]
+        found[f"processes_{count}"] = {
+            "compress_s": compress_s,
+            "perplexity_s": [record["stages_s"]["perplexity"] for record in records],
+            "stages_s": records[-1]["stages_s"],
+            "tokens_per_s": tokens / median(compress_s),
+            "share_of_peak": bound_s / median(compress_s),
+        }
+    one, two = found["processes_1"], found["processes_2"]
+    for stage in ("compress_s", "perplexity_s"):
+        ratios = [a / b for a, b in zip(one[stage], two[stage], strict=True)]
+        found[f"speedup_{stage.removesuffix('_s')}"] = {"median": median(ratios), "all": ratios}
+    found |= {"hardware": hardware(torch.device("cpu")), "versions": versions()}
+    write_record(args.out, found)
+    print(json.dumps(found, indent=1))
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("scaling"))
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--nsamples", type=int, default=64)
+    parser.add_argument("--seqlen", type=int, default=512)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path("results/benchmarks/process_scaling.json"))
+    args = parser.parse_args()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    return args
+
+
+def compress(count: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Run `main.py` in ``count`` processes, process i on core i; return its record."""
+    flags = ["--model", str(args.folder / "dense"), "--dataset", "pydocs", "--sparsity_ratio", "20", "--device", "cpu"]
+    flags += ["--nsamples", str(args.nsamples), "--seqlen", str(args.seqlen), "--out_of_core"]
+    flags += ["--bi_score", str(args.folder / "scores"), "--save", str(args.folder / "logs")]
+    group = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": PORT}
+    processes = [
+        subprocess.Popen(
+            ["taskset", "-c", str(rank), sys.executable, str(ROOT / "main.py"), *flags],
+            env=os.environ | group | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL,
+        )
+        for rank in range(count)
+    ]
+    if any(process.wait() for process in processes):
+        raise SystemExit(f"a run in {count} processes failed")
+    return json.loads((args.folder / "logs" / "dense_flatllm_20.json").read_text())
+
+
+if __name__ == "__main__":
+    main()
