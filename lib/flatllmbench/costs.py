@@ -191,14 +191,16 @@ def moment_bytes(dimensions: ModelDimensions) -> int:
 def solve_memory_bytes(dimensions: ModelDimensions, size: LayerSize) -> int:
     """Return the most memory that the solves of a layer take at once, its moments included.
 
-    Three F×F matrices while channels are selected (the moment, the shifted one and the factor's working copy) or one
-    and three strips of the inverse; or the moment and three k×k matrices, with ``down_proj``, the right-hand side and
-    its solution, while ``down_proj`` is fitted (``mlp_nystrom.py``).
+    Beside the moment: its shifted copy, factorised in place, and three strips of the inverse, while channels are
+    selected; the rows of the kept channels, the dropped ones, or a factor with the right-hand side and its solution,
+    while ``down_proj`` is fitted (``mlp_nystrom.py``).
     """
     D, F, k = dimensions.hidden_size, dimensions.intermediate_size, size[1]
-    select = max(2 * F * F, F * F + 3 * F * min(F, 1024))
-    fit = 3 * k * k + D * F + 3 * D * k
-    return moment_bytes(dimensions) + FLOAT64_BYTES * max(select, fit)
+    select = F * F + 3 * F * min(F, 1024)
+    gather = k * F
+    cross = (F - k) * (F + k) + D * F
+    solve = k * k + 5 * D * k
+    return moment_bytes(dimensions) + FLOAT64_BYTES * max(select, D * F + k * k + max(gather, cross, solve))
 
 
 def activation_bytes(dimensions: ModelDimensions, work: Workload, product_itemsize: int) -> int:

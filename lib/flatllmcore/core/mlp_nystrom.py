@@ -63,7 +63,7 @@ def diagonal_of_ridge_inverse(second_moment: Tensor, ridge: float = RIDGE) -> Te
     shifted = second_moment.clone()
     smallest = 8 * torch.finfo(shifted.dtype).eps * shifted.trace().item()
     shifted.diagonal().add_(max(ridge, smallest))
-    factor = torch.linalg.cholesky(shifted, out=shifted)
+    factor = torch.linalg.cholesky(shifted.mT, out=shifted.mT)  # by columns, LAPACK's order: in place, without a copy
     diagonal = torch.empty(len(factor), dtype=factor.dtype, device=factor.device)
     for start in range(0, len(factor), _COLUMNS):
         trailing = factor[start:, start:]
@@ -108,8 +108,10 @@ def reconstruct_down_projection(
 
     energy = moment.diagonal()
     scale = torch.where(energy > 0, energy.rsqrt(), torch.ones_like(energy))
-    factor = _cholesky_with_jitter(moment * scale[:, None] * scale, jitter)
-    fitted = torch.cholesky_solve((cross * scale).T, factor).T * scale
+    factor = _cholesky_with_jitter(moment.mul_(scale[:, None]).mul_(scale), jitter)  # in place: it is large
+    # Two triangular solves are what cholesky_solve does, on a copy of the factor.
+    halfway = torch.linalg.solve_triangular(factor, cross.mul_(scale).T, upper=False)
+    fitted = torch.linalg.solve_triangular(factor.mT, halfway, upper=True).T * scale  # (D, k)
     return weight[:, kept] + fitted
 
 
