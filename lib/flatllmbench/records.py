@@ -2,6 +2,7 @@
 
 import json
 import platform
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from flatllmcore.layers import FAMILIES
 from flatllmcore.utils.checkpoint import count_parameters
 from flatllmcore.utils.devices import device_name
 from flatllmcore.utils.files import write_atomically
+from flatllmcore.utils.json_fields import read_json_object
 from flatllmcore.utils.layer_utils import dense_dimensions, load_config
 from flatllmcore.utils.loading import empty_causal_lm
 
@@ -92,3 +94,18 @@ def _name(model: str) -> str:
 def write_record(path: Path, record: dict[str, Any]) -> None:
     """Write a record as indented JSON, atomically."""
     write_atomically(path, (json.dumps(record, indent=1) + "\n").encode())
+
+
+def read_records(paths: Iterable[Path]) -> list[tuple[Path, dict[str, Any]]]:
+    """Return the JSON object of every file, each with its path; a folder stands for all ``*.json`` files below it.
+
+    Raises:
+        InputError: If a path does not exist, a folder has no such file, or a file holds something else.
+    """
+    files: dict[Path, None] = {}  # in order, once
+    for path in paths:
+        found = sorted(path.rglob("*.json")) if path.is_dir() else [path]
+        if not found:
+            raise InputError(f"no records in {path}: it holds no *.json file")
+        files |= dict.fromkeys(found)
+    return [(path, read_json_object(path)) for path in files]
