@@ -12,7 +12,7 @@
 #   PRUNE_QK       1 prunes Q and K too (default: they stay whole)
 #   OVERWRITE      1 does ratios again whose record and model are there (default: they are left alone)
 #   BI_SCORE       folder of the importance scores, made if there are none (default: ranks/<model>)
-#   OUT            gets <model>-<percent>/, logs/, README.md and perplexity.png (default: results/<model>)
+#   OUT            gets <model>-<percent>/, records/<model>/, and the report of all records in it (default: results)
 # Arguments go to main.py; what changes the ranks is a variable here, since compute_rank.py needs it too.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/settings.sh"
@@ -20,7 +20,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/settings.sh"
 name="$(basename "$MODEL")"
 ratios="${RATIOS:-10 20 30 40 50}"
 scores="${BI_SCORE:-ranks/$name}"
-out="${OUT:-results/$name}"
+out="${OUT:-results}"
+records="$out/records/$name"
 rank_flags=()
 [[ -z "${RANK_MULTIPLE:-}" ]] || rank_flags+=(--rank_multiple "$RANK_MULTIPLE")
 if [[ "${PRUNE_QK:-}" == 1 ]]; then
@@ -28,19 +29,17 @@ if [[ "${PRUNE_QK:-}" == 1 ]]; then
     flags+=(--prune_qk)
 fi
 
-[[ -e "$scores/importance.json" ]] || score "$MODEL" "$scores" "$@"
+[[ -e "$scores/importance.json" ]] || score "$MODEL" "$scores" "$records" "$@"
 # shellcheck disable=SC2086 # one word per ratio
 run "$PYTHON" compute_rank.py --bi_score "$scores" --sparsity_ratio $ratios "${rank_flags[@]}"
 
-records=()
 for percent in $ratios; do
-    record="$out/logs/${name}_flatllm_$percent.json"
-    records+=("$record")
+    record="$records/${name}_flatllm_$percent.json"
     if [[ "${OVERWRITE:-}" != 1 && -e "$record" && -e "$out/$name-$percent/config.json" ]]; then
         printf '\n%s is there; OVERWRITE=1 does it again\n' "$record"
         continue
     fi
     run "${main[@]}" --prune_method flatllm --model "$MODEL" --sparsity_ratio "$percent" --bi_score "$scores" \
-        --nsamples "${NSAMPLES:-256}" --save "$out/logs" --save_model "$out/$name-$percent" "${flags[@]}" "$@"
+        --nsamples "${NSAMPLES:-256}" --save "$records" --save_model "$out/$name-$percent" "${flags[@]}" "$@"
 done
-run "$PYTHON" -m flatllmbench.report "${records[@]}" --out "$out"
+run "$PYTHON" -m flatllmbench.report "$out/records" --out "$out"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole pipeline on the embedded model: installs into a virtual environment, scores the layers,
-# allocates ranks, compresses at 10-50 %, draws perplexity against size, and lets the dense and the
+# allocates ranks, compresses at 10-50 %, reports perplexity, size and time, and lets the dense and the
 # compressed models finish a sentence. About a minute on two cores, once the packages are installed;
 # those are all that needs a network.
 #
@@ -25,4 +25,4 @@ rm -f "$BI_SCORE/importance.json" # an earlier demo's; it may be about another m
 bash scripts/compress.sh
 name="$(basename "$MODEL")"
 "$PYTHON" scripts/generate.py "$MODEL" "$OUT/$name-20" "$OUT/$name-50" --prompt "${PROMPT:-If the file does not exist,}"
-printf '\nTable and picture: %s/README.md, %s/perplexity.png\n' "$OUT" "$OUT"
+printf '\nTables and pictures: %s/README.md, or %s/index.html in a browser\n' "$OUT" "$OUT"

@@ -20,5 +20,5 @@ for model in ${MODELS:-meta-llama/Llama-2-7b-hf}; do
         printf '%s is there; OVERWRITE=1 scores the model again\n' "$folder/importance.json"
         continue
     fi
-    score "$model" "$folder" "$@"
+    score "$model" "$folder" "$folder" "$@"
 done

@@ -29,8 +29,8 @@ run() {
     "$@"
 }
 
-# score MODEL FOLDER FLAG...: writes FOLDER/importance.json, with the log and the record of the run beside it.
+# score MODEL FOLDER RECORDS FLAG...: writes FOLDER/importance.json, and the log and the record of the run to RECORDS.
 score() {
-    run "${main[@]}" --prune_method bi --model "$1" --bi_score "$2" --save "$2" \
-        --nsamples "${BI_NSAMPLES:-128}" "${flags[@]}" "${@:3}"
+    run "${main[@]}" --prune_method bi --model "$1" --bi_score "$2" --save "$3" \
+        --nsamples "${BI_NSAMPLES:-128}" "${flags[@]}" "${@:4}"
 }

@@ -43,7 +43,7 @@ def test_the_documents_show_commands_of_both_programs():
     assert {program for program, _ in commands()} == {"main", "compute_rank"}
 
 
-@pytest.mark.parametrize("document", ["README.md", "INSTALL.md", "results/pydocs-llama/README.md"])
+@pytest.mark.parametrize("document", ["README.md", "INSTALL.md", "results/README.md"])
 def test_every_link_leads_to_a_file(document):
     path = ROOT / document
     for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):

@@ -70,7 +70,10 @@ def test_the_wheel_holds_both_packages_the_licence_and_nothing_else(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     modules = {path.relative_to(LIBRARY).as_posix() for path in LIBRARY.rglob("*.py")}
     information = f"flatllmcore-{PROJECT['version']}.dist-info"
-    assert {name for name in names if not name.startswith(information)} == modules | {"flatllmcore/py.typed"}
+    assert {name for name in names if not name.startswith(information)} == modules | {
+        "flatllmcore/py.typed",
+        "flatllmbench/page.html",
+    }
     assert f"{information}/licenses/LICENSE" in names
 
 
@@ -120,7 +123,8 @@ def imported_packages(package: str, top_level_only: bool) -> set[str]:
 
 
 def declared(requirements: list[str]) -> set[str]:
-    return {re.match(r"\w+", requirement)[0] for requirement in requirements}
+    """Return the modules that required packages are imported as."""
+    return {re.match(r"\w+", requirement)[0].removesuffix("_py") for requirement in requirements}
 
 
 def test_dependencies_are_the_packages_that_the_code_imports():

@@ -172,8 +172,8 @@ def test_the_published_settings_are_the_defaults(commands, script, tmp_path):
     assert ranking == ["compute_rank.py", "--bi_score", str(tmp_path), "--sparsity_ratio", *percents, *floors]
     assert [value_of("--sparsity_ratio", command) for command in compressing] == percents
     name = PUBLISHED_MODELS[script].split("/")[1]
-    records = [f"results/{name}/logs/{name}_flatllm_{percent}.json" for percent in percents]
-    assert reporting == ["-m", "flatllmbench.report", *records, "--out", f"results/{name}"]
+    assert {value_of("--save", command) for command in (scoring, *compressing)} == {f"results/records/{name}"}
+    assert reporting == ["-m", "flatllmbench.report", "results/records", "--out", "results"]
 
 
 @pytest.mark.parametrize("script", EXPECTED_PERPLEXITIES)
@@ -225,7 +225,7 @@ def test_pruning_q_and_k_reaches_the_ranks_and_the_compression(commands, tmp_pat
 
 def test_ratios_that_are_done_are_left_alone_unless_asked(commands, tmp_path):
     (tmp_path / "importance.json").write_text("{}")
-    for place in (tmp_path / "out" / "logs" / "m_flatllm_30.json", tmp_path / "out" / "m-30" / "config.json"):
+    for place in (tmp_path / "out" / "records" / "m" / "m_flatllm_30.json", tmp_path / "out" / "m-30" / "config.json"):
         place.parent.mkdir(parents=True)
         place.write_text("{}")
     settings = {"MODEL": "m", "RATIOS": "20 30", "BI_SCORE": tmp_path, "OUT": tmp_path / "out"}
@@ -261,11 +261,12 @@ def test_each_experiment_compresses_the_embedded_model_by_its_variables(script, 
     settings |= {"PYTHON": sys.executable, "PROCESSES": "2" if "70b" in script else "1"}
     printed = run(script, SEQLEN="32", NSAMPLES="4", RATIOS="20", OUT=tmp_path / "out", **settings)
     name = EMBEDDED.name
-    record = json.loads((tmp_path / "out" / "logs" / f"{name}_flatllm_20.json").read_text())
+    record = json.loads((tmp_path / "out" / "records" / name / f"{name}_flatllm_20.json").read_text())
     compressed = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / f"{name}-20")
     assert compressed.num_parameters() == record["parameters_after"]["total"] < record["parameters_before"]["total"]
     assert f"{record['perplexity']['compressed']:.3f}" in printed
-    assert {path.name for path in (tmp_path / "out").iterdir()} >= {"README.md", "perplexity.png"}
+    report = {path.name for path in (tmp_path / "out").iterdir()}
+    assert report >= {"README.md", "index.html", "perplexity.png", "kept_share.png", "time.png"}
 
 
 @pytest.mark.slow
