@@ -9,9 +9,8 @@ from collections.abc import Sequence
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
 
-from flatllmbench.command_line import complain
+from flatllmbench.command_line import complain, keep_bars_to_terminals
 from flatllmcore import InputError
 from flatllmcore.utils.devices import best_device
 from flatllmcore.utils.loading import load_model, load_tokenizer
@@ -20,7 +19,7 @@ from flatllmcore.utils.loading import load_model, load_tokenizer
 def main(argv: Sequence[str] | None = None) -> int:
     """Print one line per model; return the exit status: 0, or 2 after one line on stderr about unusable input."""
     args = parse_arguments(argv)
-    logging.disable_progress_bar()
+    keep_bars_to_terminals()
     try:
         for name in args.models:
             tokenizer = load_tokenizer(name)

@@ -262,7 +262,7 @@ def logging_to(path: Path) -> Iterator[None]:
     Of a group of processes, the first one alone logs.
     """
     transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    keep_bars_to_terminals()
     huggingface_hub.utils.logging.set_verbosity_error()
     package_loggers = [logging.getLogger(name) for name in ("flatllm", "flatllmcore", "flatllmbench")]
     for package_logger in package_loggers:
@@ -279,6 +279,14 @@ def logging_to(path: Path) -> Iterator[None]:
             handler.close()
         for package_logger in package_loggers:
             package_logger.setLevel(logging.NOTSET)
+
+
+def keep_bars_to_terminals() -> None:
+    """Let transformers and the hub draw their progress bars where stderr is a terminal, and nowhere else."""
+    if sys.stderr.isatty() and is_first_process():
+        transformers.utils.logging.enable_progress_bar()
+    else:
+        transformers.utils.logging.disable_progress_bar()
 
 
 def complain(message: str) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import InputError
+from .progress import progress
 from .text_sources import DATASET_NAMES, TextDataset, has_test_split, load_text
 
 __all__ = [
@@ -45,7 +46,7 @@ def sample_documents(
     pool = _DocumentPool(text, tokenizer)
     generator = torch.Generator().manual_seed(seed)
     windows: list[list[int]] = []
-    while len(windows) < nsamples:
+    for _ in progress(range(nsamples), "sampling text", "window"):
         window = pool.take_window(seqlen, generator)
         if window is None:
             raise _too_short(text, nsamples, seqlen, len(windows))
@@ -134,10 +135,14 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: b
 
 def _token_ids(text: TextDataset, tokenizer: PreTrainedTokenizerBase, *, add_special_tokens: bool) -> Tensor:
     """Return the ids of the joined text, (tokens,); special tokens, if asked for, only with its beginning."""
-    pieces = (
-        _encode(tokenizer, piece, add_special_tokens and number == 0) for number, piece in enumerate(_pieces(text))
-    )
-    return torch.cat([torch.tensor(ids, dtype=torch.int64) for ids in pieces])
+    tokens = []
+    characters = sum(map(len, text.documents)) + len(text.separator) * (len(text.documents) - 1)
+    with progress(None, "tokenising text", "char", total=characters) as bar:
+        for number, piece in enumerate(_pieces(text)):
+            ids = _encode(tokenizer, piece, add_special_tokens and number == 0)
+            tokens.append(torch.tensor(ids, dtype=torch.int64))
+            bar.update(len(piece))
+    return torch.cat(tokens)
 
 
 def _pieces(text: TextDataset) -> Iterator[str]:

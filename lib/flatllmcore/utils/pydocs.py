@@ -22,6 +22,7 @@ from platform import python_version
 from typing import Literal
 
 from .files import write_atomically
+from .progress import progress
 
 logger = logging.getLogger(__name__)
 
@@ -89,11 +90,11 @@ def _raw_documents() -> Iterator[tuple[str, str]]:
 
     for topic, text in sorted(topics.topics.items()):
         yield f"topics/{topic}", text
-    for package, root in _roots():
-        for path in sorted(root.rglob("*.py")):
-            relative = path.relative_to(root)
-            if _SKIPPED_FOLDERS.isdisjoint(relative.parts):
-                yield f"{package}/{relative.as_posix()}", "\n\n".join(_docstrings(path))
+    files = [(package, root, path) for package, root in _roots() for path in sorted(root.rglob("*.py"))]
+    for package, root, path in progress(files, "reading documentation", "file"):
+        relative = path.relative_to(root)
+        if _SKIPPED_FOLDERS.isdisjoint(relative.parts):
+            yield f"{package}/{relative.as_posix()}", "\n\n".join(_docstrings(path))
 
 
 def _roots() -> Iterator[tuple[str, Path]]:

@@ -11,7 +11,10 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from ..errors import InputError
+from .progress import progress
 
 RECORD_SEPARATOR = "\n\n"
 _TEXT_SUFFIXES = (".txt", ".raw")  # .raw: WikiText's own distribution
@@ -87,18 +90,26 @@ def _split_of(path: Path) -> str:
 def _parquet_records(path: Path) -> Iterator[dict[str, Any]]:
     from pyarrow.parquet import ParquetFile
 
-    with ParquetFile(path) as file:
+    with ParquetFile(path) as file, _bar(path, "row", file.metadata.num_rows) as bar:
         columns = [name for name in file.schema_arrow.names if name in _COLUMNS]
         for batch in file.iter_batches(columns=columns or None):
             yield from batch.to_pylist()
+            bar.update(batch.num_rows)
 
 
 def _json_records(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the records of JSON lines, of a JSON list, or of an object that holds one list."""
-    with gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb") as file:
-        values = _lines_or_whole(file)
+    is_compressed = path.name.lower().endswith(".gz")
+    with path.open("rb") as stored, _bar(path, "B", path.stat().st_size) as bar:
+        values = _lines_or_whole(gzip.GzipFile(fileobj=stored) if is_compressed else stored)
         head = list(islice(values, 2))
-        yield from chain(head, values) if len(head) > 1 else chain.from_iterable(map(_unwrapped, head))
+        for record in chain(head, values) if len(head) > 1 else chain.from_iterable(map(_unwrapped, head)):
+            yield record
+            bar.update(stored.tell() - bar.n)
+
+
+def _bar(path: Path, unit: str, total: int) -> tqdm:
+    return progress(None, f"reading {path.name}", unit, total)
 
 
 def _unwrapped(value: Any) -> list[Any]:

@@ -1,0 +1,29 @@
+"""Progress bars with an estimate of the time left, for people who watch a terminal."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch.distributed as dist
+from tqdm import tqdm
+
+
+def progress(items: Iterable[Any] | None, doing: str, unit: str, total: float | None = None) -> tqdm:
+    """Return ``items`` behind a bar that is wiped when done; only the first process draws one, and on a terminal.
+
+    Args:
+        items: What to go through, or ``None`` for a bar that is moved by ``update``.
+        doing: What the bar says is done.
+        unit: What is counted; bytes and characters get prefixes (k, M, ...).
+        total: How many units there are, where ``len(items)`` does not say.
+    """
+    is_first = not dist.is_initialized() or dist.get_rank() == 0
+    return tqdm(
+        items,
+        doing,
+        total,
+        unit=unit,
+        unit_scale=unit in ("B", "char"),
+        leave=False,
+        disable=None if is_first else True,  # None: by the terminal
+        dynamic_ncols=True,
+    )
