@@ -61,9 +61,7 @@ def main() -> None:
     print(markdown_table(["layer", *errors], rows))
     if args.out is not None:
         asked = {"model": args.model, "dataset": args.dataset, "tokens": windows.numel(), "dtype": str(source.dtype)}
-        write_record(
-            args.out, asked | {"errors": errors, "hardware": hardware(source.device), "versions": versions()}
-        )
+        write_record(args.out, asked | {"errors": errors, "hardware": hardware(source.device), "versions": versions()})
 
 
 @contextmanager

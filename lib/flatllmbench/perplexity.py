@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from flatllmcore.core.calibration import LayerSource, progress
+from flatllmcore.core.calibration import LayerSource
 from flatllmcore.core.hidden_states import HiddenStates
 from flatllmcore.core.processes import own_share, sum_of_numbers
 from flatllmcore.core.stopwatch import Stopwatch
+from flatllmcore.utils.progress import progress
 
 _LOGIT_ROWS = 1024  # a vocabulary of 128,256 makes half a gigabyte of float32 of them
 
@@ -42,7 +43,7 @@ def perplexity(source: LayerSource, windows: Tensor, batch_size: int, stopwatch:
     with stopwatch.stage("perplexity"):
         own_windows = own_share(windows)
         hidden = HiddenStates.embed(source, own_windows, batch_size)
-        for index in progress(source.num_layers, "perplexity"):
+        for index in progress(range(source.num_layers), "perplexity", "layer"):
             with source.layer(index) as layer:
                 for batch in hidden.batches():
                     batch.replace(hidden.run(layer, index, batch))

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..layers.flat_attention import FlatDecoderLayer
@@ -19,7 +18,6 @@ from ..layers.replacement import adopt_compressed_layers
 from ..utils.layer_utils import DecoderModule
 from ..utils.loading import model_fingerprint
 from .hidden_states import StatesStorage
-from .processes import is_first_process
 
 if TYPE_CHECKING:
     from .prune import LayerRecord
@@ -174,11 +172,6 @@ def evaluation_mode(module: nn.Module) -> Iterator[nn.Module]:
 def default_batch_size(seqlen: int) -> int:
     """Return how many windows make up about 4096 tokens, at least 1."""
     return max(1, TOKENS_PER_BATCH // seqlen)
-
-
-def progress(count: int, stage: str) -> tqdm:
-    """Return ``range(count)`` behind a progress bar that is silent when nobody watches."""
-    return tqdm(range(count), desc=stage, unit="layer", disable=None if is_first_process() else True)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..utils.devices import GIB, free_device_memory, free_host_memory
 from ..utils.files import check_disk_space
+from ..utils.progress import progress
 
 if TYPE_CHECKING:
     from .calibration import LayerSource
@@ -126,7 +127,8 @@ class HiddenStates:
 
     def batches(self) -> Iterator[Batch]:
         """Yield the windows in order, ``batch_size`` at a time, on the device."""
-        for stored in self.states.split(self.batch_size) if len(self.states) else ():
+        batches = self.states.split(self.batch_size) if len(self.states) else ()
+        for stored in progress(batches, "windows", "batch"):
             yield Batch(stored.to(self._device, non_blocking=True), stored)
 
     def run(self, layer: nn.Module, index: int, batch: Batch) -> Tensor:

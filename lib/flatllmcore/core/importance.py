@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from tqdm import tqdm
 
 from ..errors import InputError
-from .calibration import LayerSource, progress
+from ..utils.progress import progress
+from .calibration import LayerSource
 from .hidden_states import HiddenStates, checked
 from .processes import own_share, sum_of_numbers
 from .stopwatch import Stopwatch
@@ -85,7 +85,7 @@ def angular_importance(source: LayerSource, windows: Tensor, batch_size: int, st
     """Score every layer by the mean angle between its input and its output, residual included."""
     hidden = HiddenStates.embed(source, own_share(windows), batch_size)
     scores, zero_rows = [], 0.0
-    for index in progress(source.num_layers, "importance"):
+    for index in progress(range(source.num_layers), "importance", "layer"):
         total, zeros = 0.0, 0
         with source.layer(index) as layer:
             for batch in hidden.batches():
@@ -115,7 +115,7 @@ def gradient_importance(source: LayerSource, windows: Tensor, batch_size: int, s
     """
     arguments = source.layer_arguments(windows.shape[1])
     totals = [0.0] * source.num_layers
-    for ids in tqdm(own_share(windows).split(batch_size), desc="gradient importance", unit="batch", disable=None):
+    for ids in progress(own_share(windows).split(batch_size), "gradient importance", "batch"):
         with source.embedding() as embed:
             states = [embed(ids)]  # states[l + 1] is the output of layer l
         with stopwatch.stage("forward"):

@@ -14,8 +14,9 @@ from ..errors import InputError
 from ..layers.flat_attention import FlatDecoderLayer
 from ..layers.replacement import compress_decoder_layer, compressed_config, empty_decoder_layer, fill_parameters
 from ..utils.layer_utils import DecoderModule
+from ..utils.progress import progress
 from .attention_pca import headwise_pca, project_heads, project_output, rank_for_mass
-from .calibration import LayerSink, LayerSource, progress
+from .calibration import LayerSink, LayerSource
 from .hidden_states import HiddenStates
 from .mlp_nystrom import few_tokens_jitter, reconstruct_down_projection, select_channels
 from .moments import LayerMoments, collect_moments, sum_moments
@@ -86,7 +87,7 @@ def compress_layers(
     if not unfinished:
         return flat_config, [sink.finished[index] for index in range(source.num_layers)]
     hidden = HiddenStates.embed(source, own_share(windows), batch_size)
-    for index in progress(unfinished[-1] + 1, "compress"):
+    for index in progress(range(unfinished[-1] + 1), "compress", "layer"):
         started = time.perf_counter()
         if index in sink.finished:
             _advance(hidden, _finished_layer(flat_config, index, sink, source.device), index, stopwatch)
