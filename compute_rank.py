@@ -84,8 +84,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--rank_multiple",
         type=int,
         metavar="M",
-        help="ranks and widths are multiples of this, at the exact target; 1 gives the published floors "
-        "(default: 8 where a head is 64 wide or more, else 1)",
+        help="ranks and widths are multiples of this, at the exact target; 1 gives the published floors where Q and K "
+        "stay whole (default: 8 where a head is 64 wide or more, else 1)",
     )
     output = parser.add_argument_group("output")
     output.add_argument(

@@ -1,6 +1,9 @@
 import json
 import math
+from fractions import Fraction
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -23,8 +26,8 @@ def test_the_importance_methods_are_those_that_exist():
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("target_sparsity", 0.0),
-        ("target_sparsity", 1.0),
+        ("target_sparsity", -0.01),
+        ("target_sparsity", 1.01),
         ("target_sparsity", 50),
         ("target_sparsity", True),
         ("target_sparsity", "0.5"),
@@ -35,14 +38,21 @@ def test_the_importance_methods_are_those_that_exist():
         ("cal_dataset", 7),
         ("cal_nsamples", 0),
         ("cal_nsamples", 12.5),
+        ("cal_nsamples", np.float64(12)),
+        ("cal_nsamples", True),
         ("importance_method", "random"),
         ("importance_method", None),
         ("preserve_qk_layers", "no"),
         ("seqlen", 1),
         ("batch_size", 0),
         ("seed", -1),
+        ("seed", 2**63),
         ("rank_multiple", 0),
         ("device", 0),
+        ("device", "gpu"),
+        ("device", "cuda:"),
+        ("device", "CPU"),
+        ("device", "mps"),
         ("dataset_root", 3),
         ("cache_dir", 3),
     ],
@@ -55,9 +65,76 @@ def test_an_unusable_value_is_refused_by_name_in_one_line(field, value):
     assert "\n" not in message
 
 
-@pytest.mark.parametrize("field", ["dataset_root", "cache_dir"])
-def test_folders_may_be_given_as_text(field, tmp_path):
-    assert getattr(FlatLLMConfig(**{field: str(tmp_path)}), field) == tmp_path
+def test_a_large_unusable_value_is_named_by_its_type_in_one_line():
+    with pytest.raises(InputError, match=r"^seed is a Tensor; accepted: an integer, 0 to 2\^63 - 1$"):
+        FlatLLMConfig(seed=torch.zeros(300, 300))
+
+
+@pytest.mark.parametrize("target", [0, 0.0, 1, 1.0])
+def test_the_ends_of_the_documented_range_are_targets(target):
+    assert FlatLLMConfig(target_sparsity=target).target_sparsity == target
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "cuda:0", "cuda:15", None])
+def test_devices_are_named_before_they_are_looked_for(device):
+    assert FlatLLMConfig(device=device).device == device
+
+
+def test_folders_and_files_may_be_paths_or_text(tmp_path):
+    for path in (tmp_path, str(tmp_path)):
+        config = FlatLLMConfig(dataset_root=path, cache_dir=path, cal_dataset=path)
+        assert config.dataset_root == config.cache_dir == tmp_path
+        assert isinstance(config.dataset_root, Path)
+        assert config.cal_dataset == str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "plain"),
+    [
+        ("target_sparsity", Fraction(1, 4), 0.25),
+        ("target_sparsity", np.float32(0.25), 0.25),
+        ("tolerance", 1, 1.0),
+        ("cal_nsamples", np.int64(12), 12),
+        ("seqlen", np.int32(24), 24),
+        ("batch_size", np.uint8(3), 3),
+        ("seed", np.int64(7), 7),
+        ("rank_multiple", np.int16(8), 8),
+    ],
+)
+def test_numbers_of_other_libraries_become_plain_ones(field, value, plain):
+    config = FlatLLMConfig(**{field: value})
+    assert getattr(config, field) == plain
+    assert type(getattr(config, field)) is type(plain)
+    assert json.loads(json.dumps(config.to_dict()))[field] == plain
+
+
+def test_data_given_directly_are_not_printed():
+    for data in (torch.zeros(300, 300).long(), ["text"] * 100_000):
+        assert f"cal_dataset=<{type(data).__name__}>" in repr(FlatLLMConfig(cal_dataset=data))
+        assert len(repr(FlatLLMConfig(cal_dataset=data))) < 500
+    assert repr(FlatLLMConfig()).startswith(
+        "FlatLLMConfig(target_sparsity=0.5, tolerance=0.96, cal_dataset='wikitext2'"
+    )
+
+
+def test_configs_are_equal_by_their_fields_and_data_by_being_the_same():
+    ids = torch.zeros(2, 8, dtype=torch.int64)
+    config = FlatLLMConfig(cal_dataset=ids, seed=1)
+    assert config == FlatLLMConfig(cal_dataset=ids, seed=1)
+    assert hash(config) == hash(FlatLLMConfig(cal_dataset=ids, seed=1))
+    assert config != FlatLLMConfig(cal_dataset=ids, seed=2)
+    assert config != FlatLLMConfig(cal_dataset=ids.clone(), seed=1)
+    assert config != FlatLLMConfig(seed=1)
+    assert FlatLLMConfig(cal_dataset="c4") == FlatLLMConfig(cal_dataset="c4") != FlatLLMConfig(cal_dataset="alpaca")
+    assert FlatLLMConfig() != "wikitext2"
+
+
+def test_a_generator_can_be_gone_through_again():
+    config = FlatLLMConfig(cal_dataset=(text for text in "abc"))
+    first = iter(config.cal_dataset)
+    assert next(first) == "a"
+    assert list(config.cal_dataset) == list(merged_config(config, {"seed": 1}).cal_dataset) == ["a", "b", "c"]
+    assert list(first) == ["b", "c"]
 
 
 def test_a_saved_config_loads_as_an_equal_one(tmp_path):

@@ -1,12 +1,14 @@
 """The library's own entry points, on tiny models in float64 and texts of 96 words."""
 
 import copy
+import itertools
+import json
 
 import accelerate
 import datasets
 import pytest
 import torch
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import main
@@ -38,19 +40,27 @@ def assert_same_weights(found, expected):
     assert not different
 
 
-def test_the_library_and_main_py_give_the_same_weights(model, texts, tmp_path):
+@pytest.mark.parametrize("preserve_qk_layers", [True, False])
+def test_the_library_and_main_py_give_the_same_weights(model, texts, preserve_qk_layers, tmp_path):
     """Oracle: the model folder that the program writes, and its record."""
     model = model.float()
     model.save_pretrained(tmp_path / "dense")
     TOKENIZER.save_pretrained(tmp_path / "dense")
     command = f"--model {tmp_path}/dense --dataset {texts} --sparsity_ratio 40 --nsamples 12 --seqlen 24 --seed 3"
     folders = f"--device cpu --save {tmp_path}/logs --bi_score {tmp_path}/ranks --save_model {tmp_path}/compressed"
-    assert main.main([*command.split(), *folders.split()]) == 0
+    flags = [] if preserve_qk_layers else ["--prune_qk"]
+    assert main.main([*command.split(), *folders.split(), *flags]) == 0
 
-    apply_flat_llm(model, TOKENIZER, target_sparsity=0.4, cal_dataset=texts, **SMALL)
+    config = FlatLLMConfig(target_sparsity=0.4, preserve_qk_layers=preserve_qk_layers, cal_dataset=texts, **SMALL)
+    pruner = FlatLLMPruner(model, TOKENIZER, config)
+    pruner.prune_model()
     by_program = AutoModelForCausalLM.from_pretrained(tmp_path / "compressed")
     assert type(by_program) is type(model)
+    assert by_program.config.to_dict()["per_layer_config"] == model.config.to_dict()["per_layer_config"]
     assert_same_weights(weights_of(model), weights_of(by_program))
+    assert any("q_proj.up" in name for name in weights_of(by_program)) != preserve_qk_layers
+    (record,) = (json.loads(path.read_text()) for path in (tmp_path / "logs").glob("*.json"))
+    assert record["achieved_sparsity_percent"] == pytest.approx(100 * pruner.get_compression_stats()["sparsity"])
 
 
 def test_the_given_object_is_changed_returned_saved_and_reloaded(model, texts, tmp_path):
@@ -103,9 +113,12 @@ def test_statistics_equal_the_weights_counted_on_the_model(model, texts, preserv
     assert check_sparsity(model) == pytest.approx(stats["sparsity"])
     if preserve_qk_layers:
         assert 0.3 <= stats["sparsity"] < 0.34  # published floors cut off a little more
+    else:
+        assert stats["sparsity"] == pytest.approx(0.3, abs=3 * 32 / before)  # one MLP channel of one layer
     dimensions = get_layer_dimensions(model)
-    assert dimensions["value_rank"] == [layer["value_rank"] for layer in stats["layers"]]
-    assert dimensions["mlp_width"] == [layer["mlp_width"] for layer in stats["layers"]]
+    for name in ("value_rank", "mlp_width", "query_key_rank"):
+        assert dimensions[name] == [layer[name] for layer in stats["layers"]]
+    assert any(rank is not None for rank in dimensions["query_key_rank"]) != preserve_qk_layers
 
 
 def test_there_are_no_statistics_before_pruning(model):
@@ -133,6 +146,26 @@ def test_a_failure_leaves_the_model_as_it_was(model, texts):
 def test_weights_keep_their_dtype(model, texts, dtype):
     apply_flat_llm(model.to(dtype), TOKENIZER, cal_dataset=texts, **SMALL)
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+
+
+READ: list[str] = []
+
+
+def endless_texts():
+    """Yield texts without an end, and note them in READ."""
+    for text in itertools.cycle(documents(60)):
+        READ.append(text)
+        yield text
+
+
+def noted(row):
+    READ.append(row["text"])
+    return row
+
+
+class EndlessTexts(IterableDataset):
+    def __iter__(self):
+        return endless_texts()
 
 
 class TestCalibrationData:
@@ -171,7 +204,6 @@ class TestCalibrationData:
         "form",
         [
             lambda texts: texts,
-            lambda texts: (text for text in texts),
             lambda texts: {"text": texts},
             lambda texts: DataLoader(texts, batch_size=7),
             lambda texts: datasets.Dataset.from_dict({"text": texts}),
@@ -184,6 +216,29 @@ class TestCalibrationData:
         model = tiny_model()
         apply_flat_llm(model, TOKENIZER, cal_dataset=form(texts), **SMALL)
         assert_same_weights(weights_of(model), weights_of(expected))
+
+    @pytest.mark.parametrize(
+        "stream",
+        [
+            endless_texts(),
+            DataLoader(EndlessTexts(), batch_size=1),
+            datasets.Dataset.from_dict({"text": documents(60) * 100}).to_iterable_dataset().map(noted),
+        ],
+        ids=["generator", "torch", "datasets"],
+    )
+    def test_a_stream_of_texts_is_read_as_far_as_the_windows_need(self, stream):
+        """Oracle: the texts that it was read to, as a list, give the same weights."""
+        READ.clear()
+        model, expected = tiny_model(), tiny_model()
+        apply_flat_llm(model, TOKENIZER, cal_dataset=stream, **SMALL)
+        assert 2 * 12 * 24 < sum(len(text.split()) for text in READ) < 6 * 12 * 24  # a word has about four characters
+        apply_flat_llm(expected, TOKENIZER, cal_dataset=READ, **SMALL)
+        assert_same_weights(weights_of(model), weights_of(expected))
+
+    def test_a_stream_of_token_ids_is_read_as_far_as_the_samples(self):
+        stream = ({"input_ids": row} for row in itertools.cycle(self.ROWS))
+        apply_flat_llm(tiny_model(), cal_dataset=stream, cal_nsamples=12, device="cpu")
+        assert torch.equal(next(stream)["input_ids"], self.ROWS[0])  # the thirteenth
 
     def test_texts_are_sampled_as_the_program_samples(self):
         texts = documents(60)
@@ -213,6 +268,16 @@ class TestCalibrationData:
         windows = windows_of_rows(rows, 24)
         real = [token for row, length in zip(self.ROWS.tolist(), lengths, strict=True) for token in row[:length]]
         assert windows.flatten().tolist() == real[: len(real) // 24 * 24]
+
+    @pytest.mark.parametrize("empty", [[], torch.zeros(0, dtype=torch.int64)], ids=["list", "tensor"])
+    def test_rows_without_tokens_are_as_if_not_there(self, empty):
+        """A text tokenised line by line has many."""
+        rows = read_calibration_data([empty, [1, 2, 3], empty, [4]], nsamples=9, padding_ids=())
+        assert windows_of_rows(rows, 2).tolist() == [[1, 2], [3, 4]]
+
+    def test_rows_of_one_token_can_be_joined(self):
+        rows = read_calibration_data(torch.arange(6)[:, None], nsamples=6, padding_ids=())
+        assert windows_of_rows(rows, 3).tolist() == [[0, 1, 2], [3, 4, 5]]
 
     def test_a_padding_id_between_real_tokens_stays(self):
         rows = read_calibration_data(torch.tensor([[0, 5, 0, 6, 0, 0]]), nsamples=1, padding_ids=(0,))
@@ -246,6 +311,11 @@ class TestCalibrationData:
         ("data", "message"),
         [
             ([], "empty"),
+            (iter(()), "empty"),
+            (torch.zeros(0, 8, dtype=torch.int64), r"token ids of shape \(0, 8\), so none"),
+            (torch.zeros(4, 0, dtype=torch.int64), r"token ids of shape \(4, 0\), so none"),
+            ([[], []], "longest row of token ids holds 0 tokens"),
+            (torch.ones(4, 1, dtype=torch.int64), "longest row of token ids holds 1 tokens .* takes 2 or more"),
             (torch.rand(2, 8), "token ids, which are integers"),
             ([object()], "hold object"),
             (["a", torch.ones(4, dtype=torch.int64)], "mix texts and token ids"),
@@ -372,6 +442,7 @@ class TestLayerUtils:
             "intermediate_size": 56,
             "value_rank": [12, 12],
             "mlp_width": [56, 56],
+            "query_key_rank": [None, None],
         }
 
     def test_another_architecture_is_refused(self):

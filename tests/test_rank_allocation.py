@@ -28,6 +28,11 @@ from flatllmcore.utils.layer_utils import ModelDimensions, dimensions_from_confi
 NAMES = ("llama-2-7b", "llama-2-13b", "llama-2-70b", "llama-3-8b", "mistral-7b")
 PUBLISHED = [dimensions_from_config(PUBLISHED_MODELS[name]()) for name in NAMES]
 TINY = ModelDimensions("llama", 5, 64, 8, 4, 8, 172)
+NARROW = [  # the test models of conftest.py, the embedded model, SmolLM2's width in heads of 32
+    ModelDimensions("llama", 2, 32, 4, 2, 12, 56),
+    ModelDimensions("llama", 8, 192, 6, 2, 32, 448),
+    ModelDimensions("llama", 30, 576, 18, 6, 32, 1536),
+]
 
 score_lists = st.lists(st.floats(1e-3, 1.0), min_size=1, max_size=40)
 keep_ratios = st.floats(0.01, 1.0)
@@ -95,6 +100,10 @@ class TestKeepRatios:
         pairs = sorted(zip(scores, allocate_keep_ratios(scores, keep_ratio), strict=True))
         assert all(w <= later for (_, w), (_, later) in pairwise(pairs))
 
+    @given(st.lists(st.floats(1e-300, 1e300), min_size=1, max_size=40))
+    def test_nothing_removed_is_a_share_of_exactly_1(self, scores):
+        assert allocate_keep_ratios(scores, 1.0) == [1.0] * len(scores)
+
     @given(st.floats(1e-300, 1e300), st.integers(1, 100), keep_ratios)
     def test_equal_scores_get_equal_shares(self, score, num_layers, keep_ratio):
         assert allocate_keep_ratios([score] * num_layers, keep_ratio) == pytest.approx([keep_ratio] * num_layers)
@@ -151,6 +160,19 @@ class TestBudget:
         with pytest.raises(InputError):
             prunable_keep_ratio(dimensions, 1 - (largest + 1) / 100, prune_qk=False)
 
+    @pytest.mark.parametrize(
+        ("dimensions", "floors", "multiples"),
+        list(zip(PUBLISHED, (83, 83, 91, 90, 90), (82, 82, 90, 89, 89), strict=True)),
+    )
+    def test_the_most_that_can_be_removed_from_published_models(self, dimensions, floors, multiples):
+        """With Q and K whole by the published floors and in multiples of 8; with Q and K pruned 90 % is no limit."""
+        for rank_multiple, most in ((1, floors), (8, multiples)):
+            found = select(dimensions, most, rank_multiple=rank_multiple).achieved_sparsity_percent
+            assert found == pytest.approx(most, abs=0.1)
+            with pytest.raises(InputError, match=r"largest possible target is|they can remove"):
+                select(dimensions, most + 1, rank_multiple=rank_multiple)
+        assert select(dimensions, 90, prune_qk=True).achieved_sparsity_percent == pytest.approx(90, abs=0.1)
+
     @pytest.mark.parametrize("percent", [0, 96, -5])
     def test_a_ratio_out_of_range_is_refused(self, percent):
         with pytest.raises(InputError, match="1 to 95"):
@@ -172,6 +194,14 @@ class TestPublishedFloors:
         ranks, widths = published_floors(dimensions, [n / 1000 for n in thousandths])
         assert ranks == [max(1, n * dimensions.head_dim // 1000) for n in thousandths]
         assert widths == [max(1, n * dimensions.intermediate_size // 1000) for n in thousandths]
+
+    @pytest.mark.parametrize("dimensions", [*PUBLISHED, TINY])
+    def test_at_a_multiple_of_1_ranks_are_the_floors_of_the_shares_where_q_and_k_stay_whole(self, dimensions):
+        """Oracle: r = ⌊w·d⌋ and k = ⌊w·F⌋ as published."""
+        allocation = select(dimensions, 23, rank_multiple=1)
+        d, F = dimensions.head_dim, dimensions.intermediate_size
+        assert allocation.value_rank == tuple(int(w * d) for w in allocation.keep)
+        assert allocation.mlp_width == tuple(int(w * F) for w in allocation.keep)
 
     def test_floors_remove_at_least_the_target(self):
         for percent in range(1, 80):
@@ -224,6 +254,23 @@ class TestRoundedRanks:
     def test_published_models_are_within_a_thousandth_of_the_published_targets(self, dimensions):
         for percent in (10, 20, 30, 40, 50):
             assert select(dimensions, percent).achieved_sparsity_percent == pytest.approx(percent, rel=0.001)
+
+    @pytest.mark.parametrize("dimensions", NARROW)
+    def test_narrow_heads_with_q_and_k_pruned_meet_every_target_up_to_80(self, dimensions):
+        """Where the factors of Q and K would be no smaller than these, they stay whole and the MLP makes up for it."""
+        for percent in range(1, 81):
+            allocation = select(dimensions, percent, seed=percent, prune_qk=True)
+            assert allocation.rank_multiple == 1
+            self.check(allocation, scores_for(dimensions, percent))
+
+    @settings(max_examples=150, deadline=None)
+    @given(model_dimensions(), st.integers(1, 95), st.sampled_from([1, 2, 8]))
+    def test_the_error_bound_holds_with_q_and_k_pruned(self, dimensions, percent, multiple):
+        try:
+            allocation = select(dimensions, percent, rank_multiple=multiple, prune_qk=True)
+        except InputError:
+            assume(False)
+        self.check(allocation, scores_for(dimensions, 0))
 
     @settings(max_examples=300, deadline=None)
     @given(

@@ -1,12 +1,14 @@
 """FlatLLMReassembler by itself; tests/test_fedcore.py has it with FedCore."""
 
 import copy
+import dataclasses
 import logging
 
 import pytest
 import torch
 from torch import nn
 
+import flatllmcore
 from conftest import tiny_model
 from flatllmcore import FlatLLMConfig, FlatLLMReassembler, InputError, apply_flat_llm
 from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector
@@ -45,6 +47,17 @@ def test_every_way_to_call_it_gives_the_same_model(reassembler, call, model, exp
     found, wanted = model.state_dict(), expected.state_dict()
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
     assert type(model) is type(expected)
+
+
+def test_scores_and_compression_may_share_one_generator(model):
+    """Oracle: the same texts as a list."""
+    texts = TEXTS[:25]  # few enough for a generator to be read to its end
+    by_list, by_generator = (dataclasses.replace(CONFIG, cal_dataset=data) for data in (texts, iter(texts)))
+    scores = FlatLLMReassembler.compute_importance_scores(model, TOKENIZER, by_generator)
+    assert scores == FlatLLMReassembler.compute_importance_scores(model, TOKENIZER, by_list)
+    expected = FlatLLMReassembler.reassemble(copy.deepcopy(model), TOKENIZER, by_list).state_dict()
+    found = FlatLLMReassembler.reassemble(model, TOKENIZER, by_generator).state_dict()
+    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
 
 
 def test_overrides_take_precedence_over_the_config(model):
@@ -93,10 +106,23 @@ def test_with_a_model_the_target_is_of_all_its_projections(model, preserve_qk_la
     assert found == selector.allocate([0.3, 0.2], 40)
 
 
-@pytest.mark.parametrize("target", [0, 1, 40])
+@pytest.mark.parametrize("target", [-0.1, 1, 40])
 def test_a_target_out_of_range_is_refused(target):
     with pytest.raises(InputError, match="target_sparsity"):
         FlatLLMReassembler.allocate_ranks([0.3, 0.2], target_sparsity=target)
+
+
+def test_a_target_of_nothing_keeps_everything(model):
+    assert FlatLLMReassembler.allocate_ranks([0.3, 0.2, 0.1], target_sparsity=0) == [1, 1, 1]
+    found = FlatLLMReassembler.allocate_ranks([0.3, 0.2], target_sparsity=0.0, model=model)
+    assert (found.value_rank, found.mlp_width, found.achieved_sparsity_percent) == ((12, 12), (56, 56), 0)
+
+
+def test_the_package_lists_what_it_makes_when_asked():
+    assert set(flatllmcore.__all__) <= set(dir(flatllmcore))
+    assert "__getattr__" in dir(flatllmcore)
+    with pytest.raises(AttributeError, match="no attribute 'FlatLLMReassembly'"):
+        _ = flatllmcore.FlatLLMReassembly
 
 
 def test_scores_computed_apart_lead_to_the_same_ranks(model, expected):

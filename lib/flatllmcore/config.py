@@ -1,28 +1,35 @@
 """What a compression is asked for, checked when it is asked."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields, replace
-from numbers import Real
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass, replace
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
 from .errors import InputError
+from .utils.calibration_windows import Rereadable
+from .utils.devices import DEVICE_NAMES, is_device_name
 from .utils.files import write_atomically
 from .utils.json_fields import read_json_object
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class FlatLLMConfig:
     """How to compress a model, and on which text.
 
+    Two configs are equal when all their fields are; calibration data given directly are equal to themselves alone.
+
     Attributes:
-        target_sparsity: Share of the decoder layers' linear weights to **remove**, more than 0 and less than 1. Q and K
-            count in the total even where they stay whole.
+        target_sparsity: Share of the decoder layers' linear weights to **remove**, 0 to 1; 0 leaves the model's
+            function as it is. Q and K count in the total even where they stay whole, and then limit what can be
+            removed; a target beyond is refused, with the largest possible one, when the model is known.
         tolerance: Share of eigenvalue mass, in (0, 1], whose rank is logged beside the rank chosen; changes nothing.
         cal_dataset: Calibration text: the name of a dataset (``wikitext2``, ``c4``, ``alpaca``, ``pydocs``), a file or
             folder, a list of texts, token ids (a tensor or rows of one), or an iterable of batches of either such as a
-            ``datasets.Dataset`` or a ``DataLoader``.
+            ``datasets.Dataset``, streamed or not, or a ``DataLoader``. A generator can be used more than once: the
+            config keeps what has been read of it.
         cal_nsamples: Windows of text, for the importance scores and for the compression each. Of token ids given,
             the first this many rows.
         importance_method: ``angular`` (the published one) or ``gradient``.
@@ -55,13 +62,28 @@ class FlatLLMConfig:
     cache_dir: Path | None = None
 
     def __post_init__(self) -> None:
-        for name in _PATHS:
-            if isinstance(getattr(self, name), str):
-                object.__setattr__(self, name, Path(getattr(self, name)))
-        for name, (is_accepted, accepted) in _ACCEPTED.items():
+        for name, (is_accepted, convert, accepted) in _ACCEPTED.items():
             value = getattr(self, name)
             if not is_accepted(value):
-                raise InputError(f"{name} is {value!r}; accepted: {accepted}")
+                raise InputError(f"{name} is {_shown(value)}; accepted: {accepted}")
+            object.__setattr__(self, name, convert(value))
+
+    def __repr__(self) -> str:
+        values = {field.name: repr(getattr(self, field.name)) for field in fields(self) if field.name != "cal_dataset"}
+        data = self.cal_dataset
+        values["cal_dataset"] = repr(data) if isinstance(data, str) else f"<{type(data).__name__}>"
+        return f"{type(self).__name__}({', '.join(f'{field.name}={values[field.name]}' for field in fields(self))})"
+
+    def __eq__(self, other: object) -> bool:
+        return self._key() == other._key() if isinstance(other, FlatLLMConfig) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def _key(self) -> tuple[Any, ...]:
+        data = self.cal_dataset
+        others = (getattr(self, field.name) for field in fields(self) if field.name != "cal_dataset")
+        return (data if isinstance(data, str) else id(data), *others)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON takes them.
@@ -111,10 +133,12 @@ def merged_config(config: FlatLLMConfig | None, overrides: Mapping[str, Any]) ->
     """
     if config is None:
         return FlatLLMConfig.from_dict(overrides)
-    if not isinstance(config, FlatLLMConfig):
+    if type(config).__name__ != FlatLLMConfig.__name__ or not is_dataclass(config):
         raise InputError(
             f"config is a {type(config).__name__}; accepted: a FlatLLMConfig, or none and its fields by name"
         )
+    if not isinstance(config, FlatLLMConfig):  # that of another copy of this package in the process
+        config = FlatLLMConfig.from_dict({field.name: getattr(config, field.name) for field in fields(config)})
     _check_names(overrides)
     return replace(config, **overrides)
 
@@ -126,38 +150,71 @@ def _check_names(content: Mapping[str, Any]) -> None:
         raise InputError(f"unknown option {', '.join(unknown)}; accepted: {', '.join(known)}")
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
+def _shown(value: Any) -> str:
+    """Return how an error names a value: on one line, however large it is."""
+    text = repr(value)
+    return text if len(text) <= 80 and text.isprintable() else f"a {type(value).__name__}"
 
 
-def _is_integer_from(least: int) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= least
+# What a field takes, what makes of it the type that the field has, and what is accepted in words.
+_Accepted = tuple[Callable[[Any], bool], Callable[[Any], Any], str]
 
 
-def _is_none_or(is_accepted: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: value is None or is_accepted(value)
+def _number(is_in_range: Callable[[Any], bool], accepted: str) -> _Accepted:
+    return (
+        lambda value: isinstance(value, Real) and not isinstance(value, bool) and is_in_range(value),
+        float,
+        accepted,
+    )
+
+
+def _integer(least: int, accepted: str, most: float = float("inf")) -> _Accepted:
+    return (
+        lambda value: isinstance(value, Integral) and not isinstance(value, bool) and least <= int(value) <= most,
+        int,
+        accepted,
+    )
+
+
+def _one_of(is_accepted: Callable[[Any], bool], accepted: str) -> _Accepted:
+    return is_accepted, lambda value: value, accepted
+
+
+def _none_or(field: _Accepted) -> _Accepted:
+    is_accepted, convert, accepted = field
+    return (
+        lambda value: value is None or is_accepted(value),
+        lambda value: None if value is None else convert(value),
+        f"None or {accepted}",
+    )
+
+
+def _calibration_data(value: Any) -> Any:
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return Rereadable(value) if isinstance(value, Iterator) else value
 
 
 IMPORTANCE_METHODS = ("angular", "gradient")
-_PATHS = ("dataset_root", "cache_dir")
-_ACCEPTED: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "target_sparsity": (
-        lambda value: _is_number(value) and 0 < value < 1,
-        "the share of weights to remove, more than 0 and less than 1",
-    ),
-    "tolerance": (lambda value: _is_number(value) and 0 < value <= 1, "a share above 0 and at most 1"),
+_FOLDER: _Accepted = (lambda value: isinstance(value, str | os.PathLike), Path, "a folder")
+_ACCEPTED: dict[str, _Accepted] = {
+    "target_sparsity": _number(lambda value: 0 <= value <= 1, "the share of weights to remove, 0 to 1"),
+    "tolerance": _number(lambda value: 0 < value <= 1, "a share above 0 and at most 1"),
     "cal_dataset": (
-        lambda value: value != "" if isinstance(value, str) else isinstance(value, Iterable),
-        "a dataset's name, a path as a string, texts, token ids, or an iterable of batches of them",
+        lambda value: value != "" if isinstance(value, str) else isinstance(value, Iterable | os.PathLike),
+        _calibration_data,
+        "a dataset's name, a path, texts, token ids, or an iterable of batches of them",
     ),
-    "cal_nsamples": (_is_integer_from(1), "an integer, 1 or more"),
-    "importance_method": (lambda value: value in IMPORTANCE_METHODS, " or ".join(IMPORTANCE_METHODS)),
-    "preserve_qk_layers": (lambda value: isinstance(value, bool), "True or False"),
-    "seqlen": (_is_none_or(_is_integer_from(2)), "None or an integer, 2 or more"),
-    "batch_size": (_is_none_or(_is_integer_from(1)), "None or an integer, 1 or more"),
-    "seed": (_is_integer_from(0), "an integer, 0 or more"),
-    "rank_multiple": (_is_none_or(_is_integer_from(1)), "None or an integer, 1 or more"),
-    "device": (_is_none_or(lambda value: isinstance(value, str)), "None, cpu, cuda or cuda:N"),
-    "dataset_root": (_is_none_or(lambda value: isinstance(value, Path)), "None or a folder"),
-    "cache_dir": (_is_none_or(lambda value: isinstance(value, Path)), "None or a folder"),
+    "cal_nsamples": _integer(1, "an integer, 1 or more"),
+    "importance_method": _one_of(
+        lambda value: isinstance(value, str) and value in IMPORTANCE_METHODS, " or ".join(IMPORTANCE_METHODS)
+    ),
+    "preserve_qk_layers": _one_of(lambda value: isinstance(value, bool), "True or False"),
+    "seqlen": _none_or(_integer(2, "an integer, 2 or more")),
+    "batch_size": _none_or(_integer(1, "an integer, 1 or more")),
+    "seed": _integer(0, "an integer, 0 to 2^63 - 1", most=2**63 - 1),
+    "rank_multiple": _none_or(_integer(1, "an integer, 1 or more")),
+    "device": _none_or(_one_of(is_device_name, DEVICE_NAMES)),
+    "dataset_root": _none_or(_FOLDER),
+    "cache_dir": _none_or(_FOLDER),
 }

@@ -3,11 +3,11 @@
 FedCore is imported with this module; ``import flatllmcore`` leaves it alone.
 """
 
+import dataclasses
 import importlib
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, overload
 
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -120,6 +120,28 @@ class FlatLLMReassembler(_Reassembler):
         """Return the importance of every decoder layer; the model is unchanged. See :class:`FlatLLMPruner`."""
         return compute_layer_importance(model, tokenizer, config, **fields)
 
+    @overload
+    @classmethod
+    def allocate_ranks(
+        cls,
+        importance_scores: Sequence[float],
+        target_sparsity: float | None = None,
+        *,
+        model: None = None,
+        config: FlatLLMConfig | None = None,
+    ) -> list[float]: ...
+
+    @overload
+    @classmethod
+    def allocate_ranks(
+        cls,
+        importance_scores: Sequence[float],
+        target_sparsity: float | None = None,
+        *,
+        model: PreTrainedModel,
+        config: FlatLLMConfig | None = None,
+    ) -> RankAllocation: ...
+
     @classmethod
     def allocate_ranks(
         cls,
@@ -137,7 +159,7 @@ class FlatLLMReassembler(_Reassembler):
 
         Args:
             importance_scores: One per decoder layer, more than 0.
-            target_sparsity: Share to remove, more than 0 and less than 1; ``None`` for the config's.
+            target_sparsity: Share to remove, 0 to 1; ``None`` for the config's.
             model: The dense model the scores are of.
             config: Its ``rank_multiple`` and ``preserve_qk_layers`` count, for ``model``.
 
@@ -146,7 +168,8 @@ class FlatLLMReassembler(_Reassembler):
             the ranks and widths that remove ``target_sparsity`` of all the decoder layers' linear weights.
 
         Raises:
-            InputError: If a score or the target is out of range, or so much cannot be removed from ``model``.
+            InputError: If a score or the target is out of range, or so much cannot be removed (without ``model``
+                that is all).
         """
         scores = [float(score) for score in importance_scores]
         if not scores:
@@ -154,6 +177,8 @@ class FlatLLMReassembler(_Reassembler):
         config = merged_config(config, {} if target_sparsity is None else {"target_sparsity": target_sparsity})
         target_sparsity = config.target_sparsity
         if model is None:
+            if target_sparsity == 1:
+                raise InputError("target_sparsity is 1.0, which leaves nothing of V, O and MLP; give less")
             logger.warning(
                 "no model given: %g of V, O and MLP is removed, and Q and K are not counted", target_sparsity
             )
@@ -176,7 +201,7 @@ class FlatLLMReassembler(_Reassembler):
 
 
 def _fields_among(options: Mapping[str, Any]) -> dict[str, Any]:
-    known = {field.name for field in fields(FlatLLMConfig)}
+    known = {field.name for field in dataclasses.fields(FlatLLMConfig)}
     ignored = sorted(options.keys() - known)
     if ignored:
         logger.warning("ignored, since FLAT-LLM has no such option: %s", ", ".join(ignored))

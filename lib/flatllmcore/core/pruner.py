@@ -13,7 +13,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..config import FlatLLMConfig, merged_config
 from ..errors import InputError
 from ..utils.calibration_windows import (
-    calibration_statistics,
     check_token_ids,
     padding_ids_of,
     read_calibration_data,
@@ -21,7 +20,7 @@ from ..utils.calibration_windows import (
     windows_of_rows,
 )
 from ..utils.checkpoint import count_parameters
-from ..utils.data_utils import TextDataset, sample_documents, sample_windows
+from ..utils.data_utils import TextDataset, calibration_statistics, sample_documents, sample_windows
 from ..utils.devices import best_device, parse_device
 from ..utils.dispatch import dispatch_hooks_lifted, is_spread_over_devices
 from ..utils.layer_utils import check_causal_lm, dimensions_from_config
@@ -80,8 +79,8 @@ class FlatLLMPruner:
         When anything fails, the model is as it was.
 
         Raises:
-            InputError: If the model is compressed already or so much cannot be removed from it, the calibration data
-                are unusable, or a layer's activations are not finite.
+            InputError: If the model is compressed already or so much cannot be removed from it (the largest possible
+                target is named), the calibration data are unusable, or a layer's activations are not finite.
         """
         target_percent = round(100 * self.config.target_sparsity, 9)
         selector = ImportancePreservingRankSelector(
@@ -137,10 +136,15 @@ class FlatLLMPruner:
         return read_calibration_data(
             config.cal_dataset,
             nsamples=config.cal_nsamples,
+            seqlen=self._seqlen,
             padding_ids=padding_ids_of(self.model.config, self.tokenizer),
             dataset_root=config.dataset_root,
             cache_dir=config.cache_dir,
         )
+
+    @property
+    def _seqlen(self) -> int:
+        return window_length(self.config.seqlen, self.model.config.max_position_embeddings)
 
     def _score(self, source: ModelInMemory) -> list[float]:
         windows = self._windows(sample_windows)
@@ -150,8 +154,7 @@ class FlatLLMPruner:
 
     def _windows(self, sample: Sampler) -> Tensor:
         """Return calibration windows, (N, S): sampled from a text, or the token ids given."""
-        config, longest = self.config, self.model.config.max_position_embeddings
-        seqlen = window_length(config.seqlen, longest)
+        config, seqlen = self.config, self._seqlen
         data = self._data
         if isinstance(data, TextDataset):
             if self.tokenizer is None:

@@ -133,9 +133,9 @@ class ImportancePreservingRankSelector:
 
     Args:
         dimensions: Sizes of the model.
-        rank_multiple: 1 gives the published floors, which may miss the target by what they cut off. Above 1,
-            ranks and widths are multiples of it and the parameters removed are within 0.1 % of the target or
-            one step of the smaller kind. None takes :func:`default_rank_multiple`.
+        rank_multiple: Ranks and widths are multiples of it, and the parameters removed are within 0.1 % of the target
+            or one step of the smaller kind. 1 gives the published floors where Q and K stay whole, which remove what
+            they cut off beyond the target. None takes :func:`default_rank_multiple`.
         prune_qk: Whether Q and K are pruned with the share of V, O and MLP.
     """
 
@@ -160,7 +160,9 @@ class ImportancePreservingRankSelector:
         _check_length("scores", scores, self.dimensions.num_layers)
         keep_ratio = 1 - sparsity_ratio / 100
         keep = allocate_keep_ratios(scores, prunable_keep_ratio(self.dimensions, keep_ratio, self.prune_qk))
-        if self.rank_multiple == 1:
+        # Floors of narrow heads would miss the target where the factors of Q and K are no smaller than these: they stay
+        # whole then, and the other parts must make up for it.
+        if self.rank_multiple == 1 and not self.prune_qk:
             ranks, widths = published_floors(self.dimensions, keep)
         else:
             ranks, widths = rounded_ranks(self.dimensions, keep, keep_ratio, self.rank_multiple, self.prune_qk)
@@ -246,6 +248,8 @@ def allocate_keep_ratios(scores: Sequence[float], keep_ratio: float) -> list[flo
         if not 0 < score < math.inf:
             raise InputError(f"the score of layer {layer_idx} is {score}; scores must be finite and more than 0")
     keep = [1.0] * len(scores)
+    if keep_ratio == 1:
+        return keep  # also where equal scores would give 1 less a rounding error
     budget = len(scores) * keep_ratio
     active = sorted(range(len(scores)), key=lambda i: -scores[i])
     total = math.fsum(scores)

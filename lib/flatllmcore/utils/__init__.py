@@ -1,7 +1,14 @@
 """Model discovery and sizes, calibration data, loading and saving."""
 
-from .calibration_windows import calibration_statistics, read_calibration_data, windows_of_rows
-from .data_utils import TextDataset, consecutive_windows, load_text, sample_documents, sample_windows
+from .calibration_windows import read_calibration_data, windows_of_rows
+from .data_utils import (
+    TextDataset,
+    calibration_statistics,
+    consecutive_windows,
+    load_text,
+    sample_documents,
+    sample_windows,
+)
 from .layer_utils import (
     ModelDimensions,
     check_sparsity,

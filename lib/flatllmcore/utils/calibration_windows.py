@@ -1,7 +1,8 @@
 """Calibration data as callers have it (names, texts, token ids, loaders of batches) made windows of real tokens."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice, repeat
+from copy import copy
+from itertools import repeat, tee
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -16,20 +17,39 @@ from .data_utils import TextDataset, load_text
 LONGEST_WINDOW = 4096
 TokenRow: TypeAlias = tuple[Tensor, Tensor | None]  # ids (n,) and, where one is given, their mask (n,)
 
+_SEPARATOR = "\n\n"
+# Read of a stream for each token asked: English has 4 to 5, so that windows have several places to start from.
+_STREAM_CHARACTERS_PER_TOKEN = 16
+
+
+class Rereadable(Iterable[Any]):
+    """What an iterator gives, any number of times; what has been read of it stays in memory."""
+
+    def __init__(self, iterator: Iterator[Any]) -> None:
+        (self._start,) = tee(iterator, 1)
+
+    def __iter__(self) -> Iterator[Any]:
+        return copy(self._start)
+
 
 def read_calibration_data(
     cal_dataset: Any,
     *,
     nsamples: int,
     padding_ids: Sequence[int],
+    seqlen: int = LONGEST_WINDOW,
     dataset_root: Path | None = None,
     cache_dir: Path | None = None,
 ) -> TextDataset | list[Tensor]:
     """Return text to sample windows from, or the real tokens of rows of token ids.
 
+    Texts are all taken where their number is known. A stream or a generator is read no further than to 16 characters
+    for each token of ``nsamples`` windows, which is text for several times as many.
+
     Args:
         cal_dataset: What ``FlatLLMConfig.cal_dataset`` takes. Of a named dataset it is the train split.
-        nsamples: Most rows of token ids to take; texts are all taken.
+        nsamples: Windows that are wanted, and the most rows of token ids to take.
+        seqlen: Tokens per window.
         padding_ids: What rows given without a mask are padded with.
         dataset_root: As for :func:`load_text`.
         cache_dir: As for :func:`load_text`.
@@ -43,18 +63,18 @@ def read_calibration_data(
     if isinstance(cal_dataset, str):
         return load_text(cal_dataset, "train", dataset_root=dataset_root, cache_dir=cache_dir)
     is_one_batch = isinstance(cal_dataset, Tensor | Mapping)
+    most_characters = None if _has_length(cal_dataset) else nsamples * seqlen * _STREAM_CHARACTERS_PER_TOKEN
     if isinstance(cal_dataset, DataLoader) and cal_dataset.collate_fn is default_collate:
         cal_dataset = map(_uncollated, cal_dataset)
     items = _items([cal_dataset] if is_one_batch else cal_dataset)
-    first = next(items, None)
-    if first is None:
+    found = list(_taken(items, nsamples, most_characters))
+    if not found:
         raise InputError("the calibration data are empty; accepted: texts, or rows of token ids")
-    found = [first, *(items if isinstance(first, str) else islice(items, nsamples - 1))]
     documents = [item for item in found if isinstance(item, str)]
     rows = [real_tokens(*item, padding_ids) for item in found if not isinstance(item, str)]
     if documents and rows:
         raise InputError("the calibration data mix texts and token ids; give one or the other")
-    return rows or TextDataset("the texts given", "train", documents, "\n\n")
+    return rows or TextDataset("the texts given", "train", documents, _SEPARATOR)
 
 
 def token_rows(ids: Any, mask: Any = None) -> Iterator[TokenRow]:
@@ -77,12 +97,16 @@ def token_rows(ids: Any, mask: Any = None) -> Iterator[TokenRow]:
         tokens = torch.as_tensor(ids).cpu()
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"the calibration data hold {type(ids).__name__}; accepted: texts, or token ids") from error
+    if tokens.shape == (0,):
+        tokens = tokens.long()  # an empty line of a text: a row like any other, though a list of nothing has no ids
     if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype is torch.bool or tokens.ndim not in (1, 2):
         raise InputError(
             f"the calibration data hold {tokens.dtype} of shape {tuple(tokens.shape)}; "
             "accepted: token ids, which are integers, (n,) or (B, S)"
         )
-    rows = tokens.long().reshape(-1, tokens.shape[-1])
+    if tokens.ndim == 2 and tokens.numel() == 0:
+        raise InputError(f"the calibration data hold token ids of shape {tuple(tokens.shape)}, so none; give some")
+    rows = torch.atleast_2d(tokens.long())
     if mask is None:
         yield from zip(rows, repeat(None))
         return
@@ -100,16 +124,21 @@ def windows_of_rows(rows: Sequence[Tensor], seqlen: int) -> Tensor:
 
     Args:
         rows: Token ids, (n,) each.
-        seqlen: Tokens per window.
+        seqlen: Tokens per window, at least 2.
 
     Returns:
         int64, (N, seqlen).
 
     Raises:
-        InputError: If there are fewer tokens than one window has.
+        InputError: If there are fewer tokens than one window has, or than 2 in it.
     """
+    if seqlen < 2:
+        raise InputError(
+            f"the longest row of token ids holds {seqlen} tokens without padding, and a window takes 2 or more; "
+            "give longer rows, or the seqlen to join them to"
+        )
     joined = torch.cat(list(rows))
-    if not 0 < seqlen <= len(joined):
+    if seqlen > len(joined):
         raise InputError(
             f"the calibration data hold {len(joined)} tokens without padding, fewer than one window of {seqlen}; "
             "give more, or shorter windows"
@@ -167,14 +196,25 @@ def check_token_ids(windows: Tensor, vocab_size: int) -> None:
             )
 
 
-def calibration_statistics(windows: Tensor) -> dict[str, int]:
-    """Return how much text token windows (N, S) hold, and how varied it is."""
-    return {
-        "nsamples": windows.shape[0],
-        "seqlen": windows.shape[1],
-        "tokens": windows.numel(),
-        "distinct_tokens": windows.unique().numel(),
-    }
+def _has_length(data: Any) -> bool:
+    try:
+        len(data)
+    except TypeError:  # also that of a loader over a stream
+        return False
+    return True
+
+
+def _taken(items: Iterator[str | TokenRow], nsamples: int, most_characters: int | None) -> Iterator[str | TokenRow]:
+    """Yield ``nsamples`` rows of token ids, or texts of ``most_characters`` and a bit more, or all for ``None``."""
+    rows = characters = 0
+    for item in items:
+        yield item
+        if isinstance(item, str):
+            characters += len(item) + len(_SEPARATOR)
+        else:
+            rows += 1
+        if rows == nsamples or (most_characters is not None and characters >= most_characters):
+            return
 
 
 def _items(batches: Iterable[Any]) -> Iterator[str | TokenRow]:

@@ -17,6 +17,7 @@ from .text_sources import DATASET_NAMES, TextDataset, has_test_split, load_text
 __all__ = [
     "DATASET_NAMES",
     "TextDataset",
+    "calibration_statistics",
     "consecutive_windows",
     "has_test_split",
     "load_text",
@@ -90,6 +91,16 @@ def consecutive_windows(text: TextDataset, tokenizer: PreTrainedTokenizerBase, s
             "give a longer text or shorter windows"
         )
     return ids[: count * seqlen].view(count, seqlen)
+
+
+def calibration_statistics(windows: Tensor) -> dict[str, int]:
+    """Return how much text token windows (N, S) hold, and how varied it is."""
+    return {
+        "nsamples": windows.shape[0],
+        "seqlen": windows.shape[1],
+        "tokens": windows.numel(),
+        "distinct_tokens": windows.unique().numel(),
+    }
 
 
 class _DocumentPool:

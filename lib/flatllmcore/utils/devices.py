@@ -2,15 +2,18 @@
 
 import math
 import os
+import re
 import resource
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import InputError
 
+DEVICE_NAMES = "cpu, cuda or cuda:N"
 GIB = 2**30
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 
@@ -20,6 +23,11 @@ def best_device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))  # set where several processes are launched
+
+
+def is_device_name(name: Any) -> bool:
+    """Tell whether ``name`` is one of :data:`DEVICE_NAMES`, whatever this machine has."""
+    return isinstance(name, str) and re.fullmatch(r"cpu|cuda(:[0-9]+)?", name) is not None
 
 
 def parse_device(name: str | None) -> torch.device:
@@ -33,9 +41,9 @@ def parse_device(name: str | None) -> torch.device:
     try:
         device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device {name!r} is not usable here; use cpu, cuda or cuda:N") from error
+        raise InputError(f"device {name!r} is not usable here; use {DEVICE_NAMES}") from error
     if device.type not in ("cpu", "cuda"):
-        raise InputError(f"device {name!r} is not supported; use cpu, cuda or cuda:N")
+        raise InputError(f"device {name!r} is not supported; use {DEVICE_NAMES}")
     return device
 
 

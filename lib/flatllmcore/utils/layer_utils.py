@@ -132,7 +132,8 @@ def check_causal_lm(model: PreTrainedModel) -> None:
     """
     detect_architecture(model)
     family = family_of(model.config)
-    if type(model) not in (family.dense_causal_lm, family.causal_lm):
+    # The compressed class by name: another copy of this package, or a model folder's own files, have one of their own.
+    if type(model) is not family.dense_causal_lm and type(model).__name__ != family.causal_lm.__name__:
         expected = family.dense_causal_lm.__name__
         raise InputError(f"the model is a {type(model).__name__}; accepted of this family: {expected}")
     check_weights_present(model)
@@ -170,7 +171,9 @@ def check_sparsity(model: PreTrainedModel) -> float:
 
 
 def get_layer_dimensions(model: PreTrainedModel, architecture: str | None = None) -> dict[str, Any]:
-    """Return the sizes of the dense model, and the ``value_rank`` and ``mlp_width`` of each layer as it is.
+    """Return the sizes of the dense model, and what each layer has of them.
+
+    Per layer these are ``value_rank``, ``mlp_width`` and ``query_key_rank``, which is ``None`` where Q and K are whole.
 
     Args:
         model: Dense or compressed.
@@ -188,7 +191,13 @@ def get_layer_dimensions(model: PreTrainedModel, architecture: str | None = None
         **dimensions.to_dict(),
         "value_rank": [layer.self_attn.v_proj.out_features // dimensions.num_kv_heads for layer in layers],
         "mlp_width": [layer.mlp.down_proj.in_features for layer in layers],
+        "query_key_rank": [_rank_of(layer.self_attn.q_proj) for layer in layers],
     }
+
+
+def _rank_of(projection: DecoderModule) -> int | None:
+    """Return the rank of a projection's two factors; ``None`` for a whole one."""
+    return projection.up.shape[-1] if hasattr(projection, "up") else None
 
 
 def _dense_intermediate_size(config: PretrainedConfig) -> int:
