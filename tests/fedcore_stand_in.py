@@ -37,7 +37,7 @@ class Reassembler:
 
     @classmethod
     def _validate_device_consistency(cls, model):
-        cls.checked = True
+        cls.checked = getattr(cls, "checked", 0) + 1
         if len({parameter.device for parameter in model.parameters()}) > 1:
             raise RuntimeError("parameters are on more than one device")
 

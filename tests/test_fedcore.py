@@ -1,9 +1,7 @@
 """The library with FedCore: with a stand-in always, and with the checkout that FEDCORE_HOME names if it does."""
 
-import importlib.util
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,7 +18,7 @@ from flatllmcore.core.prune import compress_layers
 from flatllmcore.core.rank_allocation import RankAllocation
 from flatllmcore.core.stopwatch import Stopwatch
 from flatllmcore.utils.layer_utils import dimensions_from_config
-from python_process import LIBRARY, run_python
+from python_process import BLOCKED, LIBRARY, run_python
 
 REGISTER_AND_COMPRESS = """
 import sys
@@ -48,11 +46,13 @@ for registered in (FlatLLMReassembler, lambda: FlatLLMReassembler):
 assert len(sizes) == 1
 print("done")
 """
+# The stand-in counts the calls of its own check.
+DEVICES_WERE_CHECKED = "assert FlatLLMReassembler.checked == 2\n"
 
 
 def test_registered_as_class_or_maker_it_compresses(tmp_path):
     paths = [write_fedcore(tmp_path), LIBRARY]
-    assert run_python(REGISTER_AND_COMPRESS, paths).endswith("done\n")
+    assert run_python(REGISTER_AND_COMPRESS + DEVICES_WERE_CHECKED, paths).endswith("done\n")
 
 
 def test_registered_inside_fedcore_s_own_file_it_is_its_subclass(tmp_path):
@@ -104,25 +104,92 @@ def test_fedcore_loads_absorption_of_the_installed_package_as_a_module_without_o
     assert printed == "flatllmcore.core.absorption_compressor\nTrue\n"
 
 
+def copied(folder: Path) -> Path:
+    return Path(shutil.copytree(LIBRARY / "flatllmcore", folder, ignore=shutil.ignore_patterns("__pycache__")))
+
+
 def test_fedcore_loads_absorption_of_a_named_folder_as_a_module_without_a_package(tmp_path):
-    folder = tmp_path / "elsewhere" / "flat_llm_copy"
-    shutil.copytree(LIBRARY / "flatllmcore", folder, ignore=shutil.ignore_patterns("__pycache__"))
+    folder = copied(tmp_path / "elsewhere" / "flat_llm_copy")
     printed = run_python(ABSORB_BY_TOP_LEVEL_MODULE, [write_fedcore(tmp_path)], FLATLLM_PATH=str(folder))
     assert printed == "flat_llm_copy.core.absorption_compressor\nTrue\n"
 
 
-def test_absorption_of_one_copy_does_not_run_the_code_of_another(tmp_path):
-    """FLATLLM_PATH may name one copy while another has been imported."""
-    copy = tmp_path / "flatllmcore" / "core"
-    copy.mkdir(parents=True)
-    (copy / "absorption.py").write_bytes((LIBRARY / "flatllmcore" / "core" / "absorption.py").read_bytes())
-    spec = importlib.util.spec_from_file_location("absorption", copy / "absorption.py")
-    path = list(sys.path)
-    try:
-        with pytest.raises(ImportError, match="another copy"):
-            spec.loader.exec_module(importlib.util.module_from_spec(spec))
-    finally:
-        sys.path[:] = path
+WHICH_COPY = """
+import sys
+from pathlib import Path
+print(Path(sys.modules[AbsorptionCompressor.__module__].__file__).parents[1])
+"""
+
+
+def test_fedcore_loads_absorption_of_the_copy_inside_it_where_no_package_is_installed(tmp_path):
+    copy = copied(write_fedcore(tmp_path) / "fedcore" / "external" / "flatllmcore")
+    *printed, place = run_python(BLOCKED + ABSORB_BY_TOP_LEVEL_MODULE + WHICH_COPY, [tmp_path]).splitlines()
+    assert printed[-1] == "True"
+    assert place == str(copy)
+
+
+def test_absorption_takes_its_package_as_it_has_been_imported(tmp_path):
+    """Whatever its name is: no class exists twice."""
+    copy = copied(write_fedcore(tmp_path) / "fedcore" / "external" / "flatllmcore")
+    code = """
+from fedcore.external.flatllmcore import FlatLLMPruner
+from fedcore.external.flatllmcore.core.absorption import AbsorptionCompressor as imported_before
+from fedcore.flat_llm import AbsorptionCompressor
+assert AbsorptionCompressor is imported_before
+"""
+    printed = run_python(BLOCKED + code + WHICH_COPY, [tmp_path], FLATLLM_PATH=str(copy))
+    assert printed == f"{copy}\n"
+
+
+TWO_COPIES = """
+from pathlib import Path
+import flatllmcore
+print(Path(flatllmcore.__file__).parent)
+"""
+IN_TURNS = """
+import importlib
+from transformers import AutoModelForCausalLM
+other = importlib.import_module(AbsorptionCompressor.__module__.partition(".")[0])
+ours, theirs = flatllmcore.FlatLlamaForCausalLM, other.FlatLlamaForCausalLM
+assert type(model) is theirs is not ours
+
+# The library that was imported first understands what the other one made,
+options = {"cal_dataset": ids, "device": "cpu"}
+scores = flatllmcore.compute_layer_importance(model, **options)
+assert scores == other.compute_layer_importance(model, **options)
+assert flatllmcore.utils.get_layer_dimensions(model) == other.utils.get_layer_dimensions(model)
+try:
+    flatllmcore.apply_flat_llm(model, **options)
+except flatllmcore.InputError as error:
+    assert "compressed already" in str(error)
+else:
+    raise AssertionError("compressed twice")
+
+# saved models load as the classes of the first,
+model.save_pretrained("{folder}")
+reloaded = AutoModelForCausalLM.from_pretrained("{folder}", dtype=torch.float64)
+assert type(reloaded) is ours
+assert torch.equal(reloaded(ids).logits, model(ids).logits)
+
+# each makes models of its own class from its own config,
+assert type(AutoModelForCausalLM.from_config(reloaded.config)) is ours
+assert type(AutoModelForCausalLM.from_config(model.config)) is theirs
+
+# and takes the other's config.
+config = other.FlatLLMConfig(target_sparsity=0.4, **options)
+by_ours = flatllmcore.FlatLLMReassembler.reassemble(tiny_model(), None, config)
+by_theirs = other.FlatLLMReassembler.reassemble(tiny_model(), None, config)
+assert (type(by_ours), type(by_theirs)) == (ours, theirs)
+assert torch.equal(by_ours(ids).logits, by_theirs(ids).logits)
+"""
+
+
+def test_two_copies_in_one_process_do_not_disturb_each_other(tmp_path):
+    """FLATLLM_PATH names one copy while another of the same name has been imported."""
+    copy = copied(tmp_path / "elsewhere" / "flatllmcore")
+    code = TWO_COPIES + ABSORB_BY_TOP_LEVEL_MODULE + WHICH_COPY + IN_TURNS.replace("{folder}", str(tmp_path / "saved"))
+    printed = run_python(code, [write_fedcore(tmp_path), LIBRARY], FLATLLM_PATH=str(copy)).splitlines()
+    assert (printed[0], printed[-1]) == (str(LIBRARY / "flatllmcore"), str(copy))
 
 
 def absorb(model, ids, mask=None, layers=(0, 1), of_mlp=0.5, of_attention=0.5):

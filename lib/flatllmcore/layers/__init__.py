@@ -1,6 +1,9 @@
-"""Compressed model classes; importing this package makes them known to transformers' auto classes."""
+"""Compressed model classes; importing this package makes them known to transformers' auto classes.
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+Where two copies of this package are imported, the auto classes load models as those of the first.
+"""
+
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .families import FAMILIES, Family, family_of, head_dim_of
 from .flat_attention import attention_value_width
@@ -74,7 +77,7 @@ __all__ = [
 ]
 
 for _family in FAMILIES.values():
-    # exist_ok: a copy of this package inside another project may have registered its own classes before.
-    AutoConfig.register(_family.config.model_type, _family.config, exist_ok=True)
-    AutoModel.register(_family.config, _family.model, exist_ok=True)
-    AutoModelForCausalLM.register(_family.config, _family.causal_lm, exist_ok=True)
+    if _family.config.model_type not in CONFIG_MAPPING:  # else of a copy of this package that was there before
+        AutoConfig.register(_family.config.model_type, _family.config)
+    AutoModel.register(_family.config, _family.model)
+    AutoModelForCausalLM.register(_family.config, _family.causal_lm)
