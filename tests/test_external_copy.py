@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from python_process import BLOCKED, LIBRARY, run_python
+from user_document import SAMPLES
 
 PACKAGE = LIBRARY / "flatllmcore"
 # Not of the standard library, and likely to be imported in the process that puts these folders on its path.
@@ -41,15 +42,7 @@ assert type(reloaded) is type(model)
 assert torch.equal(reloaded(ids).logits, model(ids).logits)
 assert reloaded.num_parameters() < dense_size
 
-from {package}.utils import check_sparsity, get_layer_dimensions
-
-# Analyze current sparsity
-sparsity = check_sparsity(model)
-print(f"Current sparsity: {{sparsity:.4f}}")
-
-# Get model dimensions
-dimensions = get_layer_dimensions(model, "llama")
-print(f"Model dimensions: {{dimensions}}")
+{analysis}
 
 from {package}.core.absorption import AbsorptionCompressor
 from {package} import layers
@@ -62,7 +55,8 @@ assert not [name for name in sys.modules if name.partition(".")[0] == "flatllmco
 def test_a_copy_compresses_saves_and_reloads(package, tmp_path):
     copy = tmp_path.joinpath(*package.split("."))
     shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
-    code = COMPRESS.format(package=package, folder=tmp_path / "saved")
+    analysis = SAMPLES["Layer-specific analysis"].replace("external.flatllmcore", package)
+    code = COMPRESS.format(package=package, folder=tmp_path / "saved", analysis=analysis)
     sparsity, dimensions = run_python(BLOCKED + code, [tmp_path]).splitlines()
     assert sparsity.startswith("Current sparsity: 0.5")
     assert dimensions.startswith("Model dimensions: {'architecture': 'llama', 'num_layers': 2,")

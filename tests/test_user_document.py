@@ -7,6 +7,7 @@ import copy
 import math
 import re
 import sys
+from hashlib import sha256
 from pathlib import Path
 from types import ModuleType
 
@@ -37,10 +38,19 @@ from flatllmcore.layers import (
 from flatllmcore.utils import check_sparsity, data_utils, layer_utils, text_sources
 from python_process import LIBRARY, run_python
 from tiny_text import documents, word_tokenizer
+from user_document import SAMPLES
 
 TOKENIZER = word_tokenizer()
-_SAMPLES_FILE = Path(__file__).with_name("user_document_samples.md").read_text()
-SAMPLES = dict(re.findall(r"^## (.+?)\n\n```python\n(.+?)^```", _SAMPLES_FILE, re.M | re.S))
+# Of the document's code blocks themselves, so that no formatter changes the copies.
+DIGESTS = {
+    "Quick start: reassemble with a configuration": "c289344bd7ed8db7ea253e6d48c28d713df1c5919ac2cfbdc45ce7de49445933",
+    "Convenience functions": "0bd45b79d37d2a09d8c8b76a245cbe0ce2e53c3fbfaf2a6f135a1928f39af8f7",
+    "Integration with FedCore": "5c75f18028f8b30b70f8dc7d7afd604de8e6476be925cb336275369d7bb4607b",
+    "Architecture detection": "0dbd71998de614f996c719815a292d4c6cdfe3bb58bb1422e89849111018bf24",
+    "Custom importance computation": "69e03df9a512f32129468afecbdb535860c095042b6a5f011faa3b9a30d78f26",
+    "Layer-specific analysis": "b0ef137a3cc197154ff87fc459cb406aa4758db146caf7bef6f6d039a488d2ea",
+    "Compression statistics": "7bb77362533edc3d27f4c623caa4e8cc1e87d5af90b70d5c4561ab6489e922c8",
+}
 
 
 @pytest.fixture
@@ -139,17 +149,13 @@ print(type(model).__name__)
         assert float(ratio) == pytest.approx(2, abs=0.1)
         assert float(reduction) == pytest.approx(50, abs=3)
 
+    def test_every_sample_is_the_document_s_own_byte_for_byte(self):
+        assert {name: sha256(code.encode()).hexdigest() for name, code in SAMPLES.items()} == DIGESTS
+
     def test_every_sample_is_run(self):
-        assert len(SAMPLES) == 7
-        assert SAMPLES.keys() == {
-            "Quick start: reassemble with a configuration",
-            "Convenience functions",
-            "Integration with FedCore",
-            "Architecture detection",
-            "Custom importance computation",
-            "Layer-specific analysis",
-            "Compression statistics",
-        }
+        """Names in the tests above, and in no table that could be filled without running anything."""
+        source = Path(__file__).read_text().partition("class TestSamples")[2].partition("def test_every_sample_is")[0]
+        assert [name for name in SAMPLES if f'"{name}"' not in source] == []
 
 
 class TestComponents:
@@ -168,9 +174,26 @@ class TestComponents:
             assert {type(part) for part in model.model.layers} == {layer}
             assert {type(part.self_attn) for part in model.model.layers} == {attention}
 
-    def test_utilities(self):
-        assert callable(layer_utils.find_layers)
-        assert callable(data_utils.load_text)
+    def test_layer_utils_find_and_count(self):
+        model = tiny_model()
+        assert list(layer_utils.find_decoder_layers(model)) == list(model.model.layers)
+        names = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
+        assert sorted(layer_utils.find_layers(model.model.layers[0])) == sorted(names)
+        assert layer_utils.get_layer_dimensions(model)["mlp_width"] == [56, 56]
+
+    def test_utilities(self, tmp_path):
+        """Calibration data are prepared and described."""
+        (tmp_path / "text.txt").write_text("\n".join(documents(30)))
+        text = data_utils.load_text(str(tmp_path / "text.txt"), "train")
+        windows = data_utils.sample_documents(text, TOKENIZER, 6, 16, seed=1)
+        running_text = " ".join(documents(30) * 2)  # the last document is followed by the first
+        assert all(TOKENIZER.decode(window) in running_text for window in windows)
+        assert data_utils.calibration_statistics(windows) == {
+            "nsamples": 6,
+            "seqlen": 16,
+            "tokens": 96,
+            "distinct_tokens": len(set(windows.flatten().tolist())),
+        }
 
     @pytest.mark.parametrize("target", [0.2, 0.7])
     def test_compression_ratios(self, target, wikitext2):
@@ -184,6 +207,25 @@ class TestComponents:
         wide = {"intermediate_size": 800, "num_attention_heads": 2, "num_key_value_heads": 1}
         model = apply_flat_llm(tiny_model(**wide), TOKENIZER, target_sparsity=0.9)
         assert 0.9 <= check_sparsity(model) < 0.91
+
+    @pytest.mark.parametrize("preserve_qk_layers", [True, False])
+    def test_a_target_of_nothing_leaves_the_function_as_it_was(self, preserve_qk_layers, wikitext2):
+        """``target_sparsity`` goes from 0.0; oracle: the dense model's logits, bitwise."""
+        model = tiny_model(num_hidden_layers=3)
+        before = model(IDS).logits
+        pruner = FlatLLMPruner(model, TOKENIZER, target_sparsity=0.0, preserve_qk_layers=preserve_qk_layers)
+        assert pruner.prune_model() is model
+        assert torch.equal(model(IDS).logits, before)
+        assert pruner.get_compression_stats()["sparsity"] == check_sparsity(model) == 0
+        assert [layer["keep"] for layer in pruner.get_compression_stats()["layers"]] == [1, 1, 1]
+        assert {type(layer) for layer in model.model.layers} == {FlatLlamaDecoderLayer}
+
+    @pytest.mark.parametrize(("preserve_qk_layers", "largest"), [(True, 76), (False, 99)])
+    def test_a_target_of_everything_is_refused_with_the_largest_possible(self, preserve_qk_layers, largest):
+        """``target_sparsity`` goes to 1.0. No text is read for it: none is at hand here."""
+        config = FlatLLMConfig(target_sparsity=1.0, preserve_qk_layers=preserve_qk_layers)
+        with pytest.raises(InputError, match=f"removing 100 % .* the largest possible target is {largest} %"):
+            FlatLLMReassembler.reassemble(tiny_model(), TOKENIZER, config)
 
 
 SMALL = {"cal_nsamples": 24, "seqlen": 32, "device": "cpu", "cal_dataset": documents(120)}
@@ -223,13 +265,29 @@ class TestTraps:
         assert check_sparsity(model) == pytest.approx(0.2, abs=0.04)
 
     def test_weights_shrink_and_so_do_the_statistics(self, pair):
-        dense, compressed = pair
-        for before, after in zip(dense.model.layers, compressed.model.layers, strict=True):
-            for name in ("self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"):
-                assert after.get_submodule(name).weight.numel() <= before.get_submodule(name).weight.numel()
+        """Oracle: the shapes that ranks and widths below the dense ones give, at H = 4, G = 2, d = 12, D = 32."""
+        for layer in pair[1].model.layers:
+            r, k = layer.self_attn.value_head_dim, layer.mlp.down_proj.in_features
+            assert r < 12
+            assert k < 56
+            assert {name: tuple(weight.shape) for name, weight in layer.named_parameters() if weight.ndim > 1} == {
+                "self_attn.q_proj.weight": (48, 32),
+                "self_attn.k_proj.weight": (24, 32),
+                "self_attn.v_proj.weight": (2 * r, 32),
+                "self_attn.o_proj.weight": (32, 4 * r),
+                "mlp.gate_proj.weight": (k, 32),
+                "mlp.up_proj.weight": (k, 32),
+                "mlp.down_proj.weight": (32, k),
+            }
         pruner = FlatLLMPruner(tiny_model(), TOKENIZER, target_sparsity=0.5, **SMALL)
         pruner.prune_model()
         assert pruner.get_compression_stats()["compression_ratio"] > 1.9
+
+    def test_queries_and_keys_are_bitwise_the_dense_ones(self, pair):
+        dense, compressed = (model.state_dict() for model in pair)
+        kept = [name for name in dense if "q_proj" in name or "k_proj" in name]
+        assert len(kept) == 2 * 2 * (2 if "model.layers.0.self_attn.q_proj.bias" in dense else 1)
+        assert [name for name in kept if not torch.equal(compressed[name], dense[name])] == []
 
     def test_calibration_data_decide_the_weights(self):
         """Oracle: tests/oracle.py on the very windows given."""
@@ -279,14 +337,22 @@ class TestTraps:
         reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)
         assert torch.equal(reloaded(IDS).logits, model(IDS).logits)
 
-    def test_biases_and_head_width_are_those_of_the_weights(self, pair):
-        """Heads are 12 wide, which is not hidden size over heads."""
-        _, model = pair
-        for layer in model.model.layers:
-            attention = layer.self_attn
-            assert attention.head_dim == 12
-            for linear in (attention.v_proj, layer.mlp.up_proj, layer.mlp.gate_proj):
-                assert linear.bias is None or linear.bias.shape == (linear.out_features,)
+    @pytest.mark.parametrize("pair", ["llama"], indirect=True)
+    def test_biases_go_the_way_of_their_weights(self, pair):
+        """Oracle: the map from old rows to new, recovered from the weights; heads are 12 wide, not 32 / 4."""
+        for before, after in zip(pair[0].model.layers, pair[1].model.layers, strict=True):
+            dense, flat = before.self_attn, after.self_attn
+            W, b = dense.v_proj.weight.view(2, 12, 32), dense.v_proj.bias.view(2, 12, 1)
+            Q_T = flat.v_proj.weight.view(2, -1, 32) @ torch.linalg.pinv(W)  # (G, r, d)
+            torch.testing.assert_close(Q_T @ Q_T.mT, torch.eye(flat.value_head_dim).double().expand(2, -1, -1))
+            torch.testing.assert_close(flat.v_proj.bias, (Q_T @ b).flatten())
+            for name in ("gate_proj", "up_proj"):
+                dense, flat = before.mlp.get_submodule(name), after.mlp.get_submodule(name)
+                kept = (flat.weight[:, None] == dense.weight).all(-1).nonzero()[:, 1]
+                assert len(kept) == flat.out_features
+                assert torch.equal(flat.bias, dense.bias[kept])
+            for name in ("self_attn.o_proj.bias", "mlp.down_proj.bias"):
+                assert torch.equal(after.get_parameter(name), before.get_parameter(name))
 
     def test_no_weight_is_forced_to_half_precision(self, pair):
         assert {parameter.dtype for parameter in pair[1].parameters()} == {torch.float64}
