@@ -7,6 +7,7 @@ the dtype: that, not the method, is what the tolerances of 1e-5 allow for.
 import copy
 import math
 from collections import Counter
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -227,6 +228,34 @@ def test_gradient_importance_equals_finite_differences(model, windows):
             for unit in range(32)
         )
         assert found[layer] == pytest.approx(total / (2 * epsilon) / windows.numel(), rel=2e-3)
+
+
+class CountingSource(ModelInMemory):
+    """Notes which layers are lent, and how many are out at a time."""
+
+    def __init__(self, model):
+        super().__init__(model, CPU)
+        self.lent, self.out, self.most_out = [], 0, 0
+
+    @contextmanager
+    def layer(self, index):
+        self.lent.append(index)
+        self.out += 1
+        self.most_out = max(self.most_out, self.out)
+        with super().layer(index) as layer:
+            yield layer
+        self.out -= 1
+
+
+@pytest.mark.parametrize(
+    ("method", "lent"),
+    [("angular", [0, 1, 2]), ("gradient", 3 * [0, 1, 2, 2, 1])],  # 24 windows are three batches of 8
+)
+def test_importance_borrows_one_layer_at_a_time(method, lent, windows):
+    source = CountingSource(tiny_model(num_hidden_layers=3))
+    layer_importance(source, windows, 8, Stopwatch(CPU), method)
+    assert source.lent == lent
+    assert (source.most_out, source.out) == (1, 0)
 
 
 def test_an_unknown_importance_method_is_refused_by_name(model, windows):
