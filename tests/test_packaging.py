@@ -58,7 +58,9 @@ def python_with_wheel(wheel, tmp_path_factory) -> Path:
     venv.create(folder, with_pip=False)
     python = folder / "bin" / "python"
     pip = [sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check"]
-    checked_output(*pip, "install", "--no-deps", "--no-index", wheel)
+    # A PYTHONPATH that leads to an editable installation would have pip find the package installed already.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    checked_output(*pip, "install", "--no-deps", "--no-index", wheel, env=environment)
     (site_packages,) = folder.glob("lib/python*/site-packages")
     # Folders that a .pth file names have their own .pth files left alone, and so an editable installation unseen.
     others = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
