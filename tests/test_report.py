@@ -297,7 +297,7 @@ class TestOtherRuns:
         assert ratio[5:] == ["1.20 (1.15–1.31)", "1.22", "1.19 (1.10–1.25)", "1.24"]
         assert memory[1] == [*first, "6,000", "2,048.00", "512.00", "3,072.00"]
         assert "Medians of 9 interleaved repeats" in text
-        assert "protocol grid, bfloat16, attention sdpa, static cache" in text
+        assert "protocol grid, bfloat16, sdpa, static cache" in text
 
     def test_what_was_not_measured_is_left_out_of_a_cell(self, tmp_path):
         cell = SLICEGPT_CELL | {"peak_memory_bytes": None, "predicted": None}
@@ -335,12 +335,12 @@ class TestPictures:
         models = [DENSE_MODEL, *(SMALL_MODEL | {"model": n, "achieved_sparsity_percent": p} for n, p in names)]
         cells = [TIMING["cells"][1] | {"model": number} for number in range(1, 5)]
         path = saved(tmp_path, "a", TIMING, models=[m | {"weight_memory_bytes": 1} for m in models], cells=cells)
-        lines = plots.speedup_lines(read_runs([path]))
+        lines = plots.speedup_lines(read_runs([path])[0])
         assert list(lines) == ["prefill", "decoding"]
         removed = {label: [point[0] for point in points] for label, points in lines["decoding"].items()}
         setting = "batch 8, 512 + 64 tokens"
-        assert removed == {f"run 1, m1: {setting}": [20.1, 50.2], f"run 1, m8: {setting}": [20.0, 50.0]}
-        predicted = lines["prefill"][f"run 1, m1: {setting}"][0][2]
+        assert removed == {f"m1, {setting}": [20.1, 50.2], f"m8, {setting}": [20.0, 50.0]}
+        predicted = lines["prefill"][f"m1, {setting}"][0][2]
         assert predicted == 1.22
 
 

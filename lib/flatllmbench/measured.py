@@ -204,18 +204,21 @@ def speed_tables(runs: Iterable[Run]) -> str:
     """Return time, ratios and memory for every run that measured speed."""
     parts = []
     for number, run in enumerate(of_kind(runs, Timing), 1):
-        names = [*(["torch.compile"] if run.compiled else []), *(["static cache"] if run.static_cache else [])]
-        options = ", ".join([f"protocol {run.protocol}", run.dtype, f"attention {run.attention}", *names])
-        heading = f"Run {number}: {run.models[0].model}, {options}, {run.hardware.device}"
         facts = [f"Medians of {_repeats(run)} interleaved repeats, lower and upper quartile in brackets."]
         parts += [
-            f"### {escaped(heading)}\n",
+            f"### {escaped(heading_of_timing(number, run))}\n",
             markdown_table(_TIME_HEADER, _rows_of(run, run.cells, _times)),
             markdown_table(_RATIO_HEADER, _rows_of(run, [cell for cell in run.cells if cell.decode_speedup], _ratios)),
             markdown_table(_MEMORY_HEADER, _rows_of(run, run.cells, _memory)),
             _facts([*facts, *_machines([run])], [run]),
         ]
     return "\n".join(parts) or f"{NOT_RUN}: no record of speed\n"
+
+
+def heading_of_timing(number: int, run: Timing) -> str:
+    options = {"torch.compile": run.compiled, "static cache": run.static_cache}
+    used = [f"protocol {run.protocol}", run.dtype, run.attention, *(name for name, is_on in options.items() if is_on)]
+    return f"Run {number}: {run.models[0].model}, {', '.join(used)}, {run.hardware.device}"
 
 
 def _compression_rows(runs: Sequence[Compression]) -> Iterator[tuple[str, ...]]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from flatllmcore.utils.files import write_atomically
 
-from .measured import name_of_run, sweeps
+from .measured import heading_of_timing, name_of_run, sweeps
 from .runs import Cell, Compression, Model, Run, Scoring, Spread, Timing, of_kind
 
 if TYPE_CHECKING:  # matplotlib loads where it is used
@@ -51,8 +51,8 @@ def pictures_of(runs: Sequence[Run]) -> dict[str, bytes]:
         pictures["kept_share.png"] = draw_kept_shares(compressions)
     if staged := [run for run in runs if isinstance(run, Scoring | Compression)]:
         pictures["time.png"] = draw_time(staged)
-    if lines := speedup_lines(of_kind(runs, Timing)):
-        pictures["speedup.png"] = draw_speedup(lines)
+    if timed := [run for run in of_kind(runs, Timing) if speedup_lines(run)]:
+        pictures["speedup.png"] = draw_speedup(timed)
     return pictures
 
 
@@ -140,17 +140,16 @@ def draw_time(runs: Sequence[Scoring | Compression]) -> bytes:
 Point = tuple[float, Spread, float | None]
 
 
-def speedup_lines(runs: Sequence[Timing]) -> dict[str, dict[str, list[Point]]]:
+def speedup_lines(run: Timing) -> dict[str, dict[str, list[Point]]]:
     """Return, for prefill and decoding, the points by rising share removed of every setting that has ratios."""
     lines: dict[str, dict[str, list[Point]]] = {stage: defaultdict(list) for stage in ("prefill", "decoding")}
-    for number, run in enumerate(runs, 1):
-        for cell in run.cells:
-            model = run.models[cell.model]
-            setting = f"batch {cell.batch_size}, {cell.prompt_length} + {cell.new_tokens} tokens"
-            label = f"run {number}{_variant(model, run.models[0].model)}: {setting}"
-            for stage, spread, predicted in _ratios(cell):
-                if spread is not None:
-                    lines[stage][label].append((model.achieved_sparsity_percent, spread, predicted))
+    for cell in run.cells:
+        model = run.models[cell.model]
+        setting = f"batch {cell.batch_size}, {cell.prompt_length} + {cell.new_tokens} tokens"
+        label = ", ".join([*_variant(model, run.models[0]), setting])
+        for stage, spread, predicted in _ratios(cell):
+            if spread is not None:
+                lines[stage][label].append((model.achieved_sparsity_percent, spread, predicted))
     return {
         stage: {label: sorted(points, key=lambda point: point[0]) for label, points in settings.items()}
         for stage, settings in lines.items()
@@ -158,10 +157,10 @@ def speedup_lines(runs: Sequence[Timing]) -> dict[str, dict[str, list[Point]]]:
     }
 
 
-def _variant(model: Model, dense: str) -> str:
-    """Return what a name says beside the dense model's and the share removed: ``, m8`` for ``llama-20-m8``."""
-    rest = re.sub(r"^-\d+-?", "", model.model.removeprefix(dense))
-    return f", {rest}" if rest else ""
+def _variant(model: Model, dense: Model) -> list[str]:
+    """Return what a name says beside the dense model's and the share removed: ``m8`` of ``llama-20-m8``."""
+    rest = re.sub(r"^-\d+-?", "", model.model.removeprefix(dense.model))
+    return [rest] if rest else []
 
 
 def _ratios(cell: Cell) -> Iterable[tuple[str, Spread | None, float | None]]:
@@ -170,38 +169,45 @@ def _ratios(cell: Cell) -> Iterable[tuple[str, Spread | None, float | None]]:
     yield "decoding", cell.decode_speedup, predicted.decode_speedup_bytes if predicted else None
 
 
-def draw_speedup(lines: Mapping[str, Mapping[str, Sequence[Point]]]) -> bytes:
-    """Draw speed-up over share removed, a panel per stage, with quartiles as bars and predictions dashed."""
+def draw_speedup(runs: Sequence[Timing]) -> bytes:
+    """Draw speed-up over share removed, a row per run and a panel per stage, with quartiles; predictions are dashed."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import PercentFormatter
 
-    labels = list(dict.fromkeys(label for settings in lines.values() for label in settings))
-    figure = Figure(figsize=(4 + 4 * (len(lines) - 1), 3.8 + 0.2 * len(labels)), layout="constrained")
-    panels = figure.subplots(1, len(lines), squeeze=False, sharey=True)[0]
-    figure.suptitle("Speed-up against the share removed", **_HEADLINE)
-    for axes, (stage, settings) in zip(panels, lines.items(), strict=True):
-        for label, points in settings.items():
-            color = f"C{labels.index(label) % 10}"
-            removed = [point[0] for point in points]
-            median = [spread.median for _, spread, _ in points]
-            below = [spread.median - spread.low for _, spread, _ in points]
-            above = [spread.high - spread.median for _, spread, _ in points]
-            axes.errorbar(removed, median, (below, above), color=color, label=label, marker="o", capsize=3)
-            expected = [(x, predicted) for x, _, predicted in points if predicted is not None]
-            if expected:
-                axes.plot(*zip(*expected, strict=True), color=color, linestyle="--", linewidth=1)
-        axes.axhline(1, color="0.4", linewidth=0.8)
-        axes.set_title(stage)
-        axes.margins(x=0.08)
-        axes.xaxis.set_major_formatter(PercentFormatter(decimals=0, symbol=" %"))
-        axes.set_xlabel("decoder-layer weights removed")
-        _tidy(axes)
-    panels[0].set_ylabel("dense time / compressed time")
-    handles = {label: line for axes in panels for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    (dashed,) = panels[0].plot([], [], color="0.4", linestyle="--", linewidth=1)
-    handles["predicted"] = dashed
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2, frameon=False)
+    figure = Figure(figsize=(9, 4.6 * len(runs)), layout="constrained")
+    rows = figure.subfigures(len(runs), squeeze=False)[:, 0]
+    for number, (row, run) in enumerate(zip(rows, runs, strict=True), 1):
+        lines = speedup_lines(run)
+        row.suptitle(_text(heading_of_timing(number, run), longest=90), **_HEADLINE)
+        panels = row.subplots(1, len(lines), squeeze=False, sharey=True)[0]
+        colors = {label: f"C{place}" for place, label in enumerate(lines["decoding"])}
+        for axes, (stage, settings) in zip(panels, lines.items(), strict=True):
+            _draw_speedup(axes, settings, colors)
+            axes.set_title(stage)
+        panels[0].set_ylabel("dense time / compressed time")
+        panels[-1].plot([], [], color="0.4", linestyle="--", linewidth=1, label="predicted")
+        handles, labels = panels[-1].get_legend_handles_labels()
+        row.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     return _png(figure)
+
+
+def _draw_speedup(axes: "Axes", settings: Mapping[str, Sequence[Point]], colors: Mapping[str, str]) -> None:
+    from matplotlib.ticker import MultipleLocator, PercentFormatter
+
+    for label, points in settings.items():
+        removed = [point[0] for point in points]
+        median = [spread.median for _, spread, _ in points]
+        below = [spread.median - spread.low for _, spread, _ in points]
+        above = [spread.high - spread.median for _, spread, _ in points]
+        axes.errorbar(removed, median, (below, above), color=colors[label], label=_text(label), marker="o", capsize=3)
+        expected = [(x, predicted) for x, _, predicted in points if predicted is not None]
+        if expected:
+            axes.plot(*zip(*expected, strict=True), color=colors[label], linestyle="--", linewidth=1)
+    axes.axhline(1, color="0.4", linewidth=0.8)
+    axes.set_xlim(0, 1.08 * max(point[0] for points in settings.values() for point in points))
+    axes.xaxis.set_major_formatter(PercentFormatter(decimals=0, symbol=" %"))
+    axes.xaxis.set_major_locator(MultipleLocator(10))
+    axes.set_xlabel("decoder-layer weights removed")
+    _tidy(axes)
 
 
 def _draw_kept_share(axes: "Axes", keep_by_target: Mapping[Any, Sequence[float]]) -> None:
