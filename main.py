@@ -14,7 +14,9 @@ import hashlib
 import json
 import logging
 import math
+import os
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -48,14 +50,6 @@ from flatllmcore.core.checkpoint_sink import CheckpointSink, partial_folder
 from flatllmcore.core.checkpoint_source import CheckpointSource
 from flatllmcore.core.importance import layer_importance
 from flatllmcore.core.importance_scores import ImportanceScores
-from flatllmcore.core.processes import (
-    OtherProcessError,
-    is_first_failure,
-    is_first_process,
-    process_count,
-    process_group,
-    told_by_first,
-)
 from flatllmcore.core.prune import compress_layers
 from flatllmcore.core.rank_allocation import RankAllocation, prunable_keep_ratio
 from flatllmcore.core.rank_files import IMPORTANCE_FILE, find_ranks, ranks_file
@@ -73,6 +67,14 @@ from flatllmcore.utils.data_utils import (
 from flatllmcore.utils.devices import check_whole_model_fits, parse_device, peak_memory_gib
 from flatllmcore.utils.files import check_disk_space
 from flatllmcore.utils.loading import generation_config_file
+from flatllmcore.utils.processes import (
+    OtherProcessError,
+    is_first_failure,
+    is_first_process,
+    process_count,
+    process_group,
+    told_by_first,
+)
 
 logger = logging.getLogger("flatllm")
 
@@ -82,7 +84,7 @@ PUBLISHED_NSAMPLES = {"bi": 128, "flatllm": 256}
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; return its exit status: 0, or 2 after one line on stderr about unusable input."""
     args = parse_arguments(argv, __doc__ or "")
-    command = shlex.join(["python", "main.py", *(sys.argv[1:] if argv is None else argv)])
+    command = command_line(sys.argv[1:] if argv is None else argv)
     try:
         device = parse_device(args.device)
     except InputError as error:
@@ -95,23 +97,33 @@ def main(argv: Sequence[str] | None = None) -> int:
                     score(args, command)
                 else:
                     compress(args, command)
-        except InputError as error:
-            return complain_once(str(error))
-        except OtherProcessError as error:
-            return complain_once(str(error))
+        except (InputError, OtherProcessError) as error:
+            return complain_once(error)
         except KeyboardInterrupt:
-            return complain_once(f"interrupted; {finished(args)}; go on with: {command}")
+            return complain_once(InputError(f"interrupted; {finished(args)}; go on with: {command}"))
         except OSError as error:
             if error.errno not in UNUSABLE_PLACE:
                 raise
             place = error.filename or args.save  # a log that cannot be written does not say its name
-            return complain_once(f"{error.strerror}: {place}; {finished(args)}; mend that and run: {command}")
+            message = f"{error.strerror}: {place}; {finished(args)}; mend that and run: {command}"
+            return complain_once(InputError(message))
     return 0
 
 
-def complain_once(message: str) -> int:
-    """Say what was unusable, unless another process has said something; return the exit status."""
-    return complain(message) if is_first_failure() else 2
+def command_line(argv: Sequence[str]) -> str:
+    """Return what to type for this run, with as many processes."""
+    count = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    start = ["python"] if count == "1" else ["torchrun", "--nproc_per_node", count]
+    return shlex.join([*start, "main.py", *argv])
+
+
+def complain_once(error: InputError | OtherProcessError) -> int:
+    """Say what was wrong, unless another process has said something; return the exit status."""
+    try:
+        is_first = is_first_failure()
+    except OtherProcessError:  # with the process that counts; its own failure is not this one's to tell
+        is_first = isinstance(error, InputError)
+    return complain(str(error)) if is_first else 2
 
 
 def finished(args: argparse.Namespace) -> str:
@@ -163,6 +175,7 @@ def compress(args: argparse.Namespace, command: str) -> None:
             with setup.stopwatch.stage("write"):
                 generation_config = generation_config_file(args.model, args.cache_dir)
                 partial = sink.complete(source, flat_config, generation_config, setup.tokenizer)
+            del source  # the dense model makes room
             written = CheckpointSource(partial, setup.device, storage=setup.storage)
             compressed = compressed_perplexity(setup, written, test_windows, dense)
             result = {
@@ -251,6 +264,8 @@ def output_folder(args: argparse.Namespace) -> Iterator[Path]:
         yield args.save_model
         return
     with ExitStack() as stack:
+        if args.offload_folder is not None:
+            args.offload_folder.mkdir(parents=True, exist_ok=True)
         made = told_by_first(
             lambda: stack.enter_context(TemporaryDirectory(prefix="flat-llm-", dir=args.offload_folder))
         )
@@ -414,4 +429,5 @@ def costs(setup: Setup, started: float) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that temporary folders go
     sys.exit(main())

@@ -565,7 +565,7 @@ def test_a_disk_that_fills_up_leaves_what_to_go_on_from(here, capfd, monkeypatch
         assert run("--save_model", "out/new") == 2
     line = capfd.readouterr().err
     assert line.startswith("error: No space left on device: ")
-    assert "finished layers in out/new.partial; mend that and run: python main.py" in line
+    assert "/out/new.partial; mend that and run: python main.py" in line
     partial = sum(path.stat().st_size for path in Path("out/new.partial").glob("*.safetensors"))
     missing = sum(weight.nbytes for weight in weights(MODEL).values()) - partial
     usage = shutil.disk_usage("/")
@@ -610,8 +610,8 @@ def test_an_interrupted_run_says_how_to_go_on_and_its_command_then_succeeds(here
         patch.setattr(prune, "solve_layer", interrupt_second)
         assert run(*argv) == 2
     line = capfd.readouterr().err
-    assert line.startswith("error: interrupted; scores and ranks finished so far stay in new, finished layers in out/")
-    assert "new.partial; go on with: python main.py" in line
+    assert line.startswith("error: interrupted; scores and ranks finished so far stay in new, finished layers in /")
+    assert "/out/new.partial; go on with: python main.py" in line
     assert line.count("\n") == 1
     assert line.rstrip().endswith("--bi_score new --save_model out/new")
     assert set(os.listdir("new")) == {"importance.json", "ranks_30.json"}

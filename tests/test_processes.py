@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -53,8 +54,9 @@ def assert_equal_up_to_rounding(found: Path, expected: Path) -> None:
     record, expected_record = (json.loads((f / RECORD).read_text()) for f in (found, expected))
     for kind in ("dense", "compressed"):
         assert record["perplexity"][kind] == pytest.approx(expected_record["perplexity"][kind], rel=1e-6)
-    expected_weights = weights(expected)
-    for name, weight in weights(found).items():
+    found_weights, expected_weights = weights(found), weights(expected)
+    assert found_weights.keys() == expected_weights.keys()
+    for name, weight in found_weights.items():
         other = expected_weights[name]
         if "gate_proj" in name or "up_proj" in name:  # rows of the dense matrix: the same channels are kept
             assert torch.equal(weight, other), name
@@ -88,8 +90,9 @@ def test_a_stopped_group_goes_on_to_the_same_bytes(run, inputs, tmp_path):
     folder = tmp_path / "stopped"
     shutil.copytree(inputs, folder)
     statuses, errors = process_groups.run_group(2, argv, folder, stop_at_layer_1)
-    assert 0 not in statuses
+    assert statuses == [2, 2]
     assert "interrupted" in errors
+    assert f"go on with: torchrun --nproc_per_node 2 main.py {shlex.join(argv)}" in errors
     assert (folder / "out.partial").is_dir()
     assert process_groups.run_group(2, argv, folder) == ([0, 0], "")
     files, expected = ({p.name: p.read_bytes() for p in (f / "out").iterdir()} for f in (folder, straight))

@@ -13,12 +13,12 @@ from typing import Any
 import huggingface_hub
 import transformers
 
-from flatllmcore.core.processes import is_first_process
 from flatllmcore.core.rank_allocation import check_sparsity_ratio
 from flatllmcore.core.rank_files import IMPORTANCE_FILE
 from flatllmcore.errors import InputError
 from flatllmcore.utils.checkpoint import check_output_folder
 from flatllmcore.utils.data_utils import has_test_split
+from flatllmcore.utils.processes import is_first_process
 
 # What a user can mend about a place that cannot be written to.
 UNUSABLE_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOTDIR, errno.EEXIST)
@@ -267,7 +267,7 @@ def logging_to(path: Path) -> Iterator[None]:
     package_loggers = [logging.getLogger(name) for name in ("flatllm", "flatllmcore", "flatllmbench")]
     for package_logger in package_loggers:
         package_logger.setLevel(logging.INFO if is_first_process() else logging.CRITICAL)
-    handlers = (logging.StreamHandler(sys.stdout), LogFile(path, delay=True))
+    handlers = (logging.StreamHandler(sys.stdout), LogFile(path, delay=True)) if is_first_process() else ()
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
         logging.getLogger().addHandler(handler)

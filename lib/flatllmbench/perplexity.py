@@ -8,8 +8,8 @@ from torch.nn.functional import cross_entropy
 
 from flatllmcore.core.calibration import LayerSource
 from flatllmcore.core.hidden_states import HiddenStates
-from flatllmcore.core.processes import own_share, sum_of_numbers
 from flatllmcore.core.stopwatch import Stopwatch
+from flatllmcore.utils.processes import own_share, sum_of_numbers
 from flatllmcore.utils.progress import progress
 
 _LOGIT_ROWS = 1024  # a vocabulary of 128,256 makes half a gigabyte of float32 of them

@@ -2,12 +2,12 @@
 
 import argparse
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 from flatllmcore.core.calibration import LayerSource, ModelInMemory, default_batch_size
 from flatllmcore.core.checkpoint_source import CheckpointSource
 from flatllmcore.core.hidden_states import StatesStorage
-from flatllmcore.core.processes import local_process_count, process_count
 from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector
 from flatllmcore.core.stopwatch import Stopwatch
 from flatllmcore.utils.calibration_windows import window_length
@@ -15,6 +15,7 @@ from flatllmcore.utils.checkpoint import count_parameters
 from flatllmcore.utils.devices import GIB, free_host_memory, parse_device
 from flatllmcore.utils.layer_utils import dimensions_from_config, load_config
 from flatllmcore.utils.loading import load_model, load_tokenizer
+from flatllmcore.utils.processes import local_process_count, process_count, told_by_first
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ class Setup:
         )
         self.stopwatch = Stopwatch(self.device)
         self.tokenizer = load_tokenizer(args.model, cache_dir=args.cache_dir)
-        free = free_host_memory() // local_process_count()
+        free = told_by_first(lambda: free_host_memory() // local_process_count())  # all choose the same
         self.storage = StatesStorage(
             free if args.host_memory_gib is None else int(args.host_memory_gib * GIB), args.offload_folder
         )
@@ -72,7 +73,8 @@ class Setup:
             return self.checkpoint
         with self.stopwatch.stage("load"):
             model = load_model(self.args.model, dtype=self.args.dtype, cache_dir=self.args.cache_dir)
-        return ModelInMemory(model, self.device, self.storage)
+        left = replace(self.storage, host_memory_bytes=self.storage.host_memory() - weights)
+        return ModelInMemory(model, self.device, left)
 
     def _plan(self, weights: int, out_of_core: bool, nsamples: int) -> str:
         dimensions = self.dimensions
@@ -82,9 +84,12 @@ class Setup:
         moments = 8 * (dimensions.intermediate_size**2 + dimensions.num_kv_heads * dimensions.head_dim**2)
         held = f"read from disk, layer by layer, two of {_gib(layer)} at a time" if out_of_core else "in host memory"
         place = {"device": f"on {self.device}", "host": "in host memory", "file": "in a file"}
+        storage = self.storage
+        if not out_of_core:
+            storage = replace(storage, host_memory_bytes=storage.host_memory() - weights)
         return (
             f"{_gib(weights)} of weights {held} ({_gib(self.storage.host_memory())} of it planned with); "
-            f"{_gib(states)} of hidden states {place[self.storage.place(states, self.device)]}; "
+            f"{_gib(states)} of hidden states {place[storage.place(states, self.device)]}; "
             f"{_gib(moments)} of moments on {self.device}, three times that while the MLP is solved"
         )
 

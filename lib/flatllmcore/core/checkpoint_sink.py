@@ -1,5 +1,6 @@
 """A folder as sink: each compressed layer goes to its final shard, and a run that was stopped goes on from there."""
 
+import errno
 import fcntl
 import json
 import logging
@@ -25,18 +26,21 @@ from ..utils.checkpoint import check_output_folder, put_in_place
 from ..utils.files import flush_to_disk, naming_full_disk, write_atomically
 from ..utils.json_fields import read_json_object
 from ..utils.loading import empty_causal_lm
+from ..utils.processes import is_first_process, told_by_first, wait_for_all
 from .calibration import LayerSource
-from .processes import is_first_process, told_by_first, wait_for_all
 from .prune import LayerRecord
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "flat_llm.json"
+_LOCK = ".lock"
+_NO_LOCKS = (errno.EBADF, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _LAYERS_PREFIX = "model.layers."  # as the model classes of all families name them
 
 
 def partial_folder(folder: Path) -> Path:
     """Return where a model is written until it is whole."""
+    folder = folder.resolve()
     return folder.with_name(f"{folder.name}.partial")
 
 
@@ -45,8 +49,8 @@ class CheckpointSink:
 
     Used as a context manager, that locks the partial folder: another run's is refused, and a dead run holds nothing.
     What is there already, of the same request, is kept: the finished layers are in :attr:`finished`, results that
-    were worth remembering in :attr:`results`. Where the block ends by an :class:`InputError`, the partial folder is
-    removed, since the same would come of it again; where it ends by anything else, it stays to go on from.
+    were worth remembering in :attr:`results`. Where the block ends by an error, the partial folder stays to go on from,
+    unless there is nothing in it worth that.
 
     In a group of processes the first one writes; the others must see the same file system.
 
@@ -58,7 +62,7 @@ class CheckpointSink:
     """
 
     def __init__(self, folder: Path, num_layers: int, request: Mapping[str, Any], overwrite: bool = False) -> None:
-        self.folder = folder.absolute()
+        self.folder = folder.resolve()  # a link stays one
         self.partial = partial_folder(self.folder)
         self.num_layers = num_layers
         self.request = json.loads(json.dumps(request))
@@ -89,18 +93,19 @@ class CheckpointSink:
     ) -> None:
         if self._lock is None:  # not the first process
             return
-        if isinstance(error, InputError) or (error is not None and not self.finished):
-            shutil.rmtree(self.partial)
+        if error is not None and not self.finished and not self.results:
+            self._discard()
         elif error is not None:
             logger.info("%d of %d layers are finished in %s", len(self.finished), self.num_layers, self.partial)
         self._unlock()
 
     def put(self, index: int, layer: FlatDecoderLayer, record: LayerRecord) -> None:
-        self.finished[index] = record
+        finished = self.finished | {index: record}
         if is_first_process():
             weights = {f"{_LAYERS_PREFIX}{index}.{name}": weight for name, weight in layer.named_parameters()}
             self._write_shard(1 + index, weights)
-            self._write_manifest()
+            self._write_manifest(finished, self.results)
+        self.finished = finished
 
     def weights(self, index: int) -> dict[str, Tensor]:
         with safe_open(self._shard(1 + index), "pt") as shard:
@@ -109,9 +114,9 @@ class CheckpointSink:
 
     def remember(self, name: str, result: Any) -> None:
         """Keep a result, as JSON takes it, for a run that goes on from here."""
-        self.results[name] = result
+        self.results = self.results | {name: result}
         if is_first_process():
-            self._write_manifest()
+            self._write_manifest(self.finished, self.results)
 
     def complete(
         self,
@@ -129,9 +134,8 @@ class CheckpointSink:
             tokenizer: The model's.
         """
         if is_first_process():
-            before_layers, after_layers = source.weights_beside_layers()
-            self._write_shard(0, before_layers)
-            self._write_shard(1 + self.num_layers, after_layers)
+            for number, weights in zip((0, 1 + self.num_layers), source.weights_beside_layers(), strict=True):
+                self._write_shard(number, weights)
             with naming_full_disk(self.partial):
                 self._write_index()
                 _save_config(flat_config, source.dtype, self.partial)
@@ -145,6 +149,7 @@ class CheckpointSink:
         """Put the finished model in its place."""
         if is_first_process():
             write_atomically(self.partial / "README.md", model_card.encode())
+            (self.partial / _LOCK).unlink()
             put_in_place(self.partial, self.folder)
 
     def _open(self) -> dict[str, Any]:
@@ -152,32 +157,46 @@ class CheckpointSink:
         check_output_folder(self.folder, self.overwrite)
         self.partial.mkdir(parents=True, exist_ok=True)
         self._lock_folder()
-        for left_over in self.partial.glob(".*.tmp"):
-            left_over.unlink()
         path = self.partial / MANIFEST
         if not path.exists():
-            if any(self.partial.iterdir()):
+            if any(not _is_temporary(other) for other in self.partial.iterdir()):
                 raise InputError(f"{self.partial} is in the way: it holds no unfinished run; delete it")
             try:
-                self._write_manifest()
+                self._write_manifest({}, {})
             except OSError:
-                self.partial.rmdir()
+                self._discard()
                 raise
         manifest = read_json_object(path)
         self._check_request(manifest["request"])
+        for left_over in filter(_is_temporary, self.partial.iterdir()):
+            if left_over.name != _LOCK:
+                left_over.unlink()
         manifest["layers"] = [record for record in manifest["layers"] if self._is_whole(record["layer"])]
         return manifest
 
     def _lock_folder(self) -> None:
         """Hold the partial folder until this process ends, however it does."""
-        self._lock = os.open(self.partial, os.O_RDONLY)
+        path = self.partial / _LOCK
+        self._lock = os.open(path, os.O_RDWR | os.O_CREAT)  # for writing: what NFS asks for
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            is_still_there = os.path.samestat(os.fstat(self._lock), self.partial.stat())
+            is_still_there = os.path.samestat(os.fstat(self._lock), path.stat())
         except (BlockingIOError, FileNotFoundError):
             is_still_there = False
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            raise InputError(
+                f"the file system of {self.partial} has no locks ({error.strerror}); use another"
+            ) from error
         if not is_still_there:
             raise InputError(f"another run is writing {self.partial}; wait for it, or give another folder")
+
+    def _discard(self) -> None:
+        """Remove the partial folder, its manifest last: what a kill leaves of it is still known as ours."""
+        for path in sorted(self.partial.iterdir(), key=lambda path: path.name == MANIFEST):
+            path.unlink()
+        self.partial.rmdir()
 
     def _unlock(self) -> None:
         if self._lock is not None:
@@ -212,16 +231,19 @@ class CheckpointSink:
         path = self._shard(number)
         temporary = path.with_name(f".{path.name}.tmp")
         on_host = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
-        with naming_full_disk(path):
-            save_file(on_host, temporary, metadata={"format": "pt"})
-            flush_to_disk(temporary)
-        temporary.replace(path)
+        try:
+            with naming_full_disk(path):
+                save_file(on_host, temporary, metadata={"format": "pt"})
+                flush_to_disk(temporary)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
-    def _write_manifest(self) -> None:
-        layers = [asdict(record) for _, record in sorted(self.finished.items())]
+    def _write_manifest(self, finished: Mapping[int, LayerRecord], results: Mapping[str, Any]) -> None:
+        layers = [asdict(record) for _, record in sorted(finished.items())]
         for layer in layers:
             del layer["elapsed_s"]  # all that is written is the same in every run of the request
-        content = {"request": self.request, "results": self.results, "layers": layers}
+        content = {"request": self.request, "results": results, "layers": layers}
         write_atomically(self.partial / MANIFEST, (json.dumps(content, indent=1) + "\n").encode())
 
     def _write_index(self) -> None:
@@ -233,6 +255,11 @@ class CheckpointSink:
                     total_size += shard.get_tensor(name).nbytes
         content = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
         write_atomically(self.partial / SAFE_WEIGHTS_INDEX_NAME, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def _is_temporary(path: Path) -> bool:
+    """Tell whether a file is only there while a run lives: its lock, and what it was writing when it was killed."""
+    return path.name == _LOCK or (path.name.startswith(".") and path.name.endswith(".tmp"))
 
 
 def _save_config(flat_config: PretrainedConfig, dtype: torch.dtype, folder: Path) -> None:

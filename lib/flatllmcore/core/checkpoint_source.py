@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..errors import InputError
 from ..layers.replacement import fill_parameters
 from ..utils.devices import pinned
 from ..utils.layer_utils import DecoderModule, load_config
@@ -60,6 +61,7 @@ class CheckpointSource:
         self._prefix = f"{self.skeleton.base_model_prefix}."
         self._names = [name for name, _ in self.skeleton.named_parameters()]  # tied ones once
         check_weights(model, self.loading_info())
+        self._check_tied_head(model)
         rotary_embedding = self._decoder.rotary_emb
         self._decoder.rotary_emb = type(rotary_embedding)(config=self.config)  # computed, not read
         fill_parameters(self._decoder.norm, self._read_part(f"{self._prefix}norm."))
@@ -78,6 +80,18 @@ class CheckpointSource:
             ],
             "mismatched_keys": [name for name, shape in expected.items() if found.get(name, shape) != shape],
         }
+
+    def _check_tied_head(self, model: str) -> None:
+        """Refuse a head of its own where the config says there is none: which one counts is for the owner to say."""
+        embeddings, head = f"{self._prefix}embed_tokens.weight", "lm_head.weight"
+        if head in self._names or head not in self._files.shapes:
+            return
+        weights = self._files.read([embeddings, head])
+        if not torch.equal(weights[embeddings], weights[head]):
+            raise InputError(
+                f"checkpoint {model!r} has an {head} that differs from its embeddings, but tie_word_embeddings is true "
+                "in config.json; set it to false, or remove the weight"
+            )
 
     def fingerprint(self) -> str:
         """Return what :func:`weights_fingerprint` says of the decoder's matrices; reads their first rows alone."""
@@ -104,8 +118,13 @@ class CheckpointSource:
         with torch.device("meta"):
             layer = type(self._decoder.layers[index])(self.config, index)
         fill_parameters(layer, {name: weight.to(self.device, non_blocking=True) for name, weight in weights.items()})
-        with torch.no_grad():
-            yield layer.eval()
+        weights.clear()  # on the device now, or the layer's own
+        try:
+            with torch.no_grad():
+                yield layer.eval()
+        finally:
+            for module in layer.modules():  # whoever still holds the layer holds no weights
+                module._parameters.clear()
 
     @contextmanager
     def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
@@ -128,7 +147,9 @@ class CheckpointSource:
 
     def _read_layer(self, index: int) -> dict[str, Tensor]:
         weights = self._read_part(f"{self._prefix}layers.{index}.")
-        return {name: pinned(weight, self.device) for name, weight in weights.items()}
+        for name in weights:
+            weights[name] = pinned(weights[name], self.device)
+        return weights
 
     def _read_part(self, prefix: str) -> dict[str, Tensor]:
         """Return the parameters of a part of the model by their names within it."""

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ..errors import InputError
+from ..utils.processes import own_share, sum_of_numbers
 from ..utils.progress import progress
 from .calibration import LayerSource
 from .hidden_states import HiddenStates, checked
-from .processes import own_share, sum_of_numbers
 from .stopwatch import Stopwatch
 
 logger = logging.getLogger(__name__)

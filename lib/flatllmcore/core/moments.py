@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..utils.devices import float32_product, product_operand
 from ..utils.layer_utils import DecoderModule, ModelDimensions
-from .processes import sum_of_numbers, sum_over_processes
+from ..utils.processes import sum_of_numbers, sum_over_processes
 from .stopwatch import Stopwatch
 
 # Rows of the triangle computed at a time: wide enough to keep the matrix product at speed, while

@@ -14,13 +14,13 @@ from ..errors import InputError
 from ..layers.flat_attention import FlatDecoderLayer
 from ..layers.replacement import compress_decoder_layer, compressed_config, empty_decoder_layer, fill_parameters
 from ..utils.layer_utils import DecoderModule
+from ..utils.processes import is_first_process, own_share, tensors_of_first
 from ..utils.progress import progress
 from .attention_pca import headwise_pca, project_heads, project_output, rank_for_mass
 from .calibration import LayerSink, LayerSource
 from .hidden_states import HiddenStates
 from .mlp_nystrom import few_tokens_jitter, reconstruct_down_projection, select_channels
 from .moments import LayerMoments, collect_moments, sum_moments
-from .processes import is_first_process, own_share, tensors_of_first
 from .rank_allocation import RankAllocation
 from .stopwatch import Stopwatch
 
@@ -88,26 +88,10 @@ def compress_layers(
         return flat_config, [sink.finished[index] for index in range(source.num_layers)]
     hidden = HiddenStates.embed(source, own_share(windows), batch_size)
     for index in progress(range(unfinished[-1] + 1), "compress", "layer"):
-        started = time.perf_counter()
         if index in sink.finished:
             _advance(hidden, _finished_layer(flat_config, index, sink, source.device), index, stopwatch)
-            continue
-        with source.layer(index) as dense:
-            weights, rank_at_tolerance = _solve(dense, hidden, index, allocation, tolerance, stopwatch)
-            compressed = compress_decoder_layer(dense, flat_config, index, weights)
-            _advance(hidden, compressed, index, stopwatch)
-        record = LayerRecord(
-            layer=index,
-            keep=allocation.keep[index],
-            value_rank=allocation.value_rank[index],
-            mlp_width=allocation.mlp_width[index],
-            query_key_rank=allocation.query_key_rank[index],
-            rank_at_tolerance=rank_at_tolerance,
-            elapsed_s=round(time.perf_counter() - started, 3),
-        )
-        with stopwatch.stage("write"):
-            sink.put(index, compressed, record)
-        _log(record, allocation, tolerance)
+        else:
+            _compress_layer(source, sink, hidden, index, flat_config, allocation, tolerance, stopwatch)
     return flat_config, [sink.finished[index] for index in range(source.num_layers)]
 
 
@@ -123,6 +107,37 @@ def check_calibration_tokens(windows: Tensor, allocation: RankAllocation) -> Non
             width,
             jitter,
         )
+
+
+def _compress_layer(
+    source: LayerSource,
+    sink: LayerSink,
+    hidden: HiddenStates,
+    index: int,
+    flat_config: PretrainedConfig,
+    allocation: RankAllocation,
+    tolerance: float,
+    stopwatch: Stopwatch,
+) -> None:
+    """Compress one layer into ``sink``; a function of its own, so that no layer outlives its turn."""
+    started = time.perf_counter()
+    with source.layer(index) as dense:
+        weights, rank_at_tolerance = _solve(dense, hidden, index, allocation, tolerance, stopwatch)
+        compressed = compress_decoder_layer(dense, flat_config, index, weights)
+        del weights  # the layer has copies
+        _advance(hidden, compressed, index, stopwatch)
+    record = LayerRecord(
+        layer=index,
+        keep=allocation.keep[index],
+        value_rank=allocation.value_rank[index],
+        mlp_width=allocation.mlp_width[index],
+        query_key_rank=allocation.query_key_rank[index],
+        rank_at_tolerance=rank_at_tolerance,
+        elapsed_s=round(time.perf_counter() - started, 3),
+    )
+    with stopwatch.stage("write"):
+        sink.put(index, compressed, record)
+    _log(record, allocation, tolerance)
 
 
 def _solve(

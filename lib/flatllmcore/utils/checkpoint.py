@@ -1,6 +1,7 @@
 """The folder of a compressed model: whether it may be written, how it is put in place, and its model card."""
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,6 +27,8 @@ def check_output_folder(folder: Path, overwrite: bool) -> None:
         return
     if not folder.is_dir():
         raise InputError(f"cannot save to {folder}: it is a file; give a folder")
+    if os.path.ismount(folder):  # nothing can be renamed to it
+        raise InputError(f"cannot save to {folder}: a file system is mounted there; give a folder inside it")
     if not any(folder.iterdir()):
         return
     if not overwrite:
@@ -129,15 +132,16 @@ model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", trust_remote
 
 def put_in_place(complete: Path, folder: Path) -> None:
     """Rename ``complete`` to ``folder``; what stood there is deleted when that is done."""
-    if not folder.exists():
-        complete.rename(folder)
-        return
     replaced = folder.with_name(f".{folder.name}.replaced")
-    shutil.rmtree(replaced, ignore_errors=True)  # of a run that was killed here
-    folder.rename(replaced)
+    if folder.exists():
+        if replaced.exists():  # of a run that was killed before it had deleted it
+            shutil.rmtree(replaced)
+        folder.rename(replaced)
     try:
         complete.rename(folder)
     except BaseException:
-        replaced.rename(folder)
+        if replaced.exists():
+            replaced.rename(folder)
         raise
-    shutil.rmtree(replaced)
+    if replaced.exists():
+        shutil.rmtree(replaced)

@@ -22,7 +22,15 @@ def best_device() -> torch.device:
     """Return this process's GPU if there is one, else the CPU (float64 solves rule out devices without it)."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))  # set where several processes are launched
+    index, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()  # of several processes launched
+    if index >= count:
+        raise InputError(f"process {index} of this machine has no GPU of its own: there are {count}; start fewer")
+    return torch.device("cuda", index)
+
+
+def collective_backend(device: torch.device) -> str:
+    """Return how processes that compute on ``device`` talk: host memory by gloo, GPUs by NCCL."""
+    return "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
 
 
 def is_device_name(name: Any) -> bool:
@@ -97,17 +105,23 @@ def free_host_memory() -> int:
 
 
 def _free_in_container() -> float:
-    """Return what the control group leaves of its limit, file pages it can drop included; infinity without one."""
-    group = Path("/sys/fs/cgroup")
+    """Return what the control groups around this process leave of their limits; infinity without one.
+
+    File pages that a group can drop are not counted as used.
+    """
     try:
-        limit = (group / "memory.max").read_text().strip()
-    except FileNotFoundError:
+        own = Path("/proc/self/cgroup").read_text().strip().rpartition("::")[2].lstrip("/")
+    except FileNotFoundError:  # not Linux
         return math.inf
-    if limit == "max":
-        return math.inf
-    statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-    used = int((group / "memory.current").read_text())
-    return int(limit) - used + int(statistics["inactive_file"])
+    root = Path("/sys/fs/cgroup")
+    free = math.inf
+    for group in (root / own, *(root / own).parents):
+        if not (group / "memory.max").exists() or (group / "memory.max").read_text().strip() == "max":
+            continue
+        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        used = int((group / "memory.current").read_text()) - int(statistics["inactive_file"])
+        free = min(free, int((group / "memory.max").read_text()) - used)
+    return free
 
 
 def check_whole_model_fits(device: torch.device, needed_bytes: int) -> None:

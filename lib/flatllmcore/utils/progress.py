@@ -3,8 +3,9 @@
 from collections.abc import Iterable
 from typing import Any
 
-import torch.distributed as dist
 from tqdm import tqdm
+
+from .processes import is_first_process
 
 
 def progress(items: Iterable[Any] | None, doing: str, unit: str, total: float | None = None) -> tqdm:
@@ -16,7 +17,6 @@ def progress(items: Iterable[Any] | None, doing: str, unit: str, total: float | 
         unit: What is counted; bytes and characters get prefixes (k, M, ...).
         total: How many units there are, where ``len(items)`` does not say.
     """
-    is_first = not dist.is_initialized() or dist.get_rank() == 0
     return tqdm(
         items,
         doing,
@@ -24,6 +24,6 @@ def progress(items: Iterable[Any] | None, doing: str, unit: str, total: float | 
         unit=unit,
         unit_scale=unit in ("B", "char"),
         leave=False,
-        disable=None if is_first else True,  # None: by the terminal
+        disable=None if is_first_process() else True,  # None: by the terminal
         dynamic_ncols=True,
     )

@@ -78,9 +78,9 @@ class WeightFiles:
 
 
 def _weight_files(model: str, cache_dir: Path | None) -> list[str]:
-    index = cached_file(
-        model, SAFE_WEIGHTS_INDEX_NAME, cache_dir=cache_dir, _raise_exceptions_for_missing_entries=False
-    )
-    if index is None:
-        return [cached_file(model, SAFE_WEIGHTS_NAME, cache_dir=cache_dir)]
+    """Return the one file, or else the shards: in the order in which transformers looks for them."""
+    single = cached_file(model, SAFE_WEIGHTS_NAME, cache_dir=cache_dir, _raise_exceptions_for_missing_entries=False)
+    if single is not None:
+        return [single]
+    index = cached_file(model, SAFE_WEIGHTS_INDEX_NAME, cache_dir=cache_dir)
     return get_checkpoint_shard_files(model, index, cache_dir=cache_dir)[0]

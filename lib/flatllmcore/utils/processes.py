@@ -1,7 +1,8 @@
 """Several processes that share out the calibration windows, each with a device of its own (torch.distributed).
 
-Started by ``accelerate launch`` or ``torchrun``, which set the variables that :func:`process_group` reads. Where there
-is no group, one process is all of them, and every function here leaves its argument as it is.
+Started by ``accelerate launch`` or ``torchrun``, which set the variables that :func:`process_group` reads. Outside its
+block one process is all of them, and every function here leaves its argument as it is: a group that the caller of the
+library has made for other work is not touched.
 """
 
 import json
@@ -15,9 +16,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_FAILURES = "failures"  # key in the group's store
-# A process that waits for the first one's solves must not be taken for one that hangs.
-_PATIENCE_S = 24 * 3600
+from .devices import collective_backend
+
+_FAILURES = "failures"  # key in the store
+# Longer than the first process takes for the solves of any layer.
+_PATIENCE = timedelta(hours=2)
+
+_store: dist.Store | None = None  # the group's, inside the block of process_group
 
 
 class OtherProcessError(RuntimeError):
@@ -34,42 +39,51 @@ def process_group(device: torch.device) -> Iterator[None]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
-    backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, timeout=timedelta(seconds=_PATIENCE_S))
+    global _store  # noqa: PLW0603 (torch.distributed's own group is as global)
+    _store, rank, world_size = next(dist.rendezvous("env://"))
+    dist.init_process_group(
+        collective_backend(device), store=_store, rank=rank, world_size=world_size, timeout=_PATIENCE
+    )
     try:
         yield
     finally:
         dist.destroy_process_group()
+        _store = None
 
 
 def process_count() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if _is_group() else 1
 
 
 def local_process_count() -> int:
     """Return how many processes share this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if dist.is_initialized() else 1
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if _is_group() else 1
 
 
 def is_first_process() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0
+    return not _is_group() or dist.get_rank() == 0
 
 
 def is_first_failure() -> bool:
-    """Tell whether no other process has asked this before: one failure is reported, not one per process."""
-    if not dist.is_initialized():
+    """Tell whether no other process has asked this before: one failure is reported, not one per process.
+
+    Raises:
+        OtherProcessError: If the process that keeps the count has ended.
+    """
+    if _store is None:
         return True
-    return dist.distributed_c10d._get_default_store().add(_FAILURES, 1) == 1
+    with _naming_lost_processes():
+        return _store.add(_FAILURES, 1) == 1
 
 
 def own_share(windows: Tensor) -> Tensor:
     """Return the windows, of (N, S), that this process takes; shares differ by one at most and may be empty."""
-    return windows.tensor_split(process_count())[dist.get_rank()] if dist.is_initialized() else windows
+    return windows.tensor_split(process_count())[dist.get_rank()] if _is_group() else windows
 
 
 def sum_over_processes(total: Tensor) -> Tensor:
     """Add up ``total`` over the group in place, and return it."""
-    if dist.is_initialized():
+    if _is_group():
         with _naming_lost_processes():
             dist.all_reduce(total)
     return total
@@ -82,7 +96,7 @@ def sum_of_numbers(*numbers: float, device: torch.device) -> list[float]:
 
 def told_by_first(make: Callable[[], Any]) -> Any:
     """Return what ``make`` gives in the first process, the only one where it is called; anything JSON can hold."""
-    if not dist.is_initialized():
+    if not _is_group():
         return make()
     told = [json.dumps(make()) if is_first_process() else ""]
     with _naming_lost_processes():
@@ -92,31 +106,37 @@ def told_by_first(make: Callable[[], Any]) -> Any:
 
 def tensors_of_first(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     """Return the tensors of the first process, by name, on ``device``; what the others give does not count."""
-    if not dist.is_initialized():
+    if not _is_group():
         return tensors
     forms = [{name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}]
-    received = {}
     with _naming_lost_processes():
         dist.broadcast_object_list(forms, device=torch.device("cpu"))
-        for name, (shape, dtype) in forms[0].items():
-            if is_first_process():
-                received[name] = tensors[name].to(device).contiguous()
-            else:
-                received[name] = torch.empty(shape, dtype=dtype, device=device)
+    received = {}
+    for name, (shape, dtype) in forms[0].items():
+        if is_first_process():
+            received[name] = tensors[name].to(device).contiguous()
+        else:
+            received[name] = torch.empty(shape, dtype=dtype, device=device)
+        with _naming_lost_processes():
             dist.broadcast(received[name], src=0)
     return received
 
 
 def wait_for_all() -> None:
     """Wait until every process of the group has come here."""
-    if dist.is_initialized():
+    if _is_group():
         with _naming_lost_processes():
             dist.barrier()
 
 
+def _is_group() -> bool:
+    return _store is not None
+
+
 @contextmanager
 def _naming_lost_processes() -> Iterator[None]:
+    """For collectives alone: all that a RuntimeError can be there is a lost connection, whatever the backend."""
     try:
         yield
-    except RuntimeError as error:  # what a lost connection is, whatever the backend
+    except RuntimeError as error:
         raise OtherProcessError(f"another process ended: {error}") from error
