@@ -19,7 +19,7 @@ from flatllmcore.utils.devices import GIB
 
 ROOT = Path(__file__).resolve().parents[1]
 EMBEDDED = ROOT / "models" / "pydocs-llama"
-RECORD = ROOT / "results" / "pydocs-llama" / "logs" / "pydocs-llama_flatllm_20.json"
+RECORD = ROOT / "results" / "records" / "pydocs-llama" / "pydocs-llama_flatllm_20.json"
 SLOW = Machine("slow", 1.0, 2.0, 0.5, 1000.0, 1.0, 10.0, 5.0, 1.0, 1.0)
 
 
