@@ -1,6 +1,10 @@
 import pytest
 import torch
+from hypothesis import settings
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+
+settings.register_profile("untimed", deadline=None)  # how long an example takes on a busy machine is no property
+settings.load_profile("untimed")
 
 
 def tiny_model(family: str = "llama", seed: int = 0, **overrides):
