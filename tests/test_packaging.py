@@ -121,7 +121,7 @@ def imported_packages(package: str, top_level_only: bool) -> set[str]:
                 names |= {alias.name.partition(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and not node.level:
                 names.add(node.module.partition(".")[0])
-    return names - set(sys.stdlib_module_names) - {"flatllmcore"}
+    return names - set(sys.stdlib_module_names) - {"flatllmcore", package}
 
 
 def declared(requirements: list[str]) -> set[str]:
