@@ -215,7 +215,7 @@ class TestPaths:
             lines = "\n".join(map(json.dumps, rows)) + "\n"
             content = {"a.json": json.dumps(rows, indent=1), "object.json": json.dumps({"v": 1, "data": rows})}
             encoded = content.get(name, lines).encode()
-            path.write_bytes(gzip.compress(encoded) if name.endswith("gz") else encoded)
+            path.write_bytes(gzip.compress(encoded, mtime=0) if name.endswith("gz") else encoded)
         text = load_text(str(path), "train")
         assert text == TextDataset(str(path), "train", ["one\ntwo", "", "ü"], "\n\n")
 
@@ -273,7 +273,11 @@ class TestPaths:
             ("a.json", b'[{"text": 3}]', r"has int in column 'text' where text was expected"),
             ("a.json", b"[1, 2]", r"holds int where records were expected"),
             ("a.jsonl", b'{"text": "x"}\n{"text": ', r"is damaged or not what its name says"),
-            ("a.json.gz", gzip.compress(b'{"text": "x"}\n' * 99)[:-12], r"is damaged or not what its name says"),
+            (
+                "a.json.gz",
+                gzip.compress(b'{"text": "x"}\n' * 99, mtime=0)[:-12],
+                r"is damaged or not what its name says",
+            ),
             ("a.json.gz", b"plain", r"is damaged or not what its name says"),
             ("a.parquet", b"plain", r"is damaged or not what its name says"),
             ("a.txt", b"\xff\xfe\x00", r"is damaged or not what its name says"),
@@ -339,7 +343,7 @@ class TestNamedDatasets:
         ):
             path = tmp_path / "c4" / f"{file}.json.gz"
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(gzip.compress(json.dumps({"text": file}).encode()))
+            path.write_bytes(gzip.compress(json.dumps({"text": file}).encode(), mtime=0))
         assert load_text("c4", "train", dataset_root=tmp_path).documents == ["en/c4-train.00000-of-01024"]
 
     def test_a_missing_local_copy_is_said_and_never_downloaded(self, tmp_path, monkeypatch):
