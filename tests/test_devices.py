@@ -15,6 +15,7 @@ from flatllmcore.utils.devices import (
     parse_device,
     peak_memory_gib,
 )
+from python_process import run_python
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 
@@ -65,3 +66,12 @@ def test_peak_memory_of_the_host_is_what_the_kernel_says():
         kib("/proc/self/status", "VmHWM") / 2**20, abs=0.01
     )
     assert block.sum() == 2**26
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="elsewhere a process is told its parent's peak too")
+def test_peak_memory_is_not_that_of_the_process_that_started_this_one():
+    block = torch.ones(2**28)  # 1 GiB; a child process takes less than half of it for its imports
+    code = "import torch; from flatllmcore.utils.devices import peak_memory_gib; "
+    printed = run_python(code + "print(peak_memory_gib(torch.device('cpu'))['host'])")
+    assert block.sum() == 2**28
+    assert 0 < float(printed) < 0.9

@@ -144,11 +144,20 @@ def check_whole_model_fits(device: torch.device, needed_bytes: int) -> None:
 
 def peak_memory_gib(device: torch.device) -> dict[str, float]:
     """Return the process's peak resident memory and, on a GPU, the peak allocated there, in GiB."""
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB on Linux
-    peaks = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB}
+    peaks = {"host": _peak_resident_bytes() / GIB}
     if device.type == "cuda":
         peaks["device"] = torch.cuda.max_memory_allocated(device) / GIB
     return {name: round(gib, 3) for name, gib in peaks.items()}
+
+
+def _peak_resident_bytes() -> int:
+    """Return the peak of this program alone; ``ru_maxrss`` begins with that of the program that started it."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+    except (FileNotFoundError, StopIteration):  # not Linux
+        unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, else in KiB
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def device_name(device: torch.device) -> str:
