@@ -23,7 +23,8 @@ import torch
 from flatllmbench.command_line import complain
 from flatllmbench.costs import hidden_state_bytes
 from flatllmbench.machines import DEVICES, DISK_GBYTES_PER_S, HOST_MEMORY_GIB, Machine, measured_machine
-from flatllmbench.plan import Plan, Request, efficiency_of, read_run_record
+from flatllmbench.plan import Plan, Request
+from flatllmbench.plan_calibration import efficiency_of, read_run_record
 from flatllmbench.published_models import PUBLISHED_MODELS, find_config
 from flatllmbench.tables import markdown_table
 from flatllmcore.core.calibration import default_batch_size
@@ -179,7 +180,7 @@ def details(model: str, plan: Plan) -> str:
             f"weights {'in host memory' if plan.is_in_memory else 'read layer by layer in each step'}",
             "",
             markdown_table(header, rows),
-            memory_line("a device", plan.device_bytes(), plan.machine.memory_gib),
+            *([memory_line("a device", plan.device_bytes(), plan.machine.memory_gib)] if plan.device_bytes() else []),
             memory_line("the host", plan.host_bytes(), plan.machine.host_memory_gib),
             time_line(plan),
             "",
@@ -197,24 +198,16 @@ def memory_line(where: str, parts: Mapping[str, int], capacity_gib: float | None
 def time_line(plan: Plan) -> str:
     steps = plan.steps()
     listed = ", ".join(f"{name} {seconds.one_after_another:.4g}" for name, seconds in steps.items())
-    return f"Seconds: {listed}; {total_s(plan):.4g} in all, {hidden_s(plan):.4g} if files and copies hide behind it"
+    hidden = f"{hidden_s(plan):.4g} if files and copies hide behind the computing"
+    return f"Seconds: {listed}; {total_s(plan):.4g} in all, {hidden}"
 
 
 def summary(plans: Mapping[str, Sequence[Plan]]) -> str:
     """Return a row for each model, with a column of totals for each process count."""
     counts = [plan.request.processes for plan in next(iter(plans.values()))]
-    header = (
-        "model",
-        "weights GB",
-        "hidden states GiB",
-        "device GiB",
-        "host GiB",
-        "PFLOP",
-        "importance",
-        "compression",
-    )
-    totals = (f"total, {count} {'device' if count == 1 else 'devices'}" for count in counts)
-    header += ("perplexity", "files, copies", *totals)
+    header = ["model", "weights GB", "hidden states GiB", "device GiB", "host GiB", "PFLOP"]
+    header += ["importance", "compression", "perplexity", "files, copies"]
+    header += [f"total, {count} {'device' if count == 1 else 'devices'}" for count in counts]
     rows = []
     for name, several in plans.items():
         plan = several[0]

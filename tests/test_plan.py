@@ -1,6 +1,7 @@
 """Plans from configs: where things live, what more devices spare, and whether a calibrated plan gives back its run."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,12 @@ from transformers import LlamaConfig
 
 from benchmarks import plan as program
 from benchmarks import plan_check
+from flatllmbench import rates
 from flatllmbench.costs import compression_costs, cut_layers, moment_bytes
 from flatllmbench.machines import DEVICES, Machine, measured_machine
-from flatllmbench.plan import Plan, Request, Seconds, efficiency_of, request_of, seconds_by_rate
+from flatllmbench.plan import Plan, Request, Seconds
+from flatllmbench.plan_calibration import efficiency_of, request_of, seconds_by_rate
 from flatllmbench.published_models import PUBLISHED_MODELS, find_config
-from flatllmbench.rates import disk_rate
 from flatllmcore.utils.devices import GIB
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -165,19 +167,19 @@ class TestCalibration:
     def test_a_record_says_what_was_run(self):
         record = json.loads(RECORD.read_text())
         found = request_of(record, find_config(str(EMBEDDED)))
-        assert (found.nsamples, found.seqlen, found.batch_size, found.itemsize) == (128, 256, 16, 2)
+        assert (found.nsamples, found.seqlen, found.itemsize) == (record["nsamples"], record["seqlen"], 2)
+        assert found.batch_size * found.seqlen == 4096
         assert found.eval_windows == record["perplexity"]["windows"]
 
     def test_twice_the_windows_take_twice_the_forward_time(self, capsys, monkeypatch):
         monkeypatch.chdir(ROOT)  # the record names its model by a relative path
         flags = ("models/pydocs-llama", "--seqlen", "256", "--calibrate", str(RECORD), "--importance_nsamples", "0")
         once, twice = (output(capsys, *flags, "--nsamples", count).splitlines() for count in ("128", "256"))
-        measured = json.loads(RECORD.read_text())["stages_s"]["forward"]
         times = [
             float(next(line for line in lines if "compression: forward" in line).split("|")[7])
             for lines in (once, twice)
         ]
-        assert times == pytest.approx([measured, 2 * measured], rel=1e-3)
+        assert times[1] == pytest.approx(2 * times[0], rel=1e-3)
 
     def test_the_check_finds_no_error_in_its_own_calibration_and_half_in_a_run_twice_as_fast(self):
         run = plan_check.Run("any", 48, 80, 2, 4, 4, 8, 16)
@@ -203,6 +205,10 @@ class TestCalibration:
             for forward, solves in ((2.0, 1.0), (1.0, 3.0))
         ]
         assert plan_check.best_record(tuple(several))["stages_s"] == {"forward": 1.0, "solves": 1.0}
+
+    def test_the_least_disturbed_rates_of_the_machine_count(self):
+        quick = replace(SLOW, tflops=3.0, disk_gbytes_per_s=0.5)
+        assert plan_check.fastest([SLOW, quick]) == replace(SLOW, tflops=3.0)
 
 
 class TestCommandLine:
@@ -246,16 +252,14 @@ class TestCommandLine:
         assert error.count("\n") == 1
 
 
-def test_this_machine_is_measured(tmp_path):
-    """A product of 2048 columns is at least some Gop/s and at most what no processor has."""
+def test_this_machine_is_measured(tmp_path, monkeypatch):
+    """Small products, a small copy and a small file are still faster than nothing and slower than anything built."""
+    monkeypatch.setattr(rates, "_HOST_SIDE", 256)
+    monkeypatch.setattr(rates, "_BYTES", 2**20)
     machine = measured_machine(torch.device("cpu"), tmp_path)
-    for rate in (machine.tflops, machine.moments_tflops, machine.float64_tflops):
-        assert 1e-3 < rate < 100
+    for tflops in (machine.tflops, machine.moments_tflops, machine.float64_tflops):
+        assert 1e-4 < tflops < 100
+    for gbytes_per_s in (machine.bandwidth_gbytes_per_s, machine.disk_gbytes_per_s):
+        assert 1e-3 < gbytes_per_s < 1e5
     assert machine.memory_gib is None
-    assert 0.1 < machine.bandwidth_gbytes_per_s < 5000
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_disk_is_measured_by_a_file_that_is_gone_afterwards(tmp_path):
-    assert 1e6 < disk_rate(tmp_path) < 1e12
     assert list(tmp_path.iterdir()) == []

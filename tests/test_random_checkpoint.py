@@ -32,7 +32,7 @@ CONFIGS = {
 }
 SHARD = 20_000
 MEMORY = """
-import resource, torch
+import re
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from transformers import LlamaConfig
@@ -42,7 +42,7 @@ def written(layers, folder):
     config = LlamaConfig(hidden_size=1024, intermediate_size=2816, num_attention_heads=8, vocab_size=1024,
                          num_hidden_layers=layers)
     write_random_checkpoint(config, Path(folder, str(layers)), max_shard_bytes=2**25)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text()).group(1)) / 1024
 
 with TemporaryDirectory() as folder:
     print(written(1, folder), written(10, folder), sum(p.stat().st_size for p in Path(folder, "10").iterdir()) / 2**20)

@@ -19,7 +19,7 @@ from flatllmcore.core.rank_allocation import RankAllocation
 from flatllmcore.utils.layer_utils import ModelDimensions
 from flatllmcore.utils.loading import empty_causal_lm
 
-FLOAT64_BYTES = 8
+FLOAT32_BYTES, FLOAT64_BYTES = 4, 8
 
 LayerSize: TypeAlias = tuple[int, int]  # value rank and MLP width of one decoder layer
 
@@ -214,10 +214,10 @@ def activation_bytes(dimensions: ModelDimensions, work: Workload, product_itemsi
             4 where it is widened to float32.
     """
     D, F = dimensions.hidden_size, dimensions.intermediate_size
-    tokens = work.batch_size * work.seqlen
+    tokens = min(work.batch_size, work.windows) * work.seqlen
     widened = product_itemsize if product_itemsize != work.itemsize else 0
     gated = 3 * tokens * F * work.itemsize
-    multiplied = tokens * F * (work.itemsize + widened) + BLOCK * F * (4 + FLOAT64_BYTES)
+    multiplied = tokens * F * (work.itemsize + widened) + BLOCK * F * (FLOAT32_BYTES + FLOAT64_BYTES)
     return max(gated, multiplied) + 2 * tokens * D * work.itemsize
 
 

@@ -12,7 +12,7 @@ from flatllmcore.core.stopwatch import Stopwatch
 from flatllmcore.utils.processes import own_share, sum_of_numbers
 from flatllmcore.utils.progress import progress
 
-_LOGIT_ROWS = 1024  # a vocabulary of 128,256 makes half a gigabyte of float32 of them
+LOGIT_ROWS = 1024  # a vocabulary of 128,256 makes half a gigabyte of float32 of them
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ def perplexity(source: LayerSource, windows: Tensor, batch_size: int, stopwatch:
         nll = 0.0
         with source.head() as logits_of:
             for batch, ids in zip(hidden.batches(), own_windows.split(batch_size), strict=False):
-                rows = batch.states[:, :-1].flatten(0, 1).split(_LOGIT_ROWS)
-                targets = ids[:, 1:].flatten().to(source.device).split(_LOGIT_ROWS)
+                rows = batch.states[:, :-1].flatten(0, 1).split(LOGIT_ROWS)
+                targets = ids[:, 1:].flatten().to(source.device).split(LOGIT_ROWS)
                 for states, target in zip(rows, targets, strict=True):
                     logits = logits_of(states)
                     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))

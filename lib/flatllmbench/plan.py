@@ -2,13 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-import torch
 from transformers import PretrainedConfig
 
 from flatllmbench.costs import (
+    FLOAT32_BYTES,
     NO_COST,
     Cost,
     LayerSize,
@@ -29,16 +27,12 @@ from flatllmbench.costs import (
     solve_memory_bytes,
 )
 from flatllmbench.machines import Machine
+from flatllmbench.perplexity import LOGIT_ROWS
 from flatllmbench.setup import SHARE_OF_HOST_FOR_WEIGHTS
-from flatllmcore.core.calibration import default_batch_size
 from flatllmcore.core.hidden_states import states_place
 from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector, RankAllocation
-from flatllmcore.errors import InputError
 from flatllmcore.utils.devices import GIB
-from flatllmcore.utils.json_fields import read_json_object
 from flatllmcore.utils.layer_utils import ModelDimensions, dimensions_from_config
-
-LOGIT_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -166,10 +160,10 @@ class Plan:
             stages += [
                 Stage("importance", "forward", "forward", forward_cost(dimensions, self.dense, work)),
                 Stage("importance", "angles", "angles", angles_cost(dimensions, work)),
-                self._weights("importance", self.dense_bytes),
+                self._weights("importance", self.dense_bytes, is_read=not self.is_in_memory),
                 self._states("importance", request.importance_nsamples, 2 * len(self.dense)),
             ]
-        stages += self._perplexity("dense perplexity", self.dense, self._weights("dense perplexity", self.dense_bytes))
+        stages += self._perplexity("dense perplexity", self.dense, self.dense_bytes, is_read=not self.is_in_memory)
         costs = compression_costs(self.allocation, self.work(request.nsamples))
         passes = 2 * len(self.dense) + len(cut_layers(self.allocation))
         stages += [Stage("compression", name, name, cost) for name, cost in costs.items()]
@@ -178,13 +172,11 @@ class Plan:
                 Stage("compression", "moments and weights, sent", "reduce", linked_bytes=self._linked_bytes())
             )
         stages += [
-            self._weights("compression", self.dense_bytes),
+            self._weights("compression", self.dense_bytes, is_read=not self.is_in_memory),
             self._states("compression", request.nsamples, passes),
             Stage("compression", "compressed weights, written", "write", disk_bytes=self.compressed_bytes),
         ]
-        step = "compressed perplexity"
-        written = self._weights(step, self.compressed_bytes, in_files=True)
-        stages += self._perplexity(step, self.compressed, written)
+        stages += self._perplexity("compressed perplexity", self.compressed, self.compressed_bytes, is_read=True)
         return [stage for stage in stages if self.seconds(stage).one_after_another]
 
     def seconds(self, stage: Stage) -> Seconds:
@@ -205,60 +197,67 @@ class Plan:
         return steps
 
     def device_bytes(self) -> dict[str, int]:
-        """Return the memory of one device by what takes it; of a step's parts only the largest counts."""
-        request, dimensions = self.request, self.dimensions
-        work = self.work(request.nsamples)
-        product_itemsize = request.itemsize if self.machine.memory_gib is not None else 4
-        batch = activation_bytes(dimensions, work, product_itemsize)
-        solves = max((solve_memory_bytes(dimensions, size) for size in cut_layers(self.allocation)), default=0)
-        head = request.itemsize * dimensions.hidden_size * request.config.vocab_size
-        logits = LOGIT_ROWS * request.config.vocab_size * (request.itemsize + 3 * 4)
-        layers = request.itemsize * (self.counts.layer + max(map(self._layer_weights, self.compressed)))
-        parts = {
-            "a dense and a compressed layer": layers,
-            "moments and solves, or a batch": max(moment_bytes(dimensions) + batch, solves),
-        }
-        if head + logits > sum(parts.values()):
-            parts = {"head and logits": head + logits}
-        if self.states_place(request.nsamples) == "device":
-            parts["hidden states"] = hidden_state_bytes(dimensions, work)
+        """Return the memory of one device by what takes it; nothing where the host is the device."""
+        if self.machine.memory_gib is None:
+            return {}
+        layers = self.request.itemsize * (self.counts.layer + self._compressed_layer())
+        parts = {"a dense and a compressed layer": layers, "solves, a batch or the head": self._computing_bytes()}
+        if self.states_place(self._most_windows()) == "device":
+            parts["hidden states"] = self._states_bytes()
         return parts
 
     def host_bytes(self) -> dict[str, int]:
         """Return the memory of the host by what takes it, beside Python and its libraries; of all processes."""
         request = self.request
-        compressed_layer = max(map(self._layer_weights, self.compressed))
-        layers = 2 * self.counts.layer + compressed_layer  # one at work, one read ahead, one to be written
-        held = request.itemsize * max(layers, self.counts.embedding, self.counts.head)
-        parts = {"weights of three layers": request.processes * held}
+        # One layer is at work, one is read ahead and one to be written; embeddings and head are there by themselves.
+        layers = max(2 * self.counts.layer + self._compressed_layer(), self.counts.embedding, self.counts.head)
+        parts = {"three layers": request.itemsize * layers}
         if self.is_in_memory:
-            parts["the model"] = request.processes * self.dense_bytes
-        if self.states_place(request.nsamples) == "host":
-            states = hidden_state_bytes(self.dimensions, self.work(request.nsamples))
-            parts["hidden states"] = request.processes * states
+            parts = {"the model": self.dense_bytes, "a compressed layer": request.itemsize * self._compressed_layer()}
         if self.machine.memory_gib is None:
-            parts |= {f"{name} (computing)": size for name, size in self.device_bytes().items()}
-        return parts
+            parts["solves, a batch or the head"] = self._computing_bytes()
+        if self.states_place(self._most_windows()) == "host":
+            parts["hidden states"] = self._states_bytes()
+        return {name: request.processes * size for name, size in parts.items()}
+
+    def _computing_bytes(self) -> int:
+        """Return the memory of what a process computes at a time, beside weights and hidden states."""
+        request, dimensions = self.request, self.dimensions
+        product_itemsize = FLOAT32_BYTES if self.machine.memory_gib is None else request.itemsize
+        batch = activation_bytes(dimensions, self.work(request.nsamples), product_itemsize)
+        solves = [solve_memory_bytes(dimensions, size) for size in cut_layers(self.allocation)]
+        vocab_size = request.config.vocab_size
+        head = request.itemsize * dimensions.hidden_size * vocab_size
+        logits = LOGIT_ROWS * vocab_size * (request.itemsize + 3 * FLOAT32_BYTES)
+        return max(moment_bytes(dimensions) + batch, *solves, head + logits)
+
+    def _most_windows(self) -> int:
+        return max(self.request.nsamples, self.request.importance_nsamples, self.request.eval_windows)
+
+    def _states_bytes(self) -> int:
+        return hidden_state_bytes(self.dimensions, self.work(self._most_windows()))
+
+    def _compressed_layer(self) -> int:
+        return max(map(self._layer_weights, self.compressed))
 
     def _layer_weights(self, size: LayerSize) -> int:
         return layer_weights(self.dimensions, size)
 
-    def _perplexity(self, step: str, layers: list[LayerSize], weights: Stage) -> list[Stage]:
+    def _perplexity(self, step: str, layers: list[LayerSize], weight_bytes: int, *, is_read: bool) -> list[Stage]:
         windows = self.request.eval_windows
         if not windows:
             return []
         cost = perplexity_cost(self.dimensions, layers, self.request.config.vocab_size, self.work(windows))
         return [
             Stage(step, "forward", "perplexity", cost),
-            weights,
+            self._weights(step, weight_bytes, is_read=is_read),
             self._states(step, windows, 2 * len(layers)),
         ]
 
-    def _weights(self, step: str, weight_bytes: int, in_files: bool | None = None) -> Stage:
-        """Return the way of a model's weights to the device; from files where it is not in memory, if not told."""
+    def _weights(self, step: str, weight_bytes: int, *, is_read: bool) -> Stage:
+        """Return the way of a model's weights to the device, from files or from host memory."""
         copied = 0 if self.machine.memory_gib is None else weight_bytes
-        read = weight_bytes if (not self.is_in_memory if in_files is None else in_files) else 0
-        return Stage(step, "weights", "load", copied_bytes=copied, disk_bytes=read)
+        return Stage(step, "weights", "load", copied_bytes=copied, disk_bytes=weight_bytes if is_read else 0)
 
     def _states(self, step: str, windows: int, passes: int) -> Stage:
         size = passes * hidden_state_bytes(self.dimensions, self.work(windows))
@@ -274,59 +273,3 @@ class Plan:
         sums = 2 * (processes - 1) / processes * len(cut) * moment_bytes(self.dimensions)
         new = sum(self._layer_weights(size) - self.dimensions.qk_parameters for size in cut)
         return sums + self.request.itemsize * new
-
-
-def seconds_by_rate(plan: Plan) -> dict[str, float]:
-    """Return the seconds of computing and of files by the name they have among the stages of a run's record."""
-    found: dict[str, float] = {}
-    for stage in plan.stages():
-        seconds = plan.seconds(stage)
-        if seconds.compute + seconds.disk:
-            found[stage.rate] = found.get(stage.rate, 0.0) + seconds.compute + seconds.disk
-    return found
-
-
-def read_run_record(path: Path) -> dict[str, Any]:
-    """Return the record that a run of ``main.py --prune_method flatllm`` wrote.
-
-    Raises:
-        InputError: If it cannot be read, or is of something else.
-    """
-    record = read_json_object(path)
-    missing = [name for name in ("request", "base_model", "stages_s", "perplexity", "nsamples") if name not in record]
-    if missing:
-        raise InputError(
-            f"{path} is not the record of a run of main.py --prune_method flatllm: it has no {missing[0]!r}"
-        )
-    return record
-
-
-def efficiency_of(record: Mapping[str, Any], config: PretrainedConfig, machine: Machine) -> dict[str, float]:
-    """Return the share of the bound that a run of ``main.py`` reached, by stage of its record.
-
-    Args:
-        record: See :func:`read_run_record`; of one process.
-        config: Of the model it compressed.
-        machine: Where it ran.
-    """
-    measured = record["stages_s"]
-    bounds = seconds_by_rate(Plan(request_of(record, config), machine))
-    return {rate: bound / measured[rate] for rate, bound in bounds.items() if measured.get(rate)}
-
-
-def request_of(record: Mapping[str, Any], config: PretrainedConfig) -> Request:
-    """Return what a run of ``main.py`` was asked for, as its record says."""
-    flags = record["request"]
-    is_scored = "angles" in record["stages_s"]
-    dtype = (config.dtype or torch.bfloat16) if flags["dtype"] == "auto" else getattr(torch, flags["dtype"])
-    return Request(
-        config=config,
-        sparsity_ratio=record["sparsity_ratio"],
-        nsamples=record["nsamples"],
-        importance_nsamples=(flags["nsamples"] or 128) if is_scored else 0,
-        eval_windows=record["perplexity"]["windows"],
-        seqlen=record["seqlen"],
-        batch_size=flags["batch_size"] or default_batch_size(record["seqlen"]),
-        itemsize=dtype.itemsize,
-        out_of_core=flags.get("out_of_core", False),
-    )

@@ -12,7 +12,7 @@ from torch import Tensor
 from flatllmcore.utils.devices import float32_product, synchronize
 
 _REPEATS = 5
-_FILE_BYTES = 2**28
+_BYTES = 2**28  # of a copy or a file
 _ACCELERATOR_SIDE, _HOST_SIDE = 8192, 2048  # of a square matrix: enough for the rate to be steady
 
 
@@ -36,21 +36,21 @@ def product_rate(
 
 def copy_rate(device: torch.device) -> float:
     """Return bytes per second of a large copy within the device, read and written ones counted, the best of several."""
-    source = torch.ones(2**28, dtype=torch.uint8, device=device)
+    source = torch.ones(_BYTES, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * source.numel() / best_time(lambda: target.copy_(source), device)
 
 
 def upload_rate(device: torch.device) -> float:
     """Return bytes per second from page-locked host memory to an accelerator, the best of several."""
-    source = torch.ones(2**28, dtype=torch.uint8).pin_memory()
+    source = torch.ones(_BYTES, dtype=torch.uint8).pin_memory()
     target = torch.empty_like(source, device=device)
     return source.numel() / best_time(lambda: target.copy_(source, non_blocking=True), device)
 
 
 def disk_rate(folder: Path) -> float:
     """Return bytes per second of writing a file in ``folder`` to the disk and reading it from there, the slower one."""
-    content = os.urandom(_FILE_BYTES)
+    content = os.urandom(_BYTES)
     with tempfile.NamedTemporaryFile(dir=folder) as file:
         started = time.perf_counter()
         file.write(content)
@@ -61,7 +61,7 @@ def disk_rate(folder: Path) -> float:
         started = time.perf_counter()
         Path(file.name).read_bytes()
         read_s = time.perf_counter() - started
-    return _FILE_BYTES / max(write_s, read_s)
+    return _BYTES / max(write_s, read_s)
 
 
 def best_time(work: Callable[[], object], device: torch.device) -> float:
