@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig
 
-from benchmarks.random_checkpoint import write_random_checkpoint
+from flatllmbench.random_checkpoint import write_random_checkpoint
 from flatllmbench.records import hardware, versions, write_record
 from flatllmcore.utils.devices import GIB
 from flatllmcore.utils.layer_utils import dimensions_from_config

@@ -23,13 +23,11 @@ from transformers import LlamaConfig, PretrainedConfig
 from flatllmbench.machines import Machine, measured_machine
 from flatllmbench.plan import Plan
 from flatllmbench.plan_calibration import efficiency_of, request_of, seconds_by_rate
+from flatllmbench.random_checkpoint import write_random_checkpoint
 from flatllmbench.records import hardware, versions, write_record
 from flatllmbench.tables import markdown_table
 from flatllmcore.utils.data_utils import load_text
 from flatllmcore.utils.devices import GIB, best_device
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.random_checkpoint import write_random_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKENIZER = ROOT / "models" / "pydocs-llama"

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from transformers import LlamaConfig
 
-from benchmarks.random_checkpoint import write_random_checkpoint
 from flatllmbench.costs import Workload, compression_costs
+from flatllmbench.random_checkpoint import write_random_checkpoint
 from flatllmbench.rates import copy_rate, peak_rates
 from flatllmbench.records import hardware, versions, write_record
 from flatllmcore.core.calibration import default_batch_size

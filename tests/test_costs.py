@@ -11,7 +11,6 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 
-from benchmarks.random_checkpoint import write_random_checkpoint
 from conftest import tiny_model
 from flatllmbench.costs import (
     Cost,
@@ -33,6 +32,7 @@ from flatllmbench.costs import (
     statistics_cost,
 )
 from flatllmbench.published_models import PUBLISHED_MODELS
+from flatllmbench.random_checkpoint import write_random_checkpoint
 from flatllmcore.core.calibration import ModelInMemory, record_layer_arguments
 from flatllmcore.core.hidden_states import HiddenStates
 from flatllmcore.core.mlp_nystrom import reconstruct_down_projection, select_channels

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from benchmarks.random_checkpoint import write_random_checkpoint
+from flatllmbench.random_checkpoint import write_random_checkpoint
 from python_process import LIBRARY
 from test_main import character_tokenizer, save_text
 

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
-from benchmarks.random_checkpoint import main, with_layers, write_random_checkpoint
+from benchmarks.random_checkpoint import main
+from flatllmbench.random_checkpoint import with_layers, write_random_checkpoint
 from python_process import LIBRARY, run_python
 
 EMBEDDED = Path(__file__).resolve().parents[1] / "models" / "pydocs-llama"
@@ -36,7 +37,7 @@ import re
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from transformers import LlamaConfig
-from benchmarks.random_checkpoint import write_random_checkpoint
+from flatllmbench.random_checkpoint import write_random_checkpoint
 
 def written(layers, folder):
     config = LlamaConfig(hidden_size=1024, intermediate_size=2816, num_attention_heads=8, vocab_size=1024,
