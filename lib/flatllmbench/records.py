@@ -10,6 +10,7 @@ from typing import Any
 import huggingface_hub
 import torch
 from huggingface_hub.errors import EntryNotFoundError
+from transformers import PretrainedConfig
 
 from flatllmcore.errors import InputError
 from flatllmcore.layers import FAMILIES
@@ -59,12 +60,18 @@ def describe_model(model: str | Path, cache_dir: Path | None = None) -> dict[str
         InputError: If there is no such model, its family is not supported or its model card is damaged.
     """
     config = load_config(str(model), cache_dir)
+    base_model = None if config.model_type in FAMILIES else _base_model(str(model), cache_dir)
+    return describe_config(config, _name(str(model)), base_model)
+
+
+def describe_config(config: PretrainedConfig, name: str, base_model: str | None) -> dict[str, Any]:
+    """Return what :func:`describe_model` does, of a model that need not be in a folder."""
     dense = dense_dimensions(config)
     counted = count_parameters(empty_causal_lm(config))
     kept = counted["decoder_linear"] / (dense.num_layers * dense.layer_parameters)
     return {
-        "model": _name(str(model)),
-        "base_model": None if config.model_type in FAMILIES else _base_model(str(model), cache_dir),
+        "model": name,
+        "base_model": base_model,
         "achieved_sparsity_percent": 100 * (1 - kept),
         "parameters": {"total": counted["total"], "decoder_layers": counted["decoder_linear"]},
     }
