@@ -6,7 +6,8 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from flatllmcore.layers import attention_value_width
+from flatllmcore.layers import attention_value_width, flat_attention
+from flatllmcore.layers.flat_attention import cached_value_width, one_token_attention
 
 from .tiny_models import RANKS, SIZES, compress, dense_model_of, project_in_full_size
 
@@ -60,6 +61,110 @@ def test_a_prompt_runs_on_the_fused_cpu_kernel(flat_model, tokens):
     operators = {event.key for event in profiler.key_averages()}
     assert "aten::_scaled_dot_product_flash_attention_for_cpu" in operators
     assert "aten::_scaled_dot_product_attention_math" not in operators
+
+
+MASKS = {
+    "no mask": None,
+    "bool": torch.tensor([[True, True, True, True, False], [False, True, True, True, True]])[:, None, None],
+    "one for all, added": torch.tensor([0.0, -2.0, 1.5, -torch.inf, 0.0])[None, None, None],
+}
+
+
+@pytest.mark.parametrize("few_keys", [0, 2**16], ids=["plain", "fused"])
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+@pytest.mark.parametrize("num_kv_heads", [1, 2, 6])
+def test_attention_of_one_token_is_softmax_of_scores_times_values(num_kv_heads, mask, few_keys, monkeypatch):
+    """Oracle: one sequence and one head at a time, in float64."""
+    monkeypatch.setattr(flat_attention, "_FEW_KEYS", few_keys)
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(2, 6, 1, 16, generator=generator)
+    key = torch.randn(2, num_kv_heads, 5, 16, generator=generator)
+    value = torch.randn(2, num_kv_heads, 5, 7, generator=generator)
+    expected = torch.empty(2, 1, 42, dtype=torch.float64)
+    for b in range(2):
+        for h in range(6):
+            g = h // (6 // num_kv_heads)
+            scores = 0.3 * key[b, g].double() @ query[b, h, 0].double()
+            if mask is not None:
+                row = mask[b % len(mask), 0, 0]
+                scores += row if row.dtype != torch.bool else torch.where(row, 0.0, -torch.inf)
+            expected[b, 0, 7 * h : 7 * h + 7] = scores.softmax(0) @ value[b, g].double()
+    found = one_token_attention(query, key, value, mask, 0.3)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("few_keys", [0, 2**16], ids=["plain", "fused"])
+def test_attention_of_one_token_keeps_the_dtype(dtype, few_keys, monkeypatch):
+    monkeypatch.setattr(flat_attention, "_FEW_KEYS", few_keys)
+    query, key, value = (torch.randn(2, 4, length, width).to(dtype) for length, width in ((1, 16), (5, 16), (5, 7)))
+    found = one_token_attention(query, key, value, None, 0.25)
+    exact = one_token_attention(query.double(), key.double(), value.double(), None, 0.25)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.double(), exact, rtol=0, atol=4 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("few_keys", [0, 2**16], ids=["plain", "fused"])
+def test_decoding_on_cpu_copies_no_cache_to_float32(few_keys, monkeypatch, tokens):
+    """With torch's answer to unequal widths, which does, the operator that it consists of is run."""
+    monkeypatch.setattr(flat_attention, "_FEW_KEYS", few_keys)
+    model = compress(dense_model_of("llama")).bfloat16()
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(tokens, past_key_values=cache)
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            model(tokens[:, :1], past_key_values=cache)
+    assert "aten::_scaled_dot_product_attention_math" not in {event.key for event in profiler.key_averages()}
+
+
+def test_what_one_token_attention_does_not_take_goes_to_the_attention_function(flat_model, tokens, monkeypatch):
+    """A mask per head, then dropout; the last line shows that a step without either would have been taken."""
+    model = flat_model(attention_dropout=0.5)
+    monkeypatch.setattr(flat_attention, "one_token_attention", None)
+    cache = DynamicCache(config=model.config)
+    expected = model(tokens).logits[:, -1]
+    model(tokens[:, :-1], past_key_values=cache)
+    length, heads = tokens.shape[1], SIZES["num_attention_heads"]
+    mask = torch.ones(len(tokens), heads, 1, length, dtype=torch.bool)
+    logits = model(tokens[:, -1:], attention_mask=mask, past_key_values=cache).logits[:, -1]
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    model.train()(tokens[:, -1:], past_key_values=cache)
+    model.eval()
+    with pytest.raises(TypeError, match="not callable"):
+        model(tokens[:, -1:], past_key_values=cache)
+
+
+def test_a_layer_that_was_left_whole_decodes_bit_by_bit_as_the_dense_one(dense_model, tokens):
+    dense = dense_model()
+    state = {name: weight.clone() for name, weight in dense.state_dict().items()}
+    flat = AutoModelForCausalLM.from_config(compress(dense_model(), (16,) * 3, (96,) * 3).config).eval()
+    flat.load_state_dict(state)
+    caches = [DynamicCache(config=model.config) for model in (dense, flat)]
+    for step in tokens.split(1, dim=1):
+        logits = [model(step, past_key_values=cache).logits for model, cache in zip((dense, flat), caches, strict=True)]
+        assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize(
+    ("implementation", "device_type", "width"),
+    [("sdpa", "cpu", 25), ("sdpa", "cuda", 32), ("eager", "cuda", 25), ("flash_attention_2", "cuda", 25)],
+)
+def test_values_are_cached_as_decoding_takes_them_where_that_costs_a_few_zeros(implementation, device_type, width):
+    assert cached_value_width(25, 128, implementation, device_type) == width
+
+
+def test_values_padded_in_the_cache_give_the_same_tokens(flat_model, tokens, monkeypatch):
+    """As on an accelerator, which this pretends to be on by its widths."""
+    model = flat_model()
+    options = {"attention_mask": torch.ones_like(tokens), "max_new_tokens": 8, "do_sample": False}
+    expected = model.generate(tokens, **options)
+    on_accelerator = flat_attention.attention_value_width
+    monkeypatch.setattr(flat_attention, "attention_value_width", lambda *args: on_accelerator(*args[:4], "cuda"))
+    monkeypatch.setattr(flat_attention.FlatAttention, "_takes_one_token_attention", lambda *_: False)
+    cache = DynamicCache(config=model.config)
+    assert torch.equal(model.generate(tokens, past_key_values=cache, **options), expected)
+    assert [layer.values.shape[-1] for layer in cache.layers] == [8, 16, 16]
+    assert torch.equal(model.generate(tokens, cache_implementation="static", **options), expected)
 
 
 def test_cached_values_are_as_wide_as_the_rank(flat_model, tokens):

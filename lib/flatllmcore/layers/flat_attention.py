@@ -19,6 +19,8 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 _ALIGNMENT = 8
+# Numbers in the keys up to which one fused kernel call, values padded, is faster on a CPU than three plain ones.
+_FEW_KEYS = 2**16
 
 
 def attention_value_width(rank: int, head_dim: int, query_length: int, implementation: str, device_type: str) -> int:
@@ -33,7 +35,8 @@ def attention_value_width(rank: int, head_dim: int, query_length: int, implement
     - Prefill with SDPA: pad to ``head_dim``, for flash. Appending zeros costs little beside the scores, and
       transformers shares key/value heads among queries without copying them only at equal widths.
     - Decoding with SDPA reads the whole cache for one query, so padding to ``head_dim`` would cost what the
-      compression saves: the next multiple of 8 on an accelerator, nothing on CPU, where the unfused path is faster.
+      compression saves: the next multiple of 8 on an accelerator, nothing on CPU, which has
+      :func:`one_token_attention`.
     - Anything else (flash_attention_*, flex, paged caches) asks for equal widths.
     """
     if implementation == "eager":
@@ -41,6 +44,53 @@ def attention_value_width(rank: int, head_dim: int, query_length: int, implement
     if implementation == "sdpa" and query_length == 1:
         return rank if device_type == "cpu" else min(-(-rank // _ALIGNMENT) * _ALIGNMENT, head_dim)
     return head_dim
+
+
+def cached_value_width(rank: int, head_dim: int, implementation: str, device_type: str) -> int:
+    """Return the value width to keep in the cache: what decoding takes, where that costs a few zeros, else ``rank``.
+
+    Padded when it is cached, a value is padded once; padded when it is read, the whole cache is copied for every token.
+    """
+    if implementation != "sdpa":
+        return rank
+    return attention_value_width(rank, head_dim, 1, implementation, device_type)
+
+
+def one_token_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    """Return the attention of each sequence's newest token on a CPU, whatever the width of the values.
+
+    ``scaled_dot_product_attention`` answers unequal widths there by copies of keys and values in float32. Here one
+    fused call takes padded values where they are few. Else plain products read the cache as it is, and round scores
+    to its dtype as eager attention does. Either way the queries of a group meet their keys in one product.
+
+    Args:
+        query: (B, H, 1, d).
+        key: (B, G, T, d).
+        value: (B, G, T, r).
+        mask: True where a key counts, or numbers to add to the scores, (B or 1, 1, 1, T); None where all count.
+        scaling: Factor of the scores.
+
+    Returns:
+        The outputs of all heads side by side, (B, 1, H·r).
+    """
+    batch_size, num_heads, _, head_dim = query.shape
+    num_kv_heads, rank = value.shape[1], value.shape[-1]
+    query = query.reshape(batch_size, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    # Compiled, the plain products are fused anyway, and a choice by length would compile twice.
+    if not torch.compiler.is_compiling() and key.numel() <= _FEW_KEYS:
+        padded = F.pad(value, (0, head_dim - rank))
+        output = F.scaled_dot_product_attention(query, key, padded, attn_mask=mask, scale=scaling)[..., :rank]
+    else:
+        scores = (query @ key.mT).to(torch.promote_types(query.dtype, torch.float32)) * scaling  # (B, G, H/G, T)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+        output = scores.softmax(-1).to(value.dtype) @ value
+    return output.reshape(batch_size, 1, num_heads * rank)
+
+
+def _widened(value: Tensor, width: int) -> Tensor:
+    """Return the values with zeros appended up to ``width``, themselves where they are as wide."""
+    return F.pad(value, (0, width - value.shape[-1])) if width > value.shape[-1] else value
 
 
 @dataclass(kw_only=True, repr=False, eq=False)  # those of PreTrainedConfig
@@ -145,19 +195,20 @@ class FlatAttention(nn.Module):
         value = self.v_proj(hidden_states).view(*input_shape, -1, self.value_head_dim)
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # (B, H or G, T, d or r)
         query, key = self.apply_rotary_pos_emb(query, key, *position_embeddings)
+        implementation, device_type = self.config._attn_implementation, query.device.type
         if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+            width = cached_value_width(self.value_head_dim, self.head_dim, implementation, device_type)
+            key, value = past_key_values.update(key, _widened(value, width), self.layer_idx)
 
-        implementation = self.config._attn_implementation
+        if self._takes_one_token_attention(query, attention_mask, implementation):
+            return self.o_proj(one_token_attention(query, key, value, attention_mask, self.scaling)), None
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, self.eager_attention_forward)
-        width = attention_value_width(
-            self.value_head_dim, self.head_dim, query.shape[2], implementation, query.device.type
-        )
+        width = attention_value_width(self.value_head_dim, self.head_dim, query.shape[2], implementation, device_type)
         output, weights = attend(
             self,
             query,
             key,
-            F.pad(value, (0, width - self.value_head_dim)) if width > self.value_head_dim else value,
+            _widened(value, width),
             attention_mask,
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
@@ -166,6 +217,17 @@ class FlatAttention(nn.Module):
         )
         output = output[..., : self.value_head_dim].reshape(*input_shape, -1)  # (B, T, H·r)
         return self.o_proj(output), weights
+
+    def _takes_one_token_attention(self, query: Tensor, mask: Tensor | None, implementation: str) -> bool:
+        """Tell whether this step has a faster way than the attention function; a layer left whole keeps the latter."""
+        return (
+            implementation == "sdpa"
+            and query.device.type == "cpu"
+            and query.shape[2] == 1
+            and self.value_head_dim < self.head_dim
+            and not (self.training and self.attention_dropout)
+            and (mask is None or mask.shape[1] == 1)
+        )
 
 
 class FlatDecoderLayer(nn.Module):
