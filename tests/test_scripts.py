@@ -23,7 +23,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-import flatllmcore  # noqa: F401  makes compressed models known to transformers
+from flatllmcore.utils.loading import load_model
+from layers.tiny_models import compress
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted(ROOT.glob("scripts/*.sh"))
@@ -44,18 +45,19 @@ EXPECTED_PERPLEXITIES = {  # dense and FLAT-LLM at 20 %, Table 1
     "mistral.sh": ("4.92", "6.11"),
 }
 SETTINGS = {
-    *("BATCH_SIZE", "BI_NSAMPLES", "BI_SCORE", "CACHE_DIR", "DATASET", "DATASET_ROOT", "DEVICE", "INCLUDE_PATH"),
-    *("LIMIT", "MODEL", "MODELS", "NSAMPLES", "NUM_FEWSHOT", "OUT", "OVERWRITE", "PROMPT", "PRUNE_QK", "PYTHON"),
-    *("RANK_MULTIPLE", "RATIOS", "SEED", "SEQLEN", "SKIP_INSTALL", "TASKS", "VENV"),
+    *("BATCH_SIZE", "BI_NSAMPLES", "BI_SCORE", "CACHE_DIR", "DATASET", "DATASET_ROOT", "DEVICE", "DTYPE"),
+    *("INCLUDE_PATH", "LIMIT", "MODEL", "MODELS", "NEW_TOKENS", "NSAMPLES", "NUM_FEWSHOT", "OUT", "OVERWRITE"),
+    *("PROCESSES", "PROMPT", "PROMPT_LENGTH", "PROTOCOL", "PRUNE_QK", "PYTHON", "RANK_MULTIPLE", "RATIOS"),
+    *("REPEATS", "SEED", "SEQLEN", "SKIP_INSTALL", "TASKS", "VENV"),
 }
 
 
-def shell(script: str, *arguments: str, **settings: str | Path) -> subprocess.CompletedProcess:
+def shell(script: str, *arguments: str | Path, **settings: str | Path) -> subprocess.CompletedProcess:
     """Run a script under ``scripts/`` from another folder, with these variables and none of the caller's."""
     environment = {name: value for name, value in os.environ.items() if name not in SETTINGS}
     environment |= {name: str(value) for name, value in settings.items()} | {"HF_HUB_OFFLINE": "1"}
     return subprocess.run(
-        ["bash", str(ROOT / "scripts" / script), *arguments],
+        ["bash", str(ROOT / "scripts" / script), *map(str, arguments)],
         env=environment,
         cwd="/",
         capture_output=True,
@@ -64,7 +66,7 @@ def shell(script: str, *arguments: str, **settings: str | Path) -> subprocess.Co
     )
 
 
-def run(script: str, *arguments: str, **settings: str | Path) -> str:
+def run(script: str, *arguments: str | Path, **settings: str | Path) -> str:
     """Run a script, check that it succeeds, and return its output."""
     done = shell(script, *arguments, **settings)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -311,6 +313,40 @@ def test_eval_of_the_embedded_model_ends_with_a_record(tmp_path):
     assert list(found) == ["pydocs_endings", "pydocs_text"]
     assert all(f"{row['metric']} {row['value']:.4f} on 12 samples" in printed for row in found.values())
     assert found["pydocs_endings"]["metrics"]["acc"] > 0.5  # of four endings
+
+
+def test_speed_is_measured_by_slicegpt_s_protocol_by_default(commands):
+    (measuring,) = commands("test_speedup.sh", "dense", "a", "b")
+    expected = ["-m", "flatllmbench.speed", "dense", "a", "b", "--protocol", "slicegpt", "--repeats", "7"]
+    assert measuring == [*expected, "--save", "logs"]
+
+
+def test_what_test_speedup_measures_is_set_by_variables(commands):
+    sizes = {"BATCH_SIZE": "1,8", "PROMPT_LENGTH": "16", "NEW_TOKENS": "4", "REPEATS": "2", "PROTOCOL": "grid"}
+    places = {"DTYPE": "float32", "DEVICE": "cpu", "CACHE_DIR": "a cache"}
+    (measuring,) = commands("test_speedup.sh", "dense", OUT="out", **sizes, **places)
+    assert value_of("--save", measuring) == "out"
+    assert {name: value_of(f"--{name.lower()}", measuring) for name in sizes | places} == sizes | places
+
+
+def test_test_speedup_asks_for_models(tmp_path):
+    done = shell("test_speedup.sh", PYTHON=tmp_path / "none")
+    assert done.returncode != 0
+    assert "name the dense model" in done.stderr
+
+
+@pytest.mark.slow
+def test_test_speedup_measures_the_embedded_model(tmp_path):
+    model = load_model(str(EMBEDDED))
+    count = model.config.num_hidden_layers
+    compress(model, ranks=(16,) * count, widths=(224,) * count).save_pretrained(tmp_path / "half")
+    sizes = {"BATCH_SIZE": "4", "NEW_TOKENS": "8", "REPEATS": "2", "DEVICE": "cpu"}
+    printed = run("test_speedup.sh", EMBEDDED, tmp_path / "half", OUT=tmp_path, PYTHON=sys.executable, **sizes)
+    record = json.loads((tmp_path / f"{EMBEDDED.name}_speed_slicegpt.json").read_text())
+    dense, flat = record["cells"]
+    assert flat["decode_speedup"]["median"] > 0
+    assert flat["kv_cache_bytes"] / dense["kv_cache_bytes"] == (32 + 16) / (32 + 32)
+    assert f"{dense['decode_tokens_per_s']:.1f}" in printed
 
 
 def test_test_sh_installs_once_and_passes_its_arguments_to_pytest(commands, tmp_path):

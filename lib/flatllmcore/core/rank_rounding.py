@@ -15,7 +15,7 @@ WIDE_STEP_SHARE = 0.005  # of a layer's parameters: what a wide step may cost
 def attention_parameters(dimensions: ModelDimensions, rank: int, prune_qk: bool) -> int:
     """Return the weights of Q, K, V and O of one layer at one rank per head."""
     qk_rank = query_key_rank(dimensions, rank) if prune_qk else None
-    qk_parameters = dimensions.qk_parameters if qk_rank is None else qk_rank * _factor_parameters(dimensions)
+    qk_parameters = dimensions.qk_parameters if qk_rank is None else qk_rank * factor_parameters(dimensions)
     return qk_parameters + rank * dimensions.rank_parameters
 
 
@@ -25,10 +25,10 @@ def query_key_rank(dimensions: ModelDimensions, rank: int) -> int | None:
     They are two factors, (rank, D) and (d, rank) per head; where those would not be fewer weights than
     the projections themselves, these are left whole.
     """
-    return rank if rank * _factor_parameters(dimensions) < dimensions.qk_parameters else None
+    return rank if rank * factor_parameters(dimensions) < dimensions.qk_parameters else None
 
 
-def _factor_parameters(dimensions: ModelDimensions) -> int:
+def factor_parameters(dimensions: ModelDimensions) -> int:
     """Return what one unit of rank costs in the two factors of Q and of K."""
     return (dimensions.hidden_size + dimensions.head_dim) * (dimensions.num_heads + dimensions.num_kv_heads)
 

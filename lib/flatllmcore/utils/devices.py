@@ -142,6 +142,19 @@ def check_whole_model_fits(device: torch.device, needed_bytes: int) -> None:
             )
 
 
+def reset_peak_allocated(device: torch.device) -> int | None:
+    """Start a new peak of allocated memory; return the bytes allocated now, None on a CPU, where nobody counts."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
+
+
+def peak_allocated_bytes(device: torch.device) -> int | None:
+    """Return the most bytes allocated at once since :func:`reset_peak_allocated`, None on a CPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
 def peak_memory_gib(device: torch.device) -> dict[str, float]:
     """Return the process's peak resident memory and, on a GPU, the peak allocated there, in GiB."""
     peaks = {"host": _peak_resident_bytes() / GIB}

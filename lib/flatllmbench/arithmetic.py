@@ -1,0 +1,88 @@
+"""What inference costs by its arithmetic alone: operations of a prompt, bytes of a decoding step.
+
+From configs, dense or compressed; no weight is read. The ratio of two models' operations is the speed-up to expect
+where operations bound the time (a prompt of some length), that of their bytes where reading memory does (decoding a
+few sequences).
+"""
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedConfig
+
+from flatllmcore.core.rank_rounding import factor_parameters
+from flatllmcore.utils.layer_utils import dense_dimensions
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """What one decoder layer costs.
+
+    Attributes:
+        weights: Of its linear layers. Norms and biases, below a thousandth of these, are left out.
+        score_width: Operations per head that a pair of query and key costs: a product over ``head_dim`` for the score,
+            one over the value width for the output.
+        cached_width: Numbers kept per token: keys and values of all key/value heads.
+        window: Tokens that a query looks back on, itself counted; None for all.
+    """
+
+    weights: int
+    score_width: int
+    cached_width: int
+    window: int | None
+
+    def attended(self, length: int) -> int:
+        """Return the tokens that the last of ``length`` attends to."""
+        return length if self.window is None else min(length, self.window)
+
+
+def layer_costs(config: PreTrainedConfig) -> list[LayerCost]:
+    """Return the costs of each decoder layer of a dense or compressed model.
+
+    Raises:
+        InputError: If the family is not supported.
+    """
+    dims = dense_dimensions(config)
+    layer_types = getattr(config, "layer_types", None) or ["sliding_attention"] * dims.num_layers
+    costs = []
+    for layer, layer_type in zip(config.per_layer_config, layer_types, strict=True):
+        rank = getattr(layer, "value_head_dim", None) or dims.head_dim
+        qk_rank = getattr(layer, "query_key_rank", None)
+        qk_weights = dims.qk_parameters if qk_rank is None else qk_rank * factor_parameters(dims)
+        costs.append(
+            LayerCost(
+                weights=qk_weights + rank * dims.rank_parameters + layer.intermediate_size * dims.width_parameters,
+                score_width=2 * dims.num_heads * (dims.head_dim + rank),
+                cached_width=dims.num_kv_heads * (dims.head_dim + rank),
+                window=getattr(layer, "sliding_window", None) if layer_type == "sliding_attention" else None,
+            )
+        )
+    return costs
+
+
+def prefill_flops(config: PreTrainedConfig, batch_size: int, prompt_length: int) -> int:
+    """Return the operations of reading prompts, a multiplication and an addition counted as two.
+
+    Every token attends to itself and those before it; logits are computed at each prompt's last token alone.
+    """
+    per_prompt = 0
+    for layer in layer_costs(config):
+        pairs = sum(layer.attended(length) for length in range(1, prompt_length + 1))
+        per_prompt += 2 * layer.weights * prompt_length + layer.score_width * pairs
+    return batch_size * (per_prompt + 2 * config.vocab_size * config.hidden_size)
+
+
+def decode_bytes(
+    config: PreTrainedConfig, batch_size: int, prompt_length: int, new_tokens: int, itemsize: int
+) -> float:
+    """Return the bytes that one decoding step reads, on average over ``new_tokens`` after a prompt.
+
+    The weights of the decoder layers and of the head once, and the keys and values of every sequence so far, the new
+    token's included. Of embeddings a step reads one row per sequence, which is left out.
+    """
+    cached = 0.0
+    weights = config.vocab_size * config.hidden_size
+    for layer in layer_costs(config):
+        weights += layer.weights
+        lengths = (layer.attended(prompt_length + step) for step in range(1, new_tokens + 1))
+        cached += layer.cached_width * sum(lengths) / new_tokens
+    return itemsize * (weights + batch_size * cached)
