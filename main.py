@@ -91,6 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return complain(str(error))
     with process_group(device):
         try:
+            told_by_first(lambda: check_arguments(args))  # what all would refuse, one refuses
             check_arguments(args)
             with logging_to(args.save / f"{run_name(args)}.log"), logging_redirect_tqdm():
                 if args.prune_method == "bi":

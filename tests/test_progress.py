@@ -93,7 +93,7 @@ def test_main_draws_nothing_where_stderr_is_no_terminal(capfd, text, tmp_path):
 
 
 def test_the_later_processes_of_a_group_draw_nothing(monkeypatch):
-    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("flatllmcore.utils.processes._store", object())
     for rank in (0, 1):
         monkeypatch.setattr("torch.distributed.get_rank", lambda rank=rank: rank)
         with terminal() as drawn:

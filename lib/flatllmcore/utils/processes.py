@@ -45,6 +45,7 @@ def process_group(device: torch.device) -> Iterator[None]:
         collective_backend(device), store=_store, rank=rank, world_size=world_size, timeout=_PATIENCE
     )
     try:
+        dist.barrier()  # none may leave, even by an error, while another is still joining
         yield
     finally:
         dist.destroy_process_group()
