@@ -66,6 +66,7 @@ PREDICTED = (
     Run("wider, grouped heads", 2048, 5632, 2, 16, 4, 32, 256),
     Run("narrower", 512, 1408, 8, 8, 8, 64, 256),
     Run("out of core", 1024, 2816, 16, 16, 16, 16, 256, out_of_core=True),
+    Run("as wide as Llama-2 7B", 4096, 11008, 1, 32, 32, 8, 256, out_of_core=True),
 )
 
 
