@@ -48,6 +48,7 @@ def main() -> None:
         write_random_checkpoint(
             config, dense, dtype=torch.bfloat16, max_shard_bytes=2**30, seed=0, tokenizer_from=tokenizer
         )
+    (args.folder / "eval.txt").write_text((ROOT / "README.md").read_text()[:20_000])
     turns: dict[int, list[dict[str, Any]]] = {1: [], 2: []}
     compress(1, args)  # leaves the ranks, and the files in the system's cache
     for _ in range(args.repeats):
@@ -101,7 +102,7 @@ def parse_arguments() -> argparse.Namespace:
 def compress(count: int, args: argparse.Namespace) -> dict[str, Any]:
     """Run `main.py` in ``count`` processes, process i on core i; return its record."""
     flags = ["--model", str(args.folder / "dense"), "--dataset", "pydocs", "--sparsity_ratio", "20", "--device", "cpu"]
-    flags += ["--nsamples", str(args.nsamples), "--seqlen", str(args.seqlen), "--out_of_core"]
+    flags += ["--eval_dataset", str(args.folder / "eval.txt"), "--nsamples", str(args.nsamples), "--seqlen", str(args.seqlen), "--out_of_core"]
     flags += ["--bi_score", str(args.folder / "scores"), "--save", str(args.folder / "logs")]
     group = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": PORT}
     processes = [
