@@ -102,7 +102,8 @@ def parse_arguments() -> argparse.Namespace:
 def compress(count: int, args: argparse.Namespace) -> dict[str, Any]:
     """Run `main.py` in ``count`` processes, process i on core i; return its record."""
     flags = ["--model", str(args.folder / "dense"), "--dataset", "pydocs", "--sparsity_ratio", "20", "--device", "cpu"]
-    flags += ["--eval_dataset", str(args.folder / "eval.txt"), "--nsamples", str(args.nsamples), "--seqlen", str(args.seqlen), "--out_of_core"]
+    flags += ["--eval_dataset", str(args.folder / "eval.txt"), "--out_of_core"]
+    flags += ["--nsamples", str(args.nsamples), "--seqlen", str(args.seqlen)]
     flags += ["--bi_score", str(args.folder / "scores"), "--save", str(args.folder / "logs")]
     group = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": PORT}
     processes = [
