@@ -15,6 +15,7 @@
 #   PROMPT_LENGTH  for the grid, likewise (default: 128,512)
 #   NEW_TOKENS     decoding steps (default: 256; grid: 32)
 #   REPEATS        timed runs of every model (default: 7)
+#   THREADS        of the CPU (default: one per core)
 #   DTYPE          of the weights (default: the checkpoint's own)
 #   DEVICE, CACHE_DIR, PYTHON  see scripts/settings.sh
 #   OUT            gets the record (default: logs)
@@ -22,7 +23,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/settings.sh"
 : "${1:?is missing; name the dense model, then compressed ones}"
 flags=(--protocol "${PROTOCOL:-slicegpt}" --repeats "${REPEATS:-7}" --save "${OUT:-logs}")
-for name in BATCH_SIZE PROMPT_LENGTH NEW_TOKENS DTYPE DEVICE CACHE_DIR; do
+for name in BATCH_SIZE PROMPT_LENGTH NEW_TOKENS THREADS DTYPE DEVICE CACHE_DIR; do
     [[ -z "${!name:-}" ]] || flags+=("--${name,,}" "${!name}")
 done
 run "$PYTHON" -m flatllmbench.speed "$@" "${flags[@]}"

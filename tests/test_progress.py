@@ -17,6 +17,7 @@ from pyarrow import parquet
 from transformers import AutoTokenizer
 
 import main
+from flatllmbench import speed
 from flatllmcore.utils import pydocs
 from flatllmcore.utils.data_utils import TextDataset, consecutive_windows, sample_documents
 from flatllmcore.utils.progress import progress
@@ -89,6 +90,22 @@ def test_every_long_stage_of_main_has_a_bar_with_the_time_left(text, tmp_path):
 
 def test_main_draws_nothing_where_stderr_is_no_terminal(capfd, text, tmp_path):
     compress(tmp_path, text)
+    assert capfd.readouterr().err == ""
+
+
+def measure_speed(folder: Path) -> None:
+    sizes = ["--batch_size", "1", "--prompt_length", "8", "--new_tokens", "2", "--repeats", "2"]
+    assert speed.main([str(EMBEDDED), *sizes, "--device", "cpu", "--save", str(folder)]) == 0
+
+
+def test_the_speed_program_has_a_bar_with_the_time_left(tmp_path):
+    with terminal() as drawn:
+        measure_speed(tmp_path)
+        assert {"loading", "speed"} <= bars(drawn()).keys()
+
+
+def test_the_speed_program_draws_nothing_where_stderr_is_no_terminal(capfd, tmp_path):
+    measure_speed(tmp_path)
     assert capfd.readouterr().err == ""
 
 

@@ -305,7 +305,7 @@ class TestOtherRuns:
         times, ratios, memory = tables(section(markdown_of(path), "Speed and memory"))
         assert (times[1][5], times[1][6], times[1][8]) == ("–", "–", "–")
         assert ratios[1][5:] == ["–", "–", "1.19 (1.10–1.25)", "–"]
-        assert memory[1][-1] == "–"
+        assert memory[1][-1] == "not run"
 
     def test_kinds_there_is_no_record_of_say_so(self, tmp_path):
         markdown = run(saved(tmp_path, "a", SCORING), out=tmp_path / "out")

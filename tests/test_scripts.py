@@ -323,10 +323,22 @@ def test_speed_is_measured_by_slicegpt_s_protocol_by_default(commands):
 
 def test_what_test_speedup_measures_is_set_by_variables(commands):
     sizes = {"BATCH_SIZE": "1,8", "PROMPT_LENGTH": "16", "NEW_TOKENS": "4", "REPEATS": "2", "PROTOCOL": "grid"}
-    places = {"DTYPE": "float32", "DEVICE": "cpu", "CACHE_DIR": "a cache"}
+    places = {"DTYPE": "float32", "DEVICE": "cpu", "THREADS": "1", "CACHE_DIR": "a cache"}
     (measuring,) = commands("test_speedup.sh", "dense", OUT="out", **sizes, **places)
     assert value_of("--save", measuring) == "out"
     assert {name: value_of(f"--{name.lower()}", measuring) for name in sizes | places} == sizes | places
+
+
+def test_embedded_makes_every_record_of_the_results_page(commands):
+    called = commands("embedded.sh", OUT="out", SKIP_INSTALL="1")
+    kinds = [command[command[0] == "-m"] for command in called]
+    evaluated = ["flatllmbench.zero_shot"] * 6
+    timed = ["flatllmbench.speed"] * 2
+    report = ["flatllmbench.report"]
+    assert kinds == ["main.py", "compute_rank.py", *["main.py"] * 5, *report, *evaluated, *timed, *report]
+    assert value_of("--prune_method", called[0]) == "bi"
+    assert {value_of("--save", command) for command in called if "--save" in command} == {"out/records/pydocs-llama"}
+    assert [value_of("--protocol", command) for command in called[-3:-1]] == ["slicegpt", "grid"]
 
 
 def test_test_speedup_asks_for_models(tmp_path):

@@ -256,7 +256,7 @@ def test_a_record_holds_every_model_at_every_cell(folders, here, capsys):
         assert cell["time_to_first_token_ms"] > 0
         assert cell["peak_memory_bytes"] is None
     shown = capsys.readouterr().out
-    for label in ("| tiny-b", "by FLOPs", "by bytes", "tokens/s", "not measured"):
+    for label in ("| tiny-b", "by FLOPs", "by bytes", "tokens/s", "not run"):
         assert label in shown
 
 
@@ -322,6 +322,7 @@ def test_a_shape_is_measured_without_weights(here):
         (["{dense}", "{flat}", "--batch_size", "1,0"], "--batch_size 0"),
         (["{dense}", "{flat}", "--prompt_length", "0"], "--prompt_length 0"),
         (["{dense}", "{flat}", "--repeats", "0"], "--repeats 0"),
+        (["{dense}", "{flat}", "--threads", "0"], "--threads 0"),
         (["{dense}", "{flat}", "--prompt_length", "60", "--new_tokens", "5"], "65 tokens"),
         (["{dense}", "--protocol", "slicegpt", "--prompt_length", "8"], "has no prompt"),
         (["--shape", "{dense}", "--ratios", "20,99"], "99"),
@@ -341,6 +342,34 @@ def test_bad_input_gets_one_line_and_leaves_nothing(arguments, complaint, folder
     assert (shown.out, shown.err.count("\n")) == ("", 1)
     assert complaint in shown.err
     assert list(here.iterdir()) == []
+
+
+def test_threads_are_set_before_anything_is_measured(folders, here):
+    before = torch.get_num_threads()
+    try:
+        record = run(*folders[:2], "--threads", before + 1)
+        assert record["hardware"]["device"].endswith(f"{before + 1} threads")
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_an_interruption_gets_one_line_and_leaves_no_record(folders, here, capsys, monkeypatch):
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Runner, "run", interrupt)
+    assert speed.main([*map(str, folders[:2]), "--device", "cpu", "--prompt_length", "8"]) == 2
+    assert capsys.readouterr().err == "error: interrupted; run it again\n"
+    assert list(here.rglob("*.json")) == []
+
+
+def test_a_place_that_cannot_be_written_to_gets_one_line(folders, here, capsys):
+    Path("file").touch()
+    sizes = ["--prompt_length", "8", "--new_tokens", "2", "--repeats", "1", "--device", "cpu"]
+    assert speed.main([*map(str, folders[:2]), *sizes, "--save", "file"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "file" in error
 
 
 def test_models_of_two_dtypes_are_not_compared_unless_one_is_asked_for(folders, here, capsys):

@@ -565,7 +565,7 @@ def test_an_interrupted_evaluation_leaves_the_model_and_its_record(text, tmp_pat
     after = compression_record(tmp_path)["parameters_after"]
     assert after["total"] == describe_model(tmp_path / "small")["parameters"]["total"]
     assert program.main([EMBEDDED, *LOCAL, "--save", str(tmp_path / "other")]) == 2
-    assert capfd.readouterr().err == "error: interrupted; no record was written\n"
+    assert capfd.readouterr().err == "error: interrupted; run it again\n"
     assert not (tmp_path / "other").exists()
 
 

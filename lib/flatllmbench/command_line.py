@@ -4,7 +4,7 @@ import argparse
 import errno
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from io import TextIOWrapper
 from pathlib import Path
@@ -287,6 +287,26 @@ def keep_bars_to_terminals() -> None:
         transformers.utils.logging.enable_progress_bar()
     else:
         transformers.utils.logging.disable_progress_bar()
+
+
+def run_program(work: Callable[[], None], place: Path) -> int:
+    """Do a program's work; return its exit status: 0, or 2 after one line on stderr about what the user can mend.
+
+    Args:
+        work: Can be done again from the start after an interruption.
+        place: Where it writes; named when an error about a file does not say which.
+    """
+    try:
+        work()
+    except InputError as error:
+        return complain(str(error))
+    except KeyboardInterrupt:
+        return complain("interrupted; run it again")
+    except OSError as error:
+        if error.errno not in UNUSABLE_PLACE:
+            raise
+        return complain(f"{error.strerror}: {error.filename or place}")
+    return 0
 
 
 def complain(message: str) -> int:

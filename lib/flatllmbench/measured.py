@@ -40,6 +40,7 @@ _COMPRESSION_NOTES = (
     "Removed: share of the decoder layers' linear weights, Q and K counted. Calibration: the run without loading, "
     "measuring and saving. Peak memory: of the whole run."
 )
+_NO_PEAK = "Peak memory: on a GPU only; a CPU does not tell what each of several loaded models allocates."
 _SCORING_HEADER = (
     "model",
     "calibration",
@@ -205,6 +206,8 @@ def speed_tables(runs: Iterable[Run]) -> str:
     parts = []
     for number, run in enumerate(of_kind(runs, Timing), 1):
         facts = [f"Medians of {_repeats(run)} interleaved repeats, lower and upper quartile in brackets."]
+        if any(cell.peak_memory_bytes is None for cell in run.cells):
+            facts.append(_NO_PEAK)
         parts += [
             f"### {escaped(heading_of_timing(number, run))}\n",
             markdown_table(_TIME_HEADER, _rows_of(run, run.cells, _times)),
@@ -310,8 +313,9 @@ def _ratios(cell: Cell, _: TimedModel) -> Iterator[str]:
 
 def _memory(cell: Cell, model: TimedModel) -> Iterator[str]:
     yield f"{model.parameters.total:,}"
-    for size in (model.weight_memory_bytes, cell.kv_cache_bytes, cell.peak_memory_bytes):
-        yield _maybe(size and size / MIB, ",.2f")
+    for size in (model.weight_memory_bytes, cell.kv_cache_bytes):
+        yield f"{size / MIB:,.2f}"
+    yield NOT_RUN if cell.peak_memory_bytes is None else f"{cell.peak_memory_bytes / MIB:,.2f}"
 
 
 def _spread(spread: Spread | None) -> str:

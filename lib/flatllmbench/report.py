@@ -12,10 +12,9 @@ import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from flatllmcore.errors import InputError
 from flatllmcore.utils.files import write_atomically
 
-from .command_line import complain
+from .command_line import run_program
 from .comparison import other_figures_section, table_1_section
 from .measured import accuracy_tables, compression_tables, scoring_table, speed_tables, stage_table
 from .page import html_page
@@ -34,13 +33,7 @@ _CAPTIONS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; return its exit status: 0, or 2 after one line on stderr about unusable input."""
     args = parse_arguments(argv)
-    try:
-        runs = read_runs(args.records)
-        write_report(runs, args.out)
-    except (InputError, OSError) as error:
-        return complain(str(error))
-    sys.stdout.write(f"{compression_tables(runs)}\nthe report is in {args.out}: README.md, index.html\n")
-    return 0
+    return run_program(lambda: make_report(args.records, args.out), args.out)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -54,6 +47,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--out", type=Path, default=Path("results"), metavar="DIR", help="folder for the report (default: %(default)s)"
     )
     return parser.parse_args(argv)
+
+
+def make_report(records: Sequence[Path], out: Path) -> None:
+    """Write the report of the records and print its tables of compressions."""
+    runs = read_runs(records)
+    write_report(runs, out)
+    sys.stdout.write(f"{compression_tables(runs)}\nthe report is in {out}: README.md, index.html\n")
 
 
 def write_report(runs: Sequence[Run], out: Path) -> None:

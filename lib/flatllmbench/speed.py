@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import PretrainedConfig
 
@@ -34,8 +33,9 @@ from flatllmcore.layers.families import check_is_dense
 from flatllmcore.utils.devices import parse_device
 from flatllmcore.utils.layer_utils import dense_dimensions, load_config
 from flatllmcore.utils.loading import load_model
+from flatllmcore.utils.progress import progress
 
-from .command_line import complain, logging_to, request
+from .command_line import logging_to, request, run_program
 from .records import describe_config, describe_model, hardware, versions, write_record
 from .shapes import compressed_shapes, random_model
 from .speed_figures import MIB, figures_of, speed_table
@@ -55,21 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; return its exit status: 0, or 2 after one line on stderr about unusable input."""
     args = parse_arguments(argv)
     command = shlex.join(["python", "-m", "flatllmbench.speed", *(sys.argv[1:] if argv is None else argv)])
-    started = time.perf_counter()
-    try:
-        check_arguments(args)
-        configs = read_configs(args)
-        check_configs(args, configs)
-        with logging_to(args.save / f"{run_name(args)}.log"), logging_redirect_tqdm():
-            measured = measure_models(args, configs)
-            asked = {"kind": "speed", "command": command, "request": request(args), "versions": versions()}
-            record = asked | measured | {"elapsed_s": round(time.perf_counter() - started, 3)}
-            write_record(args.save / f"{run_name(args)}.json", record)
-            logger.info("record: %s", args.save / f"{run_name(args)}.json")
-        sys.stdout.write(f"\n{speed_table(record)}")
-    except (InputError, OSError) as error:
-        return complain(str(error))
-    return 0
+    return run_program(lambda: keep_measurement(args, command), args.save)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -104,6 +90,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
     where = parser.add_argument_group("machine and output")
     where.add_argument("--device", help="cpu, cuda or cuda:N (default: the GPU if there is one)")
+    where.add_argument("--threads", type=int, metavar="N", help="of the CPU (default: one per core)")
     where.add_argument(
         "--dtype",
         choices=("auto", "bfloat16", "float16", "float32"),
@@ -123,13 +110,31 @@ def numbers(text: str) -> list[int]:
     return [int(number) for number in text.split(",")]
 
 
+def keep_measurement(args: argparse.Namespace, command: str) -> None:
+    """Measure the models, write the record and print its table."""
+    started = time.perf_counter()
+    check_arguments(args)
+    configs = read_configs(args)
+    check_configs(args, configs)
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    place = args.save / f"{run_name(args)}.json"
+    with logging_to(place.with_suffix(".log")), logging_redirect_tqdm():
+        measured = measure_models(args, configs)
+        asked = {"kind": "speed", "command": command, "request": request(args), "versions": versions()}
+        record = asked | measured | {"elapsed_s": round(time.perf_counter() - started, 3)}
+        write_record(place, record)
+        logger.info("record: %s", place)
+    sys.stdout.write(f"\n{speed_table(record)}")
+
+
 def check_arguments(args: argparse.Namespace) -> None:
     """Refuse what can be refused without looking at the models."""
     if bool(args.models) == (args.shape is not None):
         raise InputError("give a dense model and compressed ones, or --shape with a config to take, not both")
     if args.protocol == "slicegpt" and args.prompt_length != [0]:
         raise InputError("--prompt_length does not go with --protocol slicegpt, which has no prompt")
-    for name in ("batch_size", "prompt_length", "new_tokens", "repeats", "rank_multiple"):
+    for name in ("batch_size", "prompt_length", "new_tokens", "repeats", "rank_multiple", "threads"):
         value = getattr(args, name)
         least = 0 if name == "prompt_length" and args.protocol == "slicegpt" else 1
         for number in value if isinstance(value, list) else [value]:
@@ -181,7 +186,7 @@ def measure_models(args: argparse.Namespace, configs: Configs) -> dict[str, Any]
     ]
     cells: list[dict[str, Any]] = []
     runs = len(workloads) * len(runners) * (1 + args.repeats)  # the warm-up is one
-    with tqdm(total=runs, desc="speed", unit="run", disable=None) as bar:
+    with progress(None, "speed", "run", runs) as bar:
         for workload in workloads:
             timings = measure(runners, workload, args.repeats, bar.update)
             for index, figures in enumerate(figures_of(workload, [config for _, config in configs], timings, itemsize)):
@@ -202,7 +207,7 @@ def load_runners(args: argparse.Namespace, configs: Configs, device: torch.devic
     """Put every model on the device, its weights read or drawn."""
     runners = []
     torch.manual_seed(0)
-    for model, config in tqdm(configs, desc="loading", unit="model", disable=None):
+    for model, config in progress(configs, "loading", "model"):
         if args.shape is None:
             loaded = load_model(model, dtype=args.dtype, cache_dir=args.cache_dir)
         else:

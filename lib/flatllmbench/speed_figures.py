@@ -7,7 +7,7 @@ import torch
 from transformers import PretrainedConfig
 
 from .arithmetic import decode_bytes, prefill_flops
-from .tables import markdown_table
+from .tables import NOT_RUN, markdown_table
 from .timing import Timing, Workload
 
 MIB = 2**20
@@ -111,7 +111,7 @@ def _row(model: str, cell: Mapping[str, Any]) -> dict[str, str]:
         "by bytes": _number(predicted.get("decode_speedup_bytes"), 2),
         "tokens/s": _number(cell["decode_tokens_per_s"], 1),
         "KV cache, MiB": _number(cell["kv_cache_bytes"] / MIB, 2),
-        "peak, MiB": "not measured" if peak is None else _number(peak / MIB, 1),
+        "peak, MiB": NOT_RUN if peak is None else _number(peak / MIB, 1),
     }
 
 

@@ -35,7 +35,6 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flatllmcore.core.checkpoint_source import CheckpointSource
-from flatllmcore.errors import InputError
 from flatllmcore.utils.devices import check_whole_model_fits, parse_device
 from flatllmcore.utils.loading import load_model, load_tokenizer
 
@@ -50,21 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; return its exit status: 0, or 2 after one line on stderr about unusable input."""
     args = parse_arguments(argv)
     command = shlex.join(["python", "-m", "flatllmbench.zero_shot", *(sys.argv[1:] if argv is None else argv)])
-    place = args.save / f"{command_line.model_name(args)}_zero_shot.json"
-    try:
-        command_line.check_task_flags(args)
-        with command_line.logging_to(place.with_suffix(".log")), logging_redirect_tqdm():
-            asked = {"kind": "zero_shot", "command": command, "request": command_line.request(args)}
-            write_record(place, asked | {"versions": versions()} | evaluate(args))
-    except InputError as error:
-        return command_line.complain(str(error))
-    except KeyboardInterrupt:
-        return command_line.complain("interrupted; no record was written")
-    except OSError as error:
-        if error.errno not in command_line.UNUSABLE_PLACE:
-            raise
-        return command_line.complain(f"{error.strerror}: {error.filename or args.save}")
-    return 0
+    return command_line.run_program(lambda: keep_evaluation(args, command), args.save)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -80,6 +65,15 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--cache_dir", type=Path, metavar="DIR", help="where downloads of models are kept (default: the hub's own)"
     )
     return parser.parse_args(argv)
+
+
+def keep_evaluation(args: argparse.Namespace, command: str) -> None:
+    """Evaluate the model and write the record."""
+    command_line.check_task_flags(args)
+    place = args.save / f"{command_line.model_name(args)}_zero_shot.json"
+    with command_line.logging_to(place.with_suffix(".log")), logging_redirect_tqdm():
+        asked = {"kind": "zero_shot", "command": command, "request": command_line.request(args)}
+        write_record(place, asked | {"versions": versions()} | evaluate(args))
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:

@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Everything that the results page says of the embedded model, made anew: scores, compression at 10 to 50 %, tasks, and
+# speed with one thread by both protocols. About ten minutes on two cores, which ought to have nothing else to do.
+#
+#   bash scripts/embedded.sh
+#
+# Variables: VENV, PYTHON, SKIP_INSTALL (see scripts/environment.sh), and
+#   OUT      gets the models, records and the report (default: results, whose page is in the repository)
+#   REPEATS  timed runs of every model (default: 21)
+#   LIMIT    questions of every task, for a trial (default: all)
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+pip_install evaluation -e '.[eval]'
+export PYTHON
+export OUT="${OUT:-results}"
+export MODEL=models/pydocs-llama DATASET=pydocs SEQLEN=256 NSAMPLES=128 DEVICE=cpu
+export BI_SCORE="$OUT/pydocs-llama-ranks" OVERWRITE=1
+export TASKS=pydocs_endings,pydocs_text INCLUDE_PATH=tests/tasks
+export REPEATS="${REPEATS:-21}" THREADS=1
+records="$OUT/records/pydocs-llama"
+
+rm -f "$BI_SCORE/importance.json" # so that the layers are scored, and timed, again
+bash scripts/compress.sh
+compressed=("$OUT"/pydocs-llama-{10,20,30,40,50})
+for model in "$MODEL" "${compressed[@]}"; do
+    OUT="$records" bash scripts/eval.sh "$model"
+done
+OUT="$records" bash scripts/test_speedup.sh "$MODEL" "${compressed[@]}"
+OUT="$records" PROTOCOL=grid PROMPT_LENGTH=128 bash scripts/test_speedup.sh "$MODEL" "${compressed[@]}"
+"$PYTHON" -m flatllmbench.report "$OUT/records" --out "$OUT"
