@@ -1,11 +1,11 @@
-"""Time of one process against two that share out the windows, each pinned to a core of its own.
+"""Time of one process against two that share out the windows and the solves, each pinned to a core of its own.
 
     python benchmarks/process_scaling.py --folder /scratch/scaling --out results/benchmarks/process_scaling.json
 
 Compresses a checkpoint of random weights on the embedded model's text, out of core, by turns in one process and in two.
-Tokens per second are those of the compression itself; beside it stands the share of what one core could do at its
-measured peak (`flatllmbench/costs.py` says what must be computed). The solves are the first process's alone: that, and
-summing the moments, is what two processes cannot halve.
+Tokens per second are those of the compression itself; beside it stands the share that what one process would have to
+compute (`flatllmbench/costs.py`) is of what the cores could do at their measured peak. Both processes factorise the
+same moments: that, and summing them, is what two processes cannot halve.
 """
 
 import argparse
@@ -65,17 +65,16 @@ def main() -> None:
         "shape": {"layers": args.layers, "nsamples": args.nsamples, "seqlen": args.seqlen},
         "peak_tflops_of_a_core": {name: rate / 1e12 for name, rate in rates.items()},
     }
+    costs = compression_costs(allocation, Workload(args.nsamples, args.seqlen, default_batch_size(args.seqlen), 2))
+    bound_s = sum(cost.bound_s(rates[name], bandwidth) for name, cost in costs.items())
     for count, records in turns.items():
-        work = Workload(args.nsamples // count, args.seqlen, default_batch_size(args.seqlen), 2)
-        costs = compression_costs(allocation, work)
-        bound_s = sum(cost.bound_s(rates[name], bandwidth) for name, cost in costs.items())
         compress_s = [sum(record["stages_s"].get(name, 0) for name in STAGES) for record in records]
         found[f"processes_{count}"] = {
             "compress_s": compress_s,
             "perplexity_s": [record["stages_s"]["perplexity"] for record in records],
             "stages_s": records[-1]["stages_s"],
             "tokens_per_s": tokens / median(compress_s),
-            "share_of_peak": bound_s / median(compress_s),
+            "share_of_peak": bound_s / count / median(compress_s),
         }
     one, two = found["processes_1"], found["processes_2"]
     for stage in ("compress_s", "perplexity_s"):

@@ -147,29 +147,34 @@ def moments_cost(allocation: RankAllocation, work: Workload) -> Cost:
     return Cost(layers * work.tokens * operations, layers * moved)
 
 
-def solves_cost(allocation: RankAllocation) -> Cost:
-    """Return the cost of the new weights of all layers that are cut; each moment is read once.
+def solves_cost(allocation: RankAllocation, processes: int = 1) -> Cost:
+    """Return what the new weights of all layers that are cut cost the first process; each moment is read once.
 
-    For the MLP two Cholesky factors, the inverse of one, and the products with ``down_proj``; for the attention the
-    products of V and O with the heads' bases. What finding those bases costs is too little to count.
+    For the MLP two Cholesky factors, and its share of the inverse of one and of the products with ``down_proj``; for
+    the attention the products of V and O with the heads' bases. What finding those bases costs is too little to count.
     """
     dimensions = allocation.dimensions
     D, F, d = dimensions.hidden_size, dimensions.intermediate_size, dimensions.head_dim
     cost = NO_COST
     for r, k in cut_layers(allocation):
-        mlp = 2 * F**3 / 3 + k**3 / 3 + 2 * D * (F - k) * k + 2 * D * k * k
+        factors = (F**3 + k**3) / 3
+        shared_out = F**3 / 3 + 2 * D * (F - k) * k + 2 * D * k * k
         attention = 2 * d * r * dimensions.rank_parameters
-        cost += Cost(mlp + attention, moment_bytes(dimensions))
+        cost += Cost(factors + shared_out / processes + attention, moment_bytes(dimensions))
     return cost
 
 
-def compression_costs(allocation: RankAllocation, work: Workload) -> dict[str, Cost]:
-    """Return the cost of a compression by stage: ``forward`` (statistics and compressed), ``moments``, ``solves``."""
+def compression_costs(allocation: RankAllocation, work: Workload, processes: int = 1) -> dict[str, Cost]:
+    """Return the cost of a compression by stage: ``forward`` (statistics and compressed), ``moments``, ``solves``.
+
+    Args:
+        work: Of the process that has most to do.
+    """
     compressed = forward_cost(allocation.dimensions, compressed_layers(allocation), work)
     return {
         "forward": statistics_cost(allocation, work) + compressed,
         "moments": moments_cost(allocation, work),
-        "solves": solves_cost(allocation),
+        "solves": solves_cost(allocation, processes),
     }
 
 
@@ -196,7 +201,7 @@ def solve_memory_bytes(dimensions: ModelDimensions, size: LayerSize) -> int:
     while ``down_proj`` is fitted (``mlp_nystrom.py``).
     """
     D, F, k = dimensions.hidden_size, dimensions.intermediate_size, size[1]
-    select = F * F + 3 * F * min(F, 1024)
+    select = F * F + 3 * F * min(F, 512)
     gather = k * F
     cross = (F - k) * (F + k) + D * F
     solve = k * k + 5 * D * k

@@ -164,7 +164,7 @@ class Plan:
                 self._states("importance", request.importance_nsamples, 2 * len(self.dense)),
             ]
         stages += self._perplexity("dense perplexity", self.dense, self.dense_bytes, is_read=not self.is_in_memory)
-        costs = compression_costs(self.allocation, self.work(request.nsamples))
+        costs = compression_costs(self.allocation, self.work(request.nsamples), request.processes)
         passes = 2 * len(self.dense) + len(cut_layers(self.allocation))
         stages += [Stage("compression", name, name, cost) for name, cost in costs.items()]
         if request.processes > 1:
@@ -267,9 +267,10 @@ class Plan:
         return Stage(step, f"hidden states ({place})", "states", copied_bytes=copied, disk_bytes=in_files)
 
     def _linked_bytes(self) -> float:
-        """Return what one process sends: a ring's share of the moments' sums, and the new weights passed on."""
-        processes = self.request.processes
-        cut = cut_layers(self.allocation)
-        sums = 2 * (processes - 1) / processes * len(cut) * moment_bytes(self.dimensions)
-        new = sum(self._layer_weights(size) - self.dimensions.qk_parameters for size in cut)
-        return sums + self.request.itemsize * new
+        """Return what one process sends: a ring's share of the sums (moments, ``down_proj``), and V and O passed on."""
+        processes, dimensions, itemsize = self.request.processes, self.dimensions, self.request.itemsize
+        sent = 0.0
+        for rank, width in cut_layers(self.allocation):
+            summed = moment_bytes(dimensions) + itemsize * width * dimensions.hidden_size
+            sent += 2 * (processes - 1) / processes * summed + itemsize * rank * dimensions.rank_parameters
+        return sent

@@ -1,13 +1,15 @@
 """Step 5 of the method: Nyström selection of MLP channels by ridge leverage scores.
 
-Everything is factorised by Cholesky in float64; no inverse is formed. Shapes: D hidden size, F MLP
-width, k kept channels.
+Everything is factorised by Cholesky in float64; no inverse is formed. Several processes all factorise, and share out
+what follows the factors, which is most of the work. Shapes: D hidden size, F MLP width, k kept channels.
 """
 
 import logging
 
 import torch
 from torch import Tensor
+
+from ..utils.processes import own_turns, sum_over_processes
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +25,7 @@ ENOUGH_TOKENS_PER_CHANNEL = 4
 # A squared pivot is the share of a channel's energy that earlier channels do not explain; below this,
 # float64 has lost it and the factor is no basis for a solve.
 SMALLEST_PIVOT = 1e-11
-_COLUMNS = 1024  # of the triangular inverse at a time
+_COLUMNS = 512  # of the triangular inverse at a time
 
 
 def select_channels(second_moment: Tensor, width: int) -> Tensor:
@@ -57,20 +59,23 @@ def diagonal_of_ridge_inverse(second_moment: Tensor, ridge: float = RIDGE) -> Te
 
     With ``C + λI = L Lᵀ`` entry ``i`` is the squared length of column ``i`` of ``L⁻¹``. That column is
     zero above row ``i``, so a strip of columns needs only the trailing block of ``L``: F³/3 operations
-    in all and F × 1024 numbers of memory. A ridge that would be lost to rounding beside ``C`` is raised to
-    what is not: 8 times the machine's epsilon of the trace.
+    in all, shared out over the processes, and F × 512 numbers of memory. A ridge that would be lost to rounding
+    beside ``C`` is raised to what is not: 8 times the machine's epsilon of the trace.
     """
     shifted = second_moment.clone()
     smallest = 8 * torch.finfo(shifted.dtype).eps * shifted.trace().item()
     shifted.diagonal().add_(max(ridge, smallest))
     factor = torch.linalg.cholesky(shifted.mT, out=shifted.mT)  # by columns, LAPACK's order: in place, without a copy
-    diagonal = torch.empty(len(factor), dtype=factor.dtype, device=factor.device)
-    for start in range(0, len(factor), _COLUMNS):
-        trailing = factor[start:, start:]
-        columns = torch.eye(len(trailing), min(_COLUMNS, len(trailing)), dtype=factor.dtype, device=factor.device)
-        inverse = torch.linalg.solve_triangular(trailing, columns, upper=False)
-        diagonal[start : start + _COLUMNS] = inverse.square().sum(0)
-    return diagonal
+    diagonal = torch.zeros(len(factor), dtype=factor.dtype, device=factor.device)
+    for start in own_turns(range(0, len(factor), _COLUMNS)):
+        diagonal[start : start + _COLUMNS] = _squared_lengths_of_first_columns(factor[start:, start:])
+    return sum_over_processes(diagonal)
+
+
+def _squared_lengths_of_first_columns(factor: Tensor) -> Tensor:
+    """Return those of the inverse's; a function of its own, so that no strip of columns outlives its turn."""
+    columns = torch.eye(len(factor), min(_COLUMNS, len(factor)), dtype=factor.dtype, device=factor.device)
+    return torch.linalg.solve_triangular(factor, columns, upper=False).square_().sum(0)
 
 
 def few_tokens_jitter(tokens: int, channels: int) -> float:
@@ -88,7 +93,7 @@ def reconstruct_down_projection(
     determine stays what it was. A kept channel that is dead keeps its own weights in the same way.
 
     Args:
-        down_weight: (D, F).
+        down_weight: (D, F), or some of its rows, which have nothing to do with each other.
         second_moment: ``C``, float64, (F, F).
         kept: Rising indices ``I``, (k,).
         jitter: Share of each kept channel's energy to add to it before the solve. Where that is not enough

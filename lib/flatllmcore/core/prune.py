@@ -14,7 +14,7 @@ from ..errors import InputError
 from ..layers.flat_attention import FlatDecoderLayer
 from ..layers.replacement import compress_decoder_layer, compressed_config, empty_decoder_layer, fill_parameters
 from ..utils.layer_utils import DecoderModule
-from ..utils.processes import is_first_process, own_share, tensors_of_first
+from ..utils.processes import is_first_process, joined_shares, own_share, tensors_of_first
 from ..utils.progress import progress
 from .attention_pca import headwise_pca, project_heads, project_output, rank_for_mass
 from .calibration import LayerSink, LayerSource
@@ -148,10 +148,7 @@ def _solve(
     tolerance: float,
     stopwatch: Stopwatch,
 ) -> tuple[dict[str, Tensor], float | None]:
-    """Return what :func:`solve_layer` makes of the moments of all processes' hidden states; nothing for a whole layer.
-
-    The moments are summed over the processes, the first one solves and the others are given its weights.
-    """
+    """Return what :func:`solve_layer` makes of all processes' hidden states; nothing for a layer that stays whole."""
     dimensions = allocation.dimensions
     rank, width = allocation.value_rank[index], allocation.mlp_width[index]
     query_key_rank = allocation.query_key_rank[index]
@@ -163,13 +160,8 @@ def _solve(
                 hidden.run(dense, index, batch)
     with stopwatch.stage("reduce"):
         sum_moments(moments)
-    weights: dict[str, Tensor] = {}
-    rank_at_tolerance = None
-    with stopwatch.stage("solves"):
-        if is_first_process():
-            with _naming_layer(index):
-                weights, rank_at_tolerance = solve_layer(dense, moments, rank, width, query_key_rank, tolerance)
-        return tensors_of_first(weights, moments.mlp.device), rank_at_tolerance
+    with stopwatch.stage("solves"), _naming_layer(index):
+        return solve_layer(dense, moments, rank, width, query_key_rank, tolerance)
 
 
 def _advance(hidden: HiddenStates, layer: FlatDecoderLayer, index: int, stopwatch: Stopwatch) -> None:
@@ -189,22 +181,28 @@ def _finished_layer(
 
 def solve_layer(
     layer: DecoderModule, moments: LayerMoments, rank: int, width: int, query_key_rank: int | None, tolerance: float
-) -> tuple[dict[str, Tensor], float]:
+) -> tuple[dict[str, Tensor], float | None]:
     """Return the weights that change, and the mean rank that would keep ``tolerance`` of the eigenvalue mass.
 
     A rank equal to the head width leaves V and O as they are, a full width the MLP, and no rank Q and K.
-    The weights are in the layer's dtype, under their names within the layer.
+    The weights are in the layer's dtype, under their names within the layer, and the same in all processes. The first
+    process solves the attention, little beside the MLP, since the signs of eigenvectors are anybody's choice; the mean
+    rank is its alone, None in the others.
     """
     weights: dict[str, Tensor] = {}
-    eigenvalues, directions = headwise_pca(moments.value)
-    if rank < directions.shape[-1]:
-        weights |= _compress_values(layer.self_attn, directions[..., :rank])
-    if query_key_rank is not None:
-        weights |= _factor_queries_and_keys(layer.self_attn, moments, query_key_rank)
+    rank_at_tolerance = None
+    if is_first_process():
+        eigenvalues, directions = headwise_pca(moments.value)
+        rank_at_tolerance = rank_for_mass(eigenvalues, tolerance)
+        if rank < directions.shape[-1]:
+            weights |= _compress_values(layer.self_attn, directions[..., :rank])
+        if query_key_rank is not None:
+            weights |= _factor_queries_and_keys(layer.self_attn, moments, query_key_rank)
+    dtype = layer.mlp.down_proj.weight.dtype
+    weights = tensors_of_first({name: weight.to(dtype) for name, weight in weights.items()}, moments.mlp.device)
     if width < len(moments.mlp):
         weights |= _compress_mlp(layer.mlp, moments, width)
-    dtype = layer.mlp.down_proj.weight.dtype
-    return {name: weight.to(dtype) for name, weight in weights.items()}, rank_for_mass(eigenvalues, tolerance)
+    return weights, rank_at_tolerance
 
 
 def _compress_values(attention: DecoderModule, bases: Tensor) -> dict[str, Tensor]:
@@ -231,11 +229,12 @@ def _factor_queries_and_keys(attention: DecoderModule, moments: LayerMoments, ra
 
 
 def _compress_mlp(mlp: DecoderModule, moments: LayerMoments, width: int) -> dict[str, Tensor]:
+    down_weight = mlp.down_proj.weight
     kept = select_channels(moments.mlp, width)
-    down_weight = reconstruct_down_projection(
-        mlp.down_proj.weight, moments.mlp, kept, jitter=few_tokens_jitter(moments.tokens, len(moments.mlp))
+    rows = reconstruct_down_projection(
+        own_share(down_weight), moments.mlp, kept, jitter=few_tokens_jitter(moments.tokens, len(moments.mlp))
     )
-    weights = {"mlp.down_proj.weight": down_weight}
+    weights = {"mlp.down_proj.weight": joined_shares(rows.to(down_weight.dtype), len(down_weight))}
     for name, projection in (("gate_proj", mlp.gate_proj), ("up_proj", mlp.up_proj)):
         weights[f"mlp.{name}.weight"] = projection.weight[kept]
         if projection.bias is not None:

@@ -1,4 +1,4 @@
-"""Several processes that share out the calibration windows, each with a device of its own (torch.distributed).
+"""Several processes that share out windows and solves, each with a device of its own (torch.distributed).
 
 Started by ``accelerate launch`` or ``torchrun``, which set the variables that :func:`process_group` reads. Outside its
 block one process is all of them, and every function here leaves its argument as it is: a group that the caller of the
@@ -7,10 +7,10 @@ library has made for other work is not touched.
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,8 +18,10 @@ from torch import Tensor
 
 from .devices import collective_backend
 
+T = TypeVar("T")
+
 _FAILURES = "failures"  # key in the store
-# Longer than the first process takes for the solves of any layer.
+# Longer than a process waits for another at any size, the solves of a layer included.
 _PATIENCE = timedelta(hours=2)
 
 _store: dist.Store | None = None  # the group's, inside the block of process_group
@@ -77,9 +79,23 @@ def is_first_failure() -> bool:
         return _store.add(_FAILURES, 1) == 1
 
 
-def own_share(windows: Tensor) -> Tensor:
-    """Return the windows, of (N, S), that this process takes; shares differ by one at most and may be empty."""
-    return windows.tensor_split(process_count())[dist.get_rank()] if _is_group() else windows
+def own_share(rows: Tensor) -> Tensor:
+    """Return a view of the rows that this process takes; shares differ by one at most and may be empty."""
+    return rows.tensor_split(process_count())[dist.get_rank()] if _is_group() else rows
+
+
+def joined_shares(share: Tensor, length: int) -> Tensor:
+    """Return the ``length`` rows of which :func:`own_share` gave each process its ``share``; the same in all."""
+    if not _is_group():
+        return share
+    rows = share.new_zeros(length, *share.shape[1:])
+    own_share(rows).copy_(share)
+    return sum_over_processes(rows)
+
+
+def own_turns(items: Sequence[T]) -> Sequence[T]:
+    """Return the items that this process takes when they are dealt out in turns, so that early and late ones mix."""
+    return items[dist.get_rank() :: process_count()] if _is_group() else items
 
 
 def sum_over_processes(total: Tensor) -> Tensor:
