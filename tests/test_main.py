@@ -135,7 +135,7 @@ def test_scores_hold_all_it_takes_to_compute_them_again(here):
     record = read("logs/llama_bi.json")
     assert record["kind"] == "bi"
     assert record["scores"] == scores["scores"]
-    assert {"data", "load", "forward", "angles", "rest"} <= record["stages_s"].keys()
+    assert {"data", "load", "read", "forward", "angles", "rest"} <= record["stages_s"].keys()
 
 
 def test_the_record_says_what_was_asked_done_and_spent(finished):
@@ -154,7 +154,7 @@ def test_the_record_says_what_was_asked_done_and_spent(finished):
     assert record["attention"] == {"implementation": "sdpa", "value_width": {"prompt": [12] * 3, "decoding": ranks}}
     stages = record["stages_s"]
     assert stages.keys() == {
-        *("data", "load", "forward", "angles", "moments", "reduce", "solves", "perplexity", "write", "rest")
+        *("data", "load", "read", "forward", "angles", "moments", "reduce", "solves", "perplexity", "write", "rest")
     }
     assert sum(stages.values()) == pytest.approx(record["elapsed_s"], abs=0.01)
     assert sum(layer["elapsed_s"] for layer in record["layers"]) <= record["elapsed_s"]

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import shutil
+import time
 
 import pytest
 import torch
@@ -88,6 +89,14 @@ def test_one_layer_is_read_ahead_and_no_more(checkpoint):
         source._reader.submit(int).result()  # the reader is done with what it was given
         assert asked[-1] == min(index + 1, 3)
     assert asked == [0, 1, 2, 3, 0, 1]
+
+
+def test_waiting_for_the_disk_is_a_stage_of_its_own(checkpoint, windows):
+    source, stopwatch = on_disk(checkpoint), Stopwatch(CPU)
+    read_layer = source._read_layer
+    source._read_layer = lambda index: time.sleep(0.1) or read_layer(index)
+    layer_importance(source, windows, 5, stopwatch)
+    assert stopwatch.elapsed_s["read"] > 3 * 0.1 > sum(stopwatch.elapsed_s[name] for name in ("forward", "angles"))
 
 
 def test_buffers_of_old_checkpoints_have_no_meaning(checkpoint, windows):

@@ -6,7 +6,7 @@ one decoder layer and one batch, whatever the size of the model. A *sink* takes 
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -18,6 +18,7 @@ from ..layers.replacement import adopt_compressed_layers
 from ..utils.layer_utils import DecoderModule
 from ..utils.loading import model_fingerprint
 from .hidden_states import StatesStorage
+from .stopwatch import Stopwatch
 
 if TYPE_CHECKING:
     from .prune import LayerRecord
@@ -51,6 +52,15 @@ class LayerSource(Protocol):
 
     def head(self) -> AbstractContextManager[Callable[[Tensor], Tensor]]:
         """Lend the function from the last layer's output to logits, final norm included."""
+
+
+@contextmanager
+def lent_layer(source: LayerSource, index: int, stopwatch: Stopwatch) -> Iterator[DecoderModule]:
+    """Lend decoder layer ``index``; waiting for it to be read or copied counts as the stage ``read``."""
+    with ExitStack() as stack:
+        with stopwatch.stage("read"):
+            layer = stack.enter_context(source.layer(index))
+        yield layer
 
 
 class LayerSink(Protocol):

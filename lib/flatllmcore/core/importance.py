@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from ..errors import InputError
 from ..utils.processes import own_share, sum_of_numbers
 from ..utils.progress import progress
-from .calibration import LayerSource
+from .calibration import LayerSource, lent_layer
 from .hidden_states import HiddenStates, checked
 from .stopwatch import Stopwatch
 
@@ -64,7 +64,7 @@ def layer_importance(
         source: The model, dense.
         windows: Token ids, (N, S).
         batch_size: Windows run at a time; the scores depend on it only by rounding.
-        stopwatch: Counts the stages ``forward`` and ``angles``, or ``forward`` and ``backward``.
+        stopwatch: Counts the stages ``read``, ``forward`` and ``angles`` or ``backward``.
         method: ``angular`` or ``gradient``.
 
     Raises:
@@ -87,7 +87,7 @@ def angular_importance(source: LayerSource, windows: Tensor, batch_size: int, st
     scores, zero_rows = [], 0.0
     for index in progress(range(source.num_layers), "importance", "layer"):
         total, zeros = 0.0, 0
-        with source.layer(index) as layer:
+        with lent_layer(source, index, stopwatch) as layer:
             for batch in hidden.batches():
                 with stopwatch.stage("forward"):
                     outputs = hidden.run(layer, index, batch)
@@ -123,14 +123,14 @@ def gradient_importance(source: LayerSource, windows: Tensor, batch_size: int, s
             states = [embed(ids)]  # states[l + 1] is the output of layer l
         with stopwatch.stage("forward"):
             for index in range(source.num_layers):
-                with source.layer(index) as layer:
+                with lent_layer(source, index, stopwatch) as layer:
                     states.append(checked(layer(states[index], **arguments[index]), index))
         with stopwatch.stage("backward"):
             gradient = _loss_gradient(source, states[-1], ids.to(source.device))
             for index in reversed(range(source.num_layers)):
                 totals[index] += (gradient * states[index + 1]).abs().sum(dtype=torch.float64).item()
                 if index > 0:
-                    with source.layer(index) as layer, torch.enable_grad():
+                    with lent_layer(source, index, stopwatch) as layer, torch.enable_grad():
                         inputs = states[index].detach().requires_grad_()
                         outputs = layer(inputs, **arguments[index])
                         (gradient,) = torch.autograd.grad(outputs, inputs, gradient)

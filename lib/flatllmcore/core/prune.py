@@ -17,7 +17,7 @@ from ..utils.layer_utils import DecoderModule
 from ..utils.processes import is_first_process, joined_shares, own_share, tensors_of_first
 from ..utils.progress import progress
 from .attention_pca import headwise_pca, project_heads, project_output, rank_for_mass
-from .calibration import LayerSink, LayerSource
+from .calibration import LayerSink, LayerSource, lent_layer
 from .hidden_states import HiddenStates
 from .mlp_nystrom import few_tokens_jitter, reconstruct_down_projection, select_channels
 from .moments import LayerMoments, collect_moments, sum_moments
@@ -71,7 +71,7 @@ def compress_layers(
         allocation: Ranks and widths per layer, and whether Q and K are pruned too.
         batch_size: Windows run at a time; the result depends on it only by rounding.
         tolerance: Share of eigenvalue mass to monitor, in (0, 1]; changes nothing.
-        stopwatch: Counts the stages ``forward``, ``moments``, ``reduce``, ``solves`` and ``write``.
+        stopwatch: Counts the stages ``read``, ``forward``, ``moments``, ``reduce``, ``solves`` and ``write``.
 
     Returns:
         The compressed model's config, and one record per layer.
@@ -121,7 +121,7 @@ def _compress_layer(
 ) -> None:
     """Compress one layer into ``sink``; a function of its own, so that no layer outlives its turn."""
     started = time.perf_counter()
-    with source.layer(index) as dense:
+    with lent_layer(source, index, stopwatch) as dense:
         weights, rank_at_tolerance = _solve(dense, hidden, index, allocation, tolerance, stopwatch)
         compressed = compress_decoder_layer(dense, flat_config, index, weights)
         del weights  # the layer has copies
