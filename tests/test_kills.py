@@ -3,6 +3,8 @@
 KILLS=100 pytest tests/test_kills.py
 """
 
+import itertools
+import json
 import os
 import random
 import shutil
@@ -14,7 +16,9 @@ import pytest
 import torch
 
 import process_groups
+from checkpoints import bytes_in, compress_to, on_disk, save_tiny_checkpoint
 from flatllmcore.core import checkpoint_sink
+from flatllmcore.core.checkpoint_sink import CheckpointSink
 from test_main import save_checkpoint, save_text
 
 KILLS = int(os.environ.get("KILLS", "12"))
@@ -58,7 +62,19 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (folder / "out").iterdir()}
 
 
-@pytest.mark.parametrize("flags", [(), ("--out_of_core",)], ids=["memory", "disk"])
+def finished_layers(folder: Path) -> set[int]:
+    """Return the layers that the manifest of an unfinished run says are there."""
+    manifest = folder / "out.partial" / "flat_llm.json"
+    return {layer["layer"] for layer in json.loads(manifest.read_text())["layers"]} if manifest.exists() else set()
+
+
+def layers_not_computed(folder: Path) -> set[int]:
+    """Return the layers that the last run took over from an earlier one, as its record says."""
+    record = json.loads((folder / "logs" / "dense_flatllm_30.json").read_text())
+    return {layer["layer"] for layer in record["layers"] if layer["elapsed_s"] is None}
+
+
+@pytest.mark.parametrize("flags", [(), ("--out_of_core",), ("--overwrite",)], ids=["memory", "disk", "overwrite"])
 def test_a_run_killed_at_random_moments_ends_with_the_same_bytes(inputs, tmp_path, flags):
     for name in ("warm", "straight"):  # the first one waits for the server's imports
         straight = shutil.copytree(inputs, tmp_path / name)
@@ -69,10 +85,14 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_bytes(inputs, tmp_pat
         assert process.exitcode == 0, (straight / "stderr").read_text()
     moments = random.Random(0)
     kills = runs = 0
-    while kills < KILLS / 2:
+    while kills < KILLS / 3:
         folder = shutil.copytree(inputs, tmp_path / f"killed{runs}")
+        if "--overwrite" in flags:
+            save_checkpoint(folder / "out", "mistral", torch.float32)
         runs += 1
-        while not (folder / "out").exists():
+        process = None
+        while process is None or process.exitcode != 0:
+            finished = finished_layers(folder)
             process = start(folder, flags)
             process.join(moments.uniform(0, whole_run_s))
             if process.exitcode is None:
@@ -80,6 +100,58 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_bytes(inputs, tmp_pat
                 process.join()
                 kills += 1
             assert process.exitcode in (0, -signal.SIGKILL), (folder / "stderr").read_text()
+        assert layers_not_computed(folder) == finished
         assert contents(folder) == contents(straight)
-        assert not (folder / "out.partial").exists()
+        assert not list(folder.glob("*out.*"))
         shutil.rmtree(folder)
+
+
+def replace_a_model(folder: Path, kill_at: int) -> None:
+    """Compress a tiny model over another one; the process is killed before the publication's so-many-th change."""
+    torch.set_num_threads(1)
+    publish = CheckpointSink.publish
+    changes = itertools.count()
+
+    def or_kill(change):
+        def changed(*args, **options):
+            if next(changes) == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return change(*args, **options)
+
+        return changed
+
+    def publish_or_die(sink, model_card):
+        for name in ("rename", "replace", "unlink", "rmdir"):
+            setattr(os, name, or_kill(getattr(os, name)))
+        publish(sink, model_card)
+
+    CheckpointSink.publish = publish_or_die
+    windows = torch.randint(96, (8, 16), generator=torch.Generator().manual_seed(0))
+    compress_to(folder / "out", on_disk(str(folder / "dense")), windows, overwrite=True)
+
+
+def run_to_its_end(folder: Path, kill_at: int) -> int | None:
+    process = process_groups.SERVER.Process(target=replace_a_model, args=(folder, kill_at))
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+def test_a_kill_at_any_step_of_the_publication_leaves_one_model_and_a_way_on(tmp_path):
+    """The new model is whole under its working name; the old one is moved, the new one too, and the old one goes."""
+    save_tiny_checkpoint(tmp_path / "dense")
+    save_tiny_checkpoint(tmp_path / "old", "mistral")
+    never = 10**6
+    assert run_to_its_end(tmp_path, never) == 0
+    expected = contents(tmp_path)
+    for kill_at in itertools.count():
+        shutil.rmtree(tmp_path / "out")
+        shutil.copytree(tmp_path / "old", tmp_path / "out")
+        if run_to_its_end(tmp_path, kill_at) == 0:
+            break
+        places = [tmp_path / name for name in ("out", ".out.replaced") if (tmp_path / name).exists()]
+        assert bytes_in(places[0]) in (expected, bytes_in(tmp_path / "old"))
+        assert run_to_its_end(tmp_path, never) == 0
+        assert contents(tmp_path) == expected
+        assert {path.name for path in tmp_path.iterdir()} == {"dense", "old", "out"}
+    assert kill_at > 6

@@ -1,9 +1,11 @@
 """Several processes that share out the calibration windows, against one."""
 
+import functools
 import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 import process_groups
+from checkpoints import bytes_in
 from flatllmcore.core import hidden_states, mlp_nystrom, prune
 from flatllmcore.errors import InputError
 from test_main import save_checkpoint, save_text
@@ -77,22 +80,50 @@ def test_a_group_gives_what_one_process_gives(run, count, nsamples, flags):
     assert_equal_up_to_rounding(group, run("alone", 1, *flags))
 
 
-def stop_at_layer_1():
+def before_layer_1(happen: Callable[[], None]) -> None:
     solve = prune.solve_layer
     calls = []
 
     def solve_or_stop(*args):
         calls.append(args)
         if len(calls) == 2:
-            raise KeyboardInterrupt
+            happen()
         return solve(*args)
 
     prune.solve_layer = solve_or_stop
 
 
-def test_a_stopped_group_goes_on_to_the_same_bytes(run, inputs, tmp_path):
-    argv = [*OUT, "--nsamples", "7"]
-    straight = run("straight", 2, "--nsamples", "7")
+def interrupt():
+    raise KeyboardInterrupt
+
+
+def kill_one(rank: str) -> None:
+    if os.environ["RANK"] == rank:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+stop_at_layer_1 = functools.partial(before_layer_1, interrupt)
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_group_of_which_one_is_killed_ends_and_goes_on_to_the_same_bytes(run, inputs, tmp_path, rank):
+    argv = [*OUT, "--nsamples", "7", "--out_of_core"]
+    straight = run("straight", 2, "--nsamples", "7", "--out_of_core")
+    folder = tmp_path / "killed"
+    shutil.copytree(inputs, folder)
+    kill = functools.partial(before_layer_1, functools.partial(kill_one, rank))
+    statuses, errors = process_groups.run_group(2, argv, folder, kill)
+    assert sorted(statuses) == [-signal.SIGKILL, 2]
+    assert statuses[int(rank)] == -signal.SIGKILL
+    assert rank == "0" or errors.startswith("error: another process ended")
+    assert process_groups.run_group(2, argv, folder) == ([0, 0], "")
+    assert bytes_in(folder / "out") == bytes_in(straight / "out")
+
+
+@pytest.mark.parametrize("flags", [(), ("--out_of_core",)], ids=["memory", "disk"])
+def test_a_stopped_group_goes_on_to_the_same_bytes(run, inputs, tmp_path, flags):
+    argv = [*OUT, "--nsamples", "7", *flags]
+    straight = run("straight", 2, "--nsamples", "7", *flags)
     folder = tmp_path / "stopped"
     shutil.copytree(inputs, folder)
     statuses, errors = process_groups.run_group(2, argv, folder, stop_at_layer_1)
@@ -101,8 +132,7 @@ def test_a_stopped_group_goes_on_to_the_same_bytes(run, inputs, tmp_path):
     assert f"go on with: torchrun --nproc_per_node 2 main.py {shlex.join(argv)}" in errors
     assert (folder / "out.partial").is_dir()
     assert process_groups.run_group(2, argv, folder) == ([0, 0], "")
-    files, expected = ({p.name: p.read_bytes() for p in (f / "out").iterdir()} for f in (folder, straight))
-    assert files == expected
+    assert bytes_in(folder / "out") == bytes_in(straight / "out")
     assert process_groups.run_group(1, [*argv, "--overwrite"], folder) == ([0], "")
 
 
