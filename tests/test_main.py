@@ -497,6 +497,14 @@ def test_scoring_a_model_that_is_not_finite_writes_no_scores(here, refused):
     assert not Path("new").exists()
 
 
+@pytest.mark.parametrize("flags", [("--sparsity_ratio", "95"), ("--seqlen", "64", "--nsamples", "100000")], ids=str)
+def test_a_request_that_cannot_be_met_is_refused_before_weights_are_looked_for(here, refused, flags):
+    """Those of a hub id would be downloaded first."""
+    Path("llama/model.safetensors").unlink()
+    assert "weights" not in refused(*flags, "--save_model", "new")
+    assert "checkpoint 'llama' is missing" in refused("--save_model", "new")
+
+
 @pytest.mark.parametrize("model", ["nosuch", "nosuch/model", "./no/such/model"])
 def test_a_model_that_is_nowhere_is_refused(refused, model):
     assert f"no usable model config at {model!r}" in refused(model=model)

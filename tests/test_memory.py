@@ -14,7 +14,7 @@ from python_process import LIBRARY
 from test_main import character_tokenizer, save_text
 
 ROOT = Path(__file__).resolve().parents[1]
-LAYERS, HIDDEN = 32, 1024
+LAYERS, HIDDEN = 64, 1024
 LAYER_BYTES = 2 * 7 * HIDDEN**2
 MOMENT_BYTES = 8 * HIDDEN**2
 
@@ -63,8 +63,9 @@ sys.exit(status)
 def test_memory_is_bounded_by_a_layer_and_not_by_the_model(folder):
     """Three layers (at work, being read, and mapped while it is read), four moments, and what libraries take.
 
-    All of it together is less than half of the model, which is read four times and written once. The C library keeps
-    freed tensors of less than 32 MB for later, which these are and those of a large model are not: it is told not to.
+    All of it together is less than a quarter of the model, which is read four times and written once. The C library
+    keeps freed tensors of less than 32 MB for later, which these are and those of a large model are not: it is told
+    not to.
     """
     argv = [
         *("--model", "dense", "--dataset", "text", "--sparsity_ratio", "20", "--seqlen", "64", "--device", "cpu"),
@@ -76,4 +77,4 @@ def test_memory_is_bounded_by_a_layer_and_not_by_the_model(folder):
     assert done.returncode == 0, done.stderr
     growth = int((folder / "growth").read_text())
     assert growth < 3 * LAYER_BYTES + 4 * MOMENT_BYTES + 130 * 2**20
-    assert growth < LAYERS * LAYER_BYTES / 2
+    assert growth < LAYERS * LAYER_BYTES / 4

@@ -3,6 +3,7 @@
 import argparse
 import logging
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 from flatllmcore.core.calibration import LayerSource, ModelInMemory, default_batch_size
@@ -25,7 +26,8 @@ SHARE_OF_HOST_FOR_WEIGHTS = 0.5
 class Setup:
     """Device, window length, tokenizer, the dense model's sizes and a stopwatch.
 
-    Everything that can be refused is checked before any weight is read.
+    Everything that can be refused is checked before any weight is read; the checkpoint, which a hub id downloads, is
+    first looked at when it is needed.
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
@@ -47,8 +49,6 @@ class Setup:
         self.storage = StatesStorage(
             free if args.host_memory_gib is None else int(args.host_memory_gib * GIB), args.offload_folder
         )
-        self.checkpoint = CheckpointSource(args.model, self.device, args.dtype, args.cache_dir, self.storage)
-        self.parameters = count_parameters(self.checkpoint.skeleton)
         logger.info(
             "%s: %s of %d layers; windows of %d tokens; on %s%s",
             args.model,
@@ -58,6 +58,15 @@ class Setup:
             self.device,
             f" and {process_count() - 1} more" if process_count() > 1 else "",
         )
+
+    @cached_property
+    def checkpoint(self) -> CheckpointSource:
+        """The dense model on disk, its weights looked through."""
+        return CheckpointSource(self.args.model, self.device, self.args.dtype, self.args.cache_dir, self.storage)
+
+    @cached_property
+    def parameters(self) -> dict[str, int]:
+        return count_parameters(self.checkpoint.skeleton)
 
     def load_source(self, nsamples: int) -> LayerSource:
         """Log the plan, and return the model: in host memory if it takes no more than half of it, else on disk.
