@@ -197,15 +197,14 @@ def solve_memory_bytes(dimensions: ModelDimensions, size: LayerSize) -> int:
     """Return the most memory that the solves of a layer take at once, its moments included.
 
     Beside the moment: its shifted copy, factorised in place, and three strips of the inverse, while channels are
-    selected; the rows of the kept channels, the dropped ones, or a factor with the right-hand side and its solution,
-    while ``down_proj`` is fitted (``mlp_nystrom.py``).
+    selected; the kept channels' moment and its factor, or the latter, how dropped channels go with kept ones, and the
+    new ``down_proj`` of which some rows are at work (``mlp_nystrom.py``).
     """
     D, F, k = dimensions.hidden_size, dimensions.intermediate_size, size[1]
     select = F * F + 3 * F * min(F, 512)
-    gather = k * F
-    cross = (F - k) * (F + k) + D * F
-    solve = k * k + 5 * D * k
-    return moment_bytes(dimensions) + FLOAT64_BYTES * max(select, D * F + k * k + max(gather, cross, solve))
+    factorise = 2 * k * k
+    fit = k * F + D * k + min(D, 1024) * (F + 3 * k)
+    return moment_bytes(dimensions) + FLOAT64_BYTES * max(select, factorise, fit)
 
 
 def activation_bytes(dimensions: ModelDimensions, work: Workload, product_itemsize: int) -> int:

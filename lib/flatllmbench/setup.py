@@ -99,7 +99,7 @@ class Setup:
         return (
             f"{_gib(weights)} of weights {held} ({_gib(self.storage.host_memory())} of it planned with); "
             f"{_gib(states)} of hidden states {place[storage.place(states, self.device)]}; "
-            f"{_gib(moments)} of moments on {self.device}, three times that while the MLP is solved"
+            f"{_gib(moments)} of moments on {self.device}, up to three times that while the MLP is solved"
         )
 
 

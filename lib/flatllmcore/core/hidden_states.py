@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# The rest is for a layer and its solves: at the widths of a 70B model about 20 GiB beside 16 GiB of states.
+# The rest is for a layer and its solves: at the widths of a 70B model about 17 GiB beside 16 GiB of states.
 _SHARE_OF_DEVICE = 0.25
 _SHARE_OF_HOST = 0.5
 

@@ -26,6 +26,7 @@ ENOUGH_TOKENS_PER_CHANNEL = 4
 # float64 has lost it and the factor is no basis for a solve.
 SMALLEST_PIVOT = 1e-11
 _COLUMNS = 512  # of the triangular inverse at a time
+_ROWS = 1024  # of down_proj at a time
 
 
 def select_channels(second_moment: Tensor, width: int) -> Tensor:
@@ -105,19 +106,25 @@ def reconstruct_down_projection(
     Raises:
         ArithmeticError: If even the last jitter leaves ``C[I, I]`` without a Cholesky factor.
     """
-    weight = down_weight.double()
     is_dropped = torch.ones(len(second_moment), dtype=torch.bool, device=second_moment.device)
     is_dropped[kept] = False
-    moment = second_moment[kept][:, kept]  # (k, k)
-    cross = weight[:, is_dropped] @ second_moment[is_dropped][:, kept]  # (D, k)
-
-    energy = moment.diagonal()
+    (dropped,) = is_dropped.nonzero(as_tuple=True)
+    energy = second_moment.diagonal()[kept]
     scale = torch.where(energy > 0, energy.rsqrt(), torch.ones_like(energy))
-    factor = _cholesky_with_jitter(moment.mul_(scale[:, None]).mul_(scale), jitter)  # in place: it is large
-    # Two triangular solves are what cholesky_solve does, on a copy of the factor.
-    halfway = torch.linalg.solve_triangular(factor, cross.mul_(scale).T, upper=False)
-    fitted = torch.linalg.solve_triangular(factor.mT, halfway, upper=True).T * scale  # (D, k)
-    return weight[:, kept] + fitted
+    # In place, and no name for what is done with: these are large.
+    factor = _cholesky_with_jitter(
+        second_moment[kept[:, None], kept].mul_(scale[:, None]).mul_(scale), jitter
+    )  # (k, k)
+    coupling = second_moment[dropped[:, None], kept].mul_(scale)  # (F - k, k)
+
+    fitted = torch.empty(len(down_weight), len(kept), dtype=torch.float64, device=second_moment.device)
+    for rows, place in zip(down_weight.split(_ROWS), fitted.split(_ROWS), strict=True):
+        weight = rows.double()
+        # Two triangular solves are what cholesky_solve does, on a copy of the factor.
+        halfway = torch.linalg.solve_triangular(factor, (weight[:, dropped] @ coupling).T, upper=False)
+        correction = torch.linalg.solve_triangular(factor.mT, halfway, upper=True).T * scale
+        torch.add(weight[:, kept], correction, out=place)
+    return fitted
 
 
 def _cholesky_with_jitter(correlation: Tensor, least: float) -> Tensor:
