@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig
 
+from flatllmbench.costs import solve_memory_bytes
 from flatllmbench.random_checkpoint import write_random_checkpoint
 from flatllmbench.records import hardware, versions, write_record
 from flatllmcore.utils.devices import GIB
@@ -66,13 +67,15 @@ def main() -> None:
 
     dimensions = dimensions_from_config(config)
     layer_gib = 2 * dimensions.layer_parameters / GIB
+    sizes = [(layer["value_rank"], layer["mlp_width"]) for layer in record["layers"]]
+    solve_gib = max(solve_memory_bytes(dimensions, size) for size in sizes) / GIB
     found: dict[str, Any] = {
         "command": "python benchmarks/out_of_core.py " + " ".join(sys.argv[1:]),
         "malloc_mmap_threshold": os.environ.get("MALLOC_MMAP_THRESHOLD_"),
         "checkpoint_gib": size_gib(dense),
         "compressed_gib": size_gib(compressed),
         "layer_gib": layer_gib,
-        "moments_gib": 8 * dimensions.intermediate_size**2 / GIB,
+        "solve_gib": solve_gib,
         "states_gib": 2 * record["perplexity"]["windows"] * args.seqlen * args.hidden_size / GIB,
         "imports": {"elapsed_s": imports_s, "peak_memory_gib": imports_gib},
         "run": {
@@ -85,9 +88,8 @@ def main() -> None:
         "hardware": hardware(torch.device("cpu")),
         "versions": versions(),
     }
-    # Three layers: in use, read ahead, and the mapped pages it is read from. Four moments: the sum, a factor, and two
-    # of the solve. One more layer in float64 parts while it is projected.
-    found["bound_gib"] = imports_gib + 4 * layer_gib + 4 * found["moments_gib"] + found["states_gib"] + 0.1
+    # Four layers: in use, compressed, read ahead, and the mapped pages it is read from.
+    found["bound_gib"] = imports_gib + 4 * layer_gib + solve_gib + found["states_gib"]
     write_record(args.out, found)
     print(json.dumps(found, indent=1))
 
