@@ -44,7 +44,7 @@ from flatllmbench.harness import Tasks, load_tasks
 from flatllmbench.perplexity import Perplexity, perplexity
 from flatllmbench.records import hardware, versions, write_record
 from flatllmbench.setup import Setup
-from flatllmbench.zero_shot import evaluate_saved
+from flatllmbench.zero_shot import OVER_SEVERAL_GPUS, evaluate_saved
 from flatllmcore.core.calibration import LayerSource
 from flatllmcore.core.checkpoint_sink import CheckpointSink, partial_folder
 from flatllmcore.core.checkpoint_source import CheckpointSource
@@ -64,7 +64,7 @@ from flatllmcore.utils.data_utils import (
     sample_documents,
     sample_windows,
 )
-from flatllmcore.utils.devices import check_whole_model_fits, parse_device, peak_memory_gib
+from flatllmcore.utils.devices import check_whole_models_fit, parse_device, peak_memory_gib
 from flatllmcore.utils.files import check_disk_space
 from flatllmcore.utils.loading import generation_config_file
 from flatllmcore.utils.processes import (
@@ -144,7 +144,7 @@ def score(args: argparse.Namespace, command: str) -> None:
     if is_first_process():
         scores.save(place)
     logger.info("importance scores are in %s", place)
-    found = {"scores": scores.scores, "zero_rows": scores.zero_rows}
+    found = {name: getattr(scores, name) for name in ("nsamples", "seqlen", "scores", "zero_rows")}
     keep_record(args, command, found | costs(setup, started))
 
 
@@ -158,7 +158,7 @@ def compress(args: argparse.Namespace, command: str) -> None:
     with output_folder(args) as folder:
         check_disk_space(folder, expected_size(args, setup) - written_size(folder))
         if tasks is not None:
-            check_whole_model_fits(setup.device, expected_size(args, setup))
+            check_whole_models_fit(setup.device, expected_size(args, setup), OVER_SEVERAL_GPUS)
         source = setup.load_source(max(len(windows), len(test_windows)))
         allocation = ranks_for(args, setup, source)
         asked = compression_request(args, setup, source, allocation, windows, test_windows)
@@ -199,7 +199,7 @@ def compress(args: argparse.Namespace, command: str) -> None:
         if args.save_model is not None:
             logger.info("compressed model is in %s", args.save_model)
         if tasks is not None:
-            result["zero_shot"] = {"compressed": evaluate_compressed(args, setup, folder, tasks)}
+            result["zero_shot"] = evaluate_compressed(args, setup, folder, tasks)
             keep_record(args, command, result)
 
 

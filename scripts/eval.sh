@@ -9,6 +9,8 @@
 # Hardware: the whole model on one device; a 7B model takes one A100 40GB.
 # Expected of Llama-2 7B, mean accuracy: dense 62.14, FLAT-LLM at 20 % 55.16.
 #
+# Relative paths start at the repository's root.
+#
 # Variables, besides CACHE_DIR, DEVICE and PYTHON of scripts/settings.sh:
 #   TASKS         tasks or groups of tasks, separated by commas
 #   NUM_FEWSHOT   examples before every question

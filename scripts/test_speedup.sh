@@ -2,7 +2,8 @@
 # Speed of compressed models against their dense one, by SliceGPT's measure: a batch of 128, 256 tokens one by one with
 # a growing cache, the median step.
 #
-# Hardware: one A100 80GB, which holds Llama-2 7B and three compressed ones; models take turns, so all are held at once.
+# Hardware: one A100 80GB: Llama-2 7B and its five compressed ones, which take turns and so are all held, are 61 GB, the
+# cache 17 GB.
 # Expected of Llama-2 7B, speed-up at 10, 20, 30, 40, 50 %: 1.04, 1.10, 1.11, 1.17, 1.23.
 #
 #   bash scripts/test_speedup.sh DENSE COMPRESSED...

@@ -27,12 +27,14 @@ COMPRESSION: dict[str, Any] = COMMON | {
     "seed": 42,
     "perplexity": {"dataset": "pydocs", "seqlen": 256, "windows": 332, "dense": 8.0, "compressed": 10.0},
     "layers": [{"layer": 0, "keep": 1.0}, {"layer": 1, "keep": 0.6}],
-    "stages_s": {"load": 5.0, "forward": 30.0, "perplexity": 20.0, "save": 3.0, "rest": 42.0},
+    "stages_s": {"load": 5.0, "forward": 30.0, "perplexity": 20.0, "write": 3.0, "rest": 42.0},
     "peak_memory_gib": {"host": 1.25},
 }
 SCORING: dict[str, Any] = COMMON | {
     "kind": "bi",
-    "request": {"model": "models/tiny", "dataset": "pydocs", "nsamples": 64, "seqlen": 256, "seed": 7},
+    "request": {"model": "models/tiny", "dataset": "pydocs", "seed": 7},
+    "nsamples": 64,
+    "seqlen": 256,
     "scores": [0.31, 0.052],
     "zero_rows": 0,
     "stages_s": {"forward": 60.0, "angles": 30.0, "rest": 10.0},
@@ -61,7 +63,7 @@ ACCURACIES: dict[str, Any] = {
 }
 EVALUATION: dict[str, Any] = COMMON | {
     "kind": "zero_shot",
-    "request": {},
+    "request": {"dtype": "auto"},
     "model": DENSE_MODEL,
     "zero_shot": ACCURACIES,
 }

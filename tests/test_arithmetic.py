@@ -56,6 +56,8 @@ def test_bytes_of_a_step_are_the_linear_weights_and_the_cache(model):
         model(torch.ones(BATCH, 1, dtype=torch.long), past_key_values=cache)
         cached += kv_cache_bytes(cache)
     assert decode_bytes(model.config, BATCH, PROMPT, NEW, itemsize=4) == weights + cached / NEW
+    static = decode_bytes(model.config, BATCH, PROMPT, NEW, itemsize=4, has_static_cache=True)
+    assert static == weights + kv_cache_bytes(cache)  # at every step as much as at the last
 
 
 @pytest.mark.parametrize(

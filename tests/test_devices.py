@@ -10,7 +10,7 @@ from flatllmcore.errors import InputError
 from flatllmcore.utils import devices
 from flatllmcore.utils.devices import (
     best_device,
-    check_whole_model_fits,
+    check_whole_models_fit,
     float32_product,
     parse_device,
     peak_memory_gib,
@@ -46,14 +46,14 @@ def test_a_device_is_the_named_one_or_the_best():
 
 def test_a_model_that_does_not_fit_is_refused(monkeypatch):
     monkeypatch.setattr(devices, "free_host_memory", lambda: 5 * 2**30)
-    monkeypatch.setattr(devices, "free_device_memory", lambda _device: 3 * 2**30)
-    check_whole_model_fits(torch.device("cuda"), 3 * 2**30)
-    check_whole_model_fits(torch.device("cpu"), 5 * 2**30)
-    with pytest.raises(InputError, match=r"needs 4 GiB and 3 GiB are free on cuda; .*parallelize=True"):
-        check_whole_model_fits(torch.device("cuda"), 4 * 2**30)
+    monkeypatch.setattr(devices, "free_device_memory", lambda _device: 3 * 2**30, "buy more")
+    check_whole_models_fit(torch.device("cuda"), 3 * 2**30, "buy more")
+    check_whole_models_fit(torch.device("cpu"), 5 * 2**30, "buy more")
+    with pytest.raises(InputError, match=r"need 4 GiB, 3 GiB are free on cuda; buy more"):
+        check_whole_models_fit(torch.device("cuda"), 4 * 2**30, "buy more")
     for name in ("cpu", "cuda"):
-        with pytest.raises(InputError, match="needs 6 GiB and 5 GiB are free in host memory"):
-            check_whole_model_fits(torch.device(name), 6 * 2**30)
+        with pytest.raises(InputError, match="need 6 GiB, 5 GiB are free in host memory"):
+            check_whole_models_fit(torch.device(name), 6 * 2**30, "buy more")
 
 
 def kib(path: str, field: str) -> int:

@@ -8,11 +8,20 @@ import pytest
 
 import compute_rank
 import main
-from flatllmbench import command_line
+from flatllmbench import command_line, report, speed, zero_shot
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = ("README.md", "INSTALL.md", "main.py", "compute_rank.py")
-COMMAND = re.compile(r"^\s*python (main|compute_rank)\.py (--.*)$", re.MULTILINE)
+MODULES = [f"lib/flatllmbench/{name}.py" for name in ("report", "speed", "zero_shot")]
+DOCUMENTS = ("README.md", "INSTALL.md", "results/README.md", "main.py", "compute_rank.py", *MODULES)
+PROGRAM = r"python (?:(main|compute_rank)\.py|-m flatllmbench\.(\w+)) "
+COMMANDS = (re.compile(rf"^\s*{PROGRAM}(.*)$", re.MULTILINE), re.compile(rf"`{PROGRAM}([^`]*)`"))  # in blocks, in lines
+PARSERS = {
+    "main": lambda words: command_line.parse_arguments(words, ""),
+    "compute_rank": compute_rank.parse_arguments,
+    "report": report.parse_arguments,
+    "speed": speed.parse_arguments,
+    "zero_shot": zero_shot.parse_arguments,
+}
 CONTINUED = re.compile(r"\\+\n\s*")  # in a docstring the backslash is doubled
 FLAGS = (
     "model dataset cache_dir prune_method sparsity_ratio tol bi_score seed nsamples save save_model "
@@ -24,23 +33,20 @@ def commands() -> list[tuple[str, list[str]]]:
     found = []
     for document in DOCUMENTS:
         text = CONTINUED.sub(" ", (ROOT / document).read_text())
-        for program, arguments in COMMAND.findall(text):
+        for program, module, arguments in (match for pattern in COMMANDS for match in pattern.findall(text)):
             words = shlex.split(arguments, comments=True)
-            if "..." not in words:
-                found.append((program, words))
+            if "..." not in words and "--help" not in words:
+                found.append((program or module, words))
     return found
 
 
 @pytest.mark.parametrize(("program", "arguments"), commands())
 def test_a_command_shown_is_taken(program, arguments):
-    if program == "main":
-        command_line.parse_arguments(arguments, "")
-    else:
-        compute_rank.parse_arguments(arguments)
+    PARSERS[program](arguments)
 
 
-def test_the_documents_show_commands_of_both_programs():
-    assert {program for program, _ in commands()} == {"main", "compute_rank"}
+def test_the_documents_show_commands_of_every_program():
+    assert {program for program, _ in commands()} == PARSERS.keys()
 
 
 @pytest.mark.parametrize("document", ["README.md", "INSTALL.md", "results/README.md"])

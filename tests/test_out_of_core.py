@@ -22,7 +22,7 @@ from checkpoints import (
     weights_in,
 )
 from flatllmbench.perplexity import perplexity
-from flatllmcore.core import prune
+from flatllmcore.core import hidden_states, prune
 from flatllmcore.core.hidden_states import StatesStorage
 from flatllmcore.core.importance import layer_importance
 from flatllmcore.core.stopwatch import Stopwatch
@@ -118,6 +118,21 @@ def test_states_go_to_the_first_place_that_is_large_enough(tmp_path):
         assert StatesStorage().place(2**45, gpu) != "device"
     with pytest.raises(InputError, match="GiB of disk"):
         StatesStorage(host_memory_bytes=0, folder=tmp_path).place(2**60, CPU)
+
+
+def test_states_in_host_memory_are_pinned_for_a_gpu_where_that_is_no_more_than_half_of_it():
+    """PyTorch rounds up to a power of two."""
+    storage, gpu = StatesStorage(host_memory_bytes=200), torch.device("cuda")
+    assert storage._is_pinned(64, gpu)
+    assert not storage._is_pinned(65, gpu)
+    assert not storage._is_pinned(64, CPU)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_gpu_is_given_pinned_states(monkeypatch):
+    monkeypatch.setattr(hidden_states, "free_device_memory", lambda device: 0)
+    states = StatesStorage(host_memory_bytes=2**20).empty((4, 16, 8), torch.bfloat16, torch.device("cuda"))
+    assert states.is_pinned()
 
 
 def test_states_in_a_file_give_the_same_scores_and_leave_nothing(tmp_path, windows, checkpoint, caplog):

@@ -14,6 +14,8 @@ from flatllmbench import speed, timing
 from flatllmbench.arithmetic import decode_bytes, prefill_flops
 from flatllmbench.speed_figures import figures_of, spread
 from flatllmbench.timing import PromptTiming, Runner, Timing, Workload, measure
+from flatllmcore.utils import devices
+from flatllmcore.utils.loading import load_model
 from layers.tiny_models import RANKS, SIZES, compress, dense_model_of, random_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -256,7 +258,7 @@ def test_a_record_holds_every_model_at_every_cell(folders, here, capsys):
         assert cell["time_to_first_token_ms"] > 0
         assert cell["peak_memory_bytes"] is None
     shown = capsys.readouterr().out
-    for label in ("| tiny-b", "by FLOPs", "by bytes", "tokens/s", "not run"):
+    for label in ("| tiny-b", "predicted by operations", "predicted by bytes", "tokens/s", "not run"):
         assert label in shown
 
 
@@ -271,7 +273,6 @@ def test_slicegpt_s_record_has_no_prompt(folders, here, capsys):
         assert cell["prefill_speedup"] is None
     assert flat["predicted"].keys() == {"prefill_speedup_flops", "decode_speedup_bytes"}
     assert flat["predicted"]["prefill_speedup_flops"] is None
-    assert "FLOPs" not in capsys.readouterr().out
 
 
 def test_the_defaults_of_slicegpt_are_the_published_ones():
@@ -327,6 +328,8 @@ def test_a_shape_is_measured_without_weights(here):
         (["{dense}", "--protocol", "slicegpt", "--prompt_length", "8"], "has no prompt"),
         (["--shape", "{dense}", "--ratios", "20,99"], "99"),
         (["--shape", "{dense}", "--rank_multiple", "0"], "--rank_multiple 0"),
+        (["{dense}", "{flat}", "--rank_multiple", "8"], "give --shape too"),
+        (["{dense}", "{flat}", "--ratios", "20"], "give --shape too"),
         (["--shape", "{flat}"], "compressed already"),
         (["{dense}", "--device", "moon"], "moon"),
     ],
@@ -344,10 +347,14 @@ def test_bad_input_gets_one_line_and_leaves_nothing(arguments, complaint, folder
     assert list(here.iterdir()) == []
 
 
-def test_threads_are_set_before_anything_is_measured(folders, here):
+def test_threads_are_set_before_anything_is_measured(folders, here, monkeypatch):
     before = torch.get_num_threads()
+    seen = set()
+    run_model = Runner.run
+    monkeypatch.setattr(Runner, "run", lambda *args: seen.add(torch.get_num_threads()) or run_model(*args))
     try:
         record = run(*folders[:2], "--threads", before + 1)
+        assert seen == {before + 1}
         assert record["hardware"]["device"].endswith(f"{before + 1} threads")
     finally:
         torch.set_num_threads(before)
@@ -361,6 +368,14 @@ def test_an_interruption_gets_one_line_and_leaves_no_record(folders, here, capsy
     assert speed.main([*map(str, folders[:2]), "--device", "cpu", "--prompt_length", "8"]) == 2
     assert capsys.readouterr().err == "error: interrupted; run it again\n"
     assert list(here.rglob("*.json")) == []
+
+
+def test_models_that_do_not_fit_together_are_refused_before_they_are_loaded(folders, here, capsys, monkeypatch):
+    weights = sum(load_model(str(folder)).num_parameters() * 4 for folder in folders[:2])
+    monkeypatch.setattr(devices, "free_host_memory", lambda: weights - 1)
+    monkeypatch.setattr(speed, "load_model", None)
+    assert speed.main([*map(str, folders[:2]), "--device", "cpu", "--prompt_length", "8"]) == 2
+    assert "all are loaded at once: measure fewer" in capsys.readouterr().err
 
 
 def test_a_place_that_cannot_be_written_to_gets_one_line(folders, here, capsys):

@@ -406,13 +406,32 @@ def test_the_shipped_questions_swap_two_words_of_the_wrong_endings():
 def test_bars_are_drawn_on_terminals_alone(is_terminal):
     stream = io.StringIO()
     stream.isatty = lambda: is_terminal
-    draw = tqdm.__init__
+    before = vars(tqdm)["__init__"]
     with bars_for_terminals():
         for options in ({}, {"disable": False}, {"disable": True}):
             list(tqdm(range(2), file=stream, desc=str(options), **options))
     assert ("{}" in stream.getvalue(), "False" in stream.getvalue()) == (is_terminal, is_terminal)
     assert "True" not in stream.getvalue()
-    assert tqdm.__init__ is draw
+    assert vars(tqdm)["__init__"] is before
+
+
+# What is recorded
+
+
+def test_a_model_that_gives_nan_is_refused_and_left_as_it_was(folder, tokenizer, tasks):
+    model = load_model(folder, dtype="float32")
+    model.model.norm.weight.data.fill_(torch.nan)
+    with pytest.raises(InputError, match="NaN or infinite logits in"):
+        zero_shot(model, tokenizer, tasks, batch_size=8, limit=2)
+    assert not model._forward_hooks
+
+
+def test_every_filter_of_a_metric_is_kept():
+    row = {"exact_match,strict": 0.25, "exact_match_stderr,strict": 0.125, "exact_match,flexible": 0.5}
+    row |= {"exact_match_stderr,flexible": "N/A", "alias": "a task", "sample_len": 4}
+    result = program._result("some_task", row)
+    assert result["metrics"] == {"exact_match,strict": 0.25, "exact_match,flexible": 0.5}
+    assert (result["metric"], result["value"], result["stderr"]) == ("exact_match,strict", 0.25, 0.125)
 
 
 # The programs
@@ -425,7 +444,8 @@ def test_the_program_writes_a_record_and_the_results_to_the_log(folders, tokeniz
     folder = folders["compressed"]
     argv = [folder, *LOCAL, "--save", str(tmp_path), "--batch_size", "4", "--dtype", "float32"]
     assert program.main(argv) == 0
-    record = json.loads((tmp_path / "half_zero_shot.json").read_text())
+    name = "half_zero_shot_pydocs_endings+pydocs_text"
+    record = json.loads((tmp_path / f"{name}.json").read_text())
     assert record["kind"] == "zero_shot"
     assert record["command"] == " ".join(["python -m flatllmbench.zero_shot", *argv])
     assert record["request"]["tasks"] == BOTH
@@ -438,7 +458,7 @@ def test_the_program_writes_a_record_and_the_results_to_the_log(folders, tokeniz
     assert {"versions", "hardware", "elapsed_s"} <= record.keys()
     printed = capfd.readouterr()
     assert printed.err == ""
-    assert printed.out == (tmp_path / "half_zero_shot.log").read_text()
+    assert printed.out == (tmp_path / f"{name}.log").read_text()
     value = found["tasks"]["pydocs_endings"]["value"]
     assert f"pydocs_endings, 0-shot: acc_norm {value:.4f} on 48 samples" in printed.out
 
@@ -500,7 +520,7 @@ def test_main_evaluates_what_it_compressed(text, tmp_path, tokenizer, tasks):
     assert compress(tmp_path, *flags) == 0
     record = compression_record(tmp_path)
     saved = zero_shot(load_model(str(tmp_path / "small")), tokenizer, tasks, batch_size=5)
-    assert record["zero_shot"] == {"compressed": saved}
+    assert record["zero_shot"] == saved
     assert record["request"]["eval_zero_shot"] is True
     assert record["request"]["tasks"] == BOTH
     assert compress(tmp_path, *flags, is_kept=False) == 0
@@ -528,13 +548,13 @@ def test_main_refuses_unusable_tasks_before_any_weight_is_read(text, tmp_path, m
     assert not (tmp_path / "small").exists()
 
 
-def too_small(device: torch.device, needed_bytes: int) -> None:
+def too_small(device: torch.device, needed_bytes: int, remedy: str) -> None:
     raise InputError(f"the whole model needs {needed_bytes} bytes")
 
 
 @pytest.mark.parametrize("dtype", ["auto", "float32"])
 def test_a_model_that_does_not_fit_is_refused_before_it_is_read(folders, monkeypatch, tmp_path, capfd, dtype):
-    monkeypatch.setattr(program, "check_whole_model_fits", too_small)
+    monkeypatch.setattr(program, "check_whole_models_fit", too_small)
     monkeypatch.setattr(program, "load_model", None)
     assert program.main([folders["compressed"], *LOCAL, "--save", str(tmp_path), "--dtype", dtype]) == 2
     size = sum(parameter.nbytes for parameter in load_model(folders["compressed"], dtype=dtype).parameters())
@@ -544,7 +564,7 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_read(folders, monkeyp
 def test_main_refuses_to_evaluate_a_model_that_will_not_fit_before_the_work(text, tmp_path, monkeypatch, capfd):
     """Oracle: the size of the model that the same command without the evaluation makes."""
     with monkeypatch.context() as patch:
-        patch.setattr(main, "check_whole_model_fits", too_small)
+        patch.setattr(main, "check_whole_models_fit", too_small)
         patch.setattr("flatllmbench.setup.load_model", None)
         assert compress(tmp_path, "--eval_zero_shot", *LOCAL) == 2
     needed = int(capfd.readouterr().err.split("needs ")[1].split()[0])

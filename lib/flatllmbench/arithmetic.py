@@ -72,17 +72,25 @@ def prefill_flops(config: PreTrainedConfig, batch_size: int, prompt_length: int)
 
 
 def decode_bytes(
-    config: PreTrainedConfig, batch_size: int, prompt_length: int, new_tokens: int, itemsize: int
+    config: PreTrainedConfig,
+    batch_size: int,
+    prompt_length: int,
+    new_tokens: int,
+    itemsize: int,
+    *,
+    has_static_cache: bool = False,
 ) -> float:
     """Return the bytes that one decoding step reads, on average over ``new_tokens`` after a prompt.
 
     The weights of the decoder layers and of the head once, and the keys and values of every sequence so far, the new
-    token's included. Of embeddings a step reads one row per sequence, which is left out.
+    token's included; a static cache is read whole, filled or not. Of embeddings a step reads one row per sequence,
+    which is left out.
     """
     cached = 0.0
     weights = config.vocab_size * config.hidden_size
     for layer in layer_costs(config):
         weights += layer.weights
-        lengths = (layer.attended(prompt_length + step) for step in range(1, new_tokens + 1))
+        first = new_tokens if has_static_cache else 1
+        lengths = (layer.attended(prompt_length + max(first, step)) for step in range(1, new_tokens + 1))
         cached += layer.cached_width * sum(lengths) / new_tokens
     return itemsize * (weights + batch_size * cached)

@@ -18,6 +18,7 @@ from flatllmcore.core.rank_files import IMPORTANCE_FILE
 from flatllmcore.errors import InputError
 from flatllmcore.utils.checkpoint import check_output_folder
 from flatllmcore.utils.data_utils import has_test_split
+from flatllmcore.utils.layer_utils import model_name
 from flatllmcore.utils.processes import is_first_process
 
 # What a user can mend about a place that cannot be written to.
@@ -132,7 +133,7 @@ def parse_arguments(argv: Sequence[str] | None, description: str) -> argparse.Na
 
     args = parser.parse_args(argv)
     if args.bi_score is None:
-        args.bi_score = Path("ranks") / model_name(args)
+        args.bi_score = Path("ranks") / model_name(args.model)
     return args
 
 
@@ -232,11 +233,7 @@ def check_score_place(args: argparse.Namespace) -> None:
 
 def run_name(args: argparse.Namespace) -> str:
     stage = "bi" if args.prune_method == "bi" else f"flatllm_{args.sparsity_ratio}"
-    return f"{model_name(args)}_{stage}"
-
-
-def model_name(args: argparse.Namespace) -> str:
-    return Path(args.model).absolute().name  # absolute: "." has no name
+    return f"{model_name(args.model)}_{stage}"
 
 
 def request(args: argparse.Namespace) -> dict[str, Any]:

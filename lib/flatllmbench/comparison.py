@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from . import published
 from .published import Figures, PublishedModel
-from .runs import Cell, Compression, Evaluation, Model, Run, Timing, ZeroShot, ZeroShotPair, of_kind
+from .runs import Cell, Compression, Evaluation, Model, Run, Timing, ZeroShot, of_kind
 from .tables import NOT_PUBLISHED, NOT_RUN, code, code_block, markdown_table
 
 _RATIO_TOLERANCE = 1.0  # percent removed, beside what was asked: floors take a little more
@@ -94,7 +94,7 @@ _SPEEDUP_HEADER = ("removed, %", "published", "here", "quartiles here", "differe
 def table_1_entries(runs: Sequence[Run]) -> Iterator[Entry]:
     """Yield our runs that stand beside Table 1, in its order of models.
 
-    Accuracies are those of the run itself, else of an evaluation of the dense model, or of the folder it saved. A
+    Accuracies are those of an evaluation of the dense model, and of the run itself or of the folder it saved. A
     model that was not compressed, but evaluated dense, has that accuracy alone.
     """
     evaluations = of_kind(runs, Evaluation)
@@ -102,13 +102,10 @@ def table_1_entries(runs: Sequence[Run]) -> Iterator[Entry]:
         dense = [e.zero_shot for e in evaluations if e.model.is_dense and e.model.model == model.folder]
         found = [run for run in of_kind(runs, Compression) if _is_run_of_table_1(run, model)]
         for run in found:
-            own = run.zero_shot or ZeroShotPair()
-            dense_accuracy = _mean_accuracy([own.dense, *dense])
-            accuracy = _mean_accuracy(
-                [own.compressed, *(e.zero_shot for e in evaluations if _is_saved_by(run, e.model))]
-            )
+            saved = (e.zero_shot for e in evaluations if _is_saved_by(run, e.model))
+            accuracies = _mean_accuracy(dense), _mean_accuracy([run.zero_shot, *saved])
             yield Entry(
-                model, _settings(run), (run.perplexity.dense, dense_accuracy), (run.perplexity.compressed, accuracy)
+                model, _settings(run), (run.perplexity.dense, accuracies[0]), (run.perplexity.compressed, accuracies[1])
             )
         if not found and (accuracy := _mean_accuracy(dense)) is not None:
             yield Entry(model, "accuracy alone", (None, accuracy), (None, None))
@@ -206,13 +203,14 @@ def _what_is_needed(entries: Sequence[Entry]) -> str:
 
 
 def _accuracy_and_speed(model: PublishedModel) -> list[str]:
-    """Return the commands that measure what a model's script has left in ``results``, and the report's."""
-    records, compressed = f"results/records/{model.folder}", f"results/{model.folder}"
+    """Return the commands that measure what scripts have left in ``results``, of the published speed too."""
+    timed = published.SPEED_MODEL
     sizes = "{10,20,30,40,50}"
     return [
-        f"OUT={records} bash scripts/eval.sh {model.hub_id}",
-        f"OUT={records} bash scripts/eval.sh {compressed}-{published.PERCENT_REMOVED}",
-        f"python -m flatllmbench.speed {model.hub_id} {compressed}-{sizes} --protocol slicegpt --save {records}",
+        f"OUT=results/records/{model.folder} bash scripts/eval.sh {model.hub_id}",
+        f"OUT=results/records/{model.folder} bash scripts/eval.sh results/{model.folder}-{published.PERCENT_REMOVED}",
+        f"OUT=results/records/{timed.folder} bash scripts/test_speedup.sh "
+        f"{timed.hub_id} results/{timed.folder}-{sizes}",
         "python -m flatllmbench.report results/records",
     ]
 
@@ -261,6 +259,7 @@ def _is_published_cell(run: Timing, cell: Cell, percent: int) -> bool:
     model = run.models[cell.model]
     return (
         run.protocol == "slicegpt"
+        and not (run.compiled or run.static_cache)
         and (cell.batch_size, cell.new_tokens) == (published.SPEED_BATCH, published.SPEED_LENGTH)
         and run.models[0].model == published.SPEED_MODEL.folder
         and abs(model.achieved_sparsity_percent - percent) <= _RATIO_TOLERANCE

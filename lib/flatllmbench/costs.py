@@ -201,7 +201,7 @@ def solve_memory_bytes(dimensions: ModelDimensions, size: LayerSize) -> int:
     new ``down_proj`` of which some rows are at work (``mlp_nystrom.py``).
     """
     D, F, k = dimensions.hidden_size, dimensions.intermediate_size, size[1]
-    select = F * F + 3 * F * min(F, 512)
+    select = F * F + 3 * F * min(F, 256)
     factorise = 2 * k * k
     fit = k * F + D * k + min(D, 1024) * (F + 3 * k)
     return moment_bytes(dimensions) + FLOAT64_BYTES * max(select, factorise, fit)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -145,9 +146,24 @@ def language_model_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 
 
 @contextmanager
+def refusing_logits_that_are_not_finite(model: PreTrainedModel) -> Iterator[None]:
+    """Inside the block a model that gives NaN or infinity raises InputError; the harness takes these for answers."""
+
+    def check(module: PreTrainedModel, _inputs: Any, outputs: Any) -> None:
+        if not torch.isfinite(outputs.logits).all():
+            raise InputError(f"the model gives NaN or infinite logits in {module.dtype}; try --dtype float32")
+
+    handle = model.register_forward_hook(check)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
 def bars_for_terminals() -> Iterator[None]:
     """Keep the harness's progress bars, which it always draws, to terminals."""
-    draw = tqdm.__init__
+    draw, restored = tqdm.__init__, vars(tqdm)["__init__"]  # not the same where another library wrapped it
 
     def draw_on_a_terminal(*args: Any, **kwargs: Any) -> None:
         draw(*args, **kwargs | {"disable": kwargs.get("disable") or None})
@@ -156,4 +172,4 @@ def bars_for_terminals() -> Iterator[None]:
     try:
         yield
     finally:
-        tqdm.__init__ = draw
+        tqdm.__init__ = restored

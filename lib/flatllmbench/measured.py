@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from flatllmcore.utils.layer_utils import model_name
+
 from .runs import (
     Cell,
     Compression,
@@ -17,7 +19,6 @@ from .runs import (
     TimedModel,
     Timing,
     ZeroShot,
-    name_of,
     of_kind,
 )
 from .tables import NOT_RUN, NOT_THERE, code, code_block, escaped, markdown_table
@@ -85,7 +86,7 @@ class Conditions:
 
     @property
     def heading(self) -> str:
-        return f"{name_of(self.base_model)}, calibrated on {self.calibration}"
+        return f"{model_name(self.base_model)}, calibrated on {self.calibration}"
 
 
 def conditions(run: Compression) -> Conditions:
@@ -157,7 +158,7 @@ class Scored(NamedTuple):
     name: str
     removed_percent: float
     zero_shot: ZeroShot
-    run: Run
+    run: Evaluation | Compression
 
 
 def stage_table(runs: Iterable[Run]) -> str:
@@ -183,9 +184,9 @@ def accuracy_tables(runs: Iterable[Run]) -> str:
     groups: dict[tuple, list[Scored]] = defaultdict(list)
     for scored in _all_scored(runs):
         asked = tuple((task, result.metric, result.num_fewshot) for task, result in scored.zero_shot.tasks.items())
-        groups[scored.zero_shot.limit, asked].append(scored)
+        groups[scored.run.request.dtype, scored.zero_shot.limit, asked].append(scored)
     parts = []
-    for (limit, asked), members in groups.items():
+    for (dtype, limit, asked), members in groups.items():
         members.sort(key=lambda scored: (scored.name, scored.removed_percent))
         tasks = [_task_heading(*task) for task in asked]
         table = markdown_table(("model", "removed, %", *tasks, "mean, %"), map(_accuracy_row, members))
@@ -193,7 +194,7 @@ def accuracy_tables(runs: Iterable[Run]) -> str:
         limited = "" if limit is None else f" `--limit` {limit:g}: not the whole of a task, so no mean."
         harnesses = sorted({scored.zero_shot.harness for scored in members if scored.zero_shot.harness})
         facts = [
-            f"Samples: {escaped(', '.join(samples))}.{limited}",
+            f"Samples: {escaped(', '.join(samples))}.{limited} `--dtype` {escaped(dtype)}.",
             f"Harness: {escaped(', '.join(harnesses) or 'not stated')}; ± is its standard error.",
         ]
         origins = list({id(scored.run): scored.run for scored in members}.values())
@@ -208,6 +209,8 @@ def speed_tables(runs: Iterable[Run]) -> str:
         facts = [f"Medians of {_repeats(run)} interleaved repeats, lower and upper quartile in brackets."]
         if any(cell.peak_memory_bytes is None for cell in run.cells):
             facts.append(_NO_PEAK)
+        if run.request.shape is not None:
+            facts.append(f"Random weights in the shape of {code(run.request.shape)}.")
         parts += [
             f"### {escaped(heading_of_timing(number, run))}\n",
             markdown_table(_TIME_HEADER, _rows_of(run, run.cells, _times)),
@@ -251,9 +254,7 @@ def _peaks(peak_memory_gib: Mapping[str, float]) -> Iterator[str]:
 
 
 def _calibration(run: Scoring) -> str:
-    asked = run.request
-    windows, tokens = asked.nsamples or "default", asked.seqlen or "default"
-    return f"{asked.dataset}, {windows} × {tokens} tokens, seed {asked.seed}"
+    return f"{run.request.dataset}, {run.nsamples} × {run.seqlen} tokens, seed {run.request.seed}"
 
 
 def _all_scored(runs: Iterable[Run]) -> Iterator[Scored]:
@@ -261,8 +262,7 @@ def _all_scored(runs: Iterable[Run]) -> Iterator[Scored]:
         if isinstance(run, Evaluation):
             yield Scored(run.model.model, run.model.achieved_sparsity_percent, run.zero_shot, run)
         elif isinstance(run, Compression) and run.zero_shot is not None:
-            sides = ((0.0, run.zero_shot.dense), (run.achieved_sparsity_percent, run.zero_shot.compressed))
-            yield from (Scored(run.model, removed, answers, run) for removed, answers in sides if answers is not None)
+            yield Scored(run.model, run.achieved_sparsity_percent, run.zero_shot, run)
 
 
 def _accuracy_row(scored: Scored) -> list[str]:

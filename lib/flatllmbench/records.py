@@ -18,7 +18,7 @@ from flatllmcore.utils.checkpoint import count_parameters
 from flatllmcore.utils.devices import device_name
 from flatllmcore.utils.files import write_atomically
 from flatllmcore.utils.json_fields import read_json_object
-from flatllmcore.utils.layer_utils import dense_dimensions, load_config
+from flatllmcore.utils.layer_utils import dense_dimensions, load_config, model_name
 from flatllmcore.utils.loading import empty_causal_lm
 
 _PACKAGES = ("flatllmcore", "torch", "transformers", "datasets", "accelerate", "numpy", "safetensors", "tokenizers")
@@ -61,7 +61,7 @@ def describe_model(model: str | Path, cache_dir: Path | None = None) -> dict[str
     """
     config = load_config(str(model), cache_dir)
     base_model = None if config.model_type in FAMILIES else _base_model(str(model), cache_dir)
-    return describe_config(config, _name(str(model)), base_model)
+    return describe_config(config, model_name(model), base_model)
 
 
 def describe_config(config: PretrainedConfig, name: str, base_model: str | None) -> dict[str, Any]:
@@ -89,13 +89,9 @@ def _base_model(model: str, cache_dir: Path | None) -> str | None:
         return None
     try:
         stated = huggingface_hub.metadata_load(card) or {}
-        return _name(stated["flat_llm"]["base_model"]) if "flat_llm" in stated else None
+        return model_name(stated["flat_llm"]["base_model"]) if "flat_llm" in stated else None
     except Exception as error:  # those of the YAML parser share no other class
         raise InputError(f"the model card {card} has damaged front matter; mend or remove it") from error
-
-
-def _name(model: str) -> str:
-    return Path(model).absolute().name  # absolute: "." has no name
 
 
 def write_record(path: Path, record: dict[str, Any]) -> None:

@@ -60,8 +60,11 @@ def write_report(runs: Sequence[Run], out: Path) -> None:
     """Write README.md, index.html and the pictures of ``runs`` to the folder ``out``."""
     pictures = pictures_of(runs)
     markdown = report(runs, pictures)
-    for name, png in pictures.items():
-        write_atomically(out / name, png)
+    for name in _CAPTIONS:
+        if name in pictures:
+            write_atomically(out / name, pictures[name])
+        else:
+            (out / name).unlink(missing_ok=True)  # of an earlier report
     write_atomically(out / "README.md", markdown.encode())
     write_atomically(out / "index.html", html_page(markdown, pictures).encode())
 

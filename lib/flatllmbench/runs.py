@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import TypeVar
 
 from flatllmcore.errors import InputError
+from flatllmcore.utils.layer_utils import model_name
 
 from .records import read_records
 from .typed_json import read_as
 
 RunT = TypeVar("RunT", bound="Run")
-BESIDE_CALIBRATION = ("load", "perplexity", "save", "write")
+BESIDE_CALIBRATION = ("load", "read", "perplexity", "write")
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,6 @@ class ScoringRequest:
     model: str
     dataset: str
     seed: int
-    nsamples: int | None = None
-    seqlen: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,13 +50,15 @@ class Scoring(Run):
     """``main.py --prune_method bi``."""
 
     request: ScoringRequest
+    nsamples: int
+    seqlen: int
     scores: list[float]
     stages_s: dict[str, float]
     peak_memory_gib: dict[str, float]
 
     @property
     def model(self) -> str:
-        return name_of(self.request.model)
+        return model_name(self.request.model)
 
 
 @dataclass(frozen=True)
@@ -102,14 +103,6 @@ class ZeroShot:
 
 
 @dataclass(frozen=True)
-class ZeroShotPair:
-    """One is missing where it was not asked for."""
-
-    dense: ZeroShot | None = None
-    compressed: ZeroShot | None = None
-
-
-@dataclass(frozen=True)
 class CompressionRequest:
     dtype: str
     save_model: str | None = None
@@ -135,11 +128,11 @@ class Compression(Run):
     layers: list[KeptLayer]
     stages_s: dict[str, float]
     peak_memory_gib: dict[str, float]
-    zero_shot: ZeroShotPair | None = None
+    zero_shot: ZeroShot | None = None
 
     @property
     def model(self) -> str:
-        return name_of(self.base_model)
+        return model_name(self.base_model)
 
     @property
     def calibration_s(self) -> float:
@@ -149,7 +142,7 @@ class Compression(Run):
     @property
     def saved_as(self) -> str | None:
         """The name of the folder it saved its model to."""
-        return name_of(self.request.save_model) if self.request.save_model else None
+        return model_name(self.request.save_model) if self.request.save_model else None
 
 
 @dataclass(frozen=True)
@@ -172,10 +165,16 @@ class Model:
         return self.base_model is None and self.achieved_sparsity_percent == 0
 
 
+@dataclass(frozen=True)
+class EvaluationRequest:
+    dtype: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class Evaluation(Run):
     """Zero-shot and few-shot accuracy of one model."""
 
+    request: EvaluationRequest
     model: Model
     zero_shot: ZeroShot
 
@@ -223,10 +222,18 @@ class Cell:
     predicted: Predicted | None = None
 
 
+@dataclass(frozen=True)
+class TimingRequest:
+    """``shape`` is the model whose config was taken, with random weights; None where models were loaded."""
+
+    shape: str | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Timing(Run):
     """Speed and memory of a dense model, the first, and compressed ones."""
 
+    request: TimingRequest
     protocol: str
     dtype: str
     attention: str
@@ -264,8 +271,3 @@ def read_runs(paths: Iterable[Path]) -> list[Run]:
 
 def of_kind(runs: Iterable[Run], kind: type[RunT]) -> list[RunT]:
     return [run for run in runs if isinstance(run, kind)]
-
-
-def name_of(model: str) -> str:
-    """Return the last part of a folder or hub id."""
-    return Path(model).absolute().name  # absolute: "." has no name

@@ -8,9 +8,10 @@ The first model is the dense one, which the others are compared with, repeat by 
 need hold no more than a `config.json`, and measures that shape with random weights, dense and compressed.
 
 `--protocol grid` reads random prompts and decodes after them, prompt and decoding timed apart. `--protocol slicegpt`
-follows SliceGPT's benchmark: one token per step for a large batch with a growing cache, the median step.
+follows SliceGPT's benchmark: one token per step for a large batch, the median step; without `--static_cache` and
+`--compile` its figures compare with that paper's.
 
-Writes a record to --save and prints its table: medians with the 25th and 75th percentiles over the repeats, beside the
+Writes a record to --save and prints its tables: medians with the 25th and 75th percentiles over the repeats, beside the
 speed-up that operations (of a prompt) and bytes (of a decoding step) would give if nothing else took time.
 """
 
@@ -30,16 +31,19 @@ from transformers import PretrainedConfig
 from flatllmcore.core.rank_allocation import check_sparsity_ratio
 from flatllmcore.errors import InputError
 from flatllmcore.layers.families import check_is_dense
-from flatllmcore.utils.devices import parse_device
-from flatllmcore.utils.layer_utils import dense_dimensions, load_config
+from flatllmcore.utils.devices import check_whole_models_fit, parse_device
+from flatllmcore.utils.layer_utils import dense_dimensions, load_config, model_name
 from flatllmcore.utils.loading import load_model
 from flatllmcore.utils.progress import progress
 
-from .command_line import logging_to, request, run_program
+from .command_line import add_machine_flags, logging_to, request, run_program
+from .measured import speed_tables
 from .records import describe_config, describe_model, hardware, versions, write_record
+from .runs import Timing
 from .shapes import compressed_shapes, random_model
-from .speed_figures import MIB, figures_of, speed_table
+from .speed_figures import figures_of
 from .timing import Runner, Workload, measure
+from .typed_json import read_as
 
 logger = logging.getLogger("flatllmbench.speed")  # not __name__, which is "__main__" here
 
@@ -65,13 +69,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     what = parser.add_argument_group("models")
     what.add_argument("models", nargs="*", metavar="MODEL", help="the dense model, then any number of compressed ones")
     what.add_argument("--shape", metavar="MODEL", help="folder or hub id whose config to take, with random weights")
-    what.add_argument(
-        "--ratios", type=numbers, default=[20, 50], metavar="P,...", help="with --shape: percents removed (20,50)"
-    )
+    what.add_argument("--ratios", type=numbers, metavar="P,...", help="with --shape: percents removed (20,50)")
     what.add_argument(
         "--rank_multiple",
         type=numbers,
-        default=[None],
         metavar="M,...",
         help="with --shape: ranks and widths are multiples of this (8 if heads are 64 wide or more, else 1)",
     )
@@ -89,16 +90,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     how.add_argument("--static_cache", action="store_true", help="a cache of full length from the start")
 
     where = parser.add_argument_group("machine and output")
-    where.add_argument("--device", help="cpu, cuda or cuda:N (default: the GPU if there is one)")
+    add_machine_flags(where)
     where.add_argument("--threads", type=int, metavar="N", help="of the CPU (default: one per core)")
-    where.add_argument(
-        "--dtype",
-        choices=("auto", "bfloat16", "float16", "float32"),
-        default="auto",
-        metavar="TYPE",
-        help="of the weights: %(choices)s (default: the checkpoint's own)",
-    )
-    where.add_argument("--save", type=Path, default=Path("logs"), metavar="DIR", help="folder for the record (logs)")
     args = parser.parse_args(argv)
     for name, default in DEFAULTS[args.protocol].items():
         if getattr(args, name) is None:
@@ -111,7 +104,7 @@ def numbers(text: str) -> list[int]:
 
 
 def keep_measurement(args: argparse.Namespace, command: str) -> None:
-    """Measure the models, write the record and print its table."""
+    """Measure the models, write the record and print its tables."""
     started = time.perf_counter()
     check_arguments(args)
     configs = read_configs(args)
@@ -125,7 +118,7 @@ def keep_measurement(args: argparse.Namespace, command: str) -> None:
         record = asked | measured | {"elapsed_s": round(time.perf_counter() - started, 3)}
         write_record(place, record)
         logger.info("record: %s", place)
-    sys.stdout.write(f"\n{speed_table(record)}")
+    sys.stdout.write(f"\n{speed_tables([read_as(Timing, record)])}")
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -134,13 +127,16 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise InputError("give a dense model and compressed ones, or --shape with a config to take, not both")
     if args.protocol == "slicegpt" and args.prompt_length != [0]:
         raise InputError("--prompt_length does not go with --protocol slicegpt, which has no prompt")
+    given = [name for name in ("ratios", "rank_multiple") if getattr(args, name) is not None]
+    if given and args.shape is None:
+        raise InputError(f"--{given[0]} is about shapes; give --shape too")
     for name in ("batch_size", "prompt_length", "new_tokens", "repeats", "rank_multiple", "threads"):
         value = getattr(args, name)
         least = 0 if name == "prompt_length" and args.protocol == "slicegpt" else 1
         for number in value if isinstance(value, list) else [value]:
             if number is not None and number < least:
                 raise InputError(f"--{name} {number} is out of range; {least} or more is accepted")
-    for percent in args.ratios:
+    for percent in args.ratios or ():
         check_sparsity_ratio(percent)
 
 
@@ -148,8 +144,8 @@ def read_configs(args: argparse.Namespace) -> Configs:
     """Return what each model is called and its config, the dense one's first."""
     if args.shape is None:
         return [(model, load_config(model, args.cache_dir)) for model in args.models]
-    config, name = load_config(args.shape, args.cache_dir), Path(args.shape).absolute().name
-    return [(name, config), *compressed_shapes(config, name, args.ratios, args.rank_multiple)]
+    config, name = load_config(args.shape, args.cache_dir), model_name(args.shape)
+    return [(name, config), *compressed_shapes(config, name, args.ratios or [20, 50], args.rank_multiple or [None])]
 
 
 def check_configs(args: argparse.Namespace, configs: Configs) -> None:
@@ -168,7 +164,7 @@ def check_configs(args: argparse.Namespace, configs: Configs) -> None:
 
 
 def run_name(args: argparse.Namespace) -> str:
-    name = Path(args.shape or args.models[0]).absolute().name
+    name = model_name(args.shape or args.models[0])
     marks = {args.protocol: args.protocol != "grid", "compiled": args.compile, "static": args.static_cache}
     return "_".join([name, "speed", *(mark for mark, is_set in marks.items() if is_set)])
 
@@ -176,8 +172,12 @@ def run_name(args: argparse.Namespace) -> str:
 def measure_models(args: argparse.Namespace, configs: Configs) -> dict[str, Any]:
     """Measure every model at every cell of the grid; return what the record says about it."""
     device = parse_device(args.device)
+    models = describe(args, configs)
+    needed = sum(model["parameters"]["total"] for model in models) * dtype_of(args, configs).itemsize
+    check_whole_models_fit(device, needed, "they take turns, so all are loaded at once: measure fewer")
     runners = load_runners(args, configs, device)
-    models = describe(args, configs, runners)
+    for model, runner in zip(models, runners, strict=True):
+        model["weight_memory_bytes"] = runner.weight_memory_bytes
     itemsize = runners[0].model.dtype.itemsize
     workloads = [
         Workload(batch_size, prompt_length, args.new_tokens)
@@ -189,8 +189,14 @@ def measure_models(args: argparse.Namespace, configs: Configs) -> dict[str, Any]
     with progress(None, "speed", "run", runs) as bar:
         for workload in workloads:
             timings = measure(runners, workload, args.repeats, bar.update)
-            for index, figures in enumerate(figures_of(workload, [config for _, config in configs], timings, itemsize)):
-                cells.append({"model": index} | figures)
+            found = figures_of(
+                workload,
+                [config for _, config in configs],
+                timings,
+                itemsize,
+                has_static_cache=args.static_cache,
+            )
+            cells += ({"model": index} | figures for index, figures in enumerate(found))
     return {
         "hardware": hardware(device),
         "protocol": args.protocol,
@@ -211,28 +217,27 @@ def load_runners(args: argparse.Namespace, configs: Configs, device: torch.devic
         if args.shape is None:
             loaded = load_model(model, dtype=args.dtype, cache_dir=args.cache_dir)
         else:
-            dtype = (config.dtype or torch.float32) if args.dtype == "auto" else getattr(torch, args.dtype)
-            loaded = random_model(config, dtype, device)
+            loaded = random_model(config, dtype_of(args, configs), device)
         runners.append(Runner(loaded, device, is_compiled=args.compile, has_static_cache=args.static_cache))
     return runners
 
 
-def describe(args: argparse.Namespace, configs: Configs, runners: Sequence[Runner]) -> list[dict[str, Any]]:
-    """Return what the record says about the models, and log it."""
+def dtype_of(args: argparse.Namespace, configs: Configs) -> torch.dtype:
+    """Return the type of the weights, which is that of the first model's where none is asked for."""
+    return (configs[0][1].dtype or torch.float32) if args.dtype == "auto" else getattr(torch, args.dtype)
+
+
+def describe(args: argparse.Namespace, configs: Configs) -> list[dict[str, Any]]:
+    """Return what the record says about the models before they are loaded, and log it."""
     first = configs[0][0]
     described = []
-    for runner, (model, config) in zip(runners, configs, strict=True):
+    for model, config in configs:
         if args.shape is None:
             about = describe_model(model, args.cache_dir)
         else:
             about = describe_config(config, model, None if model == first else first)
-        about["weight_memory_bytes"] = runner.weight_memory_bytes
-        logger.info(
-            "%s: %.3f %% of decoder-layer weights removed, %.1f MiB of weights",
-            about["model"],
-            about["achieved_sparsity_percent"],
-            about["weight_memory_bytes"] / MIB,
-        )
+        removed, total = about["achieved_sparsity_percent"], about["parameters"]["total"]
+        logger.info("%s: %.3f %% of decoder-layer weights removed, %d parameters", about["model"], removed, total)
         described.append(about)
     return described
 

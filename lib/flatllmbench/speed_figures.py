@@ -1,20 +1,22 @@
-"""From the seconds of repeated runs to the figures of a record and its table."""
+"""From the seconds of repeated runs to the figures of a record."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from transformers import PretrainedConfig
 
 from .arithmetic import decode_bytes, prefill_flops
-from .tables import NOT_RUN, markdown_table
 from .timing import Timing, Workload
-
-MIB = 2**20
 
 
 def figures_of(
-    workload: Workload, configs: Sequence[PretrainedConfig], timings: Sequence[Sequence[Timing]], itemsize: int
+    workload: Workload,
+    configs: Sequence[PretrainedConfig],
+    timings: Sequence[Sequence[Timing]],
+    itemsize: int,
+    *,
+    has_static_cache: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """Yield the figures of each model at one workload.
 
@@ -29,7 +31,9 @@ def figures_of(
         if own is timings[0]:
             figures |= {"prefill_speedup": None, "decode_speedup": None}
         else:
-            figures["predicted"] = predicted_speedups(configs[0], config, workload, itemsize)
+            figures["predicted"] = predicted_speedups(
+                configs[0], config, workload, itemsize, has_static_cache=has_static_cache
+            )
         yield figures
 
 
@@ -69,12 +73,15 @@ def decode_figures(workload: Workload, dense: Sequence[Timing], own: Sequence[Ti
 
 
 def predicted_speedups(
-    dense: PretrainedConfig, config: PretrainedConfig, workload: Workload, itemsize: int
+    dense: PretrainedConfig, config: PretrainedConfig, workload: Workload, itemsize: int, *, has_static_cache: bool
 ) -> dict[str, float | None]:
     """Return how many times the operations of the prompts, and the bytes of a decoding step, the dense model needs."""
     batch_size, prompt_length, new_tokens = workload.batch_size, workload.prompt_length, workload.new_tokens
     flops = [prefill_flops(each, batch_size, prompt_length) for each in (dense, config)]
-    moved = [decode_bytes(each, batch_size, prompt_length, new_tokens, itemsize) for each in (dense, config)]
+    moved = [
+        decode_bytes(each, batch_size, prompt_length, new_tokens, itemsize, has_static_cache=has_static_cache)
+        for each in (dense, config)
+    ]
     return {
         "prefill_speedup_flops": flops[0] / flops[1] if prompt_length else None,
         "decode_speedup_bytes": moved[0] / moved[1],
@@ -86,40 +93,3 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     shares = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
     low, middle, high = torch.tensor(values, dtype=torch.float64).quantile(shares).tolist()
     return {"median": middle, "low": low, "high": high}
-
-
-def speed_table(record: Mapping[str, Any]) -> str:
-    """Return a row per cell of a record; columns that its protocol does not measure are left out."""
-    rows = [_row(record["models"][cell["model"]]["model"], cell) for cell in record["cells"]]
-    header = [name for name in rows[0] if any(row[name] for row in rows)]
-    return markdown_table(header, [[row[name] for name in header] for row in rows])
-
-
-def _row(model: str, cell: Mapping[str, Any]) -> dict[str, str]:
-    predicted = cell["predicted"] or {}
-    peak = cell["peak_memory_bytes"]
-    return {
-        "model": model,
-        "batch": str(cell["batch_size"]),
-        "prompt": str(cell["prompt_length"] or ""),
-        "prompt, ms": _with_spread(cell["prefill_ms"], 1),
-        "prompt × dense": _with_spread(cell["prefill_speedup"], 2),
-        "by FLOPs": _number(predicted.get("prefill_speedup_flops"), 2),
-        "first token, ms": _number(cell["time_to_first_token_ms"], 1),
-        "step, ms": _with_spread(cell["decode_ms_per_token"], 2),
-        "step × dense": _with_spread(cell["decode_speedup"], 2),
-        "by bytes": _number(predicted.get("decode_speedup_bytes"), 2),
-        "tokens/s": _number(cell["decode_tokens_per_s"], 1),
-        "KV cache, MiB": _number(cell["kv_cache_bytes"] / MIB, 2),
-        "peak, MiB": NOT_RUN if peak is None else _number(peak / MIB, 1),
-    }
-
-
-def _with_spread(value: Mapping[str, float] | None, digits: int) -> str:
-    if value is None:
-        return ""
-    return f"{value['median']:.{digits}f} ({value['low']:.{digits}f}–{value['high']:.{digits}f})"
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "" if value is None else f"{value:.{digits}f}"

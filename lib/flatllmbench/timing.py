@@ -41,7 +41,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class PromptTiming:
-    """Seconds that a batch of prompts takes: to be read, and from no cache at all to the first new tokens."""
+    """Seconds that a batch of prompts takes: to be read, and from the making of an empty cache to the first tokens."""
 
     prefill_s: float
     first_token_s: float

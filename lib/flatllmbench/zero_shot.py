@@ -35,13 +35,25 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flatllmcore.core.checkpoint_source import CheckpointSource
-from flatllmcore.utils.devices import check_whole_model_fits, parse_device
+from flatllmcore.utils.devices import check_whole_models_fit, parse_device
+from flatllmcore.utils.layer_utils import model_name
 from flatllmcore.utils.loading import load_model, load_tokenizer
 
 from . import command_line
-from .harness import PAPER_TASKS, Tasks, bars_for_terminals, language_model_of, load_tasks
+from .harness import (
+    PAPER_TASKS,
+    Tasks,
+    bars_for_terminals,
+    language_model_of,
+    load_tasks,
+    refusing_logits_that_are_not_finite,
+)
 from .records import describe_model, hardware, versions, write_record
 
+OVER_SEVERAL_GPUS = (
+    "over several GPUs a saved model is evaluated by: lm_eval --model hf --model_args "
+    "pretrained=FOLDER,trust_remote_code=True,parallelize=True,softmax_dtype=float32"
+)
 logger = logging.getLogger("flatllmbench.zero_shot")  # also where this file is the program
 
 
@@ -70,10 +82,22 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def keep_evaluation(args: argparse.Namespace, command: str) -> None:
     """Evaluate the model and write the record."""
     command_line.check_task_flags(args)
-    place = args.save / f"{command_line.model_name(args)}_zero_shot.json"
+    place = args.save / f"{run_name(args)}.json"
     with command_line.logging_to(place.with_suffix(".log")), logging_redirect_tqdm():
         asked = {"kind": "zero_shot", "command": command, "request": command_line.request(args)}
         write_record(place, asked | {"versions": versions()} | evaluate(args))
+
+
+def run_name(args: argparse.Namespace) -> str:
+    """Return what the record is called: by model and tasks, so that a trial leaves the record of another run alone."""
+    parts = [model_name(args.model), "zero_shot"]
+    if args.tasks is not None:
+        parts.append("+".join(args.tasks)[:100])  # names of files are limited
+    if args.num_fewshot is not None:
+        parts.append(f"{args.num_fewshot}-shot")
+    if args.limit is not None:
+        parts.append(f"limit-{args.limit}")
+    return "_".join(parts)
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
@@ -82,7 +106,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     device = parse_device(args.device)
     described = describe_model(args.model, args.cache_dir)
     checkpoint = CheckpointSource(args.model, device, args.dtype, args.cache_dir)  # looks its weights through
-    check_whole_model_fits(device, described["parameters"]["total"] * checkpoint.dtype.itemsize)
+    check_whole_models_fit(device, described["parameters"]["total"] * checkpoint.dtype.itemsize, OVER_SEVERAL_GPUS)
     tasks = load_tasks(args.tasks, args.num_fewshot, args.include_path)
     found = evaluate_saved(
         *(args.model, tasks, device, args.eval_batch_size, args.limit), dtype=args.dtype, cache_dir=args.cache_dir
@@ -129,10 +153,13 @@ def zero_shot(
 
         - ``tasks``: by name, ``metric``, the one reported, with its ``value`` and ``stderr`` (``None`` where the
           harness has none), ``metrics``, every one's value, ``num_fewshot``, ``samples`` and the definition's
-          ``version``;
+          ``version``; a metric of filtered answers is called ``metric,filter``;
         - ``mean_accuracy``: in percent, over the paper's tasks under the paper's protocol; ``None`` unless all seven
           ran in full;
         - ``limit``, ``batch_size``, and the version of the ``harness``.
+
+    Raises:
+        InputError: If the model gives logits that are not finite.
     """
     from lm_eval import evaluate as run_harness
     from lm_eval.defaults import DEFAULT_OTHER_SEED
@@ -140,7 +167,7 @@ def zero_shot(
     for task in tasks.tasks.values():
         task.set_fewshot_seed(DEFAULT_OTHER_SEED)  # the same examples in every evaluation
     language_model = language_model_of(model, tokenizer, batch_size)
-    with bars_for_terminals():
+    with bars_for_terminals(), refusing_logits_that_are_not_finite(model):
         found = run_harness(
             language_model, {"tasks": tasks.tasks, "groups": tasks.groups}, limit=limit, log_samples=False
         )
@@ -169,11 +196,7 @@ def zero_shot(
 
 def _result(name: str, row: Mapping[str, Any]) -> dict[str, Any]:
     """Return the metrics of the harness's row of results, whose keys are like ``acc_norm,none``."""
-    keys: dict[str, str] = {}
-    for key in row:
-        metric, comma, _filter = key.partition(",")
-        if comma and not metric.endswith("_stderr"):
-            keys.setdefault(metric, key)
+    keys = {key.removesuffix(",none"): key for key in row if "," in key and "_stderr," not in key}
     wanted = PAPER_TASKS[name].metric if name in PAPER_TASKS else "acc_norm"
     metric = wanted if wanted in keys else next(iter(keys))
     stderr = row.get(keys[metric].replace(",", "_stderr,", 1))

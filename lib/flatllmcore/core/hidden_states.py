@@ -81,7 +81,16 @@ class StatesStorage:
         logger.info("hidden states of %d windows: %.2f GiB on %s", shape[0], size / GIB, where)
         if place == "file":
             return self._mapped(shape, dtype, size)
-        return torch.empty(*shape, dtype=dtype, device=device if place == "device" else "cpu")
+        if place == "device":
+            return torch.empty(*shape, dtype=dtype, device=device)
+        return torch.empty(*shape, dtype=dtype, pin_memory=self._is_pinned(size, device))
+
+    def _is_pinned(self, size: int, device: torch.device) -> bool:
+        """Tell whether states in host memory are pinned, so that a GPU fetches them at the full rate of its link.
+
+        PyTorch rounds pinned memory up to a power of two; where that is more than their share, they are not.
+        """
+        return device.type == "cuda" and 1 << (size - 1).bit_length() <= _SHARE_OF_HOST * self.host_memory()
 
     def _folder(self) -> Path:
         return self.folder or Path(tempfile.gettempdir())

@@ -25,7 +25,7 @@ ENOUGH_TOKENS_PER_CHANNEL = 4
 # A squared pivot is the share of a channel's energy that earlier channels do not explain; below this,
 # float64 has lost it and the factor is no basis for a solve.
 SMALLEST_PIVOT = 1e-11
-_COLUMNS = 512  # of the triangular inverse at a time
+_COLUMNS = 256  # of the triangular inverse at a time
 _ROWS = 1024  # of down_proj at a time
 
 
@@ -60,7 +60,7 @@ def diagonal_of_ridge_inverse(second_moment: Tensor, ridge: float = RIDGE) -> Te
 
     With ``C + λI = L Lᵀ`` entry ``i`` is the squared length of column ``i`` of ``L⁻¹``. That column is
     zero above row ``i``, so a strip of columns needs only the trailing block of ``L``: F³/3 operations
-    in all, shared out over the processes, and F × 512 numbers of memory. A ridge that would be lost to rounding
+    in all, shared out over the processes, and F × 256 numbers of memory. A ridge that would be lost to rounding
     beside ``C`` is raised to what is not: 8 times the machine's epsilon of the trace.
     """
     shifted = second_moment.clone()

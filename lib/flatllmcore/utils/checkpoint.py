@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from ..errors import InputError
 from ..layers.flat_attention import HeadwiseFactoredLinear
+from .layer_utils import model_name
 
 _NOT_RUN = "not run"
 
@@ -69,7 +70,7 @@ def model_card(record: Mapping[str, Any]) -> str:
     """
     base_model = str(record["base_model"])
     is_local = Path(base_model).exists()
-    base_name = Path(base_model).absolute().name if is_local else base_model  # absolute: "." has no name
+    base_name = model_name(base_model) if is_local else base_model
     front_matter = ["---", "library_name: transformers", "tags:", "- flat-llm", "- compressed"]
     if not is_local:  # the hub links this name to a repository
         front_matter.append(f"base_model: {json.dumps(base_model)}")

@@ -124,8 +124,13 @@ def _free_in_container() -> float:
     return free
 
 
-def check_whole_model_fits(device: torch.device, needed_bytes: int) -> None:
-    """Refuse a model that the host, which reads it, or the device has too little free memory for.
+def check_whole_models_fit(device: torch.device, needed_bytes: int, remedy: str) -> None:
+    """Refuse models that the host, which reads them, or the device has too little free memory for.
+
+    Args:
+        device: Where all of them shall be at once.
+        needed_bytes: Of their weights.
+        remedy: What else can be done, for the error.
 
     Raises:
         InputError: Saying how much is needed and how much is free.
@@ -136,9 +141,7 @@ def check_whole_model_fits(device: torch.device, needed_bytes: int) -> None:
     for place, free_bytes in free.items():
         if free_bytes < needed_bytes:
             raise InputError(
-                f"the whole model needs {needed_bytes / GIB:.3g} GiB and {free_bytes / GIB:.3g} GiB are free {place}; "
-                "over several GPUs a saved model is evaluated by: lm_eval --model hf --model_args "
-                "pretrained=FOLDER,trust_remote_code=True,parallelize=True,softmax_dtype=float32"
+                f"whole models need {needed_bytes / GIB:.3g} GiB, {free_bytes / GIB:.3g} GiB are free {place}; {remedy}"
             )
 
 

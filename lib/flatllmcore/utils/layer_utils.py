@@ -65,6 +65,11 @@ class ModelDimensions:
         return asdict(self)
 
 
+def model_name(model: str | Path) -> str:
+    """Return what a model is called: the last part of its folder or hub id."""
+    return Path(model).absolute().name  # absolute: "." has no name
+
+
 def load_config(model: str, cache_dir: Path | None = None) -> PretrainedConfig:
     """Return the config of a local folder or a hub id; no weight is read.
 
