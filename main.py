@@ -88,7 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         device = parse_device(args.device)
     except InputError as error:
-        return complain(str(error))
+        with process_group(torch.device("cpu")):
+            return complain_once(error)
     with process_group(device):
         try:
             told_by_first(lambda: check_arguments(args))  # what all would refuse, one refuses
@@ -112,9 +113,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def command_line(argv: Sequence[str]) -> str:
-    """Return what to type for this run, with as many processes."""
-    count = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    start = ["python"] if count == "1" else ["torchrun", "--nproc_per_node", count]
+    """Return what to type for this run with as many processes; on several machines, N numbers them from 0."""
+    count, local_count = (os.environ.get(name, "1") for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    if count == "1":
+        return shlex.join(["python", "main.py", *argv])
+    start = ["torchrun", "--nproc_per_node", local_count]
+    if count != local_count:
+        machines = ["--nnodes", str(int(count) // int(local_count)), "--node_rank", "N"]
+        start += [*machines, "--master_addr", os.environ["MASTER_ADDR"]]
     return shlex.join([*start, "main.py", *argv])
 
 

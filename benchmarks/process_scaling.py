@@ -28,7 +28,7 @@ from flatllmcore.core.calibration import default_batch_size
 from flatllmcore.core.rank_allocation import RankAllocation
 
 ROOT = Path(__file__).resolve().parents[1]
-STAGES = ("forward", "moments", "reduce", "solves", "write")
+STAGES = ("read", "forward", "moments", "reduce", "solves", "write")
 PORT = "29517"
 
 
@@ -38,10 +38,10 @@ def main() -> None:
     if not dense.exists():
         config = LlamaConfig(
             vocab_size=4096,
-            hidden_size=1024,
-            intermediate_size=2816,
+            hidden_size=args.hidden_size,
+            intermediate_size=args.intermediate_size,
             num_hidden_layers=args.layers,
-            num_attention_heads=8,
+            num_attention_heads=args.hidden_size // 128,
             max_position_embeddings=args.seqlen,
         )
         tokenizer = ROOT / "models" / "pydocs-llama"
@@ -62,7 +62,9 @@ def main() -> None:
     tokens = args.nsamples * args.seqlen
     found: dict[str, Any] = {
         "command": "python benchmarks/process_scaling.py " + " ".join(sys.argv[1:]),
-        "shape": {"layers": args.layers, "nsamples": args.nsamples, "seqlen": args.seqlen},
+        "shape": {
+            name: getattr(args, name) for name in ("layers", "hidden_size", "intermediate_size", "nsamples", "seqlen")
+        },
         "peak_tflops_of_a_core": {name: rate / 1e12 for name, rate in rates.items()},
     }
     costs = compression_costs(allocation, Workload(args.nsamples, args.seqlen, default_batch_size(args.seqlen), 2))
@@ -89,6 +91,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("scaling"))
     parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--hidden_size", type=int, default=1024)
+    parser.add_argument("--intermediate_size", type=int, default=2816)
     parser.add_argument("--nsamples", type=int, default=64)
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=3)

@@ -130,7 +130,7 @@ class TestTimes:
 
 
 class TestProcesses:
-    def test_four_take_a_quarter_of_all_but_the_factors_of_the_solves(self):
+    def test_four_take_a_quarter(self):
         one, four = (Plan(request(processes=count), DEVICES["h200"]) for count in (1, 4))
         alone, shared = stages(one), stages(four)
         for name in (
@@ -140,17 +140,18 @@ class TestProcesses:
             "compression: moments",
         ):
             assert shared[name].compute == pytest.approx(alone[name].compute / 4)
-        assert 1 / 4 < shared["compression: solves"].compute / alone["compression: solves"].compute < 3 / 4
+        solves = shared["compression: solves"].compute, alone["compression: solves"].compute
+        assert solves[0] == pytest.approx(solves[1] / 4, rel=0.03)  # the attention's are the first one's alone
 
     def test_the_largest_of_uneven_shares_counts(self):
         assert Plan(request(nsamples=5, processes=2), DEVICES["h200"]).work(5).windows == 3
 
-    def test_what_a_process_sends_is_a_ring_s_share_of_the_sums_and_the_new_attention(self):
+    def test_what_a_process_sends_is_a_ring_s_share_of_the_sums_and_what_is_passed_on(self):
         plan = Plan(tiny_request(processes=4), SLOW)
         (stage,) = (stage for stage in plan.stages() if stage.linked_bytes)
         cut = cut_layers(plan.allocation)
         summed = sum(moment_bytes(plan.dimensions) + 2 * width * 48 for _, width in cut)
-        passed_on = sum(2 * rank * 48 * (4 + 4) for rank, _ in cut)
+        passed_on = sum(2 * rank * 48 * (4 + 4) + 8 * (80**2 + width**2) / 2 for rank, width in cut)
         assert stage.linked_bytes == 2 * 3 / 4 * summed + passed_on
         assert plan.seconds(stage) == Seconds(link=stage.linked_bytes / 5e9)
 

@@ -117,11 +117,11 @@ def test_the_diagonal_of_the_ridge_inverse_is_that_of_the_inverse(width, tokens)
     torch.testing.assert_close(diagonal_of_ridge_inverse(C), inverse.diagonal(), rtol=1e-8, atol=1e-10)
 
 
-def test_the_triangular_inverse_is_taken_in_strips(monkeypatch):
-    monkeypatch.setattr("flatllmcore.core.mlp_nystrom._COLUMNS", 7)
+def test_a_moment_that_is_none_is_refused():
     C = random(50, 20).T @ random(50, 20)
-    inverse = torch.linalg.inv(C + torch.eye(20).double())
-    torch.testing.assert_close(diagonal_of_ridge_inverse(C), inverse.diagonal())
+    C[7, 7] = -1e3
+    with pytest.raises(ArithmeticError, match="not positive semidefinite"):
+        diagonal_of_ridge_inverse(C)
 
 
 def test_selected_channels_have_the_highest_leverage_and_rise():

@@ -19,7 +19,7 @@ from flatllmcore.errors import InputError
 from flatllmcore.utils.checkpoint import check_output_folder
 from flatllmcore.utils.data_utils import has_test_split
 from flatllmcore.utils.layer_utils import model_name
-from flatllmcore.utils.processes import is_first_process
+from flatllmcore.utils.processes import is_first_process, local_process_count
 
 # What a user can mend about a place that cannot be written to.
 UNUSABLE_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOTDIR, errno.EEXIST)
@@ -181,6 +181,8 @@ def add_task_flags(parser: argparse._ActionsContainer, batch_size_flag: str) -> 
 def check_arguments(args: argparse.Namespace) -> None:
     """Refuse what can be refused without looking at the model; fill in the default evaluation text."""
     check_sparsity_ratio(args.sparsity_ratio)
+    if args.device is not None and ":" in args.device and local_process_count() > 1:
+        raise InputError(f"--device {args.device} is one GPU for several processes; with cuda each has its own")
     for name in ("nsamples", "batch_size", "rank_multiple"):
         value = getattr(args, name)
         if value is not None and value < 1:

@@ -150,17 +150,16 @@ def moments_cost(allocation: RankAllocation, work: Workload) -> Cost:
 def solves_cost(allocation: RankAllocation, processes: int = 1) -> Cost:
     """Return what the new weights of all layers that are cut cost the first process; each moment is read once.
 
-    For the MLP two Cholesky factors, and its share of the inverse of one and of the products with ``down_proj``; for
+    For the MLP its share of two Cholesky factors, of the inverse of one and of the products with ``down_proj``; for
     the attention the products of V and O with the heads' bases. What finding those bases costs is too little to count.
     """
     dimensions = allocation.dimensions
     D, F, d = dimensions.hidden_size, dimensions.intermediate_size, dimensions.head_dim
     cost = NO_COST
     for r, k in cut_layers(allocation):
-        factors = (F**3 + k**3) / 3
-        shared_out = F**3 / 3 + 2 * D * (F - k) * k + 2 * D * k * k
+        mlp = 2 * F**3 / 3 + k**3 / 3 + 2 * D * (F - k) * k + 2 * D * k * k
         attention = 2 * d * r * dimensions.rank_parameters
-        cost += Cost(factors + shared_out / processes + attention, moment_bytes(dimensions))
+        cost += Cost(mlp / processes + attention, moment_bytes(dimensions))
     return cost
 
 
@@ -196,12 +195,12 @@ def moment_bytes(dimensions: ModelDimensions) -> int:
 def solve_memory_bytes(dimensions: ModelDimensions, size: LayerSize) -> int:
     """Return the most memory that the solves of a layer take at once, its moments included.
 
-    Beside the moment: its shifted copy, factorised in place, and three strips of the inverse, while channels are
-    selected; the kept channels' moment and its factor, or the latter, how dropped channels go with kept ones, and the
-    new ``down_proj`` of which some rows are at work (``mlp_nystrom.py``).
+    Beside the moment: its shifted copy, factorised in place, and a strip of the inverse, while channels are selected;
+    the kept channels' moment and its factor, or the latter, how dropped channels go with kept ones, and the new
+    ``down_proj`` of which some rows are at work (``mlp_nystrom.py``).
     """
     D, F, k = dimensions.hidden_size, dimensions.intermediate_size, size[1]
-    select = F * F + 3 * F * min(F, 256)
+    select = F * F + 2 * F * min(F, 256)
     factorise = 2 * k * k
     fit = k * F + D * k + min(D, 1024) * (F + 3 * k)
     return moment_bytes(dimensions) + FLOAT64_BYTES * max(select, factorise, fit)

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import torch
 
-from flatllmbench.rates import copy_rate, disk_rate, peak_rates, upload_rate
 from flatllmcore.utils.devices import GIB, device_name
+
+from .rates import copy_rate, disk_rate, peak_rates, upload_rate
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,14 @@ from dataclasses import dataclass
 
 from transformers import PretrainedConfig
 
-from flatllmbench.costs import (
+from flatllmcore.core.hidden_states import states_place
+from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector, RankAllocation
+from flatllmcore.utils.devices import GIB
+from flatllmcore.utils.layer_utils import ModelDimensions, dimensions_from_config
+
+from .costs import (
     FLOAT32_BYTES,
+    FLOAT64_BYTES,
     NO_COST,
     Cost,
     LayerSize,
@@ -26,13 +32,9 @@ from flatllmbench.costs import (
     perplexity_cost,
     solve_memory_bytes,
 )
-from flatllmbench.machines import Machine
-from flatllmbench.perplexity import LOGIT_ROWS
-from flatllmbench.setup import SHARE_OF_HOST_FOR_WEIGHTS
-from flatllmcore.core.hidden_states import states_place
-from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector, RankAllocation
-from flatllmcore.utils.devices import GIB
-from flatllmcore.utils.layer_utils import ModelDimensions, dimensions_from_config
+from .machines import Machine
+from .perplexity import LOGIT_ROWS
+from .setup import SHARE_OF_HOST_FOR_WEIGHTS
 
 
 @dataclass(frozen=True)
@@ -137,8 +139,11 @@ class Plan:
     @property
     def is_in_memory(self) -> bool:
         """Whether every process holds the dense model in host memory, rather than read it layer by layer."""
-        host_memory = self.machine.host_memory_gib * GIB / self.request.processes
-        return not self.request.out_of_core and self.dense_bytes <= SHARE_OF_HOST_FOR_WEIGHTS * host_memory
+        own_memory = self._own_host_memory()
+        return not self.request.out_of_core and self.dense_bytes <= SHARE_OF_HOST_FOR_WEIGHTS * own_memory
+
+    def _own_host_memory(self) -> float:
+        return self.machine.host_memory_gib * GIB / self.request.processes
 
     def work(self, windows: int) -> Workload:
         """Return the largest share of ``windows``, which one process takes."""
@@ -149,7 +154,8 @@ class Plan:
         """Return where the hidden states of ``windows`` live: ``device``, ``host`` or ``file``."""
         size = hidden_state_bytes(self.dimensions, self.work(windows))
         device_memory = (self.machine.memory_gib or 0) * GIB
-        return states_place(size, device_memory, self.machine.host_memory_gib * GIB / self.request.processes)
+        left = self._own_host_memory() - (self.dense_bytes if self.is_in_memory else 0)
+        return states_place(size, device_memory, left)
 
     def stages(self) -> list[Stage]:
         """Return all that takes time, in order."""
@@ -257,7 +263,7 @@ class Plan:
     def _weights(self, step: str, weight_bytes: int, *, is_read: bool) -> Stage:
         """Return the way of a model's weights to the device, from files or from host memory."""
         copied = 0 if self.machine.memory_gib is None else weight_bytes
-        return Stage(step, "weights", "load", copied_bytes=copied, disk_bytes=weight_bytes if is_read else 0)
+        return Stage(step, "weights", "read", copied_bytes=copied, disk_bytes=weight_bytes if is_read else 0)
 
     def _states(self, step: str, windows: int, passes: int) -> Stage:
         size = passes * hidden_state_bytes(self.dimensions, self.work(windows))
@@ -267,10 +273,11 @@ class Plan:
         return Stage(step, f"hidden states ({place})", "states", copied_bytes=copied, disk_bytes=in_files)
 
     def _linked_bytes(self) -> float:
-        """Return what one process sends: a ring's share of the sums (moments, ``down_proj``), and V and O passed on."""
+        """Return what one process sends: a ring's share of the sums (moments, down_proj); factors, V and O whole."""
         processes, dimensions, itemsize = self.request.processes, self.dimensions, self.request.itemsize
         sent = 0.0
         for rank, width in cut_layers(self.allocation):
             summed = moment_bytes(dimensions) + itemsize * width * dimensions.hidden_size
-            sent += 2 * (processes - 1) / processes * summed + itemsize * rank * dimensions.rank_parameters
+            panels = FLOAT64_BYTES * (dimensions.intermediate_size**2 + width**2) / 2
+            sent += 2 * (processes - 1) / processes * summed + panels + itemsize * rank * dimensions.rank_parameters
         return sent

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from flatllmbench.machines import Machine
-from flatllmbench.plan import Plan, Request
 from flatllmcore.core.calibration import default_batch_size
 from flatllmcore.errors import InputError
 from flatllmcore.utils.json_fields import read_json_object
+
+from .machines import Machine
+from .plan import Plan, Request
 
 
 def seconds_by_rate(plan: Plan) -> dict[str, float]:
@@ -42,6 +43,8 @@ def read_run_record(path: Path) -> dict[str, Any]:
 def efficiency_of(record: Mapping[str, Any], config: PretrainedConfig, machine: Machine) -> dict[str, float]:
     """Return the share of the bound that a run of ``main.py`` reached, by stage of its record.
 
+    Reading layers hides behind computing, so what a record has of it tells nothing of its rate.
+
     Args:
         record: See :func:`read_run_record`; of one process.
         config: Of the model it compressed.
@@ -49,7 +52,7 @@ def efficiency_of(record: Mapping[str, Any], config: PretrainedConfig, machine: 
     """
     measured = record["stages_s"]
     bounds = seconds_by_rate(Plan(request_of(record, config), machine))
-    return {rate: bound / measured[rate] for rate, bound in bounds.items() if measured.get(rate)}
+    return {rate: bound / measured[rate] for rate, bound in bounds.items() if measured.get(rate) and rate != "read"}
 
 
 def request_of(record: Mapping[str, Any], config: PretrainedConfig) -> Request:

@@ -11,6 +11,7 @@ from flatllmcore.core.checkpoint_source import CheckpointSource
 from flatllmcore.core.hidden_states import StatesStorage
 from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector
 from flatllmcore.core.stopwatch import Stopwatch
+from flatllmcore.errors import InputError
 from flatllmcore.utils.calibration_windows import window_length
 from flatllmcore.utils.checkpoint import count_parameters
 from flatllmcore.utils.devices import GIB, free_host_memory, parse_device
@@ -74,6 +75,9 @@ class Setup:
         Args:
             nsamples: The most windows that will run at a time, for the plan.
         """
+        own = self.checkpoint.fingerprint()
+        if told_by_first(lambda: own) != own:
+            raise InputError(f"{self.args.model} has other weights here than where the first process runs")
         weights = self.parameters["total"] * self.checkpoint.dtype.itemsize
         is_too_large = weights > SHARE_OF_HOST_FOR_WEIGHTS * self.storage.host_memory()
         out_of_core = self.args.out_of_core or is_too_large

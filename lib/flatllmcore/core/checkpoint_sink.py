@@ -258,8 +258,8 @@ class CheckpointSink:
 
 
 def _is_temporary(path: Path) -> bool:
-    """Tell whether a file is only there while a run lives: its lock, and what it was writing when it was killed."""
-    return path.name == _LOCK or (path.name.startswith(".") and path.name.endswith(".tmp"))
+    """Tell whether a file is only there while a run lives: its lock, and what we or a library were writing."""
+    return path.name.startswith(".")
 
 
 def _save_config(flat_config: PretrainedConfig, dtype: torch.dtype, folder: Path) -> None:

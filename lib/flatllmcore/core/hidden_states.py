@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..utils.devices import GIB, free_device_memory, free_host_memory
-from ..utils.files import check_disk_space
+from ..utils.files import check_disk_space, naming_full_disk
+from ..utils.processes import local_process_count
 from ..utils.progress import progress
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ class StatesStorage:
         device_memory = 0 if device.type == "cpu" else free_device_memory(device)
         place = states_place(size, device_memory, self.host_memory())
         if place == "file":
-            check_disk_space(self._folder(), size)
+            check_disk_space(self._folder(), size * local_process_count())
         return place
 
     def host_memory(self) -> int:
@@ -98,7 +99,8 @@ class StatesStorage:
     def _mapped(self, shape: Sequence[int], dtype: torch.dtype, size: int) -> Tensor:
         self._folder().mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(prefix="hidden-states-", dir=self._folder()) as file:
-            os.posix_fallocate(file.fileno(), 0, size)  # a disk that fills up later would end the process by SIGBUS
+            with naming_full_disk(self._folder()):
+                os.posix_fallocate(file.fileno(), 0, size)  # a disk that fills up later would end us by SIGBUS
             flat = torch.from_file(file.name, shared=True, size=torch.Size(shape).numel(), dtype=dtype)
             return flat.view(*shape)
 

@@ -1,7 +1,8 @@
 """Step 5 of the method: Nyström selection of MLP channels by ridge leverage scores.
 
-Everything is factorised by Cholesky in float64; no inverse is formed. Several processes all factorise, and share out
-what follows the factors, which is most of the work. Shapes: D hidden size, F MLP width, k kept channels.
+Everything is factorised by Cholesky in float64; no inverse is formed whole. In a group of processes all call these
+functions with the same moment, and share out what they cost (``cholesky.py``). Shapes: D hidden size, F MLP width, k
+kept channels.
 """
 
 import logging
@@ -9,7 +10,7 @@ import logging
 import torch
 from torch import Tensor
 
-from ..utils.processes import own_turns, sum_over_processes
+from .cholesky import cholesky_, inverse_column_energies
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +26,6 @@ ENOUGH_TOKENS_PER_CHANNEL = 4
 # A squared pivot is the share of a channel's energy that earlier channels do not explain; below this,
 # float64 has lost it and the factor is no basis for a solve.
 SMALLEST_PIVOT = 1e-11
-_COLUMNS = 256  # of the triangular inverse at a time
 _ROWS = 1024  # of down_proj at a time
 
 
@@ -58,25 +58,18 @@ def select_channels(second_moment: Tensor, width: int) -> Tensor:
 def diagonal_of_ridge_inverse(second_moment: Tensor, ridge: float = RIDGE) -> Tensor:
     """Return the diagonal of ``(C + λI)⁻¹``, float64, (F,).
 
-    With ``C + λI = L Lᵀ`` entry ``i`` is the squared length of column ``i`` of ``L⁻¹``. That column is
-    zero above row ``i``, so a strip of columns needs only the trailing block of ``L``: F³/3 operations
-    in all, shared out over the processes, and F × 256 numbers of memory. A ridge that would be lost to rounding
-    beside ``C`` is raised to what is not: 8 times the machine's epsilon of the trace.
+    With ``C + λI = L Lᵀ`` entry ``i`` is the squared length of column ``i`` of ``L⁻¹``. A ridge that would be lost to
+    rounding beside ``C`` is raised to what is not: 8 times the machine's epsilon of the trace.
+
+    Raises:
+        ArithmeticError: If ``C`` is not positive semidefinite.
     """
     shifted = second_moment.clone()
     smallest = 8 * torch.finfo(shifted.dtype).eps * shifted.trace().item()
     shifted.diagonal().add_(max(ridge, smallest))
-    factor = torch.linalg.cholesky(shifted.mT, out=shifted.mT)  # by columns, LAPACK's order: in place, without a copy
-    diagonal = torch.zeros(len(factor), dtype=factor.dtype, device=factor.device)
-    for start in own_turns(range(0, len(factor), _COLUMNS)):
-        diagonal[start : start + _COLUMNS] = _squared_lengths_of_first_columns(factor[start:, start:])
-    return sum_over_processes(diagonal)
-
-
-def _squared_lengths_of_first_columns(factor: Tensor) -> Tensor:
-    """Return those of the inverse's; a function of its own, so that no strip of columns outlives its turn."""
-    columns = torch.eye(len(factor), min(_COLUMNS, len(factor)), dtype=factor.dtype, device=factor.device)
-    return torch.linalg.solve_triangular(factor, columns, upper=False).square_().sum(0)
+    if not cholesky_(shifted):
+        raise ArithmeticError("the MLP moment is not positive semidefinite")
+    return inverse_column_energies(shifted)
 
 
 def few_tokens_jitter(tokens: int, channels: int) -> float:
@@ -132,8 +125,8 @@ def _cholesky_with_jitter(correlation: Tensor, least: float) -> Tensor:
     unit = correlation.diagonal().clone()
     for jitter in (least, *(larger for larger in JITTERS if larger > least)):
         correlation.diagonal().copy_(unit + jitter)
-        factor, failed_at = torch.linalg.cholesky_ex(correlation)
-        if failed_at.item() == 0 and factor.diagonal().square().min().item() > SMALLEST_PIVOT:
+        factor = correlation.clone()
+        if cholesky_(factor) and factor.diagonal().square().min().item() > SMALLEST_PIVOT:
             if jitter:
                 logger.debug("the kept MLP channels' moment is solved with jitter %.1e", jitter)
             return factor

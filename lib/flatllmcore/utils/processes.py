@@ -25,6 +25,7 @@ _FAILURES = "failures"  # key in the store
 _PATIENCE = timedelta(hours=2)
 
 _store: dist.Store | None = None  # the group's, inside the block of process_group
+_has_failed = False  # whether this process has
 
 
 class OtherProcessError(RuntimeError):
@@ -41,16 +42,21 @@ def process_group(device: torch.device) -> Iterator[None]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
-    global _store  # noqa: PLW0603 (torch.distributed's own group is as global)
+    global _store, _has_failed  # noqa: PLW0603 (torch.distributed's own group is as global)
     _store, rank, world_size = next(dist.rendezvous("env://"))
     dist.init_process_group(
         collective_backend(device), store=_store, rank=rank, world_size=world_size, timeout=_PATIENCE
     )
+    _has_failed = False
     try:
         dist.barrier()  # none may leave, even by an error, while another is still joining
         yield
+    except BaseException:
+        _has_failed = True
+        raise
     finally:
-        dist.destroy_process_group()
+        if not _has_failed or device.type == "cpu":  # NCCL would wait, gloo lets the others know at once
+            dist.destroy_process_group()
         _store = None
 
 
@@ -59,7 +65,7 @@ def process_count() -> int:
 
 
 def local_process_count() -> int:
-    """Return how many processes share this machine."""
+    """Return how many processes of the group share this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if _is_group() else 1
 
 
@@ -73,8 +79,10 @@ def is_first_failure() -> bool:
     Raises:
         OtherProcessError: If the process that keeps the count has ended.
     """
+    global _has_failed  # noqa: PLW0603
     if _store is None:
         return True
+    _has_failed = True
     with _naming_lost_processes():
         return _store.add(_FAILURES, 1) == 1
 
@@ -93,9 +101,30 @@ def joined_shares(share: Tensor, length: int) -> Tensor:
     return sum_over_processes(rows)
 
 
-def own_turns(items: Sequence[T]) -> Sequence[T]:
-    """Return the items that this process takes when they are dealt out in turns, so that early and late ones mix."""
-    return items[dist.get_rank() :: process_count()] if _is_group() else items
+def own_turns(items: Sequence[T]) -> list[T]:
+    """Return the items that are this process's turns, when they are dealt out there and back."""
+    return [item for turn, item in enumerate(items) if is_own_turn(turn)]
+
+
+def is_own_turn(turn: int) -> bool:
+    """Tell whether this process takes an item by its place among those that are dealt out there and back."""
+    return not _is_group() or _process_of_turn(turn) == dist.get_rank()
+
+
+def sent_by_turn(tensor: Tensor, turn: int) -> Tensor:
+    """Return the tensor of the process whose turn it is; the others give one of its shape, which does not count."""
+    if not _is_group():
+        return tensor
+    sent = tensor.contiguous()
+    with _naming_lost_processes():
+        dist.broadcast(sent, src=_process_of_turn(turn))
+    return sent
+
+
+def _process_of_turn(turn: int) -> int:
+    count = process_count()
+    place = turn % (2 * count)
+    return min(place, 2 * count - 1 - place)
 
 
 def sum_over_processes(total: Tensor) -> Tensor:
@@ -152,8 +181,10 @@ def _is_group() -> bool:
 
 @contextmanager
 def _naming_lost_processes() -> Iterator[None]:
-    """For collectives alone: all that a RuntimeError can be there is a lost connection, whatever the backend."""
+    """For collectives alone, where backends raise RuntimeErrors of many kinds when they do not reach the others."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
-        raise OtherProcessError(f"another process ended: {error}") from error
+        raise OtherProcessError(f"another process ended, or cannot be reached: {error}") from error

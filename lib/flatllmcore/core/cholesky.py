@@ -1,0 +1,80 @@
+"""Cholesky factors of matrices of tens of thousands of rows: in place, by blocks, shared out over processes.
+
+In a group of processes all call these functions with the same matrix, and all end with the same result. What a block
+costs shrinks or grows along the matrix, so blocks are dealt out there and back.
+"""
+
+import torch
+from torch import Tensor
+
+from ..utils.processes import is_own_turn, own_turns, sent_by_turn, sum_over_processes
+
+BLOCK = 256  # columns
+
+
+def cholesky_(matrix: Tensor) -> bool:
+    """Replace the lower triangle of a symmetric matrix by its Cholesky factor; what stands above it loses its meaning.
+
+    Right-looking: each panel of ``BLOCK`` columns is factorised by the process whose turn it is and sent to the others,
+    and every process takes it off its own later panels. n³/3 operations, and a panel of memory beside the matrix.
+
+    Args:
+        matrix: (n, n), rows next to each other in memory.
+
+    Returns:
+        Whether the matrix is positive definite; it is of no use if not.
+    """
+    starts = range(0, len(matrix), BLOCK)
+    for turn, start in enumerate(starts):
+        panel = matrix[start:, start : start + BLOCK]
+        if is_own_turn(turn):
+            _factorise(panel)
+        panel.copy_(sent_by_turn(panel, turn))
+        if panel[0, 0].isnan():
+            return False
+        for later_turn, later in enumerate(starts[turn + 1 :], turn + 1):
+            if is_own_turn(later_turn):
+                rest = panel[later - start :]
+                matrix[later:, later : later + BLOCK].addmm_(rest, rest[:BLOCK].mT, alpha=-1)
+    return True
+
+
+def _factorise(panel: Tensor) -> None:
+    """Replace a panel, whose first rows are a diagonal block, by its columns of the factor; by NaN if there is none."""
+    width = panel.shape[1]
+    factor, failed_at = torch.linalg.cholesky_ex(panel[:width])
+    if failed_at.item():
+        panel.fill_(torch.nan)
+        return
+    panel[:width] = factor
+    panel[width:] = torch.linalg.solve_triangular(factor.mT, panel[width:], upper=True, left=False)
+
+
+def inverse_column_energies(factor: Tensor) -> Tensor:
+    """Return the squared length of each column of ``L⁻¹``, (n,).
+
+    Column ``i`` is zero above row ``i``, so a strip of columns needs only the trailing block of ``L``: n³/3 operations,
+    and n × ``BLOCK`` numbers of memory.
+
+    Args:
+        factor: ``L``, (n, n); what stands above its diagonal blocks is not looked at.
+    """
+    energies = torch.zeros(len(factor), dtype=factor.dtype, device=factor.device)
+    for start in own_turns(range(0, len(factor), BLOCK)):
+        energies[start : start + BLOCK] = _first_columns_of_inverse(factor[start:, start:]).square_().sum(0)
+    return sum_over_processes(energies)
+
+
+def _first_columns_of_inverse(factor: Tensor) -> Tensor:
+    """Return ``BLOCK`` columns, by forward substitution; torch's own would copy a factor that is part of another."""
+    size = len(factor)
+    width = min(BLOCK, size)
+    columns = torch.empty(size, width, dtype=factor.dtype, device=factor.device)
+    for row in range(0, size, BLOCK):
+        rows = slice(row, row + BLOCK)
+        if row == 0:
+            right = torch.eye(width, dtype=factor.dtype, device=factor.device)
+        else:
+            right = (factor[rows, :row] @ columns[:row]).neg_()
+        columns[rows] = torch.linalg.solve_triangular(factor[rows, rows], right, upper=False)
+    return columns
