@@ -603,6 +603,24 @@ def test_too_little_disk_for_the_model_is_said_before_the_work(here, refused, mo
     assert run("--save_model", "out/new") == 0
 
 
+@pytest.mark.parametrize(
+    ("sizes", "start"),
+    [
+        ({}, "python"),
+        ({"WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3"}, "torchrun --nproc_per_node 3"),
+        (
+            {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "10.0.0.1"},
+            "torchrun --nproc_per_node 4 --nnodes 2 --node_rank N --master_addr 10.0.0.1",
+        ),
+    ],
+    ids=["one", "machine", "machines"],
+)
+def test_the_command_of_a_run_starts_as_many_processes(monkeypatch, sizes, start):
+    for name, value in sizes.items():
+        monkeypatch.setenv(name, value)
+    assert main.command_line(["--model", "a b"]) == f"{start} main.py --model 'a b'"
+
+
 def test_an_interrupted_run_says_how_to_go_on_and_its_command_then_succeeds(here, capfd, monkeypatch):
     calls = []
 
