@@ -120,7 +120,7 @@ def command_line(argv: Sequence[str]) -> str:
     start = ["torchrun", "--nproc_per_node", local_count]
     if count != local_count:
         machines = ["--nnodes", str(int(count) // int(local_count)), "--node_rank", "N"]
-        start += [*machines, "--master_addr", os.environ["MASTER_ADDR"]]
+        start += [*machines, "--master_addr", os.environ["MASTER_ADDR"], "--master_port", os.environ["MASTER_PORT"]]
     return shlex.join([*start, "main.py", *argv])
 
 
@@ -164,7 +164,7 @@ def compress(args: argparse.Namespace, command: str) -> None:
     with output_folder(args) as folder:
         check_disk_space(folder, expected_size(args, setup) - written_size(folder))
         if tasks is not None:
-            check_whole_models_fit(setup.device, expected_size(args, setup), OVER_SEVERAL_GPUS)
+            check_whole_models_fit(setup.device, [expected_size(args, setup)], OVER_SEVERAL_GPUS)
         source = setup.load_source(max(len(windows), len(test_windows)))
         allocation = ranks_for(args, setup, source)
         asked = compression_request(args, setup, source, allocation, windows, test_windows)

@@ -17,7 +17,7 @@ export MODEL=models/pydocs-llama DATASET=pydocs SEQLEN=256 NSAMPLES=128 DEVICE=c
 export BI_SCORE="$OUT/pydocs-llama-ranks" OVERWRITE=1
 export TASKS=pydocs_endings,pydocs_text INCLUDE_PATH=tests/tasks
 export THREADS=1
-unset RATIOS RANK_MULTIPLE PRUNE_QK PROCESSES NUM_FEWSHOT PROTOCOL BATCH_SIZE PROMPT_LENGTH NEW_TOKENS DTYPE
+unset SEED BI_NSAMPLES RATIOS RANK_MULTIPLE PRUNE_QK PROCESSES NUM_FEWSHOT PROTOCOL BATCH_SIZE PROMPT_LENGTH NEW_TOKENS DTYPE
 records="$OUT/records/pydocs-llama"
 
 rm -f "$BI_SCORE/importance.json" # so that the layers are scored, and timed, again

@@ -44,16 +44,20 @@ def test_a_device_is_the_named_one_or_the_best():
     assert best_device().type == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def test_a_model_that_does_not_fit_is_refused(monkeypatch):
+def test_models_that_do_not_fit_are_refused(monkeypatch):
+    """The host holds one after another for a GPU, and all of them for itself."""
     monkeypatch.setattr(devices, "free_host_memory", lambda: 5 * 2**30)
-    monkeypatch.setattr(devices, "free_device_memory", lambda _device: 3 * 2**30, "buy more")
-    check_whole_models_fit(torch.device("cuda"), 3 * 2**30, "buy more")
-    check_whole_models_fit(torch.device("cpu"), 5 * 2**30, "buy more")
-    with pytest.raises(InputError, match=r"need 4 GiB, 3 GiB are free on cuda; buy more"):
-        check_whole_models_fit(torch.device("cuda"), 4 * 2**30, "buy more")
-    for name in ("cpu", "cuda"):
-        with pytest.raises(InputError, match="need 6 GiB, 5 GiB are free in host memory"):
-            check_whole_models_fit(torch.device(name), 6 * 2**30, "buy more")
+    monkeypatch.setattr(devices, "free_device_memory", lambda _device: 8 * 2**30)
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    check_whole_models_fit(gpu, [5 * 2**30, 3 * 2**30], "buy more")
+    check_whole_models_fit(cpu, [4 * 2**30, 2**30], "buy more")
+    for device, sizes, reason in (
+        (gpu, [5 * 2**30, 4 * 2**30], "need 9 GiB, 8 GiB are free on cuda; buy more"),
+        (gpu, [6 * 2**30], "need 6 GiB, 5 GiB are free in host memory"),
+        (cpu, [4 * 2**30, 2 * 2**30], "need 6 GiB, 5 GiB are free in host memory"),
+    ):
+        with pytest.raises(InputError, match=reason):
+            check_whole_models_fit(device, sizes, "buy more")
 
 
 def kib(path: str, field: str) -> int:

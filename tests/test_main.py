@@ -609,8 +609,8 @@ def test_too_little_disk_for_the_model_is_said_before_the_work(here, refused, mo
         ({}, "python"),
         ({"WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3"}, "torchrun --nproc_per_node 3"),
         (
-            {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "10.0.0.1"},
-            "torchrun --nproc_per_node 4 --nnodes 2 --node_rank N --master_addr 10.0.0.1",
+            {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29501"},
+            "torchrun --nproc_per_node 4 --nnodes 2 --node_rank N --master_addr 10.0.0.1 --master_port 29501",
         ),
     ],
     ids=["one", "machine", "machines"],

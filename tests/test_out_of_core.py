@@ -22,7 +22,7 @@ from checkpoints import (
     weights_in,
 )
 from flatllmbench.perplexity import perplexity
-from flatllmcore.core import hidden_states, prune
+from flatllmcore.core import prune
 from flatllmcore.core.hidden_states import StatesStorage
 from flatllmcore.core.importance import layer_importance
 from flatllmcore.core.stopwatch import Stopwatch
@@ -120,21 +120,6 @@ def test_states_go_to_the_first_place_that_is_large_enough(tmp_path):
 def test_states_stay_on_a_gpu_while_they_fit():
     assert StatesStorage().place(2**20, torch.device("cuda")) == "device"
     assert StatesStorage().place(2**45, torch.device("cuda")) != "device"
-
-
-def test_states_in_host_memory_are_pinned_for_a_gpu_where_that_is_no_more_than_half_of_it():
-    """PyTorch rounds up to a power of two."""
-    storage, gpu = StatesStorage(host_memory_bytes=200), torch.device("cuda")
-    assert storage._is_pinned(64, gpu)
-    assert not storage._is_pinned(65, gpu)
-    assert not storage._is_pinned(64, CPU)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_a_gpu_is_given_pinned_states(monkeypatch):
-    monkeypatch.setattr(hidden_states, "free_device_memory", lambda device: 0)
-    states = StatesStorage(host_memory_bytes=2**20).empty((4, 16, 8), torch.bfloat16, torch.device("cuda"))
-    assert states.is_pinned()
 
 
 def test_states_in_a_file_give_the_same_scores_and_leave_nothing(tmp_path, windows, checkpoint, caplog):
@@ -247,6 +232,14 @@ def test_a_changed_request_is_refused_and_harms_nothing(tmp_path, windows, check
     with pytest.raises(InputError, match="another request \\(seed 43, not 42\\)"):
         compress_to(tmp_path / "out", on_disk(checkpoint), windows, request={"seed": 43}, overwrite=True)
     assert bytes_in(tmp_path / "out.partial") == before
+
+
+def test_a_folder_of_somebody_s_hidden_things_is_in_the_way(tmp_path, windows, checkpoint):
+    (tmp_path / "out.partial" / ".git").mkdir(parents=True)
+    (tmp_path / "out.partial" / ".env").touch()
+    with pytest.raises(InputError, match="it holds no unfinished run"):
+        compress_to(tmp_path / "out", on_disk(checkpoint), windows)
+    assert (tmp_path / "out.partial" / ".env").exists()
 
 
 def test_two_runs_in_one_folder_are_refused(tmp_path, windows, checkpoint):

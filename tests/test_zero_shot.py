@@ -444,7 +444,7 @@ def test_the_program_writes_a_record_and_the_results_to_the_log(folders, tokeniz
     folder = folders["compressed"]
     argv = [folder, *LOCAL, "--save", str(tmp_path), "--batch_size", "4", "--dtype", "float32"]
     assert program.main(argv) == 0
-    name = "half_zero_shot_pydocs_endings+pydocs_text"
+    name = "half_zero_shot_pydocs_endings+pydocs_text_float32"
     record = json.loads((tmp_path / f"{name}.json").read_text())
     assert record["kind"] == "zero_shot"
     assert record["command"] == " ".join(["python -m flatllmbench.zero_shot", *argv])
@@ -548,8 +548,8 @@ def test_main_refuses_unusable_tasks_before_any_weight_is_read(text, tmp_path, m
     assert not (tmp_path / "small").exists()
 
 
-def too_small(device: torch.device, needed_bytes: int, remedy: str) -> None:
-    raise InputError(f"the whole model needs {needed_bytes} bytes")
+def too_small(device: torch.device, sizes: list[int], remedy: str) -> None:
+    raise InputError(f"the whole model needs {sum(sizes)} bytes")
 
 
 @pytest.mark.parametrize("dtype", ["auto", "float32"])

@@ -196,8 +196,8 @@ def solve_memory_bytes(dimensions: ModelDimensions, size: LayerSize) -> int:
     """Return the most memory that the solves of a layer take at once, its moments included.
 
     Beside the moment: its shifted copy, factorised in place, and a strip of the inverse, while channels are selected;
-    the kept channels' moment and its factor, or the latter, how dropped channels go with kept ones, and the new
-    ``down_proj`` of which some rows are at work (``mlp_nystrom.py``).
+    the kept channels' moment and its factor, while they are fitted; then this factor, the moment of dropped with kept
+    channels, the new ``down_proj``, and what some of its rows take at work (``mlp_nystrom.py``).
     """
     D, F, k = dimensions.hidden_size, dimensions.intermediate_size, size[1]
     select = F * F + 2 * F * min(F, 256)

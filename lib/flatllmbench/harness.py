@@ -151,7 +151,7 @@ def refusing_logits_that_are_not_finite(model: PreTrainedModel) -> Iterator[None
 
     def check(module: PreTrainedModel, _inputs: Any, outputs: Any) -> None:
         if not torch.isfinite(outputs.logits).all():
-            raise InputError(f"the model gives NaN or infinite logits in {module.dtype}; try --dtype float32")
+            raise InputError(f"the model gives NaN or infinite logits in {module.dtype}; a wider --dtype may help")
 
     handle = model.register_forward_hook(check)
     try:

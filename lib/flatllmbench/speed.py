@@ -173,8 +173,8 @@ def measure_models(args: argparse.Namespace, configs: Configs) -> dict[str, Any]
     """Measure every model at every cell of the grid; return what the record says about it."""
     device = parse_device(args.device)
     models = describe(args, configs)
-    needed = sum(model["parameters"]["total"] for model in models) * dtype_of(args, configs).itemsize
-    check_whole_models_fit(device, needed, "they take turns, so all are loaded at once: measure fewer")
+    sizes = [model["parameters"]["total"] * dtype_of(args, configs).itemsize for model in models]
+    check_whole_models_fit(device, sizes, "they take turns, so all are loaded at once: measure fewer")
     runners = load_runners(args, configs, device)
     for model, runner in zip(models, runners, strict=True):
         model["weight_memory_bytes"] = runner.weight_memory_bytes

@@ -97,6 +97,8 @@ def run_name(args: argparse.Namespace) -> str:
         parts.append(f"{args.num_fewshot}-shot")
     if args.limit is not None:
         parts.append(f"limit-{args.limit}")
+    if args.dtype != "auto":
+        parts.append(args.dtype)
     return "_".join(parts)
 
 
@@ -106,7 +108,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     device = parse_device(args.device)
     described = describe_model(args.model, args.cache_dir)
     checkpoint = CheckpointSource(args.model, device, args.dtype, args.cache_dir)  # looks its weights through
-    check_whole_models_fit(device, described["parameters"]["total"] * checkpoint.dtype.itemsize, OVER_SEVERAL_GPUS)
+    check_whole_models_fit(device, [described["parameters"]["total"] * checkpoint.dtype.itemsize], OVER_SEVERAL_GPUS)
     tasks = load_tasks(args.tasks, args.num_fewshot, args.include_path)
     found = evaluate_saved(
         *(args.model, tasks, device, args.eval_batch_size, args.limit), dtype=args.dtype, cache_dir=args.cache_dir

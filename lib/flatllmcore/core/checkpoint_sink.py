@@ -259,7 +259,8 @@ class CheckpointSink:
 
 def _is_temporary(path: Path) -> bool:
     """Tell whether a file is only there while a run lives: its lock, and what we or a library were writing."""
-    return path.name.startswith(".")
+    is_ours = path.name == _LOCK or (path.name.startswith(".") and path.name.endswith(".tmp"))
+    return is_ours or path.name.startswith(".tmp")
 
 
 def _save_config(flat_config: PretrainedConfig, dtype: torch.dtype, folder: Path) -> None:

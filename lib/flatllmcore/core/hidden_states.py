@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..utils.devices import GIB, free_device_memory, free_host_memory
 from ..utils.files import check_disk_space, naming_full_disk
-from ..utils.processes import local_process_count
 from ..utils.progress import progress
 
 if TYPE_CHECKING:
@@ -64,7 +63,7 @@ class StatesStorage:
         device_memory = 0 if device.type == "cpu" else free_device_memory(device)
         place = states_place(size, device_memory, self.host_memory())
         if place == "file":
-            check_disk_space(self._folder(), size * local_process_count())
+            check_disk_space(self._folder(), size)
         return place
 
     def host_memory(self) -> int:
@@ -82,16 +81,7 @@ class StatesStorage:
         logger.info("hidden states of %d windows: %.2f GiB on %s", shape[0], size / GIB, where)
         if place == "file":
             return self._mapped(shape, dtype, size)
-        if place == "device":
-            return torch.empty(*shape, dtype=dtype, device=device)
-        return torch.empty(*shape, dtype=dtype, pin_memory=self._is_pinned(size, device))
-
-    def _is_pinned(self, size: int, device: torch.device) -> bool:
-        """Tell whether states in host memory are pinned, so that a GPU fetches them at the full rate of its link.
-
-        PyTorch rounds pinned memory up to a power of two; where that is more than their share, they are not.
-        """
-        return device.type == "cuda" and 1 << (size - 1).bit_length() <= _SHARE_OF_HOST * self.host_memory()
+        return torch.empty(*shape, dtype=dtype, device=device if place == "device" else "cpu")
 
     def _folder(self) -> Path:
         return self.folder or Path(tempfile.gettempdir())

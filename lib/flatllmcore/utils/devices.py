@@ -5,6 +5,7 @@ import os
 import re
 import resource
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,21 +125,21 @@ def _free_in_container() -> float:
     return free
 
 
-def check_whole_models_fit(device: torch.device, needed_bytes: int, remedy: str) -> None:
-    """Refuse models that the host, which reads them, or the device has too little free memory for.
+def check_whole_models_fit(device: torch.device, sizes: Sequence[int], remedy: str) -> None:
+    """Refuse models that the host, which reads one after another, or the device has too little free memory for.
 
     Args:
         device: Where all of them shall be at once.
-        needed_bytes: Of their weights.
+        sizes: Bytes of each one's weights.
         remedy: What else can be done, for the error.
 
     Raises:
         InputError: Saying how much is needed and how much is free.
     """
-    free = {"in host memory": free_host_memory()}
+    places = [("in host memory", free_host_memory(), sum(sizes) if device.type == "cpu" else max(sizes))]
     if device.type == "cuda":
-        free[f"on {device}"] = free_device_memory(device)
-    for place, free_bytes in free.items():
+        places.append((f"on {device}", free_device_memory(device), sum(sizes)))
+    for place, free_bytes, needed_bytes in places:
         if free_bytes < needed_bytes:
             raise InputError(
                 f"whole models need {needed_bytes / GIB:.3g} GiB, {free_bytes / GIB:.3g} GiB are free {place}; {remedy}"
