@@ -36,12 +36,17 @@ def inputs(tmp_path_factory):
 
 
 @pytest.fixture
-def run(inputs, tmp_path):
+def copied(inputs, tmp_path):
+    """Copy the inputs to a folder of their own, which is returned."""
+    return lambda name: Path(shutil.copytree(inputs, tmp_path / name))
+
+
+@pytest.fixture
+def run(copied):
     """Run `main.py` in a number of processes, in a folder of their own that is returned."""
 
     def run_in(name: str, count: int, *argv: str, patch: Callable[[], None] | None = None) -> Path:
-        folder = tmp_path / name
-        shutil.copytree(inputs, folder)
+        folder = copied(name)
         statuses, errors = process_groups.run_group(count, [*OUT, *argv], folder, patch)
         assert (statuses, errors) == ([0] * count, "")
         return folder
@@ -109,11 +114,10 @@ stop_at_layer_1 = functools.partial(before_layer_1, interrupt)
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
-def test_a_group_of_which_one_is_killed_ends_and_goes_on_to_the_same_bytes(run, inputs, tmp_path, rank):
+def test_a_group_of_which_one_is_killed_ends_and_goes_on_to_the_same_bytes(run, copied, rank):
     argv = [*OUT, "--nsamples", "7", "--out_of_core"]
     straight = run("straight", 2, "--nsamples", "7", "--out_of_core")
-    folder = tmp_path / "killed"
-    shutil.copytree(inputs, folder)
+    folder = copied("killed")
     kill = functools.partial(before_layer_1, functools.partial(kill_one, rank))
     statuses, errors = process_groups.run_group(2, argv, folder, kill)
     assert sorted(statuses) == [-signal.SIGKILL, 2]
@@ -124,11 +128,10 @@ def test_a_group_of_which_one_is_killed_ends_and_goes_on_to_the_same_bytes(run, 
 
 
 @pytest.mark.parametrize("flags", [(), ("--out_of_core",)], ids=["memory", "disk"])
-def test_a_stopped_group_goes_on_to_the_same_bytes(run, inputs, tmp_path, flags):
+def test_a_stopped_group_goes_on_to_the_same_bytes(run, copied, flags):
     argv = [*OUT, "--nsamples", "7", *flags]
     straight = run("straight", 2, "--nsamples", "7", *flags)
-    folder = tmp_path / "stopped"
-    shutil.copytree(inputs, folder)
+    folder = copied("stopped")
     statuses, errors = process_groups.run_group(2, argv, folder, stop_at_layer_1)
     assert statuses == [2, 2]
     assert "interrupted" in errors
@@ -139,9 +142,8 @@ def test_a_stopped_group_goes_on_to_the_same_bytes(run, inputs, tmp_path, flags)
     assert process_groups.run_group(1, [*argv, "--overwrite"], folder) == ([0], "")
 
 
-def test_another_number_of_processes_does_not_go_on_from_there(inputs, tmp_path):
-    folder = tmp_path / "stopped"
-    shutil.copytree(inputs, folder)
+def test_another_number_of_processes_does_not_go_on_from_there(copied):
+    folder = copied("stopped")
     argv = [*OUT, "--nsamples", "7"]
     process_groups.run_group(2, argv, folder, stop_at_layer_1)
     statuses, errors = process_groups.run_group(1, argv, folder)
@@ -160,9 +162,8 @@ def fail_in_the_second():
     hidden_states.checked = fail
 
 
-def test_one_failure_ends_all_and_is_told_once(inputs, tmp_path):
-    folder = tmp_path / "failing"
-    shutil.copytree(inputs, folder)
+def test_one_failure_ends_all_and_is_told_once(copied):
+    folder = copied("failing")
     statuses, errors = process_groups.run_group(3, [*OUT, "--nsamples", "7"], folder, fail_in_the_second)
     assert statuses == [2, 2, 2]
     assert errors == "error: layer 1 gives NaN or infinite activations\n"
@@ -180,18 +181,16 @@ def fail_to_solve_in_the_second():
     prune.select_channels = fail
 
 
-def test_a_solve_that_fails_in_one_process_ends_all_and_is_told_once(inputs, tmp_path):
-    folder = tmp_path / "failing"
-    shutil.copytree(inputs, folder)
+def test_a_solve_that_fails_in_one_process_ends_all_and_is_told_once(copied):
+    folder = copied("failing")
     statuses, errors = process_groups.run_group(2, [*OUT, "--nsamples", "7"], folder, fail_to_solve_in_the_second)
     assert statuses == [2, 2]
     assert errors == "error: layer 0 cannot be compressed: the MLP moment is not finite\n"
 
 
 @pytest.mark.parametrize("device", ["moon", "cuda:0"])
-def test_a_device_that_several_processes_cannot_use_is_told_once(inputs, tmp_path, device):
-    folder = tmp_path / "refused"
-    shutil.copytree(inputs, folder)
+def test_a_device_that_several_processes_cannot_use_is_told_once(copied, device):
+    folder = copied("refused")
     statuses, errors = process_groups.run_group(2, [*OUT, "--device", device], folder)
     assert (statuses, errors.count("\n")) == ([2, 2], 1)
     assert device in errors
@@ -202,26 +201,23 @@ def other_weights_in_the_second():
     CheckpointSource.fingerprint = lambda source: fingerprint(source) + os.environ["RANK"]
 
 
-def test_processes_that_see_other_weights_are_refused(inputs, tmp_path):
-    folder = tmp_path / "refused"
-    shutil.copytree(inputs, folder)
+def test_processes_that_see_other_weights_are_refused(copied):
+    folder = copied("refused")
     statuses, errors = process_groups.run_group(2, [*OUT, "--nsamples", "7"], folder, other_weights_in_the_second)
     assert statuses == [2, 2]
     assert errors == "error: dense has other weights here than where the first process runs\n"
 
 
-def test_unusable_input_is_told_once(inputs, tmp_path):
-    folder = tmp_path / "refused"
-    shutil.copytree(inputs, folder)
+def test_unusable_input_is_told_once(copied):
+    folder = copied("refused")
     statuses, errors = process_groups.run_group(2, [*OUT, "--nsamples", "0"], folder)
     assert statuses == [2, 2]
     assert errors.startswith("error: --nsamples 0 is out of range")
     assert errors.count("\n") == 1
 
 
-def test_the_launcher_of_accelerate_starts_a_group(inputs, tmp_path):
-    folder = tmp_path / "launched"
-    shutil.copytree(inputs, folder)
+def test_the_launcher_of_accelerate_starts_a_group(copied):
+    folder = copied("launched")
     launch = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
     main = str(Path(__file__).parents[1] / "main.py")
     command = [sys.executable, "-m", *launch, main, *OUT, "--nsamples", "7"]

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
 
-from flatllmcore.core.rank_rounding import factor_parameters
 from flatllmcore.utils.layer_utils import dense_dimensions
+
+from .costs import layer_weights, pair_operations
 
 
 @dataclass(frozen=True)
@@ -19,14 +20,13 @@ class LayerCost:
 
     Attributes:
         weights: Of its linear layers. Norms and biases, below a thousandth of these, are left out.
-        score_width: Operations per head that a pair of query and key costs: a product over ``head_dim`` for the score,
-            one over the value width for the output.
+        pair_operations: What a pair of query and key costs over all heads.
         cached_width: Numbers kept per token: keys and values of all key/value heads.
         window: Tokens that a query looks back on, itself counted; None for all.
     """
 
     weights: int
-    score_width: int
+    pair_operations: int
     cached_width: int
     window: int | None
 
@@ -46,12 +46,11 @@ def layer_costs(config: PreTrainedConfig) -> list[LayerCost]:
     costs = []
     for layer, layer_type in zip(config.per_layer_config, layer_types, strict=True):
         rank = getattr(layer, "value_head_dim", None) or dims.head_dim
-        qk_rank = getattr(layer, "query_key_rank", None)
-        qk_weights = dims.qk_parameters if qk_rank is None else qk_rank * factor_parameters(dims)
+        size = rank, layer.intermediate_size
         costs.append(
             LayerCost(
-                weights=qk_weights + rank * dims.rank_parameters + layer.intermediate_size * dims.width_parameters,
-                score_width=2 * dims.num_heads * (dims.head_dim + rank),
+                weights=layer_weights(dims, size, getattr(layer, "query_key_rank", None)),
+                pair_operations=pair_operations(dims, rank),
                 cached_width=dims.num_kv_heads * (dims.head_dim + rank),
                 window=getattr(layer, "sliding_window", None) if layer_type == "sliding_attention" else None,
             )
@@ -67,7 +66,7 @@ def prefill_flops(config: PreTrainedConfig, batch_size: int, prompt_length: int)
     per_prompt = 0
     for layer in layer_costs(config):
         pairs = sum(layer.attended(length) for length in range(1, prompt_length + 1))
-        per_prompt += 2 * layer.weights * prompt_length + layer.score_width * pairs
+        per_prompt += 2 * layer.weights * prompt_length + layer.pair_operations * pairs
     return batch_size * (per_prompt + 2 * config.vocab_size * config.hidden_size)
 
 

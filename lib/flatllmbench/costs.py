@@ -16,6 +16,7 @@ from transformers import PretrainedConfig
 
 from flatllmcore.core.moments import BLOCK
 from flatllmcore.core.rank_allocation import RankAllocation
+from flatllmcore.core.rank_rounding import factor_parameters
 from flatllmcore.utils.layer_utils import ModelDimensions
 from flatllmcore.utils.loading import empty_causal_lm
 
@@ -102,10 +103,16 @@ def cut_layers(allocation: RankAllocation) -> list[LayerSize]:
     return [size for size in compressed_layers(allocation) if size != whole]
 
 
-def layer_weights(dimensions: ModelDimensions, size: LayerSize) -> int:
-    """Return the linear weights of a layer whose Q and K are whole."""
+def layer_weights(dimensions: ModelDimensions, size: LayerSize, query_key_rank: int | None = None) -> int:
+    """Return the linear weights of a layer; Q and K are whole without a rank, and two factors each with one."""
     rank, width = size
-    return dimensions.qk_parameters + rank * dimensions.rank_parameters + width * dimensions.width_parameters
+    qk_weights = dimensions.qk_parameters if query_key_rank is None else query_key_rank * factor_parameters(dimensions)
+    return qk_weights + rank * dimensions.rank_parameters + width * dimensions.width_parameters
+
+
+def pair_operations(dimensions: ModelDimensions, rank: int) -> int:
+    """Return the operations of all heads for a query and a key: their product, and its weight times the value."""
+    return 2 * dimensions.num_heads * (dimensions.head_dim + rank)
 
 
 def forward_cost(dimensions: ModelDimensions, layers: Sequence[LayerSize], work: Workload) -> Cost:
@@ -227,4 +234,4 @@ def activation_bytes(dimensions: ModelDimensions, work: Workload, product_itemsi
 def _attention_operations(dimensions: ModelDimensions, seqlen: int, rank: int) -> float:
     """Return the operations per token of the products of queries with keys and of their weights with values."""
     mean_keys = (seqlen + 1) / 2
-    return dimensions.num_heads * mean_keys * 2 * (dimensions.head_dim + rank)
+    return mean_keys * pair_operations(dimensions, rank)

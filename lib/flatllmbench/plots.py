@@ -241,5 +241,5 @@ def _text(text: str, longest: int = 80) -> str:
 
 def _png(figure: "Figure") -> bytes:
     png = BytesIO()
-    figure.savefig(png, format="png", dpi=150, metadata={"Software": None})
+    figure.savefig(png, format="png", dpi=110, metadata={"Software": None})
     return png.getvalue()

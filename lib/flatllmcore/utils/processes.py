@@ -36,6 +36,8 @@ class OtherProcessError(RuntimeError):
 def process_group(device: torch.device) -> Iterator[None]:
     """Join the group that the launcher describes, if it started more than one process.
 
+    A process that has failed does not take leave on a GPU, where that waits for the others: its end tells them.
+
     Args:
         device: Where this process computes; decides how tensors travel (NCCL between GPUs, gloo between CPUs).
     """
@@ -55,7 +57,7 @@ def process_group(device: torch.device) -> Iterator[None]:
         _has_failed = True
         raise
     finally:
-        if not _has_failed or device.type == "cpu":  # NCCL would wait, gloo lets the others know at once
+        if not _has_failed or device.type == "cpu":
             dist.destroy_process_group()
         _store = None
 
@@ -74,7 +76,7 @@ def is_first_process() -> bool:
 
 
 def is_first_failure() -> bool:
-    """Tell whether no other process has asked this before: one failure is reported, not one per process.
+    """Note that this process has failed, and tell whether it is the first: one failure is reported, not all.
 
     Raises:
         OtherProcessError: If the process that keeps the count has ended.
