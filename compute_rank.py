@@ -10,18 +10,19 @@ Beside each importance file it writes `ranks_<percent>.json`, one per target, an
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from hashlib import sha256
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
-from flatllmbench.command_line import complain
+from flatllmbench.command_line import ROWS, checked_flag, run_program
 from flatllmbench.plots import plot_ranks
-from flatllmcore.core.importance_scores import ImportanceScores, read_author_scores
-from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector, RankAllocation, check_sparsity_ratio
-from flatllmcore.core.rank_files import IMPORTANCE_FILE, ranks_file
+from flatllmcore.core.importance import IMPORTANCE_FILE, ImportanceScores, read_author_scores
+from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector, RankAllocation
+from flatllmcore.core.rank_files import ranks_file, save_ranks
 from flatllmcore.errors import InputError
-from flatllmcore.utils.layer_utils import ModelDimensions, dimensions_from_config, load_config
+from flatllmcore.utils.dimensions import ModelDimensions
+from flatllmcore.utils.files import digest, read_json
+from flatllmcore.utils.layer_utils import dimensions_from_config, load_config
 
 IMPORTANCE_FILES = (IMPORTANCE_FILE, "bi_score.pt")
 
@@ -37,64 +38,57 @@ class Importance:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; return its exit status: 0, or 2 after one line on stderr about unusable input."""
     args = parse_arguments(argv)
-    try:
-        for percent in args.sparsity_ratio:
-            check_sparsity_ratio(percent)
-        dimensions = dimensions_from_config(load_config(args.model)) if args.model else None
-        files = [read_importance(path, args.model, dimensions) for path in find_importance_files(args.bi_score)]
-        allocated = [(importance, allocate(importance, args)) for importance in files]
-        for importance, allocations in allocated:
-            write_ranks(importance, allocations, args.plot)
-            sys.stdout.write(table(importance, allocations))
-    except (InputError, OSError) as error:
-        return complain(str(error))
-    return 0
+    return run_program(lambda: allocate_all(args), args.bi_score)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return the flags as given."""
     parser = argparse.ArgumentParser(
         prog="compute_rank.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    source = parser.add_argument_group("importance scores")
-    source.add_argument(
+    parser.add_argument(
         "--bi_score",
         type=Path,
         default=Path("ranks"),
         metavar="PATH",
         help="importance.json, bi_score.pt, or a folder searched for both (default: ranks)",
     )
-    source.add_argument(
+    parser.add_argument(
         "--model",
         metavar="MODEL",
         help="local folder or hub id, of which only the config is read: the sizes that bi_score.pt lacks; "
         "an importance.json must agree with it",
     )
-    target = parser.add_argument_group("target")
-    target.add_argument(
+    parser.add_argument(
         "--sparsity_ratio",
         type=int,
         nargs="+",
         default=[10, 20, 30, 40, 50],
         metavar="P",
-        help="percent of decoder-layer linear parameters removed, 1 to 95 (default: 10 20 30 40 50)",
+        help=f"{ROWS['target_sparsity'].help}, 1 to 95 (default: 10 20 30 40 50)",
     )
-    target.add_argument("--prune_qk", action="store_true", help="count Q and K among the pruned projections")
-    target.add_argument(
-        "--rank_multiple",
-        type=int,
-        metavar="M",
-        help="ranks and widths are multiples of this, at the exact target; 1 gives the published floors where Q and K "
-        "stay whole (default: 8 where a head is 64 wide or more, else 1)",
-    )
-    output = parser.add_argument_group("output")
-    output.add_argument(
+    parser.add_argument("--prune_qk", action="store_true", help="count Q and K among the pruned projections")
+    parser.add_argument("--rank_multiple", type=int, metavar="M", help=ROWS["rank_multiple"].help)
+    parser.add_argument(
         "--plot",
         action=argparse.BooleanOptionalAction,
         default=True,
         help="draw importance and kept share per layer as ranks.png",
     )
     return parser.parse_args(argv)
+
+
+def allocate_all(args: argparse.Namespace) -> None:
+    """Write the ranks of every importance file, and say what they are."""
+    shares = {percent: checked_flag("target_sparsity", "sparsity_ratio", percent) for percent in args.sparsity_ratio}
+    dimensions = dimensions_from_config(load_config(args.model)) if args.model else None
+    files = [read_importance(path, args.model, dimensions) for path in find_importance_files(args.bi_score)]
+    allocated = [(importance, allocate(importance, shares, args)) for importance in files]
+    for importance, allocations in allocated:
+        write_ranks(importance, allocations, args.plot)
+        sys.stdout.write(table(importance, allocations))
 
 
 def find_importance_files(path: Path) -> list[Path]:
@@ -124,7 +118,7 @@ def read_importance(path: Path, model: str | None, dimensions: ModelDimensions |
         InputError: If the file is damaged, belongs to another model, or needs ``--model`` and has none.
     """
     if path.suffix != ".pt":
-        ours = ImportanceScores.load(path)
+        ours = read_json(path, ImportanceScores)
         if dimensions is not None:
             ours.check_matches(dimensions, fingerprint=None)
         return Importance(path, ours.model_id, ours.dimensions, ours.scores)
@@ -133,27 +127,30 @@ def read_importance(path: Path, model: str | None, dimensions: ModelDimensions |
     return Importance(path, model, dimensions, read_author_scores(path))
 
 
-def allocate(importance: Importance, args: argparse.Namespace) -> dict[int, RankAllocation]:
+def allocate(importance: Importance, shares: dict[int, float], args: argparse.Namespace) -> dict[int, RankAllocation]:
     """Return the ranks of each percentage removed."""
     selector = ImportancePreservingRankSelector(
         importance.dimensions, rank_multiple=args.rank_multiple, prune_qk=args.prune_qk
     )
-    digest = sha256(importance.path.read_bytes()).hexdigest()
+    sha256 = digest(importance.path.read_bytes())
     try:
         return {
-            percent: selector.allocate(importance.scores, percent, importance_sha256=digest)
-            for percent in args.sparsity_ratio
+            percent: replace(selector.allocate(importance.scores, 1 - share), importance_sha256=sha256)
+            for percent, share in shares.items()
         }
     except InputError as error:
         raise InputError(f"{importance.path}: {error}") from error
 
 
 def write_ranks(importance: Importance, allocations: dict[int, RankAllocation], is_plotted: bool) -> None:
+    """Write the ranks of each target beside the scores, and the picture of them."""
     folder = importance.path.parent
     for percent, allocation in allocations.items():
-        allocation.save(folder / ranks_file(percent))
+        save_ranks(allocation, folder / ranks_file(percent))
     if is_plotted:
-        keep_by_target = {percent: allocation.keep for percent, allocation in allocations.items()}
+        keep_by_target = {
+            percent: [kept.keep for kept in allocation.layers] for percent, allocation in allocations.items()
+        }
         plot_ranks(importance.scores, keep_by_target, importance.model_id, folder / "ranks.png")
 
 
@@ -162,8 +159,10 @@ def table(importance: Importance, allocations: dict[int, RankAllocation]) -> str
     sizes = importance.dimensions
     rows = [f"{'asked %':>8}{'achieved %':>12}{'V/O/MLP kept %':>16}{'rank':>14}{'MLP width':>18}"]
     for percent, allocation in allocations.items():
-        kept = 100 * sum(allocation.keep) / sizes.num_layers
-        rank, width = (f"{min(v)}-{max(v)}" for v in (allocation.value_rank, allocation.mlp_width))
+        kept = 100 * sum(layer.keep for layer in allocation.layers) / sizes.num_layers
+        ranks = [layer.value_rank for layer in allocation.layers]
+        widths = [layer.mlp_width for layer in allocation.layers]
+        rank, width = (f"{min(found)}-{max(found)}" for found in (ranks, widths))
         rows.append(f"{percent:>8}{allocation.achieved_sparsity_percent:>12.3f}{kept:>16.2f}{rank:>14}{width:>18}")
     multiple = next(iter(allocations.values())).rank_multiple
     heading = (

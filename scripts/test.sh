@@ -8,4 +8,4 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 pip_install dev -e ".[dev]"
-exec "$PYTHON" -m pytest "$@"
+exec "$PYTHON" -m pytest -n auto "$@"

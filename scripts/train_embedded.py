@@ -3,11 +3,10 @@
     python scripts/train_embedded.py --minutes 60            # or go on with an interrupted training
     python scripts/train_embedded.py --minutes 60 --device cuda
 
-Everything it needs is installed with the package: the text comes from :mod:`flatllmcore.utils.pydocs`
-and the tokenizer is trained on it. The state is saved every few minutes in `--work_dir`; starting the
-same command again goes on from there. The learning rate follows the share of the time budget that is
-spent, so a run ends when its minutes are up. The model is written to `--out` as an ordinary Hugging
-Face folder in bf16, with the log of its training beside it.
+The text lies beside the model (models/pydocs-llama/text), and the tokenizer is trained on it. The state is saved every
+few minutes in `--work_dir`; starting the same command again goes on from there. The learning rate follows the share of
+the time budget that is spent, so a run ends when its minutes are up. The model is written to `--out` as an ordinary
+Hugging Face folder in bf16, with the log of its training beside it.
 """
 
 import argparse
@@ -23,7 +22,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from flatllmcore.utils.pydocs import pydocs_documents, pydocs_sources
+from flatllmcore.utils.data_utils import load_text
 
 ROOT = Path(__file__).resolve().parents[1]
 VOCABULARY = 4096
@@ -46,7 +45,6 @@ def main() -> None:
     tokenizer.save_pretrained(args.out)
     log = {
         "text": "pydocs",
-        "sources": pydocs_sources(),
         "train_tokens": len(tokens),
         "parameters": model.num_parameters(),
         "optimizer": {"name": "AdamW", "lr": args.lr, "batch_size": args.batch_size, "seqlen": args.seqlen},
@@ -98,7 +96,7 @@ def load_or_train_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
             special_tokens=["<s>", "</s>", "<pad>"],
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         )
-        bpe.train_from_iterator(pydocs_documents("train"), trainer)
+        bpe.train_from_iterator(load_text("pydocs", "train").documents, trainer)
         bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
         PreTrainedTokenizerFast(
             tokenizer_object=bpe,
@@ -113,7 +111,7 @@ def load_or_train_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 def load_or_tokenize(path: Path, tokenizer: PreTrainedTokenizerFast, split: str) -> np.ndarray:
     """Return the ids of one split as one sequence, each document begun with `<s>`, int16."""
     if not path.is_file():
-        encoded = tokenizer.backend_tokenizer.encode_batch(pydocs_documents(split))
+        encoded = tokenizer.backend_tokenizer.encode_batch(load_text("pydocs", split).documents)
         np.save(path, np.concatenate([np.array(e.ids, dtype=np.int16) for e in encoded]))
     return np.load(path)
 
@@ -198,7 +196,7 @@ def save_state(path: Path, model, optimizer, elapsed_s: float, step: int, losses
 def test_perplexity(model, tokenizer, args: argparse.Namespace) -> tuple[float, int]:
     """Return the perplexity of the test split over whole windows, and how many windows there were."""
     model.eval()
-    ids = torch.tensor(tokenizer("\n\n".join(pydocs_documents("test"))).input_ids)
+    ids = torch.tensor(tokenizer("\n\n".join(load_text("pydocs", "test").documents)).input_ids)
     windows = ids[: len(ids) // args.seqlen * args.seqlen].view(-1, args.seqlen)
     nll = 0.0
     for batch in tqdm(windows.split(8), desc="test perplexity", disable=None):

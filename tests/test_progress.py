@@ -18,10 +18,8 @@ from transformers import AutoTokenizer
 
 import main
 from flatllmbench import speed
-from flatllmcore.utils import pydocs
-from flatllmcore.utils.data_utils import TextDataset, consecutive_windows, sample_documents
+from flatllmcore.utils.data_utils import TextDataset, consecutive_windows, load_text, sample_documents
 from flatllmcore.utils.progress import progress
-from flatllmcore.utils.text_files import read_documents
 
 ROOT = Path(__file__).resolve().parents[1]
 EMBEDDED = ROOT / "models" / "pydocs-llama"
@@ -128,8 +126,8 @@ def test_a_bar_counts_to_its_total_and_is_wiped_when_done():
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".jsonl.gz", ".parquet"])
-def test_a_file_is_read_to_the_end_of_its_bar(monkeypatch, tmp_path, suffix):
-    moved = watch_bars(monkeypatch, "flatllmcore.utils.text_files")
+def test_a_bar_counts_the_records_of_a_file(monkeypatch, tmp_path, suffix):
+    moved = watch_bars(monkeypatch, "flatllmcore.utils.text_sources")
     path = tmp_path / f"text{suffix}"
     if suffix == ".parquet":
         parquet.write_table(pyarrow.table({"text": SENTENCES}), path)
@@ -138,21 +136,8 @@ def test_a_file_is_read_to_the_end_of_its_bar(monkeypatch, tmp_path, suffix):
         written = "\n".join(map(json.dumps, records)) if "l" in suffix else json.dumps(records)
         path.write_bytes(gzip.compress(written.encode()) if suffix.endswith("gz") else written.encode())
     with terminal():
-        assert read_documents(path)[0] == SENTENCES
-        ((doing, done, total),) = moved()
-    assert doing == f"reading {path.name}"
-    assert done == total > 0
-
-
-def test_the_documentation_is_read_to_the_end_of_its_bar(monkeypatch, tmp_path):
-    moved = watch_bars(monkeypatch, "flatllmcore.utils.pydocs")
-    (tmp_path / "module.py").write_text('"""One."""')
-    (tmp_path / "tests").mkdir()
-    (tmp_path / "tests" / "skipped.py").write_text('"""Two."""')
-    monkeypatch.setattr(pydocs, "_roots", lambda: [("package", tmp_path)])
-    with terminal():
-        assert ("package/module.py", "One.") in list(pydocs._raw_documents())
-        assert moved() == [("reading documentation", 2, 2)]
+        assert load_text(str(path), "train").documents == SENTENCES
+        assert moved() == [(f"reading {path.name}", len(SENTENCES), None)]
 
 
 def test_text_is_tokenised_to_the_end_of_its_bar(monkeypatch):

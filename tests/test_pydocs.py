@@ -1,76 +1,64 @@
+"""The text beside the embedded model, and the script that made it."""
+
+import importlib.util
+import json
+import lzma
+import re
+import sys
+from pathlib import Path
+
 import pytest
 
-from flatllmcore.utils import pydocs
+from flatllmcore.errors import InputError
+from flatllmcore.utils import text_sources
 from flatllmcore.utils.data_utils import has_test_split, load_text
-from flatllmcore.utils.pydocs import pydocs_documents, pydocs_sources
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
-def paragraphs(documents: list[str]) -> list[str]:
-    return [paragraph for document in documents for paragraph in document.split("\n\n")]
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    """An empty cache folder, and little to parse: the help topics and one small package."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(pydocs, "PACKAGES", ("hypothesis",))
-    roots = list(pydocs._roots())
-    monkeypatch.setattr(pydocs, "_roots", lambda: [root for root in roots if root[0] == "hypothesis"])
-    pydocs._documents.cache_clear()
-    yield tmp_path
-    pydocs._documents.cache_clear()
-
-
-def test_no_paragraph_stands_in_both_splits_or_twice(cache):
-    train, test = (paragraphs(pydocs_documents(split)) for split in ("train", "test"))
-    assert len(train) > len(test) > 0
-    assert len(set(train + test)) == len(train) + len(test)
-
-
-def test_documents_from_the_cache_equal_parsed_ones(cache):
-    parsed = pydocs._parsed_documents()
-    first = pydocs_documents("train"), pydocs_documents("test")
-    assert sum(map(len, first)) == len(parsed)
-    (file,) = (cache / "flatllmcore").iterdir()
-    written = file.stat().st_mtime_ns
-    pydocs._documents.cache_clear()
-    assert (pydocs_documents("train"), pydocs_documents("test")) == first
-    assert {text for _, text in parsed} == {*first[0], *first[1]}
-    assert file.stat().st_mtime_ns == written
-
-
-def test_parsing_again_gives_the_same_documents_in_the_same_order(cache):
-    assert pydocs._parsed_documents() == pydocs._parsed_documents()
-
-
-def test_paragraphs_are_prose(cache):
-    for paragraph in paragraphs(pydocs_documents("train")):
-        assert ">>>" not in paragraph
-        assert len(paragraph.split()) >= 6
-
-
-def test_sources_are_named_with_versions(cache):
-    assert pydocs_sources().keys() == {"python", "hypothesis"}
-
-
-def test_an_unknown_split_is_refused():
-    with pytest.raises(ValueError, match=r"train, test; got 'validation'"):
-        pydocs_documents("validation")
-
-
-def test_the_text_is_loaded_by_its_name(cache):
-    text = load_text("pydocs", "test")
-    assert (text.name, text.split, text.separator) == ("pydocs", "test", "\n\n")
-    assert text.documents == pydocs_documents("test")
+def test_the_text_is_found_by_its_name_and_no_paragraph_stands_in_it_twice():
+    texts = [load_text("pydocs", split) for split in ("train", "test")]
+    paragraphs = [paragraph for text in texts for document in text.documents for paragraph in document.split("\n\n")]
+    assert len(set(paragraphs)) == len(paragraphs)
+    assert all(len(paragraph.split()) >= 6 and ">>>" not in paragraph for paragraph in paragraphs)
+    sizes = [[len(text.documents), len(text.separator.join(text.documents).replace("\n", ""))] for text in texts]
+    assert sizes[0] > sizes[1]
+    readme = (text_sources.EMBEDDED_TEXT / "README.md").read_text()
+    stated = re.findall(r"jsonl.xz` \| (\d+) \| ([\d,]+)", readme)
+    assert [(str(len(text.documents)), f"{sum(map(len, text.documents)):,}") for text in texts] == stated
     assert has_test_split("pydocs")
 
 
-@pytest.mark.slow
-def test_the_whole_text_has_millions_of_characters_and_disjoint_splits(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    pydocs._documents.cache_clear()
-    train, test = (paragraphs(pydocs_documents(split)) for split in ("train", "test"))
-    pydocs._documents.cache_clear()
-    assert sum(map(len, train)) > 3_000_000
-    assert sum(map(len, test)) > 30_000
-    assert set(train).isdisjoint(test)
+def test_a_local_copy_goes_before_it_and_without_either_the_path_is_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_sources, "EMBEDDED_TEXT", tmp_path / "nowhere")
+    with pytest.raises(InputError, match=r"installed without the repository; give the path of its models/pydocs-llama"):
+        load_text("pydocs", "test", dataset_root=tmp_path)
+    (tmp_path / "pydocs").mkdir()
+    (tmp_path / "pydocs" / "test.txt").write_text("mine")
+    assert load_text("pydocs", "test", dataset_root=tmp_path).documents == ["mine"]
+
+
+def test_the_script_takes_the_prose_of_docstrings(tmp_path, monkeypatch):
+    """Oracle: the paragraphs of a small package, sorted by hand."""
+    spec = importlib.util.spec_from_file_location("make_embedded_text", ROOT / "scripts" / "make_embedded_text.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    prose = [f"These are six plain words {word}." for word in ("indeed", "again", "within")]
+    package = tmp_path / "little"
+    (package / "tests").mkdir(parents=True)
+    (package / "__init__.py").write_text(f'"""{prose[0]}\n\nToo short.\n"""\ndef f():\n    "{prose[1]}"\n')
+    (package / "other.py").write_text(f'"{prose[0]}"\nif True:\n    class A:\n        """{prose[2]}\n\n>>> 1 + 1"""\n')
+    (package / "tests" / "skipped.py").write_text('"These are six words never seen."')
+    (package / "broken.py").write_text("def (")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(script, "PACKAGES", ("little",))
+    monkeypatch.setattr(script, "version", lambda package: "1")
+    monkeypatch.setattr(script.topics, "topics", {})
+    monkeypatch.setattr(script.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path / "none")})
+    for out in ("a", "b"):
+        monkeypatch.setattr(sys, "argv", ["make_embedded_text.py", "--out", str(tmp_path / out)])
+        script.main()
+    files = [sorted((tmp_path / out).iterdir()) for out in ("a", "b")]
+    assert [path.read_bytes() for path in files[0]] == [path.read_bytes() for path in files[1]]
+    lines = [line for path in files[0] for line in lzma.decompress(path.read_bytes()).decode().splitlines()]
+    assert sorted(json.loads(line)["text"] for line in lines) == sorted([f"{prose[0]}\n\n{prose[1]}", prose[2]])

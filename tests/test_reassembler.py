@@ -1,7 +1,6 @@
 """FlatLLMReassembler by itself; tests/test_fedcore.py has it with FedCore."""
 
 import copy
-import dataclasses
 import logging
 
 import pytest
@@ -47,17 +46,6 @@ def test_every_way_to_call_it_gives_the_same_model(reassembler, call, model, exp
     found, wanted = model.state_dict(), expected.state_dict()
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
     assert type(model) is type(expected)
-
-
-def test_scores_and_compression_may_share_one_generator(model):
-    """Oracle: the same texts as a list."""
-    texts = TEXTS[:25]  # few enough for a generator to be read to its end
-    by_list, by_generator = (dataclasses.replace(CONFIG, cal_dataset=data) for data in (texts, iter(texts)))
-    scores = FlatLLMReassembler.compute_importance_scores(model, TOKENIZER, by_generator)
-    assert scores == FlatLLMReassembler.compute_importance_scores(model, TOKENIZER, by_list)
-    expected = FlatLLMReassembler.reassemble(copy.deepcopy(model), TOKENIZER, by_list).state_dict()
-    found = FlatLLMReassembler.reassemble(model, TOKENIZER, by_generator).state_dict()
-    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
 
 
 def test_overrides_take_precedence_over_the_config(model):

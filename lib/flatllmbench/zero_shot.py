@@ -4,20 +4,9 @@
     python -m flatllmbench.zero_shot models/pydocs-llama --tasks pydocs_endings,pydocs_text --include_path tests/tasks
 
 Without `--tasks` it runs the paper's seven, with the paper's numbers of examples. The paper does not say of each task
-which accuracy it means; `PAPER_TASKS` does as SliceGPT, whose protocol is the usual one: normalised by length
-(`acc_norm`) where the harness has that, and plain (`acc`) for MMLU and WinoGrande, where it has not. Records hold every
-metric of a task.
-
-Log-likelihoods are sums of float32 log-probabilities, whatever the type of the weights; the harness by itself takes the
-type of the logits. So the same figures come from `lm_eval --model hf --model_args
-pretrained=FOLDER,trust_remote_code=True,softmax_dtype=float32`, and with `parallelize=True` those of a model that is
-larger than one device.
-
-Why the harness's perplexities differ from ours: `flatllmbench.perplexity` joins the documents of a text, cuts windows
-of `seqlen` tokens and predicts every token of a window but its first. The harness takes each document by itself and
-predicts every token: the first from the BOS token, and where a document is longer than the model's context, the first
-of each further window from the token before it, the tokens of the last from all that fit before them. And it divides by
-words or bytes, not tokens. On the same windows both sum the same log-likelihoods.
+which accuracy it means; `PAPER_TASKS` does as SliceGPT: normalised by length where the harness has that. Whatever the
+type of the weights, log-likelihoods are sums of float32 log-probabilities, as they are by
+`lm_eval --model hf --model_args pretrained=FOLDER,trust_remote_code=True,softmax_dtype=float32`.
 """
 
 import argparse
@@ -28,33 +17,141 @@ import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from statistics import mean
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import set_seed
 
-from flatllmcore.core.checkpoint_source import CheckpointSource
-from flatllmcore.utils.devices import check_whole_models_fit, parse_device
+from flatllmcore.errors import InputError
+from flatllmcore.utils.devices import parse_device
+from flatllmcore.utils.files import write_json
 from flatllmcore.utils.layer_utils import model_name
 from flatllmcore.utils.loading import load_model, load_tokenizer
 
 from . import command_line
-from .harness import (
-    PAPER_TASKS,
-    Tasks,
-    bars_for_terminals,
-    language_model_of,
-    load_tasks,
-    refusing_logits_that_are_not_finite,
-)
-from .records import describe_model, hardware, versions, write_record
+from .records import describe_model, hardware, versions
 
-OVER_SEVERAL_GPUS = (
-    "over several GPUs a saved model is evaluated by: lm_eval --model hf --model_args "
-    "pretrained=FOLDER,trust_remote_code=True,parallelize=True,softmax_dtype=float32"
-)
+# Examples before every question, and the metric that is reported.
+PAPER_TASKS = dict.fromkeys(
+    ("mmlu", "piqa", "winogrande", "hellaswag", "arc_easy", "arc_challenge", "openbookqa"), (0, "acc_norm")
+) | {"mmlu": (5, "acc"), "winogrande": (0, "acc")}
+FLAGS = {name: command_line.FLAGS[name] for name in ("tasks", "num_fewshot", "limit", "include_path")}
+FLAGS |= {
+    "eval_batch_size": "batch_size",
+    "device": "device",
+    "dtype": "dtype",
+    "save": "save",
+    "cache_dir": "cache_dir",
+}
 logger = logging.getLogger("flatllmbench.zero_shot")  # also where this file is the program
+
+
+def load_tasks(
+    names: Sequence[str] | None = None, num_fewshot: int | None = None, include_path: Path | None = None
+) -> dict[str, Any]:
+    """Return the harness's tasks, and its groups that have a score, with their data, by name.
+
+    One question of each is put together: what does not work is an InputError before a model is touched.
+
+    Args:
+        names: Tasks, groups or tags; the paper's seven tasks for ``None``.
+        num_fewshot: Examples before every question; by default the paper's, and for other tasks as they are defined.
+        include_path: Folder of definitions beside the harness's own, which they replace where names are equal.
+    """
+    try:
+        import accelerate  # noqa: F401 (needed with the model, which is too late to say so)
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise InputError(f"evaluation needs {error.name}; from the repository: pip install '.[eval]'") from error
+    set_seed(0)  # definitions may shuffle their data as they load
+    manager = TaskManager(include_path=include_path)
+    chosen: dict[str, Any] = {}
+    for name in PAPER_TASKS if names is None else dict.fromkeys(names):
+        try:
+            found = manager.load([name])
+            for task in found["tasks"].values():
+                defined, shots = task.get_config("num_fewshot"), num_fewshot
+                if shots is None:
+                    shots = PAPER_TASKS[name][0] if name in PAPER_TASKS else defined or 0
+                task.set_config("num_fewshot", 0 if defined == 0 else shots)  # defined with none keeps to that
+                task.build_all_requests(limit=1, rank=0, world_size=1)
+            group = found["groups"].get(name)
+            chosen |= {name: group} if group is not None and group.has_aggregation else found["tasks"]
+            manager.load(list(chosen.values()))  # refuses a task that is in two of them
+        except Exception as error:  # a definition is its author's templates and code, and data come from anywhere
+            raise InputError(
+                f"task {name!r} cannot be set up ({type(error).__name__}: {error}); `lm_eval ls tasks` lists the "
+                "harness's own, whose data must be in the hub's cache where there is no network"
+            ) from error
+    return chosen
+
+
+def evaluate_saved(
+    model: str, tasks: Mapping[str, Any], device: torch.device, batch_size: int, limit: int | None, **loading: Any
+) -> dict[str, Any]:
+    """Return the results of the model, dense or compressed, in a local folder or at a hub id.
+
+    Its ``mean_accuracy`` is in percent, ``None`` unless the paper's tasks all ran in full under the paper's protocol.
+
+    Args:
+        limit: The first so many questions of every task; all for ``None``.
+        loading: ``dtype`` and ``cache_dir``, see ``load_model``.
+
+    Raises:
+        InputError: If model or tokenizer cannot be used, or the logits are not finite.
+    """
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of what is chosen here
+    tokenizer = load_tokenizer(model, cache_dir=loading.get("cache_dir"))
+    loaded = load_model(model, **loading).to(device)
+    loaded.register_forward_hook(_refuse_logits_that_are_not_finite)
+    found = simple_evaluate(
+        HFLM(loaded, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32"),
+        tasks=list(tasks.values()),
+        limit=limit,
+        task_manager=TaskManager(include_defaults=False),  # they are loaded
+        log_samples=False,
+    )
+    results = {name: _result(name, task, found) for name, task in tasks.items()}
+    paper = [row["value"] for n, row in results.items() if (row["num_fewshot"], row["metric"]) == PAPER_TASKS.get(n)]
+    return {
+        "tasks": results,
+        "mean_accuracy": 100 * mean(paper) if limit is None and len(paper) == len(PAPER_TASKS) else None,
+        "limit": limit,
+        "batch_size": batch_size,
+        "harness": f"lm_eval {version('lm_eval')}",
+    }
+
+
+def _refuse_logits_that_are_not_finite(_model: Any, _inputs: Any, outputs: Any) -> None:
+    if not torch.isfinite(outputs.logits).all():  # the harness takes them for answers
+        raise InputError(f"the model gives NaN or infinite logits in {outputs.logits.dtype}; a wider --dtype may help")
+
+
+def _result(name: str, task: Any, found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the harness found of a task or group: the metric reported, and all with their standard errors."""
+    row = found["results"][name]
+    metrics = {key.removesuffix(",none"): value for key, value in row.items() if "," in key and value != "N/A"}
+    wanted = PAPER_TASKS[name][1] if name in PAPER_TASKS else "acc_norm"
+    metric = wanted if wanted in metrics else next(iter(metrics))
+    members = task.get_all_tasks() if hasattr(task, "get_all_tasks") else [task]
+    shots = {member.get_config("num_fewshot") for member in members}
+    logger.info("%s: %s %.4f on %d samples", name, metric, metrics[metric], row["sample_len"])
+    return {
+        "metric": metric,
+        "value": metrics[metric],
+        "stderr": metrics.get(metric.replace(",", "_stderr,") if "," in metric else f"{metric}_stderr"),
+        "metrics": metrics,
+        "samples": row["sample_len"],
+        "num_fewshot": shots.pop() if len(shots) == 1 else None,  # those of a group may differ
+        "version": found["versions"][name],
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,160 +162,30 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m flatllmbench.zero_shot",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    """Return the arguments of the program."""
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m flatllmbench.zero_shot", description=__doc__, formatter_class=layout)
     parser.add_argument("model", metavar="FOLDER", help="dense or compressed model: a local folder or a hub id")
-    command_line.add_task_flags(parser, "--batch_size")
-    command_line.add_machine_flags(parser)
-    parser.add_argument(
-        "--cache_dir", type=Path, metavar="DIR", help="where downloads of models are kept (default: the hub's own)"
-    )
+    command_line.add_flags(parser, FLAGS)
     return parser.parse_args(argv)
 
 
 def keep_evaluation(args: argparse.Namespace, command: str) -> None:
-    """Evaluate the model and write the record."""
-    command_line.check_task_flags(args)
-    place = args.save / f"{run_name(args)}.json"
-    with command_line.logging_to(place.with_suffix(".log")), logging_redirect_tqdm():
-        asked = {"kind": "zero_shot", "command": command, "request": command_line.request(args)}
-        write_record(place, asked | {"versions": versions()} | evaluate(args))
-
-
-def run_name(args: argparse.Namespace) -> str:
-    """Return what the record is called: by model and tasks, so that a trial leaves the record of another run alone."""
-    parts = [model_name(args.model), "zero_shot"]
-    if args.tasks is not None:
-        parts.append("+".join(args.tasks)[:100])  # names of files are limited
-    if args.num_fewshot is not None:
-        parts.append(f"{args.num_fewshot}-shot")
-    if args.limit is not None:
-        parts.append(f"limit-{args.limit}")
-    if args.dtype != "auto":
-        parts.append(args.dtype)
-    return "_".join(parts)
-
-
-def evaluate(args: argparse.Namespace) -> dict[str, Any]:
-    """Evaluate the model that ``args`` names; return what the record says about it."""
+    """Evaluate the model and write the record, named by model and tasks so that a trial leaves others alone."""
+    asked = SimpleNamespace(**command_line.read_flags(args, FLAGS))
+    command_line.check_include_path(asked.include_path)
     started = time.perf_counter()
-    device = parse_device(args.device)
-    described = describe_model(args.model, args.cache_dir)
-    checkpoint = CheckpointSource(args.model, device, args.dtype, args.cache_dir)  # looks its weights through
-    check_whole_models_fit(device, [described["parameters"]["total"] * checkpoint.dtype.itemsize], OVER_SEVERAL_GPUS)
-    tasks = load_tasks(args.tasks, args.num_fewshot, args.include_path)
-    found = evaluate_saved(
-        *(args.model, tasks, device, args.eval_batch_size, args.limit), dtype=args.dtype, cache_dir=args.cache_dir
-    )
-    elapsed_s = round(time.perf_counter() - started, 3)
-    return {"model": described, "zero_shot": found, "elapsed_s": elapsed_s, "hardware": hardware(device)}
-
-
-def evaluate_saved(
-    model: str,
-    tasks: Tasks,
-    device: torch.device,
-    batch_size: int,
-    limit: int | None,
-    *,
-    dtype: str = "auto",
-    cache_dir: Path | None = None,
-) -> dict[str, Any]:
-    """Return what :func:`zero_shot` does of the model and the tokenizer in a local folder or at a hub id.
-
-    Raises:
-        InputError: If one of them cannot be used.
-    """
-    tokenizer = load_tokenizer(model, cache_dir=cache_dir)
-    loaded = load_model(model, dtype=dtype, cache_dir=cache_dir).to(device)
-    return zero_shot(loaded, tokenizer, tasks, batch_size, limit)
-
-
-def zero_shot(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    tasks: Tasks,
-    batch_size: int,
-    limit: int | None = None,
-) -> dict[str, Any]:
-    """Return the results of a model, dense or compressed, on the device where it is.
-
-    Args:
-        batch_size: Questions run at a time.
-        limit: The first so many questions of every task; all for ``None``.
-
-    Returns:
-        A mapping with
-
-        - ``tasks``: by name, ``metric``, the one reported, with its ``value`` and ``stderr`` (``None`` where the
-          harness has none), ``metrics``, every one's value, ``num_fewshot``, ``samples`` and the definition's
-          ``version``; a metric of filtered answers is called ``metric,filter``;
-        - ``mean_accuracy``: in percent, over the paper's tasks under the paper's protocol; ``None`` unless all seven
-          ran in full;
-        - ``limit``, ``batch_size``, and the version of the ``harness``.
-
-    Raises:
-        InputError: If the model gives logits that are not finite.
-    """
-    from lm_eval import evaluate as run_harness
-    from lm_eval.defaults import DEFAULT_OTHER_SEED
-
-    for task in tasks.tasks.values():
-        task.set_fewshot_seed(DEFAULT_OTHER_SEED)  # the same examples in every evaluation
-    language_model = language_model_of(model, tokenizer, batch_size)
-    with bars_for_terminals(), refusing_logits_that_are_not_finite(model):
-        found = run_harness(
-            language_model, {"tasks": tasks.tasks, "groups": tasks.groups}, limit=limit, log_samples=False
-        )
-    results = {}
-    for name, members in tasks.reported.items():
-        shots = {tasks.tasks[member].get_config("num_fewshot") for member in members}
-        num_fewshot = shots.pop() if len(shots) == 1 else None
-        result = _result(name, found["results"][name])
-        results[name] = result | {"num_fewshot": num_fewshot, "version": found["versions"][name]}
-        logger.info(
-            "%s, %s-shot: %s %.4f on %d samples",
-            *(name, "mixed" if num_fewshot is None else num_fewshot),
-            *(result[key] for key in ("metric", "value", "samples")),
-        )
-    mean = None if limit else _mean_accuracy(results)
-    if mean is not None:
-        logger.info("mean accuracy of the paper's seven tasks %.2f %%", mean)
-    return {
-        "tasks": results,
-        "mean_accuracy": mean,
-        "limit": limit,
-        "batch_size": batch_size,
-        "harness": f"lm_eval {version('lm_eval')}",
-    }
-
-
-def _result(name: str, row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the metrics of the harness's row of results, whose keys are like ``acc_norm,none``."""
-    keys = {key.removesuffix(",none"): key for key in row if "," in key and "_stderr," not in key}
-    wanted = PAPER_TASKS[name].metric if name in PAPER_TASKS else "acc_norm"
-    metric = wanted if wanted in keys else next(iter(keys))
-    stderr = row.get(keys[metric].replace(",", "_stderr,", 1))
-    return {
-        "metric": metric,
-        "value": float(row[keys[metric]]),
-        "stderr": None if stderr in (None, "N/A") else float(stderr),
-        "metrics": {metric: float(row[key]) for metric, key in keys.items()},
-        "samples": row["sample_len"],
-    }
-
-
-def _mean_accuracy(results: Mapping[str, Mapping[str, Any]]) -> float | None:
-    """Return the mean in percent over the paper's tasks; ``None`` if one is missing or under another protocol."""
-    values = [
-        results[name]["value"]
-        for name, protocol in PAPER_TASKS.items()
-        if name in results and (results[name]["num_fewshot"], results[name]["metric"]) == protocol
-    ]
-    return 100 * sum(values) / len(values) if len(values) == len(PAPER_TASKS) else None
+    marks = [model_name(args.model), "zero_shot", "+".join(asked.tasks or ())[:100]]
+    marks += [f"{name}-{getattr(asked, name)}" for name in ("num_fewshot", "limit") if getattr(asked, name) is not None]
+    place = asked.save / f"{'_'.join(filter(None, marks))}.json"
+    with command_line.logging_to(place.with_suffix(".log")), logging_redirect_tqdm():
+        device, described = parse_device(asked.device), describe_model(args.model, asked.cache_dir)
+        tasks = load_tasks(asked.tasks, asked.num_fewshot, asked.include_path)
+        loading = {"dtype": asked.dtype, "cache_dir": asked.cache_dir}
+        found = evaluate_saved(args.model, tasks, device, asked.eval_batch_size, asked.limit, **loading)
+        record = {"kind": "zero_shot", "command": command, "request": command_line.as_given(args)}
+        record |= {"versions": versions(), "hardware": hardware(device), "model": described, "zero_shot": found}
+        write_json(place, record | {"elapsed_s": round(time.perf_counter() - started, 3)})
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ subclass of FedCore's ``Reassembler`` where FedCore can be imported.
 
 from typing import TYPE_CHECKING, Any
 
+from .api import FlatLLMPruner, apply_flat_llm, compute_layer_importance
 from .config import FlatLLMConfig
-from .core.pruner import FlatLLMPruner, apply_flat_llm, compute_layer_importance
 from .core.rank_allocation import ImportancePreservingRankSelector
 from .errors import InputError
 from .layers import FlatLlamaConfig, FlatLlamaForCausalLM, FlatMistralConfig, FlatMistralForCausalLM

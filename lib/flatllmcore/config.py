@@ -1,128 +1,216 @@
-"""What a compression is asked for, checked when it is asked."""
+"""What can be asked for: the one table of options, with each one's default, check and help.
 
-import json
+The fields of :class:`FlatLLMConfig` are the library's options, those of :class:`RunConfig` add what a run from
+checkpoint to checkpoint takes. Checks, the flags of ``main.py`` and the README's table are made from them.
+"""
+
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass, replace
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import MISSING, dataclass, field, fields, replace
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
+from .engine.importance import IMPORTANCE_METHODS
 from .errors import InputError
-from .utils.calibration_windows import Rereadable
+from .methods import METHODS
 from .utils.devices import DEVICE_NAMES, is_device_name
-from .utils.files import write_atomically
-from .utils.json_fields import read_json_object
+from .utils.layer_utils import model_name
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class FlatLLMConfig:
-    """How to compress a model, and on which text.
+@dataclass(frozen=True)
+class Accepted:
+    """What an option takes: in words, as a test, as what makes the field's type of it, and as what reads it.
 
-    Two configs are equal when all their fields are; calibration data given directly are equal to themselves alone.
+    ``choices`` are the values where they can be listed; ``parse`` makes a value of a word on the command line.
+    """
+
+    words: str
+    is_accepted: Callable[[Any], bool]
+    convert: Callable[[Any], Any] = lambda value: value
+    parse: Callable[[str], Any] = str
+    choices: Collection[str] = ()
+
+    def checked(self, name: str, value: Any) -> Any:
+        """Return ``value`` converted, or raise an InputError that names the option, what came and what is accepted."""
+        if not self.is_accepted(value):
+            text = repr(value)
+            shown = text if len(text) <= 80 and text.isprintable() else f"a {type(value).__name__}"
+            raise InputError(f"{name} is {shown}; accepted: {self.words}")
+        return self.convert(value)
+
+    def or_none(self) -> "Accepted":
+        """Return what also takes ``None``."""
+        return replace(
+            self,
+            words=f"None or {self.words}",
+            is_accepted=lambda value: value is None or self.is_accepted(value),
+            convert=lambda value: None if value is None else self.convert(value),
+        )
+
+
+def number(words: str, is_in_range: Callable[[Any], bool]) -> Accepted:
+    """Return what takes real numbers in a range."""
+    return Accepted(words, lambda n: isinstance(n, Real) and not isinstance(n, bool) and is_in_range(n), float, float)
+
+
+def integer(least: int, most: int | None = None) -> Accepted:
+    """Return what takes integers from ``least`` to ``most``."""
+    end = "or more" if most is None else f"to {most}"
+    return Accepted(
+        f"an integer, {least} {end}",
+        lambda n: isinstance(n, Integral) and not isinstance(n, bool) and least <= n and (most is None or n <= most),
+        int,
+        int,
+    )
+
+
+def one_of(choices: Collection[str]) -> Accepted:
+    """Return what takes one of some words."""
+    is_accepted = lambda value: isinstance(value, str) and value in choices  # noqa: E731
+    return Accepted(" or ".join(choices), is_accepted, choices=choices)
+
+
+SWITCH = Accepted("True or False", lambda value: isinstance(value, bool))
+PATH = Accepted("a path", lambda value: isinstance(value, str | os.PathLike), Path, Path)
+TEXT = Accepted("text", lambda value: isinstance(value, str) and value != "")
+DATA = Accepted(
+    "a dataset's name, a path, texts, token ids, or an iterable of batches of them",
+    lambda data: isinstance(data, Iterable | os.PathLike) and not (isinstance(data, Iterator) or data == ""),
+    lambda data: os.fspath(data) if isinstance(data, os.PathLike) else data,
+)
+
+
+@dataclass(frozen=True)
+class Option:
+    """One row of the table: what a field takes, its help, and how the command line has it.
 
     Attributes:
-        target_sparsity: Share of the decoder layers' linear weights to **remove**, 0 to 1; 0 leaves the model's
-            function as it is. Q and K count in the total even where they stay whole, and then limit what can be
-            removed; a target beyond is refused, with the largest possible one, when the model is known.
-        tolerance: Share of eigenvalue mass, in (0, 1], whose rank is logged beside the rank chosen; changes nothing.
-        cal_dataset: Calibration text: the name of a dataset (``wikitext2``, ``c4``, ``alpaca``, ``pydocs``), a file or
-            folder, a list of texts, token ids (a tensor or rows of one), or an iterable of batches of either such as a
-            ``datasets.Dataset``, streamed or not, or a ``DataLoader``. A generator can be used more than once: the
-            config keeps what has been read of it.
-        cal_nsamples: Windows of text, for the importance scores and for the compression each. Of token ids given,
-            the first this many rows.
-        importance_method: ``angular`` (the published one) or ``gradient``.
-        preserve_qk_layers: Whether Q and K stay whole, as published.
-        seqlen: Tokens per window; ``None`` for 4096, or fewer if the model takes fewer.
-        batch_size: Windows run at a time; ``None`` for about 4096 tokens.
-        seed: Of the sampling of windows.
-        rank_multiple: Ranks and widths are multiples of this; ``None`` for 8 where heads are 64 wide or more, else 1.
-        device: Where layers run, ``cpu``, ``cuda`` or ``cuda:N``; ``None`` for where the model is, or the GPU if there
-            is one and the model is in host memory.
-        dataset_root: Folder with local copies of the named datasets.
-        cache_dir: Where datasets from the hub are kept; the hub's own cache by default.
+        flag: Name of the flag without dashes; "" for the field's own, ``None`` for an option of the library alone.
+        flag_default: What the command line takes where the flag is not given; ``...`` for the field's default.
+        flag_accepted: What the flag takes; ``None`` for what the field takes.
+        to_field: What makes the field's value of the flag's.
+    """
+
+    accepted: Accepted
+    help: str
+    flag: str | None = ""
+    flag_default: Any = ...
+    flag_accepted: Accepted | None = None
+    to_field: Callable[[Any], Any] = lambda value: value
+
+
+def option(default: Any, accepted: Accepted, words: str, flag: str | None = "", **of_flag: Any) -> Any:
+    """Return a dataclass field that is an option; ``...`` as default makes it required. See :class:`Option`."""
+    row = Option(accepted, words, flag, **of_flag)
+    kept = MISSING if default is ... else default
+    return field(default=kept, repr=accepted is not DATA, metadata={"option": row})
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FlatLLMConfig:
+    """How to compress a model, and on which text; each field's help says what it means.
+
+    ``cal_dataset`` takes calibration text (a dataset's name, a file or folder, a list of texts) or token ids (a tensor,
+    rows of one, or an iterable of batches such as a ``datasets.Dataset`` or a ``DataLoader``). ``target_sparsity`` is
+    the share **removed** of the decoder layers' linear weights; Q and K count in the total even where they stay whole.
 
     Raises:
         InputError: Naming the field, what came and what is accepted.
     """
 
-    target_sparsity: float = 0.5
-    tolerance: float = 0.96
-    cal_dataset: Any = "wikitext2"
-    cal_nsamples: int = 128
-    importance_method: str = "angular"
-    preserve_qk_layers: bool = True
-    seqlen: int | None = None
-    batch_size: int | None = None
-    seed: int = 42
-    rank_multiple: int | None = None
-    device: str | None = None
-    dataset_root: Path | None = None
-    cache_dir: Path | None = None
+    target_sparsity: float = option(
+        0.5,
+        number("the share of weights to remove, 0 to 1", lambda value: 0 <= value <= 1),
+        "percentage of the decoder layers' linear weights that is removed",
+        "sparsity_ratio",
+        flag_default=20,
+        flag_accepted=integer(1, 95),
+        to_field=lambda percent: percent / 100,
+    )
+    tolerance: float = option(
+        0.96,
+        number("a share above 0 and at most 1", lambda value: 0 < value <= 1),
+        "share of eigenvalue mass whose rank is logged for comparison; changes nothing",
+        "tol",
+    )
+    cal_dataset: Any = option(
+        "wikitext2", DATA, "calibration text: wikitext2, c4, alpaca, pydocs, or a file or folder", "dataset"
+    )
+    cal_nsamples: int | None = option(
+        128, integer(1).or_none(), "windows of text (128 for scores, 256 to compress)", "nsamples", flag_default=None
+    )
+    importance_method: str = option("angular", one_of(IMPORTANCE_METHODS), "how layers are scored", None)
+    preserve_qk_layers: bool = option(
+        True,
+        SWITCH,
+        "prune Q and K too, each kept as two factors, instead of leaving them whole",
+        "prune_qk",
+        flag_default=False,
+        to_field=lambda prune_qk: not prune_qk,
+    )
+    method: str = option("flatllm", one_of(METHODS), "the compression method", None)
+    seqlen: int | None = option(None, integer(2).or_none(), "tokens per window (4096, or less if the model takes less)")
+    batch_size: int | None = option(None, integer(1).or_none(), "windows run at a time (about 4096 tokens)")
+    seed: int = option(42, integer(0, 2**63 - 1), "seed of the sampling")
+    rank_multiple: int | None = option(
+        None,
+        integer(1).or_none(),
+        "ranks and widths are multiples of this, at the exact target; 1 gives the published floors "
+        "(8 if heads are 64 wide or more, else 1)",
+    )
+    device: str | None = option(
+        None, Accepted(DEVICE_NAMES, is_device_name).or_none(), f"{DEVICE_NAMES}: where layers run (the GPU if any)"
+    )
+    dataset_root: Path | None = option(None, PATH.or_none(), "folder with local copies of the named datasets")
+    cache_dir: Path | None = option(None, PATH.or_none(), "where hub downloads are kept (the hub's own cache)")
 
     def __post_init__(self) -> None:
-        for name, (is_accepted, convert, accepted) in _ACCEPTED.items():
-            value = getattr(self, name)
-            if not is_accepted(value):
-                raise InputError(f"{name} is {_shown(value)}; accepted: {accepted}")
-            object.__setattr__(self, name, convert(value))
+        for row in fields(self):
+            value = row.metadata["option"].accepted.checked(row.name, getattr(self, row.name))
+            object.__setattr__(self, row.name, value)
 
-    def __repr__(self) -> str:
-        values = {field.name: repr(getattr(self, field.name)) for field in fields(self) if field.name != "cal_dataset"}
-        data = self.cal_dataset
-        values["cal_dataset"] = repr(data) if isinstance(data, str) else f"<{type(data).__name__}>"
-        return f"{type(self).__name__}({', '.join(f'{field.name}={values[field.name]}' for field in fields(self))})"
+    @property
+    def keep_ratio(self) -> float:
+        """Share of the decoder layers' linear weights that stays."""
+        return 1 - self.target_sparsity
 
-    def __eq__(self, other: object) -> bool:
-        return self._key() == other._key() if isinstance(other, FlatLLMConfig) else NotImplemented
 
-    def __hash__(self) -> int:
-        return hash(self._key())
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RunConfig(FlatLLMConfig):
+    """What a run from a dense checkpoint to scores or to a compressed checkpoint takes beside the library's options."""
 
-    def _key(self) -> tuple[Any, ...]:
-        data = self.cal_dataset
-        others = (getattr(self, field.name) for field in fields(self) if field.name != "cal_dataset")
-        return (data if isinstance(data, str) else id(data), *others)
+    model: str = option(..., TEXT, "local model folder or hub id")
+    eval_dataset: str | None = option(None, TEXT.or_none(), "text for perplexity (the test split of --dataset)")
+    bi_score: Path | None = option(
+        None, PATH.or_none(), "folder of importance.json and ranks_<percent>.json, or one such file (ranks/<model>)"
+    )
+    dtype: str = option(
+        "auto",
+        one_of(("auto", "bfloat16", "float16", "float32", "float64")),
+        "type of the weights, in the run and in the result; auto is the checkpoint's own",
+    )
+    out_of_core: bool = option(False, SWITCH, "leave the weights on disk also where they fit in half of the memory")
+    host_memory_gib: float | None = option(
+        None,
+        number("a number, 0 or more", lambda value: value >= 0).or_none(),
+        "host memory to plan with, per process (what is free, shared by the processes)",
+    )
+    offload_folder: Path | None = option(
+        None, PATH.or_none(), "where hidden states go that memory is too small for (the temporary folder)"
+    )
+    save_model: Path | None = option(None, PATH.or_none(), "folder for the compressed model (a temporary one)")
+    overwrite: bool = option(False, SWITCH, "replace scores or a model folder that exist")
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON takes them.
+    @property
+    def score_place(self) -> Path:
+        """Folder or file of scores and ranks."""
+        return self.bi_score or Path("ranks") / model_name(self.model)
 
-        Raises:
-            InputError: If ``cal_dataset`` is data itself and not the name of some.
-        """
-        if not isinstance(self.cal_dataset, str):
-            kind = type(self.cal_dataset).__name__
-            raise InputError(f"cal_dataset is a {kind}, which JSON cannot hold; accepted: a dataset's name or a path")
-        content = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: str(value) if isinstance(value, Path) else value for name, value in content.items()}
-
-    @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> "FlatLLMConfig":
-        """Return the config with these fields; the others keep their defaults.
-
-        Raises:
-            InputError: Naming options that do not exist, or the field whose value is unusable.
-        """
-        _check_names(content)
-        return cls(**content)
-
-    def save(self, path: str | Path) -> None:
-        """Write the fields to a JSON file."""
-        write_atomically(Path(path), (json.dumps(self.to_dict(), indent=1) + "\n").encode())
-
-    @classmethod
-    def load(cls, path: str | Path) -> "FlatLLMConfig":
-        """Return what :meth:`save` wrote.
-
-        Raises:
-            InputError: Naming the file, and the field that cannot be used.
-        """
-        content = read_json_object(Path(path))
-        try:
-            return cls.from_dict(content)
-        except InputError as error:
-            raise InputError(f"{path}: {error}") from error
+    @property
+    def eval_text(self) -> str:
+        """Name or path of the text that perplexity is measured on."""
+        return self.eval_dataset or self.cal_dataset
 
 
 def merged_config(config: FlatLLMConfig | None, overrides: Mapping[str, Any]) -> FlatLLMConfig:
@@ -131,90 +219,13 @@ def merged_config(config: FlatLLMConfig | None, overrides: Mapping[str, Any]) ->
     Raises:
         InputError: If ``config`` is something else, an option does not exist or a value is unusable.
     """
-    if config is None:
-        return FlatLLMConfig.from_dict(overrides)
-    if type(config).__name__ != FlatLLMConfig.__name__ or not is_dataclass(config):
-        raise InputError(
-            f"config is a {type(config).__name__}; accepted: a FlatLLMConfig, or none and its fields by name"
-        )
-    if not isinstance(config, FlatLLMConfig):  # that of another copy of this package in the process
-        config = FlatLLMConfig.from_dict({field.name: getattr(config, field.name) for field in fields(config)})
-    _check_names(overrides)
-    return replace(config, **overrides)
-
-
-def _check_names(content: Mapping[str, Any]) -> None:
-    known = [field.name for field in fields(FlatLLMConfig)]
-    unknown = [repr(name) for name in content if name not in known]
+    known = [row.name for row in fields(FlatLLMConfig)]
+    unknown = [repr(name) for name in overrides if name not in known]
     if unknown:
         raise InputError(f"unknown option {', '.join(unknown)}; accepted: {', '.join(known)}")
-
-
-def _shown(value: Any) -> str:
-    """Return how an error names a value: on one line, however large it is."""
-    text = repr(value)
-    return text if len(text) <= 80 and text.isprintable() else f"a {type(value).__name__}"
-
-
-# What a field takes, what makes of it the type that the field has, and what is accepted in words.
-_Accepted = tuple[Callable[[Any], bool], Callable[[Any], Any], str]
-
-
-def _number(is_in_range: Callable[[Any], bool], accepted: str) -> _Accepted:
-    return (
-        lambda value: isinstance(value, Real) and not isinstance(value, bool) and is_in_range(value),
-        float,
-        accepted,
-    )
-
-
-def _integer(least: int, accepted: str, most: float = float("inf")) -> _Accepted:
-    return (
-        lambda value: isinstance(value, Integral) and not isinstance(value, bool) and least <= int(value) <= most,
-        int,
-        accepted,
-    )
-
-
-def _one_of(is_accepted: Callable[[Any], bool], accepted: str) -> _Accepted:
-    return is_accepted, lambda value: value, accepted
-
-
-def _none_or(field: _Accepted) -> _Accepted:
-    is_accepted, convert, accepted = field
-    return (
-        lambda value: value is None or is_accepted(value),
-        lambda value: None if value is None else convert(value),
-        f"None or {accepted}",
-    )
-
-
-def _calibration_data(value: Any) -> Any:
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    return Rereadable(value) if isinstance(value, Iterator) else value
-
-
-IMPORTANCE_METHODS = ("angular", "gradient")
-_FOLDER: _Accepted = (lambda value: isinstance(value, str | os.PathLike), Path, "a folder")
-_ACCEPTED: dict[str, _Accepted] = {
-    "target_sparsity": _number(lambda value: 0 <= value <= 1, "the share of weights to remove, 0 to 1"),
-    "tolerance": _number(lambda value: 0 < value <= 1, "a share above 0 and at most 1"),
-    "cal_dataset": (
-        lambda value: value != "" if isinstance(value, str) else isinstance(value, Iterable | os.PathLike),
-        _calibration_data,
-        "a dataset's name, a path, texts, token ids, or an iterable of batches of them",
-    ),
-    "cal_nsamples": _integer(1, "an integer, 1 or more"),
-    "importance_method": _one_of(
-        lambda value: isinstance(value, str) and value in IMPORTANCE_METHODS, " or ".join(IMPORTANCE_METHODS)
-    ),
-    "preserve_qk_layers": _one_of(lambda value: isinstance(value, bool), "True or False"),
-    "seqlen": _none_or(_integer(2, "an integer, 2 or more")),
-    "batch_size": _none_or(_integer(1, "an integer, 1 or more")),
-    "seed": _integer(0, "an integer, 0 to 2^63 - 1", most=2**63 - 1),
-    "rank_multiple": _none_or(_integer(1, "an integer, 1 or more")),
-    "device": _none_or(_one_of(is_device_name, DEVICE_NAMES)),
-    "dataset_root": _none_or(_FOLDER),
-    "cache_dir": _none_or(_FOLDER),
-}
+    # By name: that of another copy of this package in the process is a config too.
+    if config is not None and FlatLLMConfig.__name__ not in (kind.__name__ for kind in type(config).__mro__):
+        kind = type(config).__name__
+        raise InputError(f"config is a {kind}; accepted: a FlatLLMConfig, or none and its fields by name")
+    given = {} if config is None else {name: getattr(config, name) for name in known}
+    return FlatLLMConfig(**given | dict(overrides))

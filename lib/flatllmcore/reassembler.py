@@ -7,17 +7,17 @@ import dataclasses
 import importlib
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, overload
+from typing import Any, ClassVar
 
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .config import FlatLLMConfig, merged_config
-from .core.pruner import FlatLLMPruner, apply_flat_llm, compute_layer_importance
-from .core.rank_allocation import ImportancePreservingRankSelector, RankAllocation, allocate_keep_ratios
+from .api import FlatLLMPruner, apply_flat_llm, compute_layer_importance
+from .config import FlatLLMConfig
+from .core.rank_allocation import allocate_keep_ratios
 from .errors import InputError
 from .utils.dispatch import is_spread_over_devices
-from .utils.layer_utils import detect_architecture, dimensions_from_config
+from .utils.layer_utils import check_architecture, detect_architecture
 
 __all__ = ["FlatLLMReassembler", "StandaloneReassembler", "apply_flat_llm", "compute_layer_importance"]
 
@@ -98,9 +98,7 @@ class FlatLLMReassembler(_Reassembler):
             InputError: If the model, an option or the text is unusable; the model is then as it was.
             RuntimeError: If the model is on several devices without a ``device_map``.
         """
-        found = cls._detect_model_architecture(model)
-        if architecture not in (None, found):
-            raise InputError(f"the model is of the family {found!r}, not {architecture!r}")
+        check_architecture(model, architecture)
         if not is_spread_over_devices(model):
             cls._validate_device_consistency(model)
         pruner = FlatLLMPruner(model, tokenizer, config, **_fields_among(options))
@@ -120,75 +118,31 @@ class FlatLLMReassembler(_Reassembler):
         """Return the importance of every decoder layer; the model is unchanged. See :class:`FlatLLMPruner`."""
         return compute_layer_importance(model, tokenizer, config, **fields)
 
-    @overload
     @classmethod
-    def allocate_ranks(
-        cls,
-        importance_scores: Sequence[float],
-        target_sparsity: float | None = None,
-        *,
-        model: None = None,
-        config: FlatLLMConfig | None = None,
-    ) -> list[float]: ...
+    def allocate_ranks(cls, importance_scores: Sequence[float], target_sparsity: float = 0.5) -> list[float]:
+        """Return the share of V, O and MLP that each layer keeps, by Importance-Preserving Rank Selection.
 
-    @overload
-    @classmethod
-    def allocate_ranks(
-        cls,
-        importance_scores: Sequence[float],
-        target_sparsity: float | None = None,
-        *,
-        model: PreTrainedModel,
-        config: FlatLLMConfig | None = None,
-    ) -> RankAllocation: ...
-
-    @classmethod
-    def allocate_ranks(
-        cls,
-        importance_scores: Sequence[float],
-        target_sparsity: float | None = None,
-        *,
-        model: PreTrainedModel | None = None,
-        config: FlatLLMConfig | None = None,
-    ) -> list[float] | RankAllocation:
-        """Return what each layer keeps, by Importance-Preserving Rank Selection.
-
-        Scores alone do not say how large Q and K are, which stay whole and count in the total. Without ``model`` the
-        target is therefore applied to the pruned projections (V, O and MLP) alone, and less of the whole model is
-        removed than ``target_sparsity``.
+        Scores alone do not say how large Q and K are, which stay whole and count in the total. The target is therefore
+        applied to the pruned projections, and less of the whole model is removed than ``target_sparsity``;
+        ``ImportancePreservingRankSelector`` makes ranks for a model of known sizes.
 
         Args:
             importance_scores: One per decoder layer, more than 0.
-            target_sparsity: Share to remove, 0 to 1; ``None`` for the config's.
-            model: The dense model the scores are of.
-            config: Its ``rank_multiple`` and ``preserve_qk_layers`` count, for ``model``.
+            target_sparsity: Share to remove, 0 to 1.
 
         Returns:
-            Without ``model`` the share of each layer to keep, in (0, 1], their mean ``1 - target_sparsity``. With it
-            the ranks and widths that remove ``target_sparsity`` of all the decoder layers' linear weights.
+            One share per layer, in (0, 1], their mean ``1 - target_sparsity``.
 
         Raises:
-            InputError: If a score or the target is out of range, or so much cannot be removed (without ``model``
-                that is all).
+            InputError: If a score or the target is out of range, or nothing would be left.
         """
         scores = [float(score) for score in importance_scores]
         if not scores:
             raise InputError("there are no importance scores; give one per decoder layer")
-        config = merged_config(config, {} if target_sparsity is None else {"target_sparsity": target_sparsity})
-        target_sparsity = config.target_sparsity
-        if model is None:
-            if target_sparsity == 1:
-                raise InputError("target_sparsity is 1.0, which leaves nothing of V, O and MLP; give less")
-            logger.warning(
-                "no model given: %g of V, O and MLP is removed, and Q and K are not counted", target_sparsity
-            )
-            return allocate_keep_ratios(scores, 1 - target_sparsity)
-        selector = ImportancePreservingRankSelector(
-            dimensions_from_config(model.config),
-            rank_multiple=config.rank_multiple,
-            prune_qk=not config.preserve_qk_layers,
-        )
-        return selector.allocate(scores, round(100 * target_sparsity, 9))
+        config = FlatLLMConfig(target_sparsity=target_sparsity)
+        if config.keep_ratio == 0:
+            raise InputError("target_sparsity is 1.0, which leaves nothing of V, O and MLP; give less")
+        return allocate_keep_ratios(scores, config.keep_ratio)
 
     @classmethod
     def _detect_model_architecture(cls, model: nn.Module) -> str:

@@ -1,13 +1,18 @@
 """Tiny random models of every family, and their compressed counterparts."""
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .tiny_models import DENSE, SIZES, compress, dense_model_of
+from flatllmcore.utils.layer_utils import load_config
+
+from .published import COMMON, PUBLISHED
+from .tiny_models import DENSE, SIZES, compress, dense_model_of, random_model
 
 
 @pytest.fixture(params=DENSE)
@@ -30,3 +35,10 @@ def flat_model(family: str) -> Callable[..., PreTrainedModel]:
 @pytest.fixture
 def tokens() -> Tensor:
     return torch.randint(1, SIZES["vocab_size"], (4, 9), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(params=PUBLISHED)
+def published(request: pytest.FixtureRequest, tmp_path: Path) -> PreTrainedModel:
+    """A random model in float64, by the road a checkpoint takes."""
+    (tmp_path / "config.json").write_text(json.dumps(COMMON | PUBLISHED[request.param]))
+    return random_model(load_config(str(tmp_path))).double()

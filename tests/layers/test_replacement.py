@@ -10,10 +10,10 @@ from flatllmcore.layers import (
     adopt_compressed_layers,
     compress_decoder_layer,
     compressed_config,
-    empty_decoder_layer,
+    compressed_part,
 )
 
-from .tiny_models import RANKS, WIDTHS, compress, dense_model_of, projected_weights
+from .tiny_models import RANKS, WIDTHS, compress, compressed_layers, dense_model_of, kept, projected_weights
 
 
 def test_the_config_keeps_everything_else(dense_model):
@@ -22,7 +22,7 @@ def test_the_config_keeps_everything_else(dense_model):
     )
     model.config._name_or_path = "somewhere/base"
     model.set_attn_implementation("eager")
-    flat = compressed_config(model.config, RANKS, WIDTHS)
+    flat = compressed_config(model.config, kept())
     widths = {"intermediate_size", "value_head_dim", "model_type", "per_layer_config"}
     for name, value in model.config.to_dict().items():
         if name not in widths:
@@ -34,72 +34,70 @@ def test_the_config_keeps_everything_else(dense_model):
     assert [layer.intermediate_size for layer in flat.per_layer_config] == list(WIDTHS)
 
 
-@pytest.mark.parametrize(
-    ("ranks", "widths", "message"),
-    [
-        ((5, 5), WIDTHS, "value ranks: expected 3, one per layer, got 2"),
-        (RANKS, (9,) * 4, "MLP widths: expected 3, one per layer, got 4"),
-        ((5, 17, 5), WIDTHS, "layer 1 must be in 1..16, got 17"),
-        (RANKS, (9, 9, 0), "layer 2 must be in 1..96, got 0"),
-    ],
-)
-def test_the_config_refuses_widths_the_model_has_not(dense_model, ranks, widths, message):
-    with pytest.raises(ValueError, match=message):
-        compressed_config(dense_model().config, ranks, widths)
-
-
-def test_other_families_and_compressed_models_are_refused(flat_model):
+def test_other_families_compressed_models_and_other_depths_are_refused(dense_model, flat_model):
     with pytest.raises(InputError, match=f"'gpt2' is not supported; supported: {', '.join(FAMILIES)}"):
-        compressed_config(GPT2Config(), RANKS, WIDTHS)
+        compressed_config(GPT2Config(), kept())
     with pytest.raises(InputError, match="compressed already"):
-        compressed_config(flat_model().config, RANKS, WIDTHS)
+        compressed_config(flat_model().config, kept())
+    with pytest.raises(ValueError, match="what each of 3 layers keeps, got 2"):
+        compressed_config(dense_model().config, kept()[:2])
 
 
-def test_an_empty_layer_has_the_shapes_of_its_place(dense_model, family):
-    config = compressed_config(dense_model().config, RANKS, WIDTHS)
-    for i in range(3):
-        layer = empty_decoder_layer(config, i)
-        assert type(layer) is FAMILIES[family].decoder_layer
-        assert layer.self_attn.v_proj.weight.shape == (2 * RANKS[i], 64)
-        assert layer.self_attn.o_proj.weight.shape == (64, 4 * RANKS[i])
-        assert layer.mlp.down_proj.weight.shape == (64, WIDTHS[i])
-        assert {p.device.type for p in layer.parameters()} == {"meta"}
-
-
-def test_a_compressed_layer_shares_what_it_keeps_and_copies_what_is_new(dense_model):
+def test_a_compressed_layer_shares_what_it_keeps_and_copies_what_is_new(dense_model, family):
     model = dense_model().to(torch.bfloat16).train().requires_grad_(False)
-    config = compressed_config(model.config, RANKS, WIDTHS)
     dense = model.model.layers[0]
     weights = projected_weights(copy.deepcopy(dense).double(), RANKS[0], WIDTHS[0])[0]
+    weights["self_attn.v_proj.weight"] = torch.cat([weights["self_attn.v_proj.weight"]] * 9)[: 2 * RANKS[0]]
     before = copy.deepcopy(dense.state_dict())
-    flat = compress_decoder_layer(dense, config, 0, weights)
-
+    flat = compress_decoder_layer(dense, compressed_config(model.config, kept()), 0, weights)
+    assert type(flat) is FAMILIES[family].decoder_layer
     for name in ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "input_layernorm.weight"):
         assert flat.get_parameter(name) is dense.get_parameter(name)
     for name, weight in weights.items():
         assert torch.equal(flat.get_parameter(name), weight.bfloat16())
+        # Nor does it hold on to what the weight was cut from.
+        assert flat.get_parameter(name).untyped_storage().nbytes() == 2 * weight.numel()
     assert flat.training
     assert not any(parameter.requires_grad for parameter in flat.parameters())
     assert {parameter.dtype for parameter in flat.parameters()} == {torch.bfloat16}
     torch.testing.assert_close(dense.state_dict(), before, rtol=0, atol=0)
 
 
-def test_a_new_weight_does_not_hold_on_to_what_it_was_cut_from(dense_model):
-    model = dense_model()
-    config = compressed_config(model.config, RANKS, (40,) * 3)
-    weights = projected_weights(model.model.layers[0], RANKS[0], 40)[0]
-    weights["mlp.up_proj.weight"] = torch.randn(1000, 64)[:40]
-    up_proj = compress_decoder_layer(model.model.layers[0], config, 0, weights).mlp.up_proj.weight
-    assert up_proj.untyped_storage().nbytes() == 40 * 64 * 4
+@pytest.mark.parametrize("qk", [(None,) * 3, (7, None, 9)], ids=["Q and K whole", "Q and K pruned"])
+@pytest.mark.parametrize("part", ["self_attn", "mlp"])
+def test_a_part_is_that_of_the_whole_layer(dense_model, part, qk):
+    model = dense_model(attention_bias=True).eval()
+    config = compressed_config(model.config, kept(qk=qk))
+    for i, dense in enumerate(model.model.layers):
+        weights = projected_weights(dense, RANKS[i], WIDTHS[i])[0]
+        if qk[i] is not None:
+            for name, heads in (("q_proj", 4), ("k_proj", 2)):
+                weights[f"self_attn.{name}.up"] = torch.randn(heads, 16, qk[i])
+                weights[f"self_attn.{name}.down.weight"] = torch.randn(heads * qk[i], 64)
+                if dense.self_attn.q_proj.bias is not None:
+                    weights[f"self_attn.{name}.down.bias"] = torch.randn(heads * qk[i])
+        expected = compress_decoder_layer(dense, config, i, weights).get_submodule(part)
+        own = {name: weight for name, weight in weights.items() if name.startswith(part)}
+        found = compressed_part(config, i, part, dense, own)
+        assert type(found) is type(expected)
+        assert found.training == expected.training
+        torch.testing.assert_close(found.state_dict(), expected.state_dict(), rtol=0, atol=0)
+        names = dict(found.named_parameters()).keys() - {name.removeprefix(f"{part}.") for name in own}
+        assert all(found.get_parameter(name) is dense.get_parameter(f"{part}.{name}") for name in names)
+        with pytest.raises(ValueError, match=rf"layer {i}: no parameter (self_attn|mlp)\."):
+            compressed_part(config, i, part, dense, weights)
 
 
 def test_a_compressed_layer_refuses_wrong_shapes_and_names(dense_model):
     model = dense_model()
-    config = compressed_config(model.config, RANKS, WIDTHS)
+    config = compressed_config(model.config, kept())
     layer = model.model.layers[1]
     weights = projected_weights(layer, RANKS[1], WIDTHS[1])[0]
-    with pytest.raises(ValueError, match=r"layer 1: mlp\.down_proj\.weight must be \(64, 40\), got \(64, 96\)"):
-        compress_decoder_layer(layer, config, 1, {k: v for k, v in weights.items() if k != "mlp.down_proj.weight"})
+    without = {name: weight for name, weight in weights.items() if name != "mlp.down_proj.weight"}
+    for name in ("", "mlp"):
+        given = {key: weight for key, weight in without.items() if key.startswith(name)}
+        with pytest.raises(ValueError, match=r"layer 1: mlp\.down_proj\.weight must be \(64, 40\), got \(64, 96\)"):
+            compressed_part(config, 1, name, layer, given)
     with pytest.raises(ValueError, match=r"layer 1: no parameter mlp\.nothing"):
         compress_decoder_layer(layer, config, 1, weights | {"mlp.nothing": torch.zeros(1)})
 
@@ -108,15 +106,17 @@ def test_adoption_keeps_the_object_and_its_parts(dense_model, family, tokens):
     model = dense_model()
     model.generation_config.temperature = 0.3
     model.set_attn_implementation("eager")
+    model.gradient_checkpointing_enable()
     model(tokens, output_hidden_states=True)  # leaves recording hooks on the layers that will go
-    kept = (model.model, model.model.embed_tokens, model.model.norm, model.lm_head, model.generation_config)
+    before = (model.model, model.model.embed_tokens, model.model.norm, model.lm_head, model.generation_config)
     adopted = compress(model)
     assert adopted is model
     assert type(model) is FAMILIES[family].causal_lm
-    assert kept == (model.model, model.model.embed_tokens, model.model.norm, model.lm_head, model.generation_config)
+    assert before == (model.model, model.model.embed_tokens, model.model.norm, model.lm_head, model.generation_config)
     for module in (model.model, model.model.rotary_emb, *(layer.self_attn for layer in model.model.layers)):
         assert module.config is model.config
     assert model._no_split_modules == {FAMILIES[family].decoder_layer.__name__}
+    assert all(layer.gradient_checkpointing for layer in model.model.layers)
     outputs = model(tokens, output_hidden_states=True, output_attentions=True)
     assert len(outputs.hidden_states) == 4
     assert len(outputs.attentions) == 3
@@ -124,36 +124,23 @@ def test_adoption_keeps_the_object_and_its_parts(dense_model, family, tokens):
 
 def test_adopted_layers_follow_the_model_though_made_under_an_equal_config(dense_model):
     model = dense_model()
-    config = compressed_config(model.config, RANKS, WIDTHS)
-    layers = [
-        compress_decoder_layer(layer, config, i, projected_weights(layer, RANKS[i], WIDTHS[i])[0])
-        for i, layer in enumerate(model.model.layers)
-    ]
+    config = compressed_config(model.config, kept())
+    layers = compressed_layers(model, config)
     model.set_attn_implementation("eager")
     adopt_compressed_layers(model, copy.deepcopy(config), layers)
     assert {layer.self_attn.config._attn_implementation for layer in layers} == {"eager"}
 
 
-def test_adoption_keeps_gradient_checkpointing(dense_model):
-    model = dense_model()
-    model.gradient_checkpointing_enable()
-    assert compress(model).is_gradient_checkpointing
-
-
 def test_a_refused_adoption_changes_nothing(dense_model, tokens):
     model = dense_model()
     expected, model_class, config = model(tokens).logits, type(model), model.config
-    flat_config = compressed_config(config, RANKS, WIDTHS)
-    layers = [
-        compress_decoder_layer(layer, flat_config, i, projected_weights(layer, RANKS[i], WIDTHS[i])[0])
-        for i, layer in enumerate(model.model.layers)
-    ]
-    other_config = compressed_config(config, (4, 16, 11), WIDTHS)
+    flat_config = compressed_config(config, kept())
+    layers = compressed_layers(model, flat_config)
     for bad_config, bad_layers, message in (
-        (flat_config, layers[:2], "expected 3 layers, got 2"),
-        (flat_config, layers[::-1], "layer 0: its attention says it is layer 2"),
-        (flat_config, [model.model.layers[0], *layers[1:]], "layer 0: expected a Flat"),
-        (other_config, layers, r"layer 0: self_attn\.v_proj\.weight must be \(8, 64\), got \(10, 64\)"),
+        (flat_config, layers[:2], "expected 3 compressed layers in order"),
+        (flat_config, layers[::-1], "expected 3 compressed layers in order"),
+        (flat_config, [model.model.layers[0], *layers[1:]], "expected 3 compressed layers in order"),
+        (compressed_config(config, kept((4, 16, 11))), layers, r"layer 0\.self_attn\.v_proj\.weight must be \(8, 64\)"),
     ):
         with pytest.raises(ValueError, match=message):
             adopt_compressed_layers(model, bad_config, bad_layers)
@@ -163,7 +150,6 @@ def test_a_refused_adoption_changes_nothing(dense_model, tokens):
 
 
 def test_adoption_refuses_a_model_of_another_family():
-    mistral = dense_model_of("mistral")
-    config = compressed_config(dense_model_of("llama").config, RANKS, WIDTHS)
+    config = compressed_config(dense_model_of("llama").config, kept())
     with pytest.raises(TypeError, match="expected a LlamaForCausalLM, got a MistralForCausalLM"):
-        adopt_compressed_layers(mistral, config, [])
+        adopt_compressed_layers(dense_model_of("mistral"), config, [])

@@ -1,10 +1,14 @@
 """Tiny random models, dense and compressed, and an oracle for the latter made of dense classes alone."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 
 from flatllmcore.layers import FAMILIES, adopt_compressed_layers, compress_decoder_layer, compressed_config
+from flatllmcore.utils.dimensions import Kept
 
 DENSE = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 RANKS, WIDTHS = (5, 16, 11), (96, 40, 33)
@@ -20,6 +24,11 @@ SIZES = {
     "pad_token_id": 0,
     "initializer_range": 0.2,  # large enough for attention to be far from uniform
 }
+
+
+def kept(ranks: Sequence[int] = RANKS, widths: Sequence[int] = WIDTHS, qk: Sequence[int | None] = (None,) * 3) -> Any:
+    """Return what each layer keeps."""
+    return [Kept(0.5, *sizes) for sizes in zip(ranks, widths, qk, strict=True)]
 
 
 def dense_model_of(family: str, **fields: object) -> PreTrainedModel:
@@ -39,7 +48,7 @@ def random_model(config: PreTrainedConfig) -> PreTrainedModel:
     return model
 
 
-def projected_weights(layer: torch.nn.Module, rank: int, width: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def projected_weights(layer: nn.Module, rank: int, width: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return one layer's weights compressed, and the same function as weights of full size.
 
     The oracle needs no compressed class: values projected onto a subspace and back, and MLP channels set to zero.
@@ -50,45 +59,57 @@ def projected_weights(layer: torch.nn.Module, rank: int, width: int) -> tuple[di
     D, G, H = W_v.shape[1], W_v.shape[0] // d, W_o.shape[1] // d
     Q = torch.linalg.qr(torch.randn(G, d, d, generator=generator))[0][..., :rank].to(W_v.dtype)  # (G, d, r)
     Q_o = Q.repeat_interleave(H // G, dim=0)  # (H, d, r)
-    kept = torch.randperm(mlp.gate_proj.out_features, generator=generator)[:width].sort().values
+    chosen = torch.randperm(mlp.gate_proj.out_features, generator=generator)[:width].sort().values
 
     small = {
         "self_attn.v_proj.weight": (Q.mT @ W_v.view(G, d, D)).reshape(G * rank, D),
         "self_attn.o_proj.weight": torch.einsum("ohd,hdr->ohr", W_o.view(-1, H, d), Q_o).reshape(-1, H * rank),
-        "mlp.gate_proj.weight": mlp.gate_proj.weight[kept],
-        "mlp.up_proj.weight": mlp.up_proj.weight[kept],
-        "mlp.down_proj.weight": mlp.down_proj.weight[:, kept],
+        "mlp.gate_proj.weight": mlp.gate_proj.weight[chosen],
+        "mlp.up_proj.weight": mlp.up_proj.weight[chosen],
+        "mlp.down_proj.weight": mlp.down_proj.weight[:, chosen],
     }
     full = {"self_attn.v_proj.weight": (Q @ (Q.mT @ W_v.view(G, d, D))).reshape(G * d, D)}
     dropped = torch.ones(mlp.gate_proj.out_features, dtype=torch.bool)
-    dropped[kept] = False
+    dropped[chosen] = False
     full["mlp.down_proj.weight"] = mlp.down_proj.weight.masked_fill(dropped, 0.0)
     if attention.v_proj.bias is not None:
         b_v = attention.v_proj.bias.view(G, d, 1)
         small["self_attn.v_proj.bias"] = (Q.mT @ b_v).reshape(-1)
         full["self_attn.v_proj.bias"] = (Q @ (Q.mT @ b_v)).reshape(-1)
     if mlp.gate_proj.bias is not None:
-        small |= {f"mlp.{name}.bias": getattr(mlp, name).bias[kept] for name in ("gate_proj", "up_proj")}
+        small |= {f"mlp.{name}.bias": getattr(mlp, name).bias[chosen] for name in ("gate_proj", "up_proj")}
     return small, full
 
 
 @torch.no_grad()
-def compress(
-    model: PreTrainedModel, ranks: tuple[int, ...] = RANKS, widths: tuple[int, ...] = WIDTHS
-) -> PreTrainedModel:
-    """Compress ``model`` in place, and return it."""
-    config = compressed_config(model.config, ranks, widths)
-    layers = [
+def compressed_layers(
+    model: PreTrainedModel, config: PreTrainedConfig, ranks: Sequence[int] = RANKS, widths: Sequence[int] = WIDTHS
+) -> list[nn.Module]:
+    """Return the layers of the dense ``model`` compressed; ``config`` is the compressed one of these sizes."""
+    return [
         compress_decoder_layer(layer, config, i, projected_weights(layer, ranks[i], widths[i])[0])
         for i, layer in enumerate(model.model.layers)
     ]
-    return adopt_compressed_layers(model, config, layers)
+
+
+def compress(model: PreTrainedModel, ranks: Sequence[int] = RANKS, widths: Sequence[int] = WIDTHS) -> PreTrainedModel:
+    """Compress ``model`` in place, and return it."""
+    config = compressed_config(model.config, kept(ranks, widths))
+    return adopt_compressed_layers(model, config, compressed_layers(model, config, ranks, widths))
 
 
 @torch.no_grad()
-def project_in_full_size(model: PreTrainedModel) -> PreTrainedModel:
+def project_in_full_size(
+    model: PreTrainedModel, ranks: Sequence[int] = RANKS, widths: Sequence[int] = WIDTHS
+) -> PreTrainedModel:
     """Give the dense ``model`` weights of the same function as :func:`compress` would, and return it."""
-    for i, layer in enumerate(model.model.layers):
-        for name, weight in projected_weights(layer, RANKS[i], WIDTHS[i])[1].items():
+    for layer, rank, width in zip(model.model.layers, ranks, widths, strict=True):
+        for name, weight in projected_weights(layer, rank, width)[1].items():
             layer.get_parameter(name).copy_(weight)
     return model
+
+
+def generate(model: PreTrainedModel, tokens: Tensor, **options: Any) -> Tensor:
+    """Return the tokens and eight more, decoded greedily."""
+    options = {"attention_mask": torch.ones_like(tokens), "max_new_tokens": 8, "do_sample": False} | options
+    return model.generate(tokens, **options)

@@ -3,8 +3,7 @@
     python tests/tasks/generate.py
 
 writes pydocs.jsonl beside this file: the beginning of a passage of held-out documentation, four endings, of which three
-have two neighbouring words swapped, and which one has not. The text is the test split of `pydocs`, so it depends on the
-versions of Python and of the packages that it documents.
+have two neighbouring words swapped, and which one has not. The text is the test split of `pydocs`.
 """
 
 import json
@@ -12,7 +11,7 @@ import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from flatllmcore.utils.pydocs import pydocs_documents
+from flatllmcore.utils.data_utils import load_text
 
 PLACE = Path(__file__).with_name("pydocs.jsonl")
 
@@ -41,5 +40,5 @@ def swapped(words: list[str], place: int) -> list[str]:
 
 
 if __name__ == "__main__":
-    lines = [json.dumps(question) for question in questions(pydocs_documents("test"), count=48)]
+    lines = [json.dumps(question) for question in questions(load_text("pydocs", "test").documents, count=48)]
     PLACE.write_text("\n".join(lines) + "\n", encoding="utf-8")

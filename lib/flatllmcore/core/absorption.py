@@ -54,9 +54,9 @@ def _is_free(name: str, folder: Path) -> bool:
 
 
 _module = (
-    importlib.import_module(".absorption_compressor", __package__)
+    importlib.import_module("..absorption_compressor", __package__)
     if __package__
-    else _import_from_this_package("core.absorption_compressor")
+    else _import_from_this_package("absorption_compressor")
 )
 AbsorptionCompressor = _module.AbsorptionCompressor
 ActivationCollector = _module.ActivationCollector

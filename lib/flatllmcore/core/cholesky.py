@@ -1,4 +1,4 @@
-"""Cholesky factors of matrices of tens of thousands of rows: in place, by blocks, shared out over processes.
+"""Cholesky factors of matrices of tens of thousands of rows, shared out over processes where there are several.
 
 In a group of processes all call these functions with the same matrix, and all end with the same result. What a block
 costs shrinks or grows along the matrix, so blocks are dealt out there and back.
@@ -7,13 +7,28 @@ costs shrinks or grows along the matrix, so blocks are dealt out there and back.
 import torch
 from torch import Tensor
 
-from ..utils.processes import is_own_turn, own_turns, sent_by_turn, sum_over_processes
+from ..utils.processes import all_reduce, broadcast_by_turn, is_own_turn, own_turns, world_size
 
 BLOCK = 256  # columns
 
 
-def cholesky_(matrix: Tensor) -> bool:
-    """Replace the lower triangle of a symmetric matrix by its Cholesky factor; what stands above it loses its meaning.
+def cholesky(matrix: Tensor) -> Tensor | None:
+    """Return the lower Cholesky factor of a symmetric matrix, in memory of its own; None if it has none.
+
+    What stands above the diagonal blocks of the factor has no meaning.
+
+    Args:
+        matrix: (n, n).
+    """
+    if world_size() == 1:
+        factor, failed_at = torch.linalg.cholesky_ex(matrix)
+        return None if failed_at.item() else factor
+    factor = matrix.clone(memory_format=torch.contiguous_format)
+    return factor if shared_cholesky_(factor) else None
+
+
+def shared_cholesky_(matrix: Tensor) -> bool:
+    """Replace the lower triangle of a matrix by its Cholesky factor; what stands above it loses its meaning.
 
     Right-looking: each panel of ``BLOCK`` columns is factorised by the process whose turn it is and sent to the others,
     and every process takes it off its own later panels. n³/3 operations, and a panel of memory beside the matrix.
@@ -29,7 +44,7 @@ def cholesky_(matrix: Tensor) -> bool:
         panel = matrix[start:, start : start + BLOCK]
         if is_own_turn(turn):
             _factorise(panel)
-        panel.copy_(sent_by_turn(panel, turn))
+        panel.copy_(broadcast_by_turn(panel, turn))
         if panel[0, 0].isnan():
             return False
         for later_turn, later in enumerate(starts[turn + 1 :], turn + 1):
@@ -62,7 +77,7 @@ def inverse_column_energies(factor: Tensor) -> Tensor:
     energies = torch.zeros(len(factor), dtype=factor.dtype, device=factor.device)
     for start in own_turns(range(0, len(factor), BLOCK)):
         energies[start : start + BLOCK] = _first_columns_of_inverse(factor[start:, start:]).square_().sum(0)
-    return sum_over_processes(energies)
+    return all_reduce(energies)
 
 
 def _first_columns_of_inverse(factor: Tensor) -> Tensor:

@@ -1,45 +1,26 @@
-"""Step 1 of the method: how much each decoder layer matters.
+"""Step 1 of the method: angles between a layer's input and output, and files of scores, ours and the authors'."""
 
-``angular`` is the method's own: how far a layer turns its input. ``gradient`` is the first-order estimate of what
-the loss would change by if a layer's output were taken away.
-"""
-
-import logging
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from ..errors import InputError
-from ..utils.processes import own_share, sum_of_numbers
-from ..utils.progress import progress
-from .calibration import LayerSource, lent_layer
-from .hidden_states import HiddenStates, checked
-from .stopwatch import Stopwatch
+from ..utils.dimensions import ModelDimensions, check_length
 
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class LayerImportance:
-    """Scores of all layers and the rows that had no angle.
-
-    Attributes:
-        scores: One per layer. Angular: mean angle over tokens in units of π, 0 to 0.5.
-        zero_rows: Tokens whose input or output was all zeros; they count as cosine 0.5.
-    """
-
-    scores: tuple[float, ...]
-    zero_rows: int
+IMPORTANCE_FILE = "importance.json"
+_SHARE_ROUNDING = 1e-6  # shares stored in float32 may pass 1 by their last digit
 
 
 def angles_between(inputs: Tensor, outputs: Tensor) -> tuple[Tensor, int]:
-    """Return ``arccos(clamp(cos(x, y), 0, 1)) / π`` for each row, and how many rows had no angle.
+    """Return ``arccos(clamp(cos(x, y), 0, 1)) / π`` of each pair of rows, and how many had no angle.
 
-    In float64: near cosine 1 the angle is ``√(2(1 - cos))``, and float32 would end at 3e-4. The angles
-    are averaged, as the authors' program does; the paper's text takes the angle of the mean cosine.
+    In float64: near cosine 1 the angle is ``√(2(1 - cos))``, and float32 would end at 3e-4. The angles are averaged, as
+    the authors' program does; the paper's text takes the angle of the mean cosine.
 
     Args:
         inputs: (..., D).
@@ -55,99 +36,105 @@ def angles_between(inputs: Tensor, outputs: Tensor) -> tuple[Tensor, int]:
     return cosine.clamp(0, 1).arccos() / math.pi, int(is_zero.sum())
 
 
-def layer_importance(
-    source: LayerSource, windows: Tensor, batch_size: int, stopwatch: Stopwatch, method: str = "angular"
-) -> LayerImportance:
-    """Score every decoder layer, and log the scores.
+@dataclass(frozen=True)
+class ImportanceScores:
+    """The content of ``importance.json``: one score per decoder layer, and all that is needed to compute them again.
 
-    Args:
-        source: The model, dense.
-        windows: Token ids, (N, S).
-        batch_size: Windows run at a time; the scores depend on it only by rounding.
-        stopwatch: Counts the stages ``read``, ``forward`` and ``angles`` or ``backward``.
-        method: ``angular`` or ``gradient``.
+    ``fingerprint`` names the weights that were scored; angular scores are mean angles in units of π, 0 to 0.5;
+    ``zero_rows`` counts the tokens whose hidden state was zero and which had no angle.
+    """
+
+    model_id: str
+    fingerprint: str
+    dimensions: ModelDimensions
+    dataset: str
+    nsamples: int
+    seqlen: int
+    seed: int
+    scores: tuple[float, ...]
+    method: str = "angular"
+    zero_rows: int = 0
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_length("scores", self.scores, self.dimensions.num_layers)
+        _check_scores("'scores'", self.scores)
+
+    def check_matches(self, dimensions: ModelDimensions, fingerprint: str | None) -> None:
+        """Refuse a model that these scores are not about; None stands for weights that were not read.
+
+        Raises:
+            InputError: Naming the sizes that differ, or the weights.
+        """
+        differences = self.dimensions.differences_from(dimensions)
+        if differences:
+            raise InputError(f"the scores belong to another model, {self.model_id}: {differences}")
+        if fingerprint not in (None, self.fingerprint):
+            raise InputError(
+                f"the scores belong to other weights of the same sizes, {self.model_id} (fingerprint "
+                f"{self.fingerprint}, not {fingerprint}); score this model anew"
+            )
+
+
+def read_author_scores(path: Path) -> list[float]:
+    """Return the importance of each layer from the authors' ``bi_score.pt``, which is never executed.
 
     Raises:
-        InputError: If the method is unknown, or a layer's activations are not finite.
+        InputError: If the file holds anything but one-dimensional finite numbers >= 0.
     """
-    if method not in METHODS:
-        raise InputError(f"importance method {method!r} is unknown; accepted: {', '.join(METHODS)}")
-    found = METHODS[method](source, windows, batch_size, stopwatch)
-    if found.zero_rows:
-        logger.warning("%d rows of zeros have no angle and count as cosine 0.5", found.zero_rows)
-    for index, score in enumerate(found.scores):
-        logger.info("layer %d: importance %.4f", index, score)
-    return found
+    scores = _read_numbers(path)
+    _check_scores(str(path), scores)
+    return scores
 
 
-@torch.no_grad()
-def angular_importance(source: LayerSource, windows: Tensor, batch_size: int, stopwatch: Stopwatch) -> LayerImportance:
-    """Score every layer by the mean angle between its input and its output, residual included."""
-    hidden = HiddenStates.embed(source, own_share(windows), batch_size)
-    scores, zero_rows = [], 0.0
-    for index in progress(range(source.num_layers), "importance", "layer"):
-        total, zeros = 0.0, 0
-        with lent_layer(source, index, stopwatch) as layer:
-            for batch in hidden.batches():
-                with stopwatch.stage("forward"):
-                    outputs = hidden.run(layer, index, batch)
-                with stopwatch.stage("angles"):
-                    angles, batch_zeros = angles_between(batch.states, outputs)
-                    total += angles.sum().item()
-                    zeros += batch_zeros
-                batch.replace(outputs)
-        total, layer_zeros = sum_of_numbers(total, zeros, device=source.device)
-        scores.append(total / windows.numel())
-        zero_rows += layer_zeros
-    return LayerImportance(tuple(scores), int(zero_rows))
+def read_author_keep_ratios(path: Path) -> list[float]:
+    """Return the share kept of each layer from the authors' ``sparsity_score_88%.pt``, which is never executed.
 
+    Their "sparsity" is the share of V, O and MLP that is *kept*, and so is the percentage in the file's name: 88
+    goes with ``--sparsity_ratio 10`` here.
 
-@torch.no_grad()
-def gradient_importance(source: LayerSource, windows: Tensor, batch_size: int, stopwatch: Stopwatch) -> LayerImportance:
-    """Score every layer by the mean over tokens of ``Σ_d |∂loss/∂h_d · h_d|`` with ``h`` the layer's output.
-
-    This is the first-order Taylor estimate of what taking away each hidden unit does to a window's mean next-token
-    loss. The absolute value is taken per unit: the final norm makes the loss blind to the length of the last
-    layer's output, so there the products of a token sum to zero whatever the layer does.
-
-    What is kept at a time are one batch's hidden states at every layer boundary, ``(L + 1)·batch·S·D`` numbers on the
-    device, and one layer: its forward pass is run again to carry the gradient back through it. So every batch borrows
-    each layer twice (the first, below which nothing is asked, once), where the angular score borrows it once for all
-    windows. Weights that are in host memory cross to the device as often: for 128 windows of 4096 tokens one at a time
-    those of Llama-2 7B, 13 GB in bf16, some 250 times. A larger batch divides that number and multiplies the states.
+    Raises:
+        InputError: If the file holds anything but one-dimensional shares in (0, 1].
     """
-    arguments = source.layer_arguments(windows.shape[1])
-    totals = [0.0] * source.num_layers
-    for ids in progress(own_share(windows).split(batch_size), "gradient importance", "batch"):
-        with source.embedding() as embed:
-            states = [embed(ids)]  # states[l + 1] is the output of layer l
-        with stopwatch.stage("forward"):
-            for index in range(source.num_layers):
-                with lent_layer(source, index, stopwatch) as layer:
-                    states.append(checked(layer(states[index], **arguments[index]), index))
-        with stopwatch.stage("backward"):
-            gradient = _loss_gradient(source, states[-1], ids.to(source.device))
-            for index in reversed(range(source.num_layers)):
-                totals[index] += (gradient * states[index + 1]).abs().sum(dtype=torch.float64).item()
-                if index > 0:
-                    with lent_layer(source, index, stopwatch) as layer, torch.enable_grad():
-                        inputs = states[index].detach().requires_grad_()
-                        outputs = layer(inputs, **arguments[index])
-                        (gradient,) = torch.autograd.grad(outputs, inputs, gradient)
-    totals = sum_of_numbers(*totals, device=source.device)
-    return LayerImportance(tuple(total / windows.numel() for total in totals), zero_rows=0)
+    shares = _read_numbers(path)
+    for index, share in enumerate(shares):
+        if not 0 < share <= 1 + _SHARE_ROUNDING:
+            raise InputError(f"{path} keeps {share} of layer {index}; accepted: shares above 0 and at most 1")
+    return [min(share, 1.0) for share in shares]
 
 
-METHODS = {"angular": angular_importance, "gradient": gradient_importance}
+def _check_scores(what: str, scores: Sequence[float]) -> None:
+    for index, score in enumerate(scores):
+        if not 0 <= score < math.inf:
+            raise InputError(f"{what}: the value of layer {index} is {score}; accepted: finite numbers of at least 0")
 
 
-def _loss_gradient(source: LayerSource, states: Tensor, ids: Tensor) -> Tensor:
-    """Return the gradient of each window's mean loss at the last layer's output, window by window, (batch, S, D)."""
-    gradient = torch.zeros_like(states)
-    with source.head() as logits_of, torch.enable_grad():
-        for window, targets, part in zip(states, ids, gradient, strict=True):
-            inputs = window[:-1].detach().requires_grad_()
-            logits = logits_of(inputs)
-            loss = cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets[1:])
-            part[:-1] = torch.autograd.grad(loss, inputs)[0]
-    return gradient
+def _read_numbers(path: Path) -> list[float]:
+    expected = "expected a list, a NumPy array or a tensor of one number per layer, saved by torch.save"
+    try:
+        with torch.serialization.safe_globals(_numpy_globals()):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged bytes raise a dozen kinds, AssertionError and struct.error among them
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"cannot read {path} ({reason}); {expected}") from error
+    values = content.tolist() if hasattr(content, "tolist") else content
+    if not isinstance(values, list) or not values:
+        raise InputError(f"{path} holds {type(content).__name__}; {expected}")
+    for value in values:
+        if isinstance(value, bool) or not hasattr(value, "__float__"):
+            raise InputError(f"{path} holds {type(value).__name__} entries; {expected}")
+    return [float(value) for value in values]
+
+
+def _numpy_globals() -> list[Any]:
+    """Return what a pickle of NumPy numbers may name; NumPy 1 and 2 keep the two functions in different modules."""
+    import numpy as np
+
+    rebuild_array, rebuild_scalar = np.zeros(0).__reduce__()[0], np.float64(0).__reduce__()[0]
+    renamed = [
+        (function, f"{package}.multiarray.{name}")
+        for package in ("numpy.core", "numpy._core")
+        for function, name in ((rebuild_array, "_reconstruct"), (rebuild_scalar, "scalar"))
+    ]
+    number_types = [type(np.dtype(name)) for name in ("float16", "float32", "float64", "int64")]
+    return [*renamed, np.ndarray, np.dtype, *number_types]

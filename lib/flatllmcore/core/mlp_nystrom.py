@@ -10,7 +10,8 @@ import logging
 import torch
 from torch import Tensor
 
-from .cholesky import cholesky_, inverse_column_energies
+from ..utils.processes import all_gather_shares, own_share
+from .cholesky import cholesky, inverse_column_energies
 
 logger = logging.getLogger(__name__)
 
@@ -64,12 +65,14 @@ def diagonal_of_ridge_inverse(second_moment: Tensor, ridge: float = RIDGE) -> Te
     Raises:
         ArithmeticError: If ``C`` is not positive semidefinite.
     """
-    shifted = second_moment.clone()
-    smallest = 8 * torch.finfo(shifted.dtype).eps * shifted.trace().item()
-    shifted.diagonal().add_(max(ridge, smallest))
-    if not cholesky_(shifted):
+    diagonal = second_moment.diagonal().clone()
+    smallest = 8 * torch.finfo(diagonal.dtype).eps * second_moment.trace().item()
+    second_moment.diagonal().add_(max(ridge, smallest))
+    factor = cholesky(second_moment)
+    second_moment.diagonal().copy_(diagonal)  # back as it was: a copy of the whole would be as large as the factor
+    if factor is None:
         raise ArithmeticError("the MLP moment is not positive semidefinite")
-    return inverse_column_energies(shifted)
+    return inverse_column_energies(factor)
 
 
 def few_tokens_jitter(tokens: int, channels: int) -> float:
@@ -87,7 +90,7 @@ def reconstruct_down_projection(
     determine stays what it was. A kept channel that is dead keeps its own weights in the same way.
 
     Args:
-        down_weight: (D, F), or some of its rows, which have nothing to do with each other.
+        down_weight: (D, F); its rows have nothing to do with each other, and processes share them out.
         second_moment: ``C``, float64, (F, F).
         kept: Rising indices ``I``, (k,).
         jitter: Share of each kept channel's energy to add to it before the solve. Where that is not enough
@@ -110,14 +113,15 @@ def reconstruct_down_projection(
     )  # (k, k)
     coupling = second_moment[dropped[:, None], kept].mul_(scale)  # (F - k, k)
 
-    fitted = torch.empty(len(down_weight), len(kept), dtype=torch.float64, device=second_moment.device)
-    for rows, place in zip(down_weight.split(_ROWS), fitted.split(_ROWS), strict=True):
+    own_rows = own_share(down_weight)
+    fitted = torch.empty(len(own_rows), len(kept), dtype=torch.float64, device=second_moment.device)
+    for rows, place in zip(own_rows.split(_ROWS), fitted.split(_ROWS), strict=True):
         weight = rows.double()
         # Two triangular solves are what cholesky_solve does, on a copy of the factor.
         halfway = torch.linalg.solve_triangular(factor, (weight[:, dropped] @ coupling).T, upper=False)
         correction = torch.linalg.solve_triangular(factor.mT, halfway, upper=True).T * scale
         torch.add(weight[:, kept], correction, out=place)
-    return fitted
+    return all_gather_shares(fitted, len(down_weight))
 
 
 def _cholesky_with_jitter(correlation: Tensor, least: float) -> Tensor:
@@ -125,8 +129,8 @@ def _cholesky_with_jitter(correlation: Tensor, least: float) -> Tensor:
     unit = correlation.diagonal().clone()
     for jitter in (least, *(larger for larger in JITTERS if larger > least)):
         correlation.diagonal().copy_(unit + jitter)
-        factor = correlation.clone()
-        if cholesky_(factor) and factor.diagonal().square().min().item() > SMALLEST_PIVOT:
+        factor = cholesky(correlation)
+        if factor is not None and factor.diagonal().square().min().item() > SMALLEST_PIVOT:
             if jitter:
                 logger.debug("the kept MLP channels' moment is solved with jitter %.1e", jitter)
             return factor

@@ -1,81 +1,136 @@
-"""Finds the ranks of a model in a folder or file of scores and ranks, ours or the authors'."""
+"""Files of ranks, and the ranks of a model in a folder or file of scores and ranks, ours or the authors'."""
 
 import logging
-from hashlib import sha256
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeAlias
 
 from ..errors import InputError
-from ..utils.json_fields import read_json_object
-from .importance_scores import ImportanceScores, read_author_keep_ratios, read_author_scores
-from .rank_allocation import (
-    ImportancePreservingRankSelector,
-    RankAllocation,
-    prunable_keep_ratio,
-    ranks_from_keep_ratios,
-)
+from ..utils.dimensions import Kept, ModelDimensions, check_length
+from ..utils.files import digest, read_json, write_json
+from .importance import IMPORTANCE_FILE, ImportanceScores, read_author_keep_ratios, read_author_scores
+from .rank_allocation import ImportancePreservingRankSelector, RankAllocation
 
 logger = logging.getLogger(__name__)
 
-IMPORTANCE_FILE = "importance.json"
+# What makes ranks of scores, and of the digest of their file.
+Allocate: TypeAlias = Callable[[Sequence[float], str | None], RankAllocation]
 
 
-def ranks_file(sparsity_ratio: int) -> str:
+def ranks_file(sparsity_percent: float) -> str:
     """Return the name of the file of ranks for a percentage removed."""
-    return f"ranks_{sparsity_ratio}.json"
+    return f"ranks_{sparsity_percent:g}.json"
+
+
+@dataclass(frozen=True)
+class RanksFile:
+    """The content of ``ranks_<percent>.json``; lists have one entry per layer."""
+
+    sparsity_ratio: float
+    achieved_sparsity_percent: float
+    prune_qk: bool
+    rank_multiple: int
+    parameters_before: int
+    parameters_after: int
+    importance_sha256: str | None
+    dimensions: ModelDimensions
+    keep: list[float]
+    value_rank: list[int]
+    mlp_width: list[int]
+
+
+def save_ranks(allocation: RankAllocation, path: Path) -> None:
+    """Write an allocation to a file that :func:`load_ranks` reads."""
+    file = RanksFile(
+        allocation.sparsity_percent,
+        allocation.achieved_sparsity_percent,
+        allocation.prune_qk,
+        allocation.rank_multiple,
+        allocation.parameters_before,
+        allocation.parameters_after,
+        allocation.importance_sha256,
+        allocation.dimensions,
+        keep=[kept.keep for kept in allocation.layers],
+        value_rank=[kept.value_rank for kept in allocation.layers],
+        mlp_width=[kept.mlp_width for kept in allocation.layers],
+    )
+    write_json(path, file)
+
+
+def load_ranks(path: Path) -> RankAllocation:
+    """Return the allocation that a ``ranks_<percent>.json`` holds.
+
+    Raises:
+        InputError: Naming the field that is missing, of another type, out of bounds, or at odds with the ranks.
+    """
+    file = read_json(path, RanksFile)
+    sizes = file.dimensions
+    for name in ("keep", "value_rank", "mlp_width"):
+        check_length(name, getattr(file, name), sizes.num_layers)
+    layers = tuple(
+        Kept(keep, rank, width, sizes.query_key_rank(rank) if file.prune_qk else None)
+        for keep, rank, width in zip(file.keep, file.value_rank, file.mlp_width, strict=True)
+    )
+    keep_ratio = 1 - file.sparsity_ratio / 100
+    allocation = RankAllocation(keep_ratio, file.prune_qk, file.rank_multiple, layers, sizes, file.importance_sha256)
+    for name in ("parameters_before", "parameters_after"):
+        stated, counted = getattr(file, name), getattr(allocation, name)
+        if stated != counted:
+            raise InputError(f"{name!r} is {stated}, but the ranks and widths add up to {counted}")
+    return allocation
 
 
 def find_ranks(
-    place: Path, selector: ImportancePreservingRankSelector, fingerprint: str, sparsity_ratio: int
+    place: Path,
+    selector: ImportancePreservingRankSelector,
+    fingerprint: str,
+    keep_ratio: float,
+    allocate: Allocate,
 ) -> RankAllocation | None:
     """Return the ranks that ``place`` holds for a model and a target, or ``None`` if it holds none.
 
-    A file is used as it is. In a folder the first of these decides: ``ranks_<percent>.json``,
-    ``importance.json``, the authors' ``sparsity_score_<percent kept of V, O and MLP>%.pt`` and their
-    ``bi_score.pt``; scores are allocated by ``selector``.
+    A file is used as it is. In a folder the first of these decides: ``ranks_<percent>.json``, ``importance.json``, the
+    authors' ``sparsity_score_<percent kept of V, O and MLP>%.pt`` and their ``bi_score.pt``.
 
     Raises:
         InputError: If a file is damaged, or made for another model or from other scores.
     """
-    if place.is_file():
-        return _read(place, selector, fingerprint, sparsity_ratio)
-    kept = prunable_keep_ratio(selector.dimensions, 1 - sparsity_ratio / 100, selector.prune_qk)
-    authors = f"sparsity_score_{int(100 * kept + 1e-9)}%.pt"
-    for name in (ranks_file(sparsity_ratio), IMPORTANCE_FILE, authors, "bi_score.pt"):
-        if (place / name).is_file():
-            return _read(place / name, selector, fingerprint, sparsity_ratio)
+    authors = f"sparsity_score_{int(100 * selector.prunable_keep_ratio(keep_ratio) + 1e-9)}%.pt"
+    names = (ranks_file(round(100 * (1 - keep_ratio), 9)), IMPORTANCE_FILE, authors, "bi_score.pt")
+    for path in [place] if place.is_file() else [place / name for name in names]:
+        if path.is_file():
+            logger.info("ranks from %s", path)
+            try:
+                return _ranks_of(path, selector, fingerprint, allocate)
+            except InputError as error:
+                message = str(error)
+                raise InputError(message if str(path) in message else f"{path}: {message}") from error
     return None
 
 
-def _read(
-    path: Path, selector: ImportancePreservingRankSelector, fingerprint: str, sparsity_ratio: int
-) -> RankAllocation:
-    logger.info("ranks from %s", path)
-    try:
-        return _ranks_of(path, selector, fingerprint, sparsity_ratio)
-    except InputError as error:
-        message = str(error)
-        raise InputError(message if str(path) in message else f"{path}: {message}") from error
-
-
 def _ranks_of(
-    path: Path, selector: ImportancePreservingRankSelector, fingerprint: str, sparsity_ratio: int
+    path: Path, selector: ImportancePreservingRankSelector, fingerprint: str, allocate: Allocate
 ) -> RankAllocation:
     if path.suffix == ".pt" and path.name.startswith("sparsity_score"):
-        return ranks_from_keep_ratios(selector.dimensions, read_author_keep_ratios(path), prune_qk=selector.prune_qk)
+        shares = read_author_keep_ratios(path)
+        check_length("keep", shares, selector.dimensions.num_layers)
+        return RankAllocation.of_layers(selector.dimensions, map(selector.floored, shares), prune_qk=selector.prune_qk)
     if path.suffix == ".pt":
-        return selector.allocate(read_author_scores(path), sparsity_ratio)
-    if "scores" in read_json_object(path):
-        scores = ImportanceScores.load(path)
+        return allocate(read_author_scores(path), None)
+    if "scores" in read_json(path, dict[str, Any]):
+        scores = read_json(path, ImportanceScores)
         scores.check_matches(selector.dimensions, fingerprint)
-        return selector.allocate(scores.scores, sparsity_ratio, _digest(path))
-    allocation = RankAllocation.load(path)
-    _check_ranks(allocation, path, selector, fingerprint)
+        return allocate(scores.scores, digest(path.read_bytes()))
+    allocation = load_ranks(path)
+    _check_ranks(allocation, path.with_name(IMPORTANCE_FILE), selector, fingerprint)
     return allocation
 
 
 def _check_ranks(
-    allocation: RankAllocation, path: Path, selector: ImportancePreservingRankSelector, fingerprint: str
+    allocation: RankAllocation, scores: Path, selector: ImportancePreservingRankSelector, fingerprint: str
 ) -> None:
+    """Refuse ranks of another model, or made otherwise or from other scores than those that stand beside them."""
     differences = allocation.dimensions.differences_from(selector.dimensions)
     if differences:
         raise InputError(f"the ranks belong to another model: {differences}")
@@ -85,13 +140,7 @@ def _check_ranks(
         raise InputError(
             f"the ranks are for {made} Q and K, which are {wanted} here; {remedy} --prune_qk, or name other ranks"
         )
-    scores = path.with_name(IMPORTANCE_FILE)
-    if allocation.importance_sha256 is None or not scores.is_file():
-        return
-    if allocation.importance_sha256 != _digest(scores):
-        raise InputError(f"the ranks were made from other scores than {scores}; run compute_rank.py again")
-    ImportanceScores.load(scores).check_matches(selector.dimensions, fingerprint)
-
-
-def _digest(path: Path) -> str:
-    return sha256(path.read_bytes()).hexdigest()
+    if allocation.importance_sha256 is not None and scores.is_file():
+        if allocation.importance_sha256 != digest(scores.read_bytes()):
+            raise InputError(f"the ranks were made from other scores than {scores}; run compute_rank.py again")
+        read_json(scores, ImportanceScores).check_matches(selector.dimensions, fingerprint)

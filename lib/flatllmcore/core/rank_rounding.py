@@ -5,38 +5,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..errors import InputError
-from ..utils.layer_utils import ModelDimensions
+from ..utils.dimensions import Kept, ModelDimensions
 
 RELATIVE_TOLERANCE = 0.001  # parameters removed, against the target
 WIDE_STEP = 64  # MLP channels that matrix units like best
 WIDE_STEP_SHARE = 0.005  # of a layer's parameters: what a wide step may cost
 
 
-def attention_parameters(dimensions: ModelDimensions, rank: int, prune_qk: bool) -> int:
-    """Return the weights of Q, K, V and O of one layer at one rank per head."""
-    qk_rank = query_key_rank(dimensions, rank) if prune_qk else None
-    qk_parameters = dimensions.qk_parameters if qk_rank is None else qk_rank * factor_parameters(dimensions)
-    return qk_parameters + rank * dimensions.rank_parameters
-
-
-def query_key_rank(dimensions: ModelDimensions, rank: int) -> int | None:
-    """Return the rank at which pruned Q and K are kept, or ``None`` for whole ones.
-
-    They are two factors, (rank, D) and (d, rank) per head; where those would not be fewer weights than
-    the projections themselves, these are left whole.
-    """
-    return rank if rank * factor_parameters(dimensions) < dimensions.qk_parameters else None
-
-
-def factor_parameters(dimensions: ModelDimensions) -> int:
-    """Return what one unit of rank costs in the two factors of Q and of K."""
-    return (dimensions.hidden_size + dimensions.head_dim) * (dimensions.num_heads + dimensions.num_kv_heads)
-
-
-def rounded_ranks(
+def rounded_layers(
     dimensions: ModelDimensions, keep: Sequence[float], keep_ratio: float, rank_step: int, prune_qk: bool
-) -> tuple[list[int], list[int]]:
-    """Return value ranks and MLP widths in whole steps that keep ``keep_ratio`` of the decoder layers' weights.
+) -> list[Kept]:
+    """Return layers whose ranks and widths are whole steps and which keep ``keep_ratio`` of the linear weights.
 
     Widths move in steps of 64 channels where that is cheap, else of ``rank_step``. Layers with ``w = 1``
     stay whole; the others keep at least one step and at most as many as fit. The parameters removed are
@@ -45,28 +24,25 @@ def rounded_ranks(
     Raises:
         InputError: If no whole steps come that near to the target.
     """
-    pruned = [layer_idx for layer_idx, w in enumerate(keep) if w < 1]
-    steps = _Steps(dimensions, rank_step, width_step(dimensions, rank_step), prune_qk)
+    steps = _Steps(dimensions, rank_step, _width_step(dimensions, rank_step), prune_qk)
+    pruned = [w for w in keep if w < 1]
     total = len(keep) * dimensions.layer_parameters
     whole = (len(keep) - len(pruned)) * dimensions.layer_parameters
     tolerance = max(RELATIVE_TOLERANCE * (1 - keep_ratio) * total, steps.smallest_parameters)
-    fitting = _fitting_steps(steps, [keep[i] for i in pruned], keep_ratio * total - whole, tolerance)
+    fitting = steps.fit(pruned, keep_ratio * total - whole, tolerance)
     if fitting is None:
-        least, most = (100 * (1 - (whole + kept) / total) for kept in reversed(steps.parameter_range(len(pruned))))
+        most, least = steps.kept(0, 1, 1), steps.kept(1, steps.most_ranks, steps.most_widths)
+        reachable = [
+            100 * (1 - (whole + len(pruned) * dimensions.parameters_of(kept)) / total) for kept in (least, most)
+        ]
         raise InputError(
             f"ranks in steps of {steps.rank} and MLP widths in steps of {steps.width} cannot remove "
-            f"{100 * (1 - keep_ratio):g} % of this model; they can remove {least:.1f} to {most:.1f} %, "
+            f"{100 * (1 - keep_ratio):g} % of this model; they can remove {reachable[0]:.1f} to {reachable[1]:.1f} %, "
             "and a smaller rank multiple more"
         )
-    ranks, widths = [dimensions.head_dim] * len(keep), [dimensions.intermediate_size] * len(keep)
-    for layer_idx, rank_steps, width_steps in zip(pruned, *fitting, strict=True):
-        ranks[layer_idx], widths[layer_idx] = rank_steps * steps.rank, width_steps * steps.width
-    return ranks, widths
-
-
-def width_step(dimensions: ModelDimensions, rank_step: int) -> int:
-    is_wide_step_cheap = WIDE_STEP * dimensions.width_parameters < WIDE_STEP_SHARE * dimensions.layer_parameters
-    return WIDE_STEP if WIDE_STEP % rank_step == 0 and is_wide_step_cheap else rank_step
+    rounded = iter(fitting)
+    whole_layer = Kept(1.0, dimensions.head_dim, dimensions.intermediate_size)
+    return [next(rounded) if w < 1 else whole_layer for w in keep]
 
 
 def largest_remainder(ideal: Sequence[float], total: int, most: int) -> list[int]:
@@ -83,6 +59,11 @@ def largest_remainder(ideal: Sequence[float], total: int, most: int) -> list[int
         movable = [i for i, n in enumerate(steps) if 1 <= n + direction <= most]
         steps[max(movable, key=lambda i: direction * (shares[i] - steps[i]))] += direction
     return steps
+
+
+def _width_step(dimensions: ModelDimensions, rank_step: int) -> int:
+    is_wide_step_cheap = WIDE_STEP * dimensions.width_parameters < WIDE_STEP_SHARE * dimensions.layer_parameters
+    return WIDE_STEP if WIDE_STEP % rank_step == 0 and is_wide_step_cheap else rank_step
 
 
 @dataclass(frozen=True)
@@ -110,33 +91,24 @@ class _Steps:
     def smallest_parameters(self) -> int:
         return min(self.rank * self.dimensions.rank_parameters, self.width_parameters)
 
-    def attention_parameters(self, rank_steps: Sequence[int]) -> int:
-        return sum(attention_parameters(self.dimensions, n * self.rank, self.prune_qk) for n in rank_steps)
+    def kept(self, keep: float, rank_steps: int, width_steps: int) -> Kept:
+        rank = rank_steps * self.rank
+        query_key_rank = self.dimensions.query_key_rank(rank) if self.prune_qk else None
+        return Kept(keep, rank, width_steps * self.width, query_key_rank)
 
-    def parameter_range(self, num_layers: int) -> tuple[int, int]:
-        """Return the fewest and the most parameters that layers below ``w = 1`` can keep."""
-        fewest = self.attention_parameters([1]) + self.width_parameters
-        most = self.attention_parameters([self.most_ranks]) + self.most_widths * self.width_parameters
-        return num_layers * fewest, num_layers * most
+    def fit(self, keep: Sequence[float], budget: float, tolerance: float) -> list[Kept] | None:
+        """Return layers of these shares that spend the budget, or None.
 
-
-def _fitting_steps(
-    steps: _Steps, keep: Sequence[float], budget: float, tolerance: float
-) -> tuple[list[int], list[int]] | None:
-    """Return the steps of rank and of width of each layer that spend the budget, or None.
-
-    Tries the totals of rank steps from the ideal one outwards, until the widths can take up the rest.
-    """
-    num_layers = len(keep)
-    ideal_ranks = [w * steps.dimensions.head_dim / steps.rank for w in keep]
-    nearest_first = sorted(
-        range(num_layers, num_layers * steps.most_ranks + 1), key=lambda n: abs(n - math.fsum(ideal_ranks))
-    )
-    for rank_total in nearest_first:
-        rank_steps = largest_remainder(ideal_ranks, rank_total, steps.most_ranks)
-        rest = budget - steps.attention_parameters(rank_steps)
-        width_total = round(rest / steps.width_parameters)
-        width_total = min(max(width_total, num_layers), num_layers * steps.most_widths)
-        if abs(rest - width_total * steps.width_parameters) <= tolerance:
-            return rank_steps, largest_remainder(keep, width_total, steps.most_widths)
-    return None
+        Tries the totals of rank steps from the ideal one outwards, until the widths can take up the rest.
+        """
+        ideal_ranks = [w * self.dimensions.head_dim / self.rank for w in keep]
+        totals = range(len(keep), len(keep) * self.most_ranks + 1)
+        for rank_total in sorted(totals, key=lambda n: abs(n - math.fsum(ideal_ranks))):
+            rank_steps = largest_remainder(ideal_ranks, rank_total, self.most_ranks)
+            rest = budget - sum(self.dimensions.parameters_of(self.kept(1, n, 0)) for n in rank_steps)
+            width_total = round(rest / self.width_parameters)
+            width_total = min(max(width_total, len(keep)), len(keep) * self.most_widths)
+            if abs(rest - width_total * self.width_parameters) <= tolerance:
+                width_steps = largest_remainder(keep, width_total, self.most_widths)
+                return [self.kept(*sizes) for sizes in zip(keep, rank_steps, width_steps, strict=True)]
+        return None

@@ -2,18 +2,13 @@
 
 Where two copies of this package are imported, the auto classes load models as those of the first.
 """
+# ruff: noqa: F401 - what is imported is what this package offers
 
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM
 
-from .families import FAMILIES, Family, family_of, head_dim_of
+from .families import FAMILIES, Family, family_of
 from .flat_attention import attention_value_width
-from .flat_llama import (
-    FlatLlamaAttention,
-    FlatLlamaConfig,
-    FlatLlamaDecoderLayer,
-    FlatLlamaForCausalLM,
-    FlatLlamaModel,
-)
+from .flat_llama import FlatLlamaAttention, FlatLlamaConfig, FlatLlamaDecoderLayer, FlatLlamaForCausalLM, FlatLlamaModel
 from .flat_mistral import (
     FlatMistralAttention,
     FlatMistralConfig,
@@ -21,60 +16,16 @@ from .flat_mistral import (
     FlatMistralForCausalLM,
     FlatMistralModel,
 )
-from .flat_qwen2 import (
-    FlatQwen2Attention,
-    FlatQwen2Config,
-    FlatQwen2DecoderLayer,
-    FlatQwen2ForCausalLM,
-    FlatQwen2Model,
-)
-from .flat_qwen3 import (
-    FlatQwen3Attention,
-    FlatQwen3Config,
-    FlatQwen3DecoderLayer,
-    FlatQwen3ForCausalLM,
-    FlatQwen3Model,
-)
+from .flat_qwen2 import FlatQwen2Attention, FlatQwen2Config, FlatQwen2DecoderLayer, FlatQwen2ForCausalLM, FlatQwen2Model
+from .flat_qwen3 import FlatQwen3Attention, FlatQwen3Config, FlatQwen3DecoderLayer, FlatQwen3ForCausalLM, FlatQwen3Model
 from .replacement import (
     adopt_compressed_layers,
     compress_decoder_layer,
     compressed_config,
+    compressed_part,
     empty_decoder_layer,
     fill_parameters,
 )
-
-__all__ = [
-    "FAMILIES",
-    "Family",
-    "FlatLlamaAttention",
-    "FlatLlamaConfig",
-    "FlatLlamaDecoderLayer",
-    "FlatLlamaForCausalLM",
-    "FlatLlamaModel",
-    "FlatMistralAttention",
-    "FlatMistralConfig",
-    "FlatMistralDecoderLayer",
-    "FlatMistralForCausalLM",
-    "FlatMistralModel",
-    "FlatQwen2Attention",
-    "FlatQwen2Config",
-    "FlatQwen2DecoderLayer",
-    "FlatQwen2ForCausalLM",
-    "FlatQwen2Model",
-    "FlatQwen3Attention",
-    "FlatQwen3Config",
-    "FlatQwen3DecoderLayer",
-    "FlatQwen3ForCausalLM",
-    "FlatQwen3Model",
-    "adopt_compressed_layers",
-    "attention_value_width",
-    "compress_decoder_layer",
-    "compressed_config",
-    "empty_decoder_layer",
-    "family_of",
-    "fill_parameters",
-    "head_dim_of",
-]
 
 for _family in FAMILIES.values():
     if _family.config.model_type not in CONFIG_MAPPING:  # else of a copy of this package that was there before

@@ -1,59 +1,48 @@
 """What compressed Llama-like models share, whatever their family.
 
-Every decoder layer has its own value width (``value_head_dim``, per head), its own MLP width
-(``intermediate_size``) and, where queries and keys are compressed too, their rank (``query_key_rank``, per
-head); all stand in the config's ``per_layer_config``. A family mixes these classes with its dense parents.
-This file and its siblings named ``flat_*`` import torch, transformers and each other only, so that
-``save_pretrained`` can put them beside the weights.
+Every decoder layer has its own value width (``value_head_dim``, per head), its own MLP width (``intermediate_size``)
+and, where queries and keys are compressed too, their rank (``query_key_rank``, per head); all stand in the config's
+``per_layer_config``. A family mixes these classes with its dense parents, in a file of its own.
+
+``save_pretrained`` puts this file and the family's beside the weights, and their classes in the config's ``auto_map``,
+for ``trust_remote_code=True``. So files named ``flat_*`` import torch, transformers and each other only.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedConfig, PreTrainedModel, initialization
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-_ALIGNMENT = 8
 # Numbers in the keys up to which one fused kernel call, values padded, is faster on a CPU than three plain ones.
 _FEW_KEYS = 2**16
 
 
 def attention_value_width(rank: int, head_dim: int, query_length: int, implementation: str, device_type: str) -> int:
-    """Return the value width to hand to the attention function, ``rank <= width <= head_dim``.
+    """Return the value width to hand to the attention function, ``rank <= width <= head_dim``; zeros fill it.
 
-    Fused kernels of ``scaled_dot_product_attention`` restrict the value width; what they refuse falls to the
-    unfused path, which writes out the whole score matrix. Flash kernels, on CPU and on accelerators, take values
-    as wide as queries and keys. The memory-efficient kernel takes another width when it is a multiple of 8.
-    Zeros appended to the values add zeros to the output, which the caller cuts off.
+    Eager attention takes any width. Fused kernels of SDPA restrict it, and what they refuse falls to the path that
+    writes out the whole score matrix:
 
-    - Eager attention takes any width.
-    - Prefill with SDPA: pad to ``head_dim``, for flash. Appending zeros costs little beside the scores, and
-      transformers shares key/value heads among queries without copying them only at equal widths.
-    - Decoding with SDPA reads the whole cache for one query, so padding to ``head_dim`` would cost what the
-      compression saves: the next multiple of 8 on an accelerator, nothing on CPU, which has
+    - A prompt gets ``head_dim``, for flash. Zeros cost little beside the scores, and transformers shares key/value
+      heads among queries without copying them only at equal widths.
+    - One token reads the whole cache, and padding to ``head_dim`` would cost what the compression saves: the next
+      multiple of 8 on an accelerator, for the memory-efficient kernel; nothing on CPU, which has
       :func:`one_token_attention`.
-    - Anything else (flash_attention_*, flex, paged caches) asks for equal widths.
+
+    Anything else (flash_attention_*, flex, paged caches) asks for equal widths.
     """
     if implementation == "eager":
         return rank
     if implementation == "sdpa" and query_length == 1:
-        return rank if device_type == "cpu" else min(-(-rank // _ALIGNMENT) * _ALIGNMENT, head_dim)
+        return rank if device_type == "cpu" else min(-(-rank // 8) * 8, head_dim)
     return head_dim
-
-
-def cached_value_width(rank: int, head_dim: int, implementation: str, device_type: str) -> int:
-    """Return the value width to keep in the cache: what decoding takes, where that costs a few zeros, else ``rank``.
-
-    Padded when it is cached, a value is padded once; padded when it is read, the whole cache is copied for every token.
-    """
-    if implementation != "sdpa":
-        return rank
-    return attention_value_width(rank, head_dim, 1, implementation, device_type)
 
 
 def one_token_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
@@ -64,11 +53,8 @@ def one_token_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor 
     to its dtype as eager attention does. Either way the queries of a group meet their keys in one product.
 
     Args:
-        query: (B, H, 1, d).
-        key: (B, G, T, d).
-        value: (B, G, T, r).
+        query: (B, H, 1, d); of ``key`` (B, G, T, d), of ``value`` (B, G, T, r).
         mask: True where a key counts, or numbers to add to the scores, (B or 1, 1, 1, T); None where all count.
-        scaling: Factor of the scores.
 
     Returns:
         The outputs of all heads side by side, (B, 1, H·r).
@@ -89,7 +75,6 @@ def one_token_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor 
 
 
 def _widened(value: Tensor, width: int) -> Tensor:
-    """Return the values with zeros appended up to ``width``, themselves where they are as wide."""
     return F.pad(value, (0, width - value.shape[-1])) if width > value.shape[-1] else value
 
 
@@ -103,36 +88,44 @@ class FlatConfig:
         dense_intermediate_size: MLP width of the dense model.
     """
 
+    _auto_class: ClassVar[str] = "AutoConfig"
+
     value_head_dim: int | None = None
     query_key_rank: int | None = None
     dense_intermediate_size: int | None = None
 
-    def validate_ranks(self: Any) -> None:
-        """Refuse a rank outside ``1..head_dim``; transformers calls this on creation."""
+    def __post_init__(self: Any, **kwargs: Any) -> None:
+        """Have a ``head_dim`` always; in some families it is stated only where it is not ``hidden / heads``."""
+        if not hasattr(type(self), "head_dim"):
+            kwargs["head_dim"] = kwargs.get("head_dim") or self.hidden_size // self.num_attention_heads
+        super().__post_init__(**kwargs)  # type: ignore[misc]
+
+    def validate_widths(self: Any) -> None:
+        """Refuse a rank or width that the dense model has not; transformers calls this on creation."""
+        largest = {"value_head_dim": self.head_dim, "query_key_rank": self.head_dim}
+        if self.dense_intermediate_size is not None:
+            largest["intermediate_size"] = self.dense_intermediate_size
         for layer_idx, layer_config in enumerate(self.per_layer_config):
-            for name in ("value_head_dim", "query_key_rank"):
-                rank = getattr(layer_config, name)
-                if rank is not None and not 1 <= rank <= layer_config.head_dim:
-                    raise ValueError(f"layer {layer_idx}: {name} must be in 1..{layer_config.head_dim}, got {rank}")
+            for name, most in largest.items():
+                width = getattr(layer_config, name)
+                if width is not None and not 1 <= width <= most:
+                    raise ValueError(f"layer {layer_idx}: {name} must be in 1..{most}, got {width}")
 
 
 class HeadwiseFactoredLinear(nn.Module):
     """A linear layer to heads, each of whose outputs lies in a subspace of its own.
 
-    It stands in for a linear layer from D to H·d, as ``down`` to H·r followed by ``up`` within each head. Rotary
-    embeddings turn what comes out, so the factors of queries and keys cannot be merged into one another.
-
-    Attributes:
-        down: From D to H·r, with the bias if there is one.
-        up: What each head's r numbers stand for, (H, d, r).
+    It stands in for one from D to H·d: ``down`` to H·r, with the bias if there is one, then ``up``, (H, d, r), within
+    each head. Rotary embeddings turn what comes out, so the factors of queries and keys cannot be merged.
     """
 
     def __init__(self, in_features: int, num_heads: int, head_dim: int, rank: int, bias: bool) -> None:
         super().__init__()
         self.down = nn.Linear(in_features, num_heads * rank, bias=bias)
-        self.up = nn.Parameter(torch.empty(num_heads, head_dim, rank))
+        self.up = nn.Parameter(torch.eye(head_dim, rank).repeat(num_heads, 1, 1))  # orthonormal columns, as solved
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        """Return (..., H·d) of (..., D)."""
         num_heads, _, rank = self.up.shape
         reduced = self.down(hidden_states).unflatten(-1, (num_heads, rank))  # (..., H, r)
         return torch.einsum("...hr,hdr->...hd", reduced, self.up).flatten(-2)  # (..., H·d)
@@ -141,11 +134,10 @@ class HeadwiseFactoredLinear(nn.Module):
 class FlatAttention(nn.Module):
     """Attention whose value heads, and the value half of its cache, have ``value_head_dim`` entries.
 
-    A family names its parent's rotary and eager functions, and overrides the methods in which it differs.
+    A family names its dense modelling module, and overrides the methods in which it differs.
     """
 
-    apply_rotary_pos_emb: ClassVar[Callable[..., tuple[Tensor, Tensor]]]
-    eager_attention_forward: ClassVar[Callable[..., tuple[Tensor, Tensor]]]
+    dense: ClassVar[ModuleType]  # whose rotary and eager functions are the family's
 
     config: PreTrainedConfig
     layer_idx: int
@@ -161,6 +153,8 @@ class FlatAttention(nn.Module):
         # The whole model's config, not the layer's copy: set_attn_implementation changes the former.
         super().__init__(config, layer_idx)
         layer_config = config.per_layer_config[layer_idx]
+        if not hasattr(self, "sliding_window"):  # the same in all layers, if it is a field of the family's config
+            self.sliding_window = config.sliding_window if hasattr(type(config), "sliding_window") else None
         self.value_head_dim: int = layer_config.value_head_dim or self.head_dim
         num_kv_heads = self.v_proj.out_features // self.head_dim
         num_heads = self.o_proj.in_features // self.head_dim
@@ -178,10 +172,6 @@ class FlatAttention(nn.Module):
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
         return self.q_proj(hidden_states).view(heads), self.k_proj(hidden_states).view(heads)
 
-    def attention_options(self) -> dict[str, Any]:
-        """Return what the family passes to the attention function beyond mask, dropout and scale."""
-        return {}
-
     def forward(
         self,
         hidden_states: Tensor,
@@ -190,20 +180,21 @@ class FlatAttention(nn.Module):
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        input_shape = hidden_states.shape[:-1]
+        """Return what the parent's attention does: (B, T, D), and the weights of the heads where there are any."""
+        input_shape, rank = hidden_states.shape[:-1], self.value_head_dim
         query, key = self.project_queries_and_keys(hidden_states)
-        value = self.v_proj(hidden_states).view(*input_shape, -1, self.value_head_dim)
+        value = self.v_proj(hidden_states).view(*input_shape, -1, rank)
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # (B, H or G, T, d or r)
-        query, key = self.apply_rotary_pos_emb(query, key, *position_embeddings)
+        query, key = self.dense.apply_rotary_pos_emb(query, key, *position_embeddings)
         implementation, device_type = self.config._attn_implementation, query.device.type
         if past_key_values is not None:
-            width = cached_value_width(self.value_head_dim, self.head_dim, implementation, device_type)
-            key, value = past_key_values.update(key, _widened(value, width), self.layer_idx)
-
+            if implementation == "sdpa":  # padded here once; padded when read, the cache is copied for every token
+                value = _widened(value, attention_value_width(rank, self.head_dim, 1, implementation, device_type))
+            key, value = past_key_values.update(key, value, self.layer_idx)
         if self._takes_one_token_attention(query, attention_mask, implementation):
             return self.o_proj(one_token_attention(query, key, value, attention_mask, self.scaling)), None
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, self.eager_attention_forward)
-        width = attention_value_width(self.value_head_dim, self.head_dim, query.shape[2], implementation, device_type)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, self.dense.eager_attention_forward)
+        width = attention_value_width(rank, self.head_dim, query.shape[2], implementation, device_type)
         output, weights = attend(
             self,
             query,
@@ -212,11 +203,10 @@ class FlatAttention(nn.Module):
             attention_mask,
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
-            **self.attention_options(),
+            sliding_window=self.sliding_window,
             **kwargs,
         )
-        output = output[..., : self.value_head_dim].reshape(*input_shape, -1)  # (B, T, H·r)
-        return self.o_proj(output), weights
+        return self.o_proj(output[..., :rank].reshape(*input_shape, -1)), weights  # from (B, T, H, r)
 
     def _takes_one_token_attention(self, query: Tensor, mask: Tensor | None, implementation: str) -> bool:
         """Tell whether this step has a faster way than the attention function; a layer left whole keeps the latter."""
@@ -242,44 +232,40 @@ class FlatDecoderLayer(nn.Module):
         self.self_attn = self.attention_class(config, layer_idx)
 
 
-class FlatPreTrainedModel(nn.Module):
-    """How the parameters of compressed models start, beyond those that dense models have."""
-
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)  # type: ignore[misc]
-        if isinstance(module, HeadwiseFactoredLinear):  # orthonormal columns, as compression leaves them
-            _, head_dim, rank = module.up.shape
-            columns = torch.eye(head_dim, rank, dtype=module.up.dtype, device=module.up.device)
-            initialization.copy_(module.up, columns.expand_as(module.up))
-
-
-class FlatModel(FlatPreTrainedModel):
+class FlatModel(nn.Module):
     """A dense parent's model over compressed layers.
 
     The parents build their layers in ``__init__`` from one width for all, which a config with
-    per-layer widths refuses to give; the members are theirs.
+    per-layer widths refuses to give. So they build everything else, as for a model of no layers.
     """
 
-    decoder_layer_class: ClassVar[type[FlatDecoderLayer]]
-    norm_class: ClassVar[type[nn.Module]]
-    rotary_embedding_class: ClassVar[type[nn.Module]]
+    _auto_class = "AutoModel"
 
-    post_init: Callable[[], None]
+    decoder_layer_class: ClassVar[type[FlatDecoderLayer]]
+
+    config: PreTrainedConfig
 
     def __init__(self, config: PreTrainedConfig) -> None:
-        PreTrainedModel.__init__(self, config)
-        self.padding_idx = config.pad_token_id
-        self.vocab_size = config.vocab_size
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        self.layers = nn.ModuleList(self.decoder_layer_class(config, i) for i in range(config.num_hidden_layers))
-        self.norm = self.norm_class(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = self.rotary_embedding_class(config=config)
-        self.gradient_checkpointing = False
+        num_layers, config.num_hidden_layers = config.num_hidden_layers, 0
+        try:
+            super().__init__(config)
+        finally:
+            config.num_hidden_layers = num_layers
+        self.layers = nn.ModuleList(self.decoder_layer_class(config, i) for i in range(num_layers))
+        self._no_split_modules = [self.decoder_layer_class.__name__]
         self.post_init()
 
+    def post_init(self) -> None:
+        """Do what the parents do when all is built; they say so themselves while the layers are still missing."""
+        if self.config.num_hidden_layers:
+            super().post_init()  # type: ignore[misc]
 
-class FlatCausalLM(FlatPreTrainedModel):
+
+class FlatCausalLM(nn.Module):
     """A dense parent's causal language model over a :class:`FlatModel`."""
+
+    _auto_class = "AutoModelForCausalLM"
+    _no_split_modules: list[str] = []  # those of the model in it are added
 
     model_class: ClassVar[type[FlatModel]]
 

@@ -1,64 +1,46 @@
-"""From a dense model to a compressed one: its config, one layer at a time, and the whole model in place."""
+"""From a dense model to a compressed one: its config, one layer or part at a time, and the whole model in place."""
 
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .families import check_is_dense, family_of, head_dim_of
+from ..utils.dimensions import Kept
+from ..utils.model_families import check_is_dense
+from .families import family_of
 from .flat_attention import FlatDecoderLayer
 
 _LOST_IN_CONVERSION = ("model_type", "transformers_version", "architectures", "auto_map")
 
 
-def compressed_config(
-    config: PreTrainedConfig,
-    value_ranks: Sequence[int],
-    mlp_widths: Sequence[int],
-    query_key_ranks: Sequence[int | None] | None = None,
-) -> PreTrainedConfig:
+def compressed_config(config: PreTrainedConfig, kept: Sequence[Kept]) -> PreTrainedConfig:
     """Return the compressed family's config; all else is as in the dense ``config``.
 
     A width that all layers share becomes the model's; otherwise it stands in ``per_layer_config``.
 
-    Args:
-        config: A dense model's config.
-        value_ranks: Value width per head of each layer, ``1..head_dim``.
-        mlp_widths: MLP width of each layer, ``1..intermediate_size``.
-        query_key_ranks: Rank per head of each layer's queries and keys, ``1..head_dim``; a layer with ``None``
-            keeps them whole, and so do all layers by default.
-
     Raises:
         InputError: If the family is not supported, or the model is compressed already.
-        ValueError: If there is not one rank and one width per layer, or one is out of range.
+        ValueError: If ``kept`` is not one per layer.
+        StrictDataclassClassValidationError: If a rank or width is out of range.
     """
-    family = family_of(config)
     check_is_dense(config)
-    _check_widths("value ranks", value_ranks, config.num_hidden_layers, head_dim_of(config))
-    _check_widths("MLP widths", mlp_widths, config.num_hidden_layers, config.intermediate_size)
-    if query_key_ranks is None:
-        query_key_ranks = [None] * config.num_hidden_layers
-    whole_or_rank = [head_dim_of(config) if rank is None else rank for rank in query_key_ranks]
-    _check_widths("query and key ranks", whole_or_rank, config.num_hidden_layers, head_dim_of(config))
-
+    if len(kept) != config.num_hidden_layers:
+        raise ValueError(f"expected what each of {config.num_hidden_layers} layers keeps, got {len(kept)}")
     fields = {name: value for name, value in config.to_dict().items() if name not in _LOST_IN_CONVERSION}
     fields["dense_intermediate_size"] = config.intermediate_size
-    per_layer: dict[int, dict[str, int | None]] = {layer_idx: {} for layer_idx in range(config.num_hidden_layers)}
-    layer_fields: dict[str, Sequence[int | None]] = {
-        "value_head_dim": value_ranks,
-        "intermediate_size": mlp_widths,
-        "query_key_rank": query_key_ranks,
-    }
-    for name, widths in layer_fields.items():
-        if len(set(widths)) == 1:
-            fields[name] = widths[0]
-            continue
-        for layer_idx, width in enumerate(widths):
-            per_layer[layer_idx][name] = width
-    if any(per_layer.values()):
-        fields["per_layer_config"] = per_layer
-    return family.config(**fields, attn_implementation=config._attn_implementation)
+    layers = [
+        {"value_head_dim": of.value_rank, "intermediate_size": of.mlp_width, "query_key_rank": of.query_key_rank}
+        for of in kept
+    ]
+    shared = {name: size for name, size in layers[0].items() if all(layer[name] == size for layer in layers)}
+    if len(shared) < len(layers[0]):
+        fields["per_layer_config"] = {
+            layer_idx: {name: size for name, size in layer.items() if name not in shared}
+            for layer_idx, layer in enumerate(layers)
+        }
+    return family_of(config).config(**fields | shared, attn_implementation=config._attn_implementation)
 
 
 def empty_decoder_layer(flat_config: PreTrainedConfig, layer_idx: int) -> FlatDecoderLayer:
@@ -67,59 +49,63 @@ def empty_decoder_layer(flat_config: PreTrainedConfig, layer_idx: int) -> FlatDe
         return family_of(flat_config).decoder_layer(flat_config, layer_idx)
 
 
-def fill_parameters(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+def fill_parameters(module: nn.Module, weights: Mapping[str, Tensor], place: str = "") -> None:
     """Put ``weights`` in the place of all the parameters of ``module``, which are on the meta device; no copies.
 
     Raises:
-        ValueError: If a parameter is missing, or a shape is another.
+        ValueError: If a parameter is missing, or a shape is another; the message begins with ``place``.
     """
-    for name, expected in list(module.named_parameters()):
-        if name not in weights or weights[name].shape != expected.shape:
-            given = tuple(weights[name].shape) if name in weights else "nothing"
-            raise ValueError(f"{name} must be {tuple(expected.shape)}, got {given}")
-        _set_parameter(module, name, nn.Parameter(weights[name], requires_grad=False))
+    _check_shapes(module, weights, place)
+    for name, _ in list(module.named_parameters()):
+        weight = weights[name]
+        owner, _, own_name = name.rpartition(".")
+        parameter = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight, requires_grad=False)
+        setattr(module.get_submodule(owner), own_name, parameter)
+
+
+def compressed_part(
+    flat_config: PreTrainedConfig, layer_idx: int, part: str, dense_layer: nn.Module, weights: Mapping[str, Tensor]
+) -> nn.Module:
+    """Return a part of a compressed layer: ``weights`` where given, else the dense layer's own parameters.
+
+    Parameters taken from the dense layer are the same objects, not copies. New ones take device, dtype and
+    ``requires_grad`` of the dense parameter they stand in for, factors those of the weight they are factors of.
+
+    Args:
+        flat_config: What :func:`compressed_config` returned.
+        layer_idx: Position of the layer in the model.
+        part: A submodule, e.g. ``self_attn`` or ``mlp``; the layer itself for an empty name.
+        dense_layer: The whole decoder layer of the dense model, which is left as it was.
+        weights: New weights of the part by name inside the layer, e.g. ``self_attn.v_proj.weight``.
+
+    Raises:
+        ValueError: If a name is unknown, a factor is missing, or a shape is not the one ``flat_config`` states.
+    """
+    module = empty_decoder_layer(flat_config, layer_idx).get_submodule(part)
+    prefix = f"{part}." if part else ""
+    own_names = {prefix + name: name for name, _ in module.named_parameters()}
+    if unknown := sorted(weights.keys() - own_names.keys()):
+        raise ValueError(f"layer {layer_idx}: no parameter {', '.join(unknown)}; it has {', '.join(own_names)}")
+    dense = dict(dense_layer.named_parameters())
+    filling = {own_name: dense[name] for name, own_name in own_names.items() if name in dense}
+    for name, weight in weights.items():
+        projection, _, _ = name.rpartition("_proj.")  # two factors, up and down, lie where its weight does
+        like = dense[name] if name in dense else dense[f"{projection}_proj.weight"]
+        copied = weight.detach().to(like.device, like.dtype, copy=True, memory_format=torch.contiguous_format)
+        filling[own_names[name]] = nn.Parameter(copied, requires_grad=like.requires_grad)
+    fill_parameters(module, filling, f"layer {layer_idx}: {prefix}")
+    return module.train(dense_layer.training)
 
 
 def compress_decoder_layer(
     dense_layer: nn.Module, flat_config: PreTrainedConfig, layer_idx: int, weights: Mapping[str, Tensor]
 ) -> FlatDecoderLayer:
-    """Return the compressed layer: ``weights`` where given, else the dense layer's own parameters.
-
-    Parameters taken from the dense layer are the same objects, not copies. New ones take device, dtype and
-    ``requires_grad`` of the dense parameter they stand in for, factors those of the weight they are factors of.
-    The dense layer is left as it was.
-
-    Args:
-        dense_layer: The decoder layer of the dense model.
-        flat_config: What :func:`compressed_config` returned.
-        layer_idx: Position of the layer in the model.
-        weights: New weights by name inside the layer, e.g. ``self_attn.v_proj.weight``.
-
-    Raises:
-        ValueError: If a name is unknown, a factor is missing, or a shape is not the one ``flat_config`` states.
-    """
-    layer = empty_decoder_layer(flat_config, layer_idx)
-    expected_parameters = dict(layer.named_parameters())
-    dense_parameters = dict(dense_layer.named_parameters())
-    unknown = sorted(weights.keys() - expected_parameters.keys())
-    if unknown:
-        raise ValueError(
-            f"layer {layer_idx}: no parameter {', '.join(unknown)}; it has {', '.join(expected_parameters)}"
-        )
-    missing = sorted(expected_parameters.keys() - weights.keys() - dense_parameters.keys())
-    if missing:
-        raise ValueError(f"layer {layer_idx}: {', '.join(missing)} must be given; the dense layer has none such")
-    for name, expected in expected_parameters.items():
-        parameter = dense_parameters[name if name in dense_parameters else _dense_name(name)]
-        if name in weights:
-            parameter = nn.Parameter(_copy_like(weights[name], parameter), requires_grad=parameter.requires_grad)
-        if parameter.shape != expected.shape:
-            raise ValueError(f"layer {layer_idx}: {name} must be {tuple(expected.shape)}, got {tuple(parameter.shape)}")
-        _set_parameter(layer, name, parameter)
+    """Return the compressed layer: all of what :func:`compressed_part` gives."""
+    layer = cast(FlatDecoderLayer, compressed_part(flat_config, layer_idx, "", dense_layer, weights))
     for name in ("gradient_checkpointing", "_gradient_checkpointing_func"):  # set per layer when it is enabled
         if hasattr(dense_layer, name):
             setattr(layer, name, getattr(dense_layer, name))
-    return layer.train(dense_layer.training)
+    return layer
 
 
 def adopt_compressed_layers(
@@ -140,13 +126,17 @@ def adopt_compressed_layers(
     # Built in full on the meta device: states every shape, and makes the classes known to transformers' recorders.
     with torch.device("meta"):
         pattern = family.causal_lm(flat_config)
-    _check_layers(pattern.model.layers, layers)
+    if [(type(layer), layer.self_attn.layer_idx) for layer in layers] != [
+        (family.decoder_layer, layer_idx) for layer_idx in range(flat_config.num_hidden_layers)
+    ]:
+        raise ValueError(f"expected {flat_config.num_hidden_layers} compressed layers in order")
+    new_layers = nn.ModuleList(layers)
+    _check_shapes(pattern.model.layers, dict(new_layers.named_parameters()), "layer ")
 
     dense_config = model.config
     flat_config._attn_implementation = dense_config._attn_implementation
-    was_training = model.model.layers.training
-    model.model.layers = nn.ModuleList(layers)
-    model.model.layers.training = was_training  # of the list alone: each layer has a mode of its own
+    new_layers.training = model.model.layers.training  # of the list alone: each layer has a mode of its own
+    model.model.layers = new_layers
     for adopted, example in ((model, pattern), (model.model, pattern.model)):
         adopted.__class__ = type(example)
         adopted._no_split_modules = example._no_split_modules
@@ -160,39 +150,8 @@ def adopt_compressed_layers(
     return model
 
 
-def _set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    owner, _, own_name = name.rpartition(".")
-    setattr(module.get_submodule(owner), own_name, parameter)
-
-
-def _check_widths(name: str, widths: Sequence[int], num_layers: int, largest: int) -> None:
-    if len(widths) != num_layers:
-        raise ValueError(f"{name}: expected {num_layers}, one per layer, got {len(widths)}")
-    for layer_idx, width in enumerate(widths):
-        if not 1 <= width <= largest:
-            raise ValueError(f"{name}: layer {layer_idx} must be in 1..{largest}, got {width}")
-
-
-def _check_layers(expected: Sequence[FlatDecoderLayer], layers: Sequence[FlatDecoderLayer]) -> None:
-    if len(layers) != len(expected):
-        raise ValueError(f"expected {len(expected)} layers, got {len(layers)}")
-    for layer_idx, (pattern, layer) in enumerate(zip(expected, layers, strict=True)):
-        if type(layer) is not type(pattern):
-            raise ValueError(f"layer {layer_idx}: expected a {type(pattern).__name__}, got a {type(layer).__name__}")
-        if layer.self_attn.layer_idx != layer_idx:
-            raise ValueError(f"layer {layer_idx}: its attention says it is layer {layer.self_attn.layer_idx}")
-        shapes = {name: tuple(parameter.shape) for name, parameter in layer.named_parameters()}
-        for name, parameter in pattern.named_parameters():
-            if shapes.get(name) != tuple(parameter.shape):
-                raise ValueError(f"layer {layer_idx}: {name} must be {tuple(parameter.shape)}, got {shapes.get(name)}")
-
-
-def _dense_name(factor: str) -> str:
-    """Return the name of the weight that ``factor``, a parameter of a factored projection, is part of."""
-    projection = factor.rpartition(".")[0].removesuffix(".down")
-    return f"{projection}.weight"
-
-
-def _copy_like(weight: Tensor, parameter: Tensor) -> Tensor:
-    """Return a contiguous copy on the parameter's device and in its dtype, sharing storage with nothing."""
-    return weight.detach().to(parameter.device, parameter.dtype, copy=True, memory_format=torch.contiguous_format)
+def _check_shapes(module: nn.Module, weights: Mapping[str, Tensor], place: str) -> None:
+    for name, expected in module.named_parameters():
+        given = tuple(weights[name].shape) if name in weights else "nothing"
+        if given != tuple(expected.shape):
+            raise ValueError(f"{place}{name} must be {tuple(expected.shape)}, got {given}")

@@ -1,35 +1,18 @@
-"""Calibration data as callers have it (names, texts, token ids, loaders of batches) made windows of real tokens."""
+"""Calibration data as callers have it (names, texts, token ids, batches of them) made windows of real tokens."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from copy import copy
-from itertools import repeat, tee
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, default_collate
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..errors import InputError
-from .data_utils import TextDataset, load_text
+from .text_sources import TextDataset, load_text
 
 LONGEST_WINDOW = 4096
 TokenRow: TypeAlias = tuple[Tensor, Tensor | None]  # ids (n,) and, where one is given, their mask (n,)
-
-_SEPARATOR = "\n\n"
-# Read of a stream for each token asked: English has 4 to 5, so that windows have several places to start from.
-_STREAM_CHARACTERS_PER_TOKEN = 16
-
-
-class Rereadable(Iterable[Any]):
-    """What an iterator gives, any number of times; what has been read of it stays in memory."""
-
-    def __init__(self, iterator: Iterator[Any]) -> None:
-        (self._start,) = tee(iterator, 1)
-
-    def __iter__(self) -> Iterator[Any]:
-        return copy(self._start)
 
 
 def read_calibration_data(
@@ -37,19 +20,14 @@ def read_calibration_data(
     *,
     nsamples: int,
     padding_ids: Sequence[int],
-    seqlen: int = LONGEST_WINDOW,
     dataset_root: Path | None = None,
     cache_dir: Path | None = None,
 ) -> TextDataset | list[Tensor]:
     """Return text to sample windows from, or the real tokens of rows of token ids.
 
-    Texts are all taken where their number is known. A stream or a generator is read no further than to 16 characters
-    for each token of ``nsamples`` windows, which is text for several times as many.
-
     Args:
         cal_dataset: What ``FlatLLMConfig.cal_dataset`` takes. Of a named dataset it is the train split.
-        nsamples: Windows that are wanted, and the most rows of token ids to take.
-        seqlen: Tokens per window.
+        nsamples: The most rows of token ids to take; texts are all taken.
         padding_ids: What rows given without a mask are padded with.
         dataset_root: As for :func:`load_text`.
         cache_dir: As for :func:`load_text`.
@@ -62,61 +40,80 @@ def read_calibration_data(
     """
     if isinstance(cal_dataset, str):
         return load_text(cal_dataset, "train", dataset_root=dataset_root, cache_dir=cache_dir)
-    is_one_batch = isinstance(cal_dataset, Tensor | Mapping)
-    most_characters = None if _has_length(cal_dataset) else nsamples * seqlen * _STREAM_CHARACTERS_PER_TOKEN
-    if isinstance(cal_dataset, DataLoader) and cal_dataset.collate_fn is default_collate:
-        cal_dataset = map(_uncollated, cal_dataset)
-    items = _items([cal_dataset] if is_one_batch else cal_dataset)
-    found = list(_taken(items, nsamples, most_characters))
-    if not found:
+    batches = [cal_dataset] if isinstance(cal_dataset, Tensor | Mapping) else cal_dataset
+    texts: list[str] = []
+    rows: list[Tensor] = []
+    for item in (item for batch in batches for item in _items(batch)):
+        if isinstance(item, str):
+            texts.append(item)
+        else:
+            rows.append(real_tokens(*item, padding_ids))
+        if texts and rows:
+            raise InputError("the calibration data mix texts and token ids; give one or the other")
+        if len(rows) == nsamples:
+            break
+    if not texts and not rows:
         raise InputError("the calibration data are empty; accepted: texts, or rows of token ids")
-    documents = [item for item in found if isinstance(item, str)]
-    rows = [real_tokens(*item, padding_ids) for item in found if not isinstance(item, str)]
-    if documents and rows:
-        raise InputError("the calibration data mix texts and token ids; give one or the other")
-    return rows or TextDataset("the texts given", "train", documents, _SEPARATOR)
+    return rows or TextDataset("the texts given", "train", texts, "\n\n")
 
 
-def token_rows(ids: Any, mask: Any = None) -> Iterator[TokenRow]:
-    """Yield the rows of ids (n,) or (B, S), each with its mask.
+def _items(batch: Any) -> Sequence[str | TokenRow]:
+    """Return the texts or rows of token ids that a batch holds, in order."""
+    mask = None
+    if isinstance(batch, Mapping):
+        column = next((name for name in ("input_ids", "text") if name in batch), None)
+        if column is None:
+            raise InputError(
+                f"the calibration data have {', '.join(map(repr, batch)) or 'no columns'}; expected the column "
+                "'input_ids' or 'text' (of a dataset with splits, give one split)"
+            )
+        batch, mask = batch[column], batch.get("attention_mask")
+    if isinstance(batch, str):
+        return [batch]
+    is_texts = isinstance(batch, Sequence) and len(batch) > 0 and isinstance(batch[0], str)
+    return batch if is_texts else token_rows(batch, mask)
+
+
+def token_rows(ids: Any, mask: Any = None) -> list[TokenRow]:
+    """Return the rows of ids (n,) or (B, S), each with its mask.
 
     Args:
-        ids: A tensor, an array, or lists that may differ in length.
+        ids: A tensor, an array, lists that may differ in length, or a list of one tensor and nothing else.
         mask: Of the same shape, 0 for padding; ``None`` if there is none.
 
     Raises:
-        InputError: If these are no token ids.
+        InputError: If these are no token ids, or the mask has another shape.
     """
-    if isinstance(ids, Sequence) and ids and isinstance(ids[0], Sequence | Tensor):
-        if mask is not None and len(mask) != len(ids):
-            raise InputError(f"there are {len(ids)} rows of token ids and {len(mask)} of their mask; give one for each")
-        for row, row_mask in zip(ids, [None] * len(ids) if mask is None else mask, strict=True):
-            yield from token_rows(row, row_mask)
-        return
+    rows = _rows(ids)
+    for row in rows:
+        if row.is_floating_point() or row.is_complex() or row.dtype is torch.bool or row.ndim != 1:
+            raise InputError(
+                f"the calibration data hold rows of {row.dtype} and shape {tuple(row.shape)}; "
+                "accepted: token ids, which are integers, (n,) or (B, S)"
+            )
+    masks = None if mask is None else _rows(mask)
+    if masks is not None and [row.shape for row in rows] != [row.shape for row in masks]:
+        raise InputError("the attention mask has another shape than the token ids; give one entry of it for each id")
+    return [(row.long(), masks[number] if masks else None) for number, row in enumerate(rows)]
+
+
+def _rows(values: Any) -> list[Tensor]:
+    is_list = isinstance(values, Sequence) and len(values) > 0
+    if is_list and isinstance(values[0], Tensor):
+        if len(values) > 1:  # rows? columns, as torch's default collation makes of lists? ids beside their mask?
+            raise InputError(
+                f"a batch of the calibration data is a list of {len(values)} tensors, which can mean several things; "
+                "give one tensor (B, S), or a mapping with 'input_ids' and, for padding, 'attention_mask'"
+            )
+        values = values[0]  # of a loader of a TensorDataset
     try:
-        tokens = torch.as_tensor(ids).cpu()
+        of_lists = is_list and isinstance(values[0], Sequence)  # which may differ in length
+        rows = [torch.as_tensor(row) for row in values] if of_lists else torch.atleast_2d(torch.as_tensor(values))
     except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"the calibration data hold {type(ids).__name__}; accepted: texts, or token ids") from error
-    if tokens.shape == (0,):
-        tokens = tokens.long()  # an empty line of a text: a row like any other, though a list of nothing has no ids
-    if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype is torch.bool or tokens.ndim not in (1, 2):
-        raise InputError(
-            f"the calibration data hold {tokens.dtype} of shape {tuple(tokens.shape)}; "
-            "accepted: token ids, which are integers, (n,) or (B, S)"
-        )
-    if tokens.ndim == 2 and tokens.numel() == 0:
-        raise InputError(f"the calibration data hold token ids of shape {tuple(tokens.shape)}, so none; give some")
-    rows = torch.atleast_2d(tokens.long())
-    if mask is None:
-        yield from zip(rows, repeat(None))
-        return
-    masks = torch.as_tensor(mask).cpu()
-    if masks.shape != tokens.shape:
-        raise InputError(
-            f"the attention mask has the shape {tuple(masks.shape)} and the token ids {tuple(tokens.shape)}; "
-            "give one entry of the mask for each id"
-        )
-    yield from zip(rows, masks.reshape(rows.shape), strict=True)
+        raise InputError(f"the calibration data hold {type(values).__name__}; accepted: texts, or token ids") from error
+    if len(rows) == 0:
+        raise InputError("a batch of the calibration data is empty; accepted: texts, or rows of token ids")
+    return [row.cpu() if row.numel() else torch.zeros(0, dtype=torch.int64) for row in rows]  # [] alone would be float
 
 
 def windows_of_rows(rows: Sequence[Tensor], seqlen: int) -> Tensor:
@@ -130,18 +127,13 @@ def windows_of_rows(rows: Sequence[Tensor], seqlen: int) -> Tensor:
         int64, (N, seqlen).
 
     Raises:
-        InputError: If there are fewer tokens than one window has, or than 2 in it.
+        InputError: If a window would have fewer than 2 tokens, or more than there are.
     """
-    if seqlen < 2:
-        raise InputError(
-            f"the longest row of token ids holds {seqlen} tokens without padding, and a window takes 2 or more; "
-            "give longer rows, or the seqlen to join them to"
-        )
     joined = torch.cat(list(rows))
-    if seqlen > len(joined):
+    if not 2 <= seqlen <= len(joined):
         raise InputError(
-            f"the calibration data hold {len(joined)} tokens without padding, fewer than one window of {seqlen}; "
-            "give more, or shorter windows"
+            f"the calibration data hold {len(joined)} tokens without padding, and a window would have {seqlen}; "
+            "give more, or windows of another length, 2 or more"
         )
     count = len(joined) // seqlen
     return joined[: count * seqlen].view(count, seqlen)
@@ -194,72 +186,3 @@ def check_token_ids(windows: Tensor, vocab_size: int) -> None:
                 f"token id {extreme} is out of range: the model knows 0 to {vocab_size - 1}; "
                 "give the tokenizer that belongs to the model"
             )
-
-
-def _has_length(data: Any) -> bool:
-    try:
-        len(data)
-    except TypeError:  # also that of a loader over a stream
-        return False
-    return True
-
-
-def _taken(items: Iterator[str | TokenRow], nsamples: int, most_characters: int | None) -> Iterator[str | TokenRow]:
-    """Yield ``nsamples`` rows of token ids, or texts of ``most_characters`` and a bit more, or all for ``None``."""
-    rows = characters = 0
-    for item in items:
-        yield item
-        if isinstance(item, str):
-            characters += len(item) + len(_SEPARATOR)
-        else:
-            rows += 1
-        if rows == nsamples or (most_characters is not None and characters >= most_characters):
-            return
-
-
-def _items(batches: Iterable[Any]) -> Iterator[str | TokenRow]:
-    """Yield the texts or rows of token ids that batches hold, in order."""
-    for batch in batches:
-        if isinstance(batch, str):
-            yield batch
-        elif isinstance(batch, Mapping):
-            yield from _items_of_columns(batch)
-        elif isinstance(batch, Sequence) and batch and isinstance(batch[0], str):
-            yield from batch
-        elif isinstance(batch, Sequence) and batch and isinstance(batch[0], Tensor) and batch[0].ndim > 1:
-            yield from token_rows(batch[0], _mask_among(batch))  # ids come first in a TensorDataset
-        else:
-            yield from token_rows(batch, None)
-
-
-def _uncollated(batch: Any) -> Any:
-    """Return a batch of the default collation with its lists of ids as rows.
-
-    That collation turns equally long lists of numbers around: it gives a list of tensors, one per position.
-    """
-    if isinstance(batch, Mapping):
-        return {name: _uncollated(column) for name, column in batch.items()}
-    if isinstance(batch, list) and batch and all(isinstance(part, Tensor) and part.ndim == 1 for part in batch):
-        return torch.stack(batch, dim=1)
-    return batch
-
-
-def _mask_among(tensors: Sequence[Any]) -> Tensor | None:
-    """Return the second tensor if it can only be the mask of the first: of its shape, zeros and ones."""
-    ids, *others = tensors
-    if others and isinstance(others[0], Tensor) and others[0].shape == ids.shape:
-        is_mask = bool(((others[0] == 0) | (others[0] == 1)).all())
-        return others[0] if is_mask else None
-    return None
-
-
-def _items_of_columns(batch: Mapping[str, Any]) -> Iterator[str | TokenRow]:
-    if "input_ids" in batch:
-        yield from token_rows(batch["input_ids"], batch.get("attention_mask"))
-    elif "text" in batch:
-        yield from [batch["text"]] if isinstance(batch["text"], str) else batch["text"]
-    else:
-        raise InputError(
-            f"the calibration data have {', '.join(map(repr, batch)) or 'no columns'}; expected the column "
-            "'input_ids' or 'text' (of a dataset with splits, give one split)"
-        )

@@ -1,20 +1,15 @@
 """The folder of a compressed model: whether it may be written, how it is put in place, and its model card."""
 
-import json
 import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-from transformers import PreTrainedModel
+from huggingface_hub import ModelCardData
 
 from ..errors import InputError
-from ..layers.flat_attention import HeadwiseFactoredLinear
 from .layer_utils import model_name
-
-_NOT_RUN = "not run"
 
 
 def check_output_folder(folder: Path, overwrite: bool) -> None:
@@ -38,74 +33,51 @@ def check_output_folder(folder: Path, overwrite: bool) -> None:
         raise InputError(f"cannot overwrite {folder}: it holds no model (no config.json); give another folder")
 
 
-def count_parameters(model: PreTrainedModel) -> dict[str, int]:
-    """Return ``decoder_linear``, weights of linear layers inside decoder layers, and ``total``, tied ones once.
-
-    The second factors of pruned queries and keys count as linear weights.
-    """
-    modules = list(model.base_model.layers.modules())
-    weights = [module.weight for module in modules if isinstance(module, nn.Linear)]
-    weights += [module.up for module in modules if isinstance(module, HeadwiseFactoredLinear)]
-    return {
-        "decoder_linear": sum(weight.numel() for weight in weights),
-        "total": sum(parameter.numel() for parameter in model.parameters()),
-    }
-
-
 def model_card(record: Mapping[str, Any]) -> str:
     """Return the Markdown model card, with YAML front matter, of a compressed model.
 
     Args:
-        record: How the model was made:
-
-            - ``base_model``: Hub id or folder of the dense model.
-            - ``sparsity_ratio``, ``achieved_sparsity_percent``: percent of decoder-layer linear weights removed,
-              asked and achieved.
-            - ``prune_qk``: whether queries and keys were pruned too.
-            - ``parameters_before``, ``parameters_after``: as :func:`count_parameters`.
-            - ``dataset``, ``nsamples``, ``seqlen``, ``seed``: the calibration text.
-            - ``perplexity``: ``{"dense": ..., "compressed": ..., "dataset": ..., "seqlen": ...}``, or nothing.
-            - ``versions``: of libraries, by name.
-            - ``command``: what was typed.
+        record: How the model was made, as the record of a run has it: ``base_model``, ``sparsity_ratio``,
+            ``achieved_sparsity_percent``, ``prune_qk``, ``parameters_before`` and ``parameters_after`` (as
+            :func:`count_parameters`), ``dataset``, ``nsamples``, ``seqlen``, ``seed``, ``versions``, ``command``, and
+            ``perplexity`` with ``dense``, ``compressed``, ``dataset`` and ``seqlen``, or nothing.
     """
     base_model = str(record["base_model"])
     is_local = Path(base_model).exists()
-    base_name = model_name(base_model) if is_local else base_model
-    front_matter = ["---", "library_name: transformers", "tags:", "- flat-llm", "- compressed"]
-    if not is_local:  # the hub links this name to a repository
-        front_matter.append(f"base_model: {json.dumps(base_model)}")
-    front_matter += ["flat_llm:", f"  base_model: {json.dumps(base_name)}"]
-    front_matter.append(f"  sparsity_ratio: {record['sparsity_ratio']:g}")
-    return "\n".join([*front_matter, "---", "", *_facts(base_name, record), "", *_HOW_TO_LOAD])
-
-
-def _facts(base_name: str, record: Mapping[str, Any]) -> list[str]:
+    name = model_name(base_model) if is_local else base_model
+    data = ModelCardData(
+        library_name="transformers",
+        tags=["flat-llm", "compressed"],
+        base_model=None if is_local else base_model,  # the hub links this name to a repository
+        flat_llm={"base_model": name, "sparsity_ratio": record["sparsity_ratio"]},
+    )
     before, after = record["parameters_before"], record["parameters_after"]
     projections = "query, key, value and output" if record["prune_qk"] else "value and output"
-    perplexity = record.get("perplexity") or {}
-    measured_on = f" ({perplexity['dataset']}, windows of {perplexity['seqlen']} tokens)" if perplexity else ""
-    return [
-        f"# {base_name}, compressed by FLAT-LLM",
-        "",
-        f"{record['achieved_sparsity_percent']:.2f} % of the decoder layers' linear weights were removed,"
-        f" without training: {projections} projections by head-wise PCA, MLPs by Nyström approximation.",
-        "",
-        "| | dense | compressed |",
-        "|---|---:|---:|",
-        f"| decoder-layer linear weights | {before['decoder_linear']:,} | {after['decoder_linear']:,} |",
-        f"| all parameters | {before['total']:,} | {after['total']:,} |",
-        f"| perplexity{measured_on} | {_figure(perplexity.get('dense'))} | {_figure(perplexity.get('compressed'))} |",
-        "",
-        f"- Removed: {record['sparsity_ratio']:g} % asked, {record['achieved_sparsity_percent']:.3f} % achieved.",
-        f"- Calibration: {record['dataset']}, {record['nsamples']} samples of {record['seqlen']} tokens,"
-        f" seed {record['seed']}.",
-        f"- Versions: {', '.join(f'{name} {version}' for name, version in record['versions'].items())}.",
-        f"- Command: `{record['command']}`",
-    ]
+    measured_on, dense, compressed = "", "not run", "not run"
+    if perplexity := record.get("perplexity"):
+        measured_on = f" ({perplexity['dataset']}, windows of {perplexity['seqlen']} tokens)"
+        dense, compressed = (f"{perplexity[which]:.3f}" for which in ("dense", "compressed"))
+    return f"""---
+{data.to_yaml()}
+---
 
+# {name}, compressed by FLAT-LLM
 
-def _figure(perplexity: float | None) -> str:
-    return _NOT_RUN if perplexity is None else f"{perplexity:.3f}"
+{record["achieved_sparsity_percent"]:.2f} % of the decoder layers' linear weights were removed, without training: \
+{projections} projections by head-wise PCA, MLPs by Nyström approximation.
+
+| | dense | compressed |
+|---|---:|---:|
+| decoder-layer linear weights | {before["decoder_linear"]:,} | {after["decoder_linear"]:,} |
+| all parameters | {before["total"]:,} | {after["total"]:,} |
+| perplexity{measured_on} | {dense} | {compressed} |
+
+- Removed: {record["sparsity_ratio"]:g} % asked, {record["achieved_sparsity_percent"]:.3f} % achieved.
+- Calibration: {record["dataset"]}, {record["nsamples"]} samples of {record["seqlen"]} tokens, seed {record["seed"]}.
+- Versions: {", ".join(f"{package} {version}" for package, version in record["versions"].items())}.
+- Command: `{record["command"]}`
+
+{_HOW_TO_LOAD}"""
 
 
 _HOW_TO_LOAD = """\
@@ -128,7 +100,7 @@ from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", trust_remote_code=True)
 ```
-""".splitlines()
+"""
 
 
 def put_in_place(complete: Path, folder: Path) -> None:

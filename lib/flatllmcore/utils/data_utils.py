@@ -44,12 +44,27 @@ def sample_documents(
     Raises:
         InputError: If the text is too short for that many windows.
     """
-    pool = _DocumentPool(text, tokenizer)
+    documents = text.documents
+    can_start = torch.tensor([bool(document.strip()) for document in documents], dtype=torch.bool)
+    is_left = torch.ones(len(documents), dtype=torch.bool)
+    rests: dict[int, list[int]] = {}
     generator = torch.Generator().manual_seed(seed)
     windows: list[list[int]] = []
     for _ in progress(range(nsamples), "sampling text", "window"):
-        window = pool.take_window(seqlen, generator)
-        if window is None:
+        starts, left = (is_left & can_start).nonzero().flatten(), is_left.nonzero().flatten()
+        if len(starts) == 0:
+            raise _too_short(text, nsamples, seqlen, len(windows))
+        start = starts[torch.randint(len(starts), (1,), generator=generator)]
+        window: list[int] = []
+        for document in torch.cat([left[left >= start], left[left < start]]).tolist():
+            ids = rests.pop(document, None) or _encode(tokenizer, documents[document] + text.separator)
+            missing = seqlen - len(window)
+            window += ids[:missing]
+            rests[document] = ids[missing:]
+            is_left[document] = len(rests[document]) > 0
+            if len(window) == seqlen:
+                break
+        if len(window) < seqlen:
             raise _too_short(text, nsamples, seqlen, len(windows))
         windows.append(window)
     return torch.tensor(windows)
@@ -101,40 +116,6 @@ def calibration_statistics(windows: Tensor) -> dict[str, int]:
         "tokens": windows.numel(),
         "distinct_tokens": windows.unique().numel(),
     }
-
-
-class _DocumentPool:
-    """Documents that windows use up from their fronts."""
-
-    def __init__(self, text: TextDataset, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._text = text
-        self._tokenizer = tokenizer
-        self._is_left = torch.ones(len(text.documents), dtype=torch.bool)
-        self._can_start = torch.tensor([bool(document.strip()) for document in text.documents], dtype=torch.bool)
-        self._rests: dict[int, list[int]] = {}
-
-    def take_window(self, seqlen: int, generator: torch.Generator) -> list[int] | None:
-        """Use up ``seqlen`` tokens from a random document on; None when there are not as many left."""
-        starts = (self._is_left & self._can_start).nonzero().flatten()
-        if len(starts) == 0:
-            return None
-        start = starts[torch.randint(len(starts), (1,), generator=generator)]
-        left = self._is_left.nonzero().flatten()
-        window: list[int] = []
-        for document in torch.cat([left[left >= start], left[left < start]]).tolist():
-            missing = seqlen - len(window)
-            ids = self._rests.pop(document, None) or self._document_ids(document)
-            window += ids[:missing]
-            if len(ids) > missing:
-                self._rests[document] = ids[missing:]
-            else:
-                self._is_left[document] = False
-            if len(window) == seqlen:
-                return window
-        return None
-
-    def _document_ids(self, document: int) -> list[int]:
-        return _encode(self._tokenizer, self._text.documents[document] + self._text.separator)
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool = False) -> list[int]:

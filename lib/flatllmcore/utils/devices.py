@@ -5,7 +5,6 @@ import os
 import re
 import resource
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,27 +122,6 @@ def _free_in_container() -> float:
         used = int((group / "memory.current").read_text()) - int(statistics["inactive_file"])
         free = min(free, int((group / "memory.max").read_text()) - used)
     return free
-
-
-def check_whole_models_fit(device: torch.device, sizes: Sequence[int], remedy: str) -> None:
-    """Refuse models that the host, which reads one after another, or the device has too little free memory for.
-
-    Args:
-        device: Where all of them shall be at once.
-        sizes: Bytes of each one's weights.
-        remedy: What else can be done, for the error.
-
-    Raises:
-        InputError: Saying how much is needed and how much is free.
-    """
-    places = [("in host memory", free_host_memory(), sum(sizes) if device.type == "cpu" else max(sizes))]
-    if device.type == "cuda":
-        places.append((f"on {device}", free_device_memory(device), sum(sizes)))
-    for place, free_bytes, needed_bytes in places:
-        if free_bytes < needed_bytes:
-            raise InputError(
-                f"whole models need {needed_bytes / GIB:.3g} GiB, {free_bytes / GIB:.3g} GiB are free {place}; {remedy}"
-            )
 
 
 def reset_peak_allocated(device: torch.device) -> int | None:

@@ -1,23 +1,31 @@
-"""Atomic writes: a reader sees the old file or the new one, never half of one. And is there room for them?"""
+"""Files as a whole: atomic writes, typed reading of our JSON, and whether there is room.
+
+A reader sees the old file or the new one, never half of one.
+"""
 
 import errno
+import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 
 from ..errors import InputError
 from .devices import GIB
 
+T = TypeVar("T")
+
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write ``content`` to ``path`` by way of a temporary file, fsync and rename.
+    """Write ``content`` to ``path`` by way of a temporary file, fsync and rename; missing folders are made.
 
-    Missing parent folders are made. When anything fails, ``path`` is as it was and the temporary
-    file is gone.
+    When anything fails, ``path`` is as it was and the temporary file is gone.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -32,6 +40,41 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a file of :func:`to_json_bytes`, atomically."""
+    write_atomically(path, to_json_bytes(content))
+
+
+def to_json_bytes(content: Any) -> bytes:
+    """Return what JSON takes, and dataclasses as objects of their fields, indented; equal content, equal bytes."""
+    return (json.dumps(content, indent=1, default=asdict) + "\n").encode()
+
+
+def read_json(path: Path, kind: type[T]) -> T:
+    """Return what a JSON file holds as ``kind``, a dataclass or ``dict[str, Any]``.
+
+    Fields that a dataclass does not have are let be; those with a default may be missing. NaN and infinity are no JSON.
+
+    Raises:
+        InputError: If the file cannot be read or holds something else, naming it and the field.
+    """
+    import msgspec  # no reader of JSON is needed to compress a model in memory
+
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=kind)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    except msgspec.ValidationError as error:
+        raise InputError(f"{path}: {error}") from error
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise InputError(f"{path} is not JSON: {error}") from error
+
+
+def digest(content: bytes) -> str:
+    """Return the SHA-256 of ``content``, in hexadecimal."""
+    return hashlib.sha256(content).hexdigest()
 
 
 def flush_to_disk(path: Path) -> None:

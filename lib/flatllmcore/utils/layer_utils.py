@@ -1,68 +1,21 @@
 """What a model is made of: its family, its dimensions and where its layers are."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..errors import InputError
-from ..layers.families import FAMILIES, check_is_dense, family_of, head_dim_of
+from .dimensions import ModelDimensions
 from .dispatch import check_weights_present
+from .model_families import FAMILY_NAMES, check_is_dense, family_name, head_dim_of
 
 # A decoder layer or a part of one. torch types a module's members as tensor or module, so their own are lost.
 DecoderModule: TypeAlias = Any
-
-_COMPRESSED = "flat_"  # before the model_type of the dense family
-
-
-@dataclass(frozen=True)
-class ModelDimensions:
-    """Sizes of a decoder-only model; parameter counts are linear weights of one decoder layer, without biases."""
-
-    architecture: str
-    num_layers: int
-    hidden_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    intermediate_size: int
-
-    @property
-    def qk_parameters(self) -> int:
-        return self.hidden_size * self.head_dim * (self.num_heads + self.num_kv_heads)
-
-    @property
-    def vo_parameters(self) -> int:
-        return self.head_dim * self.rank_parameters
-
-    @property
-    def mlp_parameters(self) -> int:
-        return self.intermediate_size * self.width_parameters
-
-    @property
-    def layer_parameters(self) -> int:
-        return self.qk_parameters + self.vo_parameters + self.mlp_parameters
-
-    @property
-    def rank_parameters(self) -> int:
-        """Parameters of V and O that one direction per head costs."""
-        return self.hidden_size * (self.num_heads + self.num_kv_heads)
-
-    @property
-    def width_parameters(self) -> int:
-        """Parameters of gate, up and down that one MLP channel costs."""
-        return 3 * self.hidden_size
-
-    def differences_from(self, other: "ModelDimensions") -> str:
-        """Return the sizes that are not equal, in words; nothing for equal dimensions."""
-        ours, given = self.to_dict(), other.to_dict()
-        return "; ".join(f"{name} {ours[name]}, not {given[name]}" for name in ours if ours[name] != given[name])
-
-    def to_dict(self) -> dict[str, str | int]:
-        return asdict(self)
 
 
 def model_name(model: str | Path) -> str:
@@ -82,7 +35,7 @@ def load_config(model: str, cache_dir: Path | None = None) -> PretrainedConfig:
         reason = " ".join(str(error).split("\n")[:2])
         raise InputError(
             f"no usable model config at {model!r} ({reason}); expected a local model folder or a hub id, "
-            f"of one of the families {', '.join(FAMILIES)}"
+            f"of one of the families {', '.join(FAMILY_NAMES)}"
         ) from error
 
 
@@ -102,15 +55,16 @@ def dense_dimensions(config: PretrainedConfig) -> ModelDimensions:
     Raises:
         InputError: If the family is not supported.
     """
-    family_of(config)
+    family = family_name(config)
     return ModelDimensions(
-        architecture=config.model_type.removeprefix(_COMPRESSED),
+        architecture=family,
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
         num_heads=config.num_attention_heads,
         num_kv_heads=config.num_key_value_heads,
         head_dim=head_dim_of(config),
-        intermediate_size=_dense_intermediate_size(config),
+        # A config of per-layer widths refuses to give one for all.
+        intermediate_size=config.intermediate_size if config.model_type == family else config.dense_intermediate_size,
     )
 
 
@@ -122,10 +76,9 @@ def detect_architecture(model: nn.Module) -> str:
     """
     config = getattr(model, "config", None)
     if not isinstance(config, PretrainedConfig):
-        names = ", ".join(FAMILIES)
+        names = ", ".join(FAMILY_NAMES)
         raise InputError(f"a {type(model).__name__} has no config that names its family; supported: {names}")
-    family_of(config)
-    return config.model_type.removeprefix(_COMPRESSED)
+    return family_name(config)
 
 
 def check_causal_lm(model: PreTrainedModel) -> None:
@@ -135,11 +88,9 @@ def check_causal_lm(model: PreTrainedModel) -> None:
         InputError: If it is not a causal language model of a supported family, dense or compressed, or weights are
             not in memory as floating-point numbers.
     """
-    detect_architecture(model)
-    family = family_of(model.config)
-    # The compressed class by name: another copy of this package, or a model folder's own files, have one of their own.
-    if type(model) is not family.dense_causal_lm and type(model).__name__ != family.causal_lm.__name__:
-        expected = family.dense_causal_lm.__name__
+    expected = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[detect_architecture(model)]
+    # By name: another copy of this package, or a model folder's own files, have a compressed class of their own.
+    if type(model).__name__ not in (expected, f"Flat{expected}"):
         raise InputError(f"the model is a {type(model).__name__}; accepted of this family: {expected}")
     check_weights_present(model)
 
@@ -157,6 +108,18 @@ def find_decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """
     detect_architecture(model)
     return model.base_model.layers
+
+
+def count_parameters(model: PreTrainedModel) -> dict[str, int]:
+    """Return ``decoder_linear``, weights of linear layers inside decoder layers, and ``total``, tied ones once.
+
+    The second factors of pruned queries and keys count as linear weights.
+    """
+    layers = model.base_model.layers
+    return {
+        "decoder_linear": sum(weight.numel() for weight in layers.parameters() if weight.ndim > 1),  # no norm, no bias
+        "total": sum(parameter.numel() for parameter in model.parameters()),
+    }
 
 
 def check_sparsity(model: PreTrainedModel) -> float:
@@ -187,24 +150,24 @@ def get_layer_dimensions(model: PreTrainedModel, architecture: str | None = None
     Raises:
         InputError: If the model is of another family, or of one that is not supported.
     """
-    found = detect_architecture(model)
-    if architecture not in (None, found):
-        raise InputError(f"the model is of the family {found!r}, not {architecture!r}")
+    check_architecture(model, architecture)
     dimensions = dense_dimensions(model.config)
     layers: list[DecoderModule] = list(find_decoder_layers(model))
     return {
-        **dimensions.to_dict(),
+        **asdict(dimensions),
         "value_rank": [layer.self_attn.v_proj.out_features // dimensions.num_kv_heads for layer in layers],
         "mlp_width": [layer.mlp.down_proj.in_features for layer in layers],
         "query_key_rank": [_rank_of(layer.self_attn.q_proj) for layer in layers],
     }
 
 
+def check_architecture(model: nn.Module, architecture: str | None) -> None:
+    """Refuse a model of another family than ``architecture``, if one is named."""
+    found = detect_architecture(model)
+    if architecture not in (None, found):
+        raise InputError(f"the model is of the family {found!r}, not {architecture!r}")
+
+
 def _rank_of(projection: DecoderModule) -> int | None:
     """Return the rank of a projection's two factors; ``None`` for a whole one."""
     return projection.up.shape[-1] if hasattr(projection, "up") else None
-
-
-def _dense_intermediate_size(config: PretrainedConfig) -> int:
-    """Return the MLP width before compression; a config of per-layer widths refuses to give one for all."""
-    return config.intermediate_size if config.model_type in FAMILIES else config.dense_intermediate_size

@@ -101,12 +101,6 @@ def load_tokenizer(model: str, *, cache_dir: Path | None = None) -> PreTrainedTo
         raise InputError(f"no usable tokenizer at {model!r} ({reason}); expected one beside the weights") from error
 
 
-def model_fingerprint(model: PreTrainedModel) -> str:
-    """Return what :func:`weights_fingerprint` says of the decoder's matrices."""
-    matrices = (parameter for parameter in model.get_decoder().parameters() if parameter.ndim == 2)
-    return weights_fingerprint(matrix.detach()[:FINGERPRINT_ROWS] for matrix in matrices)
-
-
 def weights_fingerprint(leading_rows: Iterable[Tensor]) -> str:
     """Return 16 hexadecimal digits that tell a model's weights from another's of the same shape.
 

@@ -5,12 +5,11 @@ block one process is all of them, and every function here leaves its argument as
 library has made for other work is not touched.
 """
 
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -45,10 +44,8 @@ def process_group(device: torch.device) -> Iterator[None]:
         yield
         return
     global _store, _has_failed  # noqa: PLW0603 (torch.distributed's own group is as global)
-    _store, rank, world_size = next(dist.rendezvous("env://"))
-    dist.init_process_group(
-        collective_backend(device), store=_store, rank=rank, world_size=world_size, timeout=_PATIENCE
-    )
+    _store, rank, size = next(dist.rendezvous("env://"))
+    dist.init_process_group(collective_backend(device), store=_store, rank=rank, world_size=size, timeout=_PATIENCE)
     _has_failed = False
     try:
         dist.barrier()  # none may leave, even by an error, while another is still joining
@@ -62,16 +59,18 @@ def process_group(device: torch.device) -> Iterator[None]:
         _store = None
 
 
-def process_count() -> int:
+def world_size() -> int:
+    """Return how many processes there are."""
     return dist.get_world_size() if _is_group() else 1
 
 
-def local_process_count() -> int:
+def local_world_size() -> int:
     """Return how many processes of the group share this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if _is_group() else 1
 
 
-def is_first_process() -> bool:
+def is_rank_0() -> bool:
+    """Tell whether this is the process that writes and logs."""
     return not _is_group() or dist.get_rank() == 0
 
 
@@ -91,16 +90,16 @@ def is_first_failure() -> bool:
 
 def own_share(rows: Tensor) -> Tensor:
     """Return a view of the rows that this process takes; shares differ by one at most and may be empty."""
-    return rows.tensor_split(process_count())[dist.get_rank()] if _is_group() else rows
+    return rows.tensor_split(world_size())[dist.get_rank()] if _is_group() else rows
 
 
-def joined_shares(share: Tensor, length: int) -> Tensor:
+def all_gather_shares(share: Tensor, length: int) -> Tensor:
     """Return the ``length`` rows of which :func:`own_share` gave each process its ``share``; the same in all."""
     if not _is_group():
         return share
     rows = share.new_zeros(length, *share.shape[1:])
     own_share(rows).copy_(share)
-    return sum_over_processes(rows)
+    return all_reduce(rows)
 
 
 def own_turns(items: Sequence[T]) -> list[T]:
@@ -110,26 +109,31 @@ def own_turns(items: Sequence[T]) -> list[T]:
 
 def is_own_turn(turn: int) -> bool:
     """Tell whether this process takes an item by its place among those that are dealt out there and back."""
-    return not _is_group() or _process_of_turn(turn) == dist.get_rank()
+    return not _is_group() or _rank_of_turn(turn) == dist.get_rank()
 
 
-def sent_by_turn(tensor: Tensor, turn: int) -> Tensor:
+def broadcast_by_turn(tensor: Tensor, turn: int) -> Tensor:
     """Return the tensor of the process whose turn it is; the others give one of its shape, which does not count."""
+    return _broadcast(tensor.contiguous(), _rank_of_turn(turn)) if _is_group() else tensor
+
+
+def broadcast(tensor: Tensor) -> None:
+    """Replace what a tensor holds, in place, by what it holds in rank 0."""
+    if _is_group():
+        tensor.copy_(_broadcast(tensor.contiguous(), 0))
+
+
+def broadcast_object(make: Callable[[], T]) -> T:
+    """Return what ``make`` gives in rank 0, the only process where it is called."""
     if not _is_group():
-        return tensor
-    sent = tensor.contiguous()
+        return make()
+    objects = [make() if is_rank_0() else None]
     with _naming_lost_processes():
-        dist.broadcast(sent, src=_process_of_turn(turn))
-    return sent
+        dist.broadcast_object_list(objects, device=torch.device("cpu"))
+    return objects[0]  # type: ignore[return-value]
 
 
-def _process_of_turn(turn: int) -> int:
-    count = process_count()
-    place = turn % (2 * count)
-    return min(place, 2 * count - 1 - place)
-
-
-def sum_over_processes(total: Tensor) -> Tensor:
+def all_reduce(total: Tensor) -> Tensor:
     """Add up ``total`` over the group in place, and return it."""
     if _is_group():
         with _naming_lost_processes():
@@ -137,40 +141,12 @@ def sum_over_processes(total: Tensor) -> Tensor:
     return total
 
 
-def sum_of_numbers(*numbers: float, device: torch.device) -> list[float]:
+def all_reduce_numbers(*numbers: float, device: torch.device) -> list[float]:
     """Return each number summed over the group, in float64."""
-    return sum_over_processes(torch.tensor(numbers, dtype=torch.float64, device=device)).tolist()
+    return all_reduce(torch.tensor(numbers, dtype=torch.float64, device=device)).tolist()
 
 
-def told_by_first(make: Callable[[], Any]) -> Any:
-    """Return what ``make`` gives in the first process, the only one where it is called; anything JSON can hold."""
-    if not _is_group():
-        return make()
-    told = [json.dumps(make()) if is_first_process() else ""]
-    with _naming_lost_processes():
-        dist.broadcast_object_list(told, device=torch.device("cpu"))
-    return json.loads(told[0])
-
-
-def tensors_of_first(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """Return the tensors of the first process, by name, on ``device``; what the others give does not count."""
-    if not _is_group():
-        return tensors
-    forms = [{name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}]
-    with _naming_lost_processes():
-        dist.broadcast_object_list(forms, device=torch.device("cpu"))
-    received = {}
-    for name, (shape, dtype) in forms[0].items():
-        if is_first_process():
-            received[name] = tensors[name].to(device).contiguous()
-        else:
-            received[name] = torch.empty(shape, dtype=dtype, device=device)
-        with _naming_lost_processes():
-            dist.broadcast(received[name], src=0)
-    return received
-
-
-def wait_for_all() -> None:
+def barrier() -> None:
     """Wait until every process of the group has come here."""
     if _is_group():
         with _naming_lost_processes():
@@ -179,6 +155,17 @@ def wait_for_all() -> None:
 
 def _is_group() -> bool:
     return _store is not None
+
+
+def _rank_of_turn(turn: int) -> int:
+    place = turn % (2 * world_size())
+    return min(place, 2 * world_size() - 1 - place)
+
+
+def _broadcast(tensor: Tensor, rank: int) -> Tensor:
+    with _naming_lost_processes():
+        dist.broadcast(tensor, src=rank)
+    return tensor
 
 
 @contextmanager

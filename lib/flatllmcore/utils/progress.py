@@ -5,11 +5,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from .processes import is_first_process
+from .processes import is_rank_0
 
 
 def progress(items: Iterable[Any] | None, doing: str, unit: str, total: float | None = None) -> tqdm:
-    """Return ``items`` behind a bar that is wiped when done; only the first process draws one, and on a terminal.
+    """Return ``items`` behind a bar that is wiped when done; only rank 0 draws one, and on a terminal.
 
     Args:
         items: What to go through, or ``None`` for a bar that is moved by ``update``.
@@ -24,6 +24,6 @@ def progress(items: Iterable[Any] | None, doing: str, unit: str, total: float | 
         unit=unit,
         unit_scale=unit in ("B", "char"),
         leave=False,
-        disable=None if is_first_process() else True,  # None: by the terminal
+        disable=None if is_rank_0() else True,  # None: by the terminal
         dynamic_ncols=True,
     )

@@ -1,15 +1,29 @@
-"""Where text comes from: a named dataset on the Hugging Face Hub, a local copy of it, pydocs, or a path."""
+"""Where text comes from: a named dataset (the hub's, a local copy of it, or pydocs), or a file or folder."""
 
+import lzma
+import re
+import zlib
+from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
 
 from ..errors import InputError
-from .pydocs import pydocs_documents
-from .text_files import RECORD_SEPARATOR, SUFFIXES, is_text_file, read_documents, split_files
+from .progress import progress
 
 Split = Literal["train", "test"]
-HUB_TIMEOUT_S = 10.0
+EMBEDDED_TEXT = Path(__file__).resolve().parents[3] / "models" / "pydocs-llama" / "text"
+_SUFFIXES = (".txt", ".raw", ".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.xz", ".parquet")
+_LINES = (".txt", ".raw")  # .raw: WikiText's own distribution
+_ACCEPTED = ", ".join(_SUFFIXES)
+_SPLIT_WORDS = {"train": {"train"}, "test": {"test"}, "validation": {"validation", "valid", "val", "dev"}}
+_ALPACA_PROMPT = (
+    "Below is an instruction that describes a task{context}. "
+    "Write a response that appropriately completes the request."
+    "\n\n### Instruction:\n{instruction}{input}\n\n### Response:\n{output}"
+)
 
 
 @dataclass(frozen=True)
@@ -51,8 +65,9 @@ def load_text(
 ) -> TextDataset:
     """Return one split of a named dataset or of a local file or folder.
 
-    A single file has no splits: either name gives all of it. The test split of a folder is its
-    validation files when it has no test files.
+    The lines of a text file are its documents, and ``"\\n".join`` gives the file back exactly. Elsewhere every record
+    is one: its column ``text``, or the Alpaca prompt made of ``instruction``, ``input`` and ``output``. A single file
+    gives all of it as either split; a folder without test files gives its validation files as test split.
 
     Args:
         name_or_path: One of ``DATASET_NAMES``, else a path (``./c4`` for a folder called like a dataset).
@@ -63,14 +78,12 @@ def load_text(
     Raises:
         InputError: If there is no such text, it cannot be read, or the hub cannot be reached.
     """
-    if name_or_path == "pydocs":
-        return TextDataset(name_or_path, split, pydocs_documents(split), RECORD_SEPARATOR)
-    published_split: Split = "train" if name_or_path == "alpaca" else split
-    contents = [read_documents(path) for path in _files(name_or_path, published_split, dataset_root, cache_dir)]
-    documents = [document for documents, _ in contents for document in documents]
-    if name_or_path == "alpaca":
+    is_alpaca = name_or_path == "alpaca"
+    files = _files(name_or_path, "train" if is_alpaca else split, dataset_root, cache_dir)
+    documents = [document for path in files for document in _read_documents(path)]
+    if is_alpaca:
         documents = _alpaca_split(documents, split)
-    return TextDataset(name_or_path, split, documents, contents[0][1])
+    return TextDataset(name_or_path, split, documents, "\n" if _ends(files[0], _LINES) else "\n\n")
 
 
 def has_test_split(name_or_path: str, dataset_root: Path | None = None) -> bool:
@@ -79,92 +92,151 @@ def has_test_split(name_or_path: str, dataset_root: Path | None = None) -> bool:
     Raises:
         InputError: If there is no such text.
     """
-    hub = _HUB_DATASETS.get(name_or_path)
-    if name_or_path == "pydocs" or (hub and dataset_root is None):
+    if name_or_path in _HUB_DATASETS and dataset_root is None:
         return True
-    location = _location(name_or_path, hub, dataset_root)
-    if name_or_path == "alpaca":
-        return True
-    return location.is_dir() and not {"test", "validation"}.isdisjoint(split_files(location))
+    splits = _local_splits(name_or_path, dataset_root)
+    return name_or_path == "alpaca" or not {"test", "validation"}.isdisjoint(splits)
 
 
 def _files(name: str, split: Split, dataset_root: Path | None, cache_dir: Path | None) -> list[Path]:
     hub = _HUB_DATASETS.get(name)
     if hub and dataset_root is None:
         return _download(hub, hub.files[split], cache_dir)
-    location = _location(name, hub, dataset_root)
-    if location.is_file():
-        return [location]
-    published = sorted(location.glob(hub.files[split])) if hub else []
-    return published or _files_of_split(location, split)  # a clone may hold other configurations and shards
-
-
-def _location(name: str, hub: _HubDataset | None, dataset_root: Path | None) -> Path:
-    if hub and dataset_root:
-        return _local_copy(name, hub, dataset_root)
-    path = Path(name).expanduser()
-    if not path.exists():
-        raise InputError(
-            f"no dataset or path called {name!r}; known datasets: {', '.join(DATASET_NAMES)}; "
-            f"or a folder or file ({', '.join(SUFFIXES)})"
-        )
-    return path
-
-
-def _local_copy(name: str, hub: _HubDataset, root: Path) -> Path:
-    candidates = [name, hub.hub_id, hub.hub_id.split("/")[1], *hub.spellings]
-    folders = [root / candidate for candidate in candidates if (root / candidate).is_dir()]
-    files = [path for path in sorted(root.glob(f"{name}*")) if path.is_file() and is_text_file(path)]
-    if folders:
-        return folders[0]
+    splits = _local_splits(name, dataset_root)
+    files = splits.get("any") or splits.get(split) or (splits.get("validation") if split == "test" else None)
     if not files:
         raise InputError(
-            f"no local copy of {name!r} in {root}; looked for the folders {', '.join(dict.fromkeys(candidates))} "
-            f"and a file {name}* ({', '.join(SUFFIXES)})"
+            f"no {split} text in {_location(name, dataset_root)}; expected {_ACCEPTED} files with the split in their "
+            f"name, found {', '.join(sorted(splits)) or 'none'}"
         )
-    if len(files) > 1:
-        names = ", ".join(path.name for path in files)
-        raise InputError(f"several files in {root} could be {name!r} ({names}); give the path of one as the dataset")
-    return files[0]
-
-
-def _files_of_split(folder: Path, split: Split) -> list[Path]:
-    splits = split_files(folder)
-    files = splits.get(split) or (splits.get("validation") if split == "test" else None)
-    if not files:
-        raise InputError(
-            f"no {split} text in {folder}; expected {', '.join(SUFFIXES)} files with the split in their name, "
-            f"found {', '.join(sorted(splits)) or 'none'}"
-        )
-    kinds = {(path.parent, path.suffix) for path in files}
-    if len(kinds) > 1:
-        names = ", ".join(str(path.relative_to(folder)) for path in files[:4])
-        raise InputError(f"several texts are called {split} in {folder} ({names}...); give the folder or file of one")
+    if len({(path.parent, path.suffix) for path in files}) > 1:
+        names = ", ".join(map(str, files[:4]))
+        raise InputError(f"several texts are called {split} ({names}...); give the folder or file of one")
     return files
 
 
+def _local_splits(name: str, dataset_root: Path | None) -> dict[str, list[Path]]:
+    """Return the files of a local text by split: train, test and validation of a folder, "any" of a single file.
+
+    A split is read off the words of a file's name, else of the folders it is in. As on the Hugging Face Hub, files
+    are all train when no name tells a split.
+    """
+    place = _location(name, dataset_root)
+    if place.is_file():
+        return {"any": [place]}
+    splits = defaultdict(list)
+    for path in sorted(place.rglob("*")):
+        parts = path.relative_to(place).parts
+        if path.is_file() and _ends(path, _SUFFIXES) and not any(part.startswith(".") for part in parts):
+            words = (set(re.findall("[a-z]+", part.lower())) for part in reversed(parts))
+            told = (split for found in words for split, names in _SPLIT_WORDS.items() if found & names)
+            splits[next(told, "unnamed")].append(path)
+    unnamed = splits.pop("unnamed", [])
+    if unnamed and not splits:
+        splits["train"] = unnamed
+    hub = _HUB_DATASETS.get(name)
+    published = {split: sorted(place.glob(pattern)) for split, pattern in hub.files.items()} if hub else {}
+    # A clone may hold other configurations and shards.
+    return splits | {split: files for split, files in published.items() if files}
+
+
+def _location(name: str, dataset_root: Path | None) -> Path:
+    """Return the file or folder that a name or path stands for, where the hub is not asked."""
+    hub = _HUB_DATASETS.get(name)
+    if hub and dataset_root:
+        candidates = dict.fromkeys([name, hub.hub_id, hub.hub_id.split("/")[1], *hub.spellings])
+        folders = [dataset_root / candidate for candidate in candidates if (dataset_root / candidate).is_dir()]
+        files = [path for path in sorted(dataset_root.glob(f"{name}*")) if path.is_file() and _ends(path, _SUFFIXES)]
+        if folders or len(files) == 1:
+            return (folders or files)[0]
+        raise InputError(
+            f"no local copy of {name!r} in {dataset_root}; expected one of the folders {', '.join(candidates)} or "
+            f"one file {name}* ({_ACCEPTED}), found {', '.join(path.name for path in files) or 'none'}"
+        )
+    path, advice = Path(name).expanduser(), f"known datasets: {', '.join(DATASET_NAMES)}; or a file or folder"
+    if name == "pydocs":
+        copy = dataset_root and dataset_root / name
+        path = copy if copy and copy.is_dir() else EMBEDDED_TEXT
+        advice = "this package is installed without the repository; give the path of its models/pydocs-llama/text"
+    if not path.exists():
+        raise InputError(f"no dataset or path called {name!r}; {advice}")
+    return path
+
+
 def _download(hub: _HubDataset, pattern: str, cache_dir: Path | None) -> list[Path]:
+    """Return files of the hub's cache, got if need be; ``load_dataset(hub_id)`` asks the hub even for what is there."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HTTPError
 
     try:
         folder = snapshot_download(
-            hub.hub_id,
-            repo_type="dataset",
-            allow_patterns=pattern,
-            cache_dir=cache_dir,
-            etag_timeout=HUB_TIMEOUT_S,
+            hub.hub_id, repo_type="dataset", allow_patterns=pattern, cache_dir=cache_dir, etag_timeout=10
         )
         files = sorted(Path(folder).glob(pattern))
         if not files:  # an earlier download left a snapshot without these files, and there is no network now
             raise FileNotFoundError(f"no {pattern} in {folder}")
     except (OSError, HTTPError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"could not get {hub.hub_id} from the Hugging Face Hub ({reason}); "
+            f"could not get {hub.hub_id} from the Hugging Face Hub ({_first_line(error)}); "
             "without a network give --dataset_root DIR with a local copy, or a path as the dataset"
         ) from error
     return files
+
+
+def _read_documents(path: Path) -> list[str]:
+    if not _ends(path, _SUFFIXES):
+        raise InputError(f"{path} is not a kind of text file known here; accepted: {_ACCEPTED}")
+    try:
+        if _ends(path, _LINES):  # not by load_dataset("text"), which makes line feeds of carriage returns
+            return path.read_bytes().decode().split("\n")
+        return _read_records(path)
+    except InputError:
+        raise
+    except (OSError, ValueError, EOFError, StopIteration, zlib.error, lzma.LZMAError) as error:
+        raise InputError(f"{path} is damaged or not what its name says ({_first_line(error)})") from error
+
+
+def _read_records(path: Path) -> list[str]:
+    from datasets import load_dataset
+
+    builder = "parquet" if _ends(path, (".parquet",)) else "json"
+    pattern = re.sub(r"([*?[])", r"[\1]", str(path))  # in a pattern, these characters would match others
+    documents: list[str] = []
+    # Streaming makes no copy of the text; all that the cache gets is a lock.
+    with TemporaryDirectory() as cache, progress(None, f"reading {path.name}", "row") as bar:
+        dataset = load_dataset(builder, data_files=pattern, split="train", streaming=True, cache_dir=cache)
+        for columns in dataset.iter(1000):
+            found = _documents_of(columns, path)
+            documents += found
+            bar.update(len(found))
+    return documents
+
+
+def _documents_of(columns: Mapping[str, list[Any]], path: Path) -> list[str]:
+    if "text" in columns:
+        return _texts(columns["text"], path)
+    if not {"instruction", "output"} <= columns.keys():
+        raise InputError(
+            f"{path} has the columns {', '.join(columns)}; expected text, or instruction, input and output"
+        )
+    instructions, outputs = _texts(columns["instruction"], path), _texts(columns["output"], path)
+    inputs = _texts([value or "" for value in columns.get("input", [""] * len(outputs))], path)
+    return [
+        _ALPACA_PROMPT.format(
+            context=", paired with an input that provides further context" * bool(given),
+            instruction=instruction,
+            input=f"\n\n### Input:\n{given}" * bool(given),
+            output=output,
+        )
+        for instruction, given, output in zip(instructions, inputs, outputs, strict=True)
+    ]
+
+
+def _texts(values: list[Any], path: Path) -> list[str]:
+    for value in values:
+        if not isinstance(value, str):
+            raise InputError(f"{path} has {type(value).__name__} where text was expected")
+    return values
 
 
 def _alpaca_split(documents: list[str], split: Split) -> list[str]:
@@ -172,6 +244,13 @@ def _alpaca_split(documents: list[str], split: Split) -> list[str]:
     from datasets import Dataset
 
     parts = Dataset.from_dict({"text": documents}).train_test_split(test_size=0.2, seed=42)
-    if split == "train":
-        return list(parts["train"]["text"])
-    return list(parts["test"].train_test_split(test_size=0.5, seed=42)["train"]["text"])
+    part = parts["train"] if split == "train" else parts["test"].train_test_split(test_size=0.5, seed=42)["train"]
+    return list(part["text"])
+
+
+def _ends(path: Path, suffixes: tuple[str, ...]) -> bool:
+    return path.name.lower().endswith(suffixes)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,4 +1,4 @@
-"""A checkpoint on disk as source of the walk: one decoder layer in use, and the next one being read."""
+"""A checkpoint's files as source of the walk: layers are read as they are needed, and kept where memory allows."""
 
 import copy
 import re
@@ -18,16 +18,17 @@ from ..utils.devices import pinned
 from ..utils.layer_utils import DecoderModule, load_config
 from ..utils.loading import FINGERPRINT_ROWS, check_weights, empty_causal_lm, weights_fingerprint
 from ..utils.weight_files import WeightFiles
-from .calibration import record_layer_arguments, to_device
-from .hidden_states import StatesStorage
+from .memory import layer_arguments
+from .storage import StatesStorage
 
 _COMPUTED = re.compile(r"rotary_emb\.inv_freq$")  # in old checkpoints, and never read
 
 
 class CheckpointSource:
-    """The checkpoint of a dense or compressed model, of which no more is in memory than is at work.
+    """The checkpoint of a dense or compressed model, its weights read from safetensors when they are needed.
 
-    Host memory holds one decoder layer (a second one while it is read ahead), or the embeddings, or the head.
+    Host memory holds one decoder layer (a second one while it is read ahead), or the embeddings, or the head; or, where
+    :attr:`is_kept`, all that has been read so far.
 
     Args:
         model: Local folder or hub id, of safetensors files with the names that transformers gives.
@@ -50,6 +51,7 @@ class CheckpointSource:
     ) -> None:
         self.device = device
         self.storage = storage or StatesStorage()
+        self.is_kept = False
         config = load_config(model, cache_dir)
         self._files = WeightFiles(model, cache_dir)
         self.dtype = (config.dtype or self._files.dtype) if dtype == "auto" else getattr(torch, dtype)
@@ -67,17 +69,16 @@ class CheckpointSource:
         fill_parameters(self._decoder.norm, self._read_part(f"{self._prefix}norm."))
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="layer-reader")
         self._ahead: tuple[int, Future[dict[str, Tensor]]] | None = None
+        self._kept: dict[int, dict[str, Tensor]] = {}
 
     def loading_info(self) -> dict[str, list[str]]:
         """Return the names of weights that the checkpoint lacks, has too many or has in another shape."""
         expected = {name: tuple(parameter.shape) for name, parameter in self.skeleton.named_parameters()}
         found = self._files.shapes
-        tied = set(self.skeleton.state_dict()) - set(expected)
+        known = expected.keys() | self.skeleton.state_dict().keys()
         return {
             "missing_keys": [name for name in expected if name not in found],
-            "unexpected_keys": [
-                name for name in found if name not in expected and name not in tied and not _COMPUTED.search(name)
-            ],
+            "unexpected_keys": [name for name in found if name not in known and not _COMPUTED.search(name)],
             "mismatched_keys": [name for name, shape in expected.items() if found.get(name, shape) != shape],
         }
 
@@ -99,26 +100,29 @@ class CheckpointSource:
         return weights_fingerprint(self._files.leading_rows(names, FINGERPRINT_ROWS))
 
     def weights_beside_layers(self) -> Iterator[dict[str, Tensor]]:
-        """Yield the embeddings, then the final norm and the head, in the run's dtype."""
+        """Yield the embeddings, then the final norm and the head, by name, in the run's dtype; a tied head once."""
         beside = [name for name in self._names if not name.startswith(f"{self._prefix}layers.")]
         yield self._read(beside[:1])
         yield self._read(beside[1:])
 
     @contextmanager
     def embedding(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        """Lend the embedding, read for the block."""
         weight = next(iter(self._read([f"{self._prefix}embed_tokens.weight"]).values())).to(self.device)
         yield lambda ids: F.embedding(ids.to(self.device), weight)
 
     def layer_arguments(self, seqlen: int) -> list[dict[str, Any]]:
-        return to_device(record_layer_arguments(self._decoder, seqlen), self.device, {})
+        """Return what the model passes to each layer."""
+        return layer_arguments(self._decoder, seqlen, self.device)
 
     @contextmanager
     def layer(self, index: int) -> Iterator[DecoderModule]:
+        """Lend decoder layer ``index``, and begin to read the next."""
         weights = self._take(index)
         with torch.device("meta"):
             layer = type(self._decoder.layers[index])(self.config, index)
         fill_parameters(layer, {name: weight.to(self.device, non_blocking=True) for name, weight in weights.items()})
-        weights.clear()  # on the device now, or the layer's own
+        del weights  # on the device now, or the layer's own
         try:
             with torch.no_grad():
                 yield layer.eval()
@@ -128,6 +132,7 @@ class CheckpointSource:
 
     @contextmanager
     def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        """Lend the function from hidden states to logits, its weight read for the block."""
         tied = "lm_head.weight" not in self._names
         name = f"{self._prefix}embed_tokens.weight" if tied else "lm_head.weight"
         weight = self._read([name])[name].to(self.device)
@@ -137,19 +142,21 @@ class CheckpointSource:
 
     def _take(self, index: int) -> dict[str, Tensor]:
         """Return the parameters of layer ``index``, and begin to read those of the next."""
+        if index in self._kept:
+            return self._kept[index]
         if self._ahead is None or self._ahead[0] != index:
             self._ahead = index, self._reader.submit(self._read_layer, index)
         weights = self._ahead[1].result()
         self._ahead = None
-        if index + 1 < self.num_layers:
+        if self.is_kept:
+            self._kept[index] = weights
+        if index + 1 < self.num_layers and index + 1 not in self._kept:
             self._ahead = index + 1, self._reader.submit(self._read_layer, index + 1)
         return weights
 
     def _read_layer(self, index: int) -> dict[str, Tensor]:
         weights = self._read_part(f"{self._prefix}layers.{index}.")
-        for name in weights:
-            weights[name] = pinned(weights[name], self.device)
-        return weights
+        return {name: pinned(weight, self.device) for name, weight in weights.items()}
 
     def _read_part(self, prefix: str) -> dict[str, Tensor]:
         """Return the parameters of a part of the model by their names within it."""

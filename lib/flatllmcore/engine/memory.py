@@ -1,13 +1,8 @@
-"""The walk every step shares: windows of tokens through the decoder layers, one layer at a time.
+"""A transformers model in memory as source and as sink of the walk."""
 
-A *source* gives the layers of a model one by one; hidden states of all windows are kept between them.
-Importance, compression and perplexity are three visitors of this walk, so what runs on one device is
-one decoder layer and one batch, whatever the size of the model. A *sink* takes the compressed layers.
-"""
-
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,65 +11,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ..layers.flat_attention import FlatDecoderLayer
 from ..layers.replacement import adopt_compressed_layers
 from ..utils.layer_utils import DecoderModule
-from ..utils.loading import model_fingerprint
-from .hidden_states import StatesStorage
-from .stopwatch import Stopwatch
-
-if TYPE_CHECKING:
-    from .prune import LayerRecord
-
-TOKENS_PER_BATCH = 4096
-
-
-class LayerSource(Protocol):
-    """Where the walk gets a model's parts from; each comes ready to run on ``device``."""
-
-    config: PretrainedConfig
-    device: torch.device
-    dtype: torch.dtype
-    num_layers: int
-    storage: StatesStorage
-
-    def fingerprint(self) -> str:
-        """Return what tells the model's weights from another's: see ``weights_fingerprint``."""
-
-    def weights_beside_layers(self) -> Iterator[dict[str, Tensor]]:
-        """Yield the embeddings, then the final norm and the head, by name; a tied head once."""
-
-    def embedding(self) -> AbstractContextManager[Callable[[Tensor], Tensor]]:
-        """Lend the function from ids, (batch, S), to the hidden states that enter layer 0, (batch, S, D)."""
-
-    def layer_arguments(self, seqlen: int) -> list[dict[str, Any]]:
-        """Return, per layer, what the model passes to it beside the hidden states."""
-
-    def layer(self, index: int) -> AbstractContextManager[DecoderModule]:
-        """Lend decoder layer ``index``."""
-
-    def head(self) -> AbstractContextManager[Callable[[Tensor], Tensor]]:
-        """Lend the function from the last layer's output to logits, final norm included."""
-
-
-@contextmanager
-def lent_layer(source: LayerSource, index: int, stopwatch: Stopwatch) -> Iterator[DecoderModule]:
-    """Lend decoder layer ``index``; waiting for it to be read or copied counts as the stage ``read``."""
-    with ExitStack() as stack:
-        with stopwatch.stage("read"):
-            layer = stack.enter_context(source.layer(index))
-        yield layer
-
-
-class LayerSink(Protocol):
-    """Where compressed layers go."""
-
-    @property
-    def finished(self) -> Mapping[int, "LayerRecord"]:
-        """Layers that are there, the same in every process; an earlier run may have put them."""
-
-    def put(self, index: int, layer: FlatDecoderLayer, record: "LayerRecord") -> None:
-        """Take compressed layer ``index``."""
-
-    def weights(self, index: int) -> dict[str, Tensor]:
-        """Return the parameters of a finished layer."""
+from .protocols import LayerRecord
+from .storage import StatesStorage
 
 
 class ModelInMemory:
@@ -99,38 +37,35 @@ class ModelInMemory:
 
     @contextmanager
     def embedding(self) -> Iterator[Callable[[Tensor], Tensor]]:
-        embedding = self.model.get_input_embeddings()  # at its home: it takes more memory than the rows looked up
+        """Lend the embedding at its home: it takes more memory than the rows looked up."""
+        embedding = self.model.get_input_embeddings()
         yield lambda ids: embedding(ids.to(embedding.weight.device)).to(self.device)
 
-    def fingerprint(self) -> str:
-        return model_fingerprint(self.model)
-
-    def weights_beside_layers(self) -> Iterator[dict[str, Tensor]]:
-        layers = f"{self.model.base_model_prefix}.layers."
-        beside = [(name, weight) for name, weight in self.model.named_parameters() if not name.startswith(layers)]
-        yield dict(beside[:1])
-        yield dict(beside[1:])
-
     def layer_arguments(self, seqlen: int) -> list[dict[str, Any]]:
-        return to_device(record_layer_arguments(self.decoder, seqlen), self.device, {})
+        """Return what the model passes to each layer."""
+        return layer_arguments(self.decoder, seqlen, self.device)
 
     @contextmanager
     def layer(self, index: int) -> Iterator[DecoderModule]:
+        """Lend decoder layer ``index``."""
         with _lent(self.decoder.layers[index], self.device) as layer:
             yield layer
 
     @contextmanager
     def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        """Lend the function from hidden states to logits."""
         with _lent(self.decoder.norm, self.device) as norm, _lent(self.model.lm_head, self.device) as lm_head:
             yield lambda states: lm_head(norm(states))
 
-    def put(self, index: int, layer: FlatDecoderLayer, record: "LayerRecord") -> None:
+    def put(self, index: int, layer: FlatDecoderLayer, record: LayerRecord) -> None:
+        """Keep compressed layer ``index`` at its dense one's home, in its mode."""
         dense = self.decoder.layers[index]
         home = next(dense.parameters()).device
         self._compressed[index] = layer.to(home).train(dense.training)  # it was compressed in evaluation mode
         self.finished[index] = record
 
     def weights(self, index: int) -> dict[str, Tensor]:
+        """Return the parameters of a compressed layer."""
         return dict(self._compressed[index].named_parameters())
 
     def adopt(self, flat_config: PretrainedConfig) -> PreTrainedModel:
@@ -139,8 +74,8 @@ class ModelInMemory:
         return adopt_compressed_layers(self.model, flat_config, layers)
 
 
-def record_layer_arguments(decoder: DecoderModule, seqlen: int) -> list[dict[str, Any]]:
-    """Return the keyword arguments that ``decoder`` passes to each of its layers for one window.
+def layer_arguments(decoder: DecoderModule, seqlen: int, device: torch.device) -> list[dict[str, Any]]:
+    """Return the keyword arguments that ``decoder`` passes to each of its layers for one window, on ``device``.
 
     Masks, positions and rotary embeddings are the model's own business, so the model is asked: it runs
     once on one window of embeddings while its layers only note what they are given. They broadcast over a batch.
@@ -164,7 +99,7 @@ def record_layer_arguments(decoder: DecoderModule, seqlen: int) -> list[dict[str
             del layer.forward
             if forward is not None:
                 layer.forward = forward
-    return recorded
+    return _to_device(recorded, device, {})
 
 
 @contextmanager
@@ -177,11 +112,6 @@ def evaluation_mode(module: nn.Module) -> Iterator[nn.Module]:
     finally:
         for part, mode in modes.items():
             part.training = mode
-
-
-def default_batch_size(seqlen: int) -> int:
-    """Return how many windows make up about 4096 tokens, at least 1."""
-    return max(1, TOKENS_PER_BATCH // seqlen)
 
 
 @contextmanager
@@ -199,20 +129,14 @@ def _lent(module: nn.Module, device: torch.device) -> Iterator[nn.Module]:
             tensor.data = home
 
 
-def to_device(value: Any, device: torch.device, moved: dict[int, Tensor]) -> Any:
-    """Return ``value`` with every tensor in it on ``device``; one that occurs many times is copied once.
-
-    Args:
-        value: Anything; lists, tuples and dicts are searched.
-        device: Where the tensors go.
-        moved: What was moved so far, by the ``id`` of the original, which ``value`` keeps alive.
-    """
+def _to_device(value: Any, device: torch.device, moved: dict[int, Tensor]) -> Any:
+    """Return ``value`` with every tensor in it on ``device``; one that occurs many times is copied once."""
     if isinstance(value, Tensor):
         if id(value) not in moved:
             moved[id(value)] = value.to(device)
         return moved[id(value)]
     if isinstance(value, list | tuple):
-        return type(value)(to_device(part, device, moved) for part in value)
+        return type(value)(_to_device(part, device, moved) for part in value)
     if isinstance(value, dict):
-        return {name: to_device(part, device, moved) for name, part in value.items()}
+        return {name: _to_device(part, device, moved) for name, part in value.items()}
     return value

@@ -1,18 +1,15 @@
 """A folder as sink: each compressed layer goes to its final shard, and a run that was stopped goes on from there."""
 
-import errno
-import fcntl
-import json
 import logging
-import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -23,19 +20,26 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 from ..errors import InputError
 from ..layers.flat_attention import FlatDecoderLayer
 from ..utils.checkpoint import check_output_folder, put_in_place
-from ..utils.files import flush_to_disk, naming_full_disk, write_atomically
-from ..utils.json_fields import read_json_object
+from ..utils.files import flush_to_disk, naming_full_disk, read_json, write_atomically, write_json
 from ..utils.loading import empty_causal_lm
-from ..utils.processes import is_first_process, told_by_first, wait_for_all
-from .calibration import LayerSource
-from .prune import LayerRecord
+from ..utils.processes import barrier, broadcast_object, is_rank_0
+from .checkpoint_source import CheckpointSource
+from .protocols import LayerRecord
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "flat_llm.json"
 _LOCK = ".lock"
-_NO_LOCKS = (errno.EBADF, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _LAYERS_PREFIX = "model.layers."  # as the model classes of all families name them
+
+
+@dataclass
+class Manifest:
+    """What was asked, what is worth remembering, and which layers are done: the whole state of a run."""
+
+    request: dict[str, Any]
+    results: dict[str, Any] = field(default_factory=dict)
+    layers: list[LayerRecord] = field(default_factory=list)
 
 
 def partial_folder(folder: Path) -> Path:
@@ -52,7 +56,7 @@ class CheckpointSink:
     were worth remembering in :attr:`results`. Where the block ends by an error, the partial folder stays to go on from,
     unless there is nothing in it worth that.
 
-    In a group of processes the first one writes; the others must see the same file system.
+    In a group of processes rank 0 writes; the others must see the same file system.
 
     Args:
         folder: Where the model shall be. Nothing is there, or ``overwrite`` is given.
@@ -65,11 +69,15 @@ class CheckpointSink:
         self.folder = folder.resolve()  # a link stays one
         self.partial = partial_folder(self.folder)
         self.num_layers = num_layers
-        self.request = json.loads(json.dumps(request))
         self.overwrite = overwrite
         self.finished: dict[int, LayerRecord] = {}
-        self.results: dict[str, Any] = {}
-        self._lock: int | None = None
+        self._manifest = Manifest(dict(request))
+        self._lock = FileLock(self.partial / _LOCK)
+
+    @property
+    def results(self) -> dict[str, Any]:
+        """Results that this run or an earlier one has remembered."""
+        return self._manifest.results
 
     def __enter__(self) -> "CheckpointSink":
         """Open the partial folder.
@@ -78,49 +86,52 @@ class CheckpointSink:
             InputError: If ``folder`` is in use, or the partial folder is another run's or not of this request.
         """
         try:
-            manifest = told_by_first(self._open)
+            self._manifest = broadcast_object(self._open)
         except BaseException:
-            self._unlock()
+            self._lock.release()
             raise
-        self.finished = {record["layer"]: LayerRecord(**record, elapsed_s=None) for record in manifest["layers"]}
-        self.results = manifest["results"]
+        self.finished = {record.layer: record for record in self._manifest.layers}
         if self.finished:
-            logger.info("%d of %d layers are finished in %s", len(self.finished), self.num_layers, self.partial)
+            self._log_finished()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._lock is None:  # not the first process
+        if not self._lock.is_locked:  # not rank 0
             return
         if error is not None and not self.finished and not self.results:
             self._discard()
         elif error is not None:
-            logger.info("%d of %d layers are finished in %s", len(self.finished), self.num_layers, self.partial)
-        self._unlock()
+            self._log_finished()
+        self._lock.release()
 
     def put(self, index: int, layer: FlatDecoderLayer, record: LayerRecord) -> None:
-        finished = self.finished | {index: record}
-        if is_first_process():
+        """Write compressed layer ``index`` to its shard, and then that it is there."""
+        finished = dict(sorted((self.finished | {index: record}).items()))
+        # Without seconds: all that is written is the same in every run of the request.
+        self._manifest.layers = [replace(other, elapsed_s=None) for other in finished.values()]
+        if is_rank_0():
             weights = {f"{_LAYERS_PREFIX}{index}.{name}": weight for name, weight in layer.named_parameters()}
             self._write_shard(1 + index, weights)
-            self._write_manifest(finished, self.results)
+            write_json(self.partial / MANIFEST, self._manifest)
         self.finished = finished
 
     def weights(self, index: int) -> dict[str, Tensor]:
+        """Return the parameters of a finished layer."""
         with safe_open(self._shard(1 + index), "pt") as shard:
             prefix = f"{_LAYERS_PREFIX}{index}."
             return {name.removeprefix(prefix): shard.get_tensor(name).clone() for name in shard.keys()}  # noqa: SIM118
 
     def remember(self, name: str, result: Any) -> None:
         """Keep a result, as JSON takes it, for a run that goes on from here."""
-        self.results = self.results | {name: result}
-        if is_first_process():
-            self._write_manifest(self.finished, self.results)
+        self.results[name] = result
+        if is_rank_0():
+            write_json(self.partial / MANIFEST, self._manifest)
 
     def complete(
         self,
-        source: LayerSource,
+        source: CheckpointSource,
         flat_config: PretrainedConfig,
         generation_config: Path | None,
         tokenizer: PreTrainedTokenizerBase,
@@ -133,7 +144,7 @@ class CheckpointSink:
             generation_config: File to copy, if there is one.
             tokenizer: The model's.
         """
-        if is_first_process():
+        if is_rank_0():
             for number, weights in zip((0, 1 + self.num_layers), source.weights_beside_layers(), strict=True):
                 self._write_shard(number, weights)
             with naming_full_disk(self.partial):
@@ -142,55 +153,41 @@ class CheckpointSink:
                 if generation_config is not None:
                     shutil.copyfile(generation_config, self.partial / generation_config.name)
                 tokenizer.save_pretrained(self.partial)
-        wait_for_all()
+        barrier()
         return str(self.partial)
 
     def publish(self, model_card: str) -> None:
         """Put the finished model in its place."""
-        if is_first_process():
+        if is_rank_0():
             write_atomically(self.partial / "README.md", model_card.encode())
-            (self.partial / _LOCK).unlink()
             put_in_place(self.partial, self.folder)
+            (self.folder / _LOCK).unlink()  # held until here, so that no other run begins in between
 
-    def _open(self) -> dict[str, Any]:
+    def _open(self) -> Manifest:
         """Lock the partial folder and return its manifest, without layers whose shards are damaged."""
         check_output_folder(self.folder, self.overwrite)
         self.partial.mkdir(parents=True, exist_ok=True)
-        self._lock_folder()
+        try:
+            self._lock.acquire(timeout=0)
+        except (Timeout, FileNotFoundError) as error:  # the latter: it has just been published
+            raise InputError(f"another run is writing {self.partial}; wait for it, or give another folder") from error
+        check_output_folder(self.folder, self.overwrite)  # which a run may have published just before
         path = self.partial / MANIFEST
         if not path.exists():
             if any(not _is_temporary(other) for other in self.partial.iterdir()):
                 raise InputError(f"{self.partial} is in the way: it holds no unfinished run; delete it")
             try:
-                self._write_manifest({}, {})
+                write_json(path, self._manifest)
             except OSError:
                 self._discard()
                 raise
-        manifest = read_json_object(path)
-        self._check_request(manifest["request"])
+        manifest = read_json(path, Manifest)
+        self._check_request(manifest.request)
         for left_over in filter(_is_temporary, self.partial.iterdir()):
             if left_over.name != _LOCK:
                 left_over.unlink()
-        manifest["layers"] = [record for record in manifest["layers"] if self._is_whole(record["layer"])]
+        manifest.layers = [record for record in manifest.layers if self._is_whole(record.layer)]
         return manifest
-
-    def _lock_folder(self) -> None:
-        """Hold the partial folder until this process ends, however it does."""
-        path = self.partial / _LOCK
-        self._lock = os.open(path, os.O_RDWR | os.O_CREAT)  # for writing: what NFS asks for
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            is_still_there = os.path.samestat(os.fstat(self._lock), path.stat())
-        except (BlockingIOError, FileNotFoundError):
-            is_still_there = False
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
-            raise InputError(
-                f"the file system of {self.partial} has no locks ({error.strerror}); use another"
-            ) from error
-        if not is_still_there:
-            raise InputError(f"another run is writing {self.partial}; wait for it, or give another folder")
 
     def _discard(self) -> None:
         """Remove the partial folder, its manifest last: what a kill leaves of it is still known as ours."""
@@ -198,16 +195,15 @@ class CheckpointSink:
             path.unlink()
         self.partial.rmdir()
 
-    def _unlock(self) -> None:
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+    def _log_finished(self) -> None:
+        logger.info("%d of %d layers are finished in %s", len(self.finished), self.num_layers, self.partial)
 
     def _check_request(self, earlier: Mapping[str, Any]) -> None:
+        asked = self._manifest.request
         changed = [
-            f"{name} {self.request.get(name)}, not {earlier.get(name)}"
-            for name in sorted(earlier.keys() | self.request.keys())
-            if self.request.get(name) != earlier.get(name)
+            f"{name} {asked.get(name)}, not {earlier.get(name)}"
+            for name in sorted(earlier.keys() | asked.keys())
+            if asked.get(name) != earlier.get(name)
         ]
         if changed:
             raise InputError(
@@ -239,13 +235,6 @@ class CheckpointSink:
         finally:
             temporary.unlink(missing_ok=True)
 
-    def _write_manifest(self, finished: Mapping[int, LayerRecord], results: Mapping[str, Any]) -> None:
-        layers = [asdict(record) for _, record in sorted(finished.items())]
-        for layer in layers:
-            del layer["elapsed_s"]  # all that is written is the same in every run of the request
-        content = {"request": self.request, "results": results, "layers": layers}
-        write_atomically(self.partial / MANIFEST, (json.dumps(content, indent=1) + "\n").encode())
-
     def _write_index(self) -> None:
         weight_map, total_size = {}, 0
         for number in range(self.num_layers + 2):
@@ -254,7 +243,7 @@ class CheckpointSink:
                     weight_map[name] = self._shard(number).name
                     total_size += shard.get_tensor(name).nbytes
         content = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
-        write_atomically(self.partial / SAFE_WEIGHTS_INDEX_NAME, (json.dumps(content, indent=2) + "\n").encode())
+        write_json(self.partial / SAFE_WEIGHTS_INDEX_NAME, content)
 
 
 def _is_temporary(path: Path) -> bool:

@@ -3,21 +3,15 @@
 import logging
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..errors import InputError
 from ..utils.devices import GIB, free_device_memory, free_host_memory
 from ..utils.files import check_disk_space, naming_full_disk
-from ..utils.progress import progress
-
-if TYPE_CHECKING:
-    from .calibration import LayerSource
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +61,7 @@ class StatesStorage:
         return place
 
     def host_memory(self) -> int:
+        """Return the bytes of host memory that may be planned with."""
         return free_host_memory() if self.host_memory_bytes is None else self.host_memory_bytes
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -93,63 +88,3 @@ class StatesStorage:
                 os.posix_fallocate(file.fileno(), 0, size)  # a disk that fills up later would end us by SIGBUS
             flat = torch.from_file(file.name, shared=True, size=torch.Size(shape).numel(), dtype=dtype)
             return flat.view(*shape)
-
-
-@dataclass
-class Batch:
-    """Some windows' hidden states on the device, and the place they came from."""
-
-    states: Tensor  # (batch, S, D)
-    stored: Tensor
-
-    def replace(self, outputs: Tensor) -> None:
-        """Store ``outputs`` as these windows' hidden states."""
-        self.stored.copy_(outputs)
-
-
-class HiddenStates:
-    """The hidden states of all windows between two layers, (N, S, D)."""
-
-    def __init__(self, states: Tensor, source: "LayerSource", batch_size: int) -> None:
-        self.states = states
-        self.batch_size = batch_size
-        self._device = source.device
-        self._arguments = source.layer_arguments(states.shape[1])
-
-    @classmethod
-    def embed(cls, source: "LayerSource", windows: Tensor, batch_size: int) -> "HiddenStates":
-        """Return the hidden states that enter layer 0 for token ids (N, S)."""
-        shape = (*windows.shape, source.config.hidden_size)
-        states = source.storage.empty(shape, source.dtype, source.device)
-        with source.embedding() as embed:
-            for stored, ids in zip(states.split(batch_size), windows.split(batch_size), strict=True):
-                stored.copy_(embed(ids))
-        return cls(states, source, batch_size)
-
-    def batches(self) -> Iterator[Batch]:
-        """Yield the windows in order, ``batch_size`` at a time, on the device."""
-        batches = self.states.split(self.batch_size) if len(self.states) else ()
-        for stored in progress(batches, "windows", "batch"):
-            yield Batch(stored.to(self._device, non_blocking=True), stored)
-
-    def run(self, layer: nn.Module, index: int, batch: Batch) -> Tensor:
-        """Return what ``layer``, at place ``index`` in the model, makes of a batch, (batch, S, D).
-
-        Raises:
-            InputError: If the result is not finite.
-        """
-        return checked(layer(batch.states, **self._arguments[index]), index)
-
-
-def checked(outputs: Tensor, index: int) -> Tensor:
-    """Return what layer ``index`` gave, if it is finite.
-
-    Raises:
-        InputError: If it is not.
-    """
-    if not torch.isfinite(outputs).all():
-        raise InputError(
-            f"layer {index} gives NaN or infinite activations in {outputs.dtype}; "
-            "check the checkpoint, or use a wider --dtype (float32, bfloat16)"
-        )
-    return outputs

@@ -4,24 +4,25 @@ In this file ``sparsity_ratio`` and ``target_sparsity`` are the share **kept**, 
 else they are the share removed.
 """
 
-from collections.abc import Sequence
-from dataclasses import replace
-from types import TracebackType
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..errors import InputError
-from ..utils.calibration_windows import check_token_ids, padding_ids_of, real_tokens, token_rows, windows_of_rows
-from ..utils.devices import parse_device
-from ..utils.dispatch import dispatch_hooks_lifted
-from ..utils.layer_utils import DecoderModule, check_causal_lm, dimensions_from_config
-from .calibration import ModelInMemory, default_batch_size
-from .moments import LayerMoments, collect_moments
-from .prune import compress_layers
-from .rank_allocation import RankAllocation, ranks_from_keep_ratios
-from .stopwatch import Stopwatch
+from .config import FlatLLMConfig
+from .core.rank_allocation import ImportancePreservingRankSelector, RankAllocation
+from .engine.memory import ModelInMemory
+from .engine.taps import tapped
+from .errors import InputError
+from .methods.flatllm import FlatLLMStep
+from .pipeline import Pipeline
+from .utils.calibration_windows import check_token_ids, padding_ids_of, real_tokens, token_rows, windows_of_rows
+from .utils.devices import parse_device
+from .utils.dimensions import Kept
+from .utils.dispatch import dispatch_hooks_lifted
+from .utils.layer_utils import DecoderModule, check_causal_lm, dimensions_from_config
 
 
 class AbsorptionCompressor:
@@ -111,25 +112,20 @@ class AbsorptionCompressor:
         """
         chosen = {self._check_collected(layer_idx) for layer_idx in layer_indices}
         assert self._windows is not None  # collected with the layers
+        selector = ImportancePreservingRankSelector(self.dimensions, rank_multiple=1)
+        layers = []
+        for layer_idx in range(self.dimensions.num_layers):
+            of_mlp, of_attention = (
+                kept.get(layer_idx, 1.0) if layer_idx in chosen else 1.0
+                for kept in (self._kept_of_mlp, self._kept_of_attention)
+            )
+            layers.append(selector.floored(of_mlp, of_attention))
+        allocation = RankAllocation.of_layers(self.dimensions, layers, prune_qk=False)
+        pipeline = Pipeline(self.model.config, FlatLLMConfig(tolerance=self.tolerance))
         with dispatch_hooks_lifted(self.model):
             source = ModelInMemory(self.model, self.device)
-            flat_config, _ = compress_layers(
-                source,
-                source,
-                self._windows,
-                self._allocation(chosen),
-                batch_size=default_batch_size(self._windows.shape[1]),
-                tolerance=self.tolerance,
-                stopwatch=Stopwatch(self.device),
-            )
+            flat_config, _ = pipeline.compress(source, source, self._windows, allocation)
             source.adopt(flat_config)
-
-    def _allocation(self, chosen: set[int]) -> RankAllocation:
-        layers = range(self.dimensions.num_layers)
-        of_attention = [self._kept_of_attention.get(i, 1.0) if i in chosen else 1.0 for i in layers]
-        of_mlp = [self._kept_of_mlp.get(i, 1.0) if i in chosen else 1.0 for i in layers]
-        ranks = ranks_from_keep_ratios(self.dimensions, of_attention).value_rank
-        return replace(ranks_from_keep_ratios(self.dimensions, of_mlp), value_rank=ranks)
 
     def _share(self, sparsity_ratio: float | None) -> float:
         return self.target_sparsity if sparsity_ratio is None else _checked_share("sparsity_ratio", sparsity_ratio)
@@ -148,15 +144,17 @@ class AbsorptionCompressor:
 
 
 class ActivationCollector:
-    """Sums the moments of what runs through one decoder layer, as a context manager.
-
-    Inside the block the layer's own output is not meaningful; see :func:`collect_moments`.
+    """Sums the moments of what runs through one dense decoder layer, batch by batch.
 
     Args:
         layer: A dense decoder layer.
         num_heads: Its query heads.
         tolerance: Taken for FedCore's sake; the moments do not depend on it.
-        device: Where the layer is; its own device by default.
+        device: As well; the moments are where the layer is.
+
+    Attributes:
+        sums: float64, by what is looked at: ``self_attn.v_proj.output``, (G, d, d), and ``mlp.down_proj.input``,
+            (F, F), its lower triangle alone.
 
     Raises:
         InputError: If the layer has another number of heads.
@@ -168,18 +166,14 @@ class ActivationCollector:
         dimensions = dimensions_from_config(layer.self_attn.config)
         if num_heads != dimensions.num_heads:
             raise InputError(f"num_heads is {num_heads}; the layer has {dimensions.num_heads}")
-        self.tolerance = tolerance
-        own = next(layer.parameters()).device
-        stopwatch = Stopwatch(own if device is None else torch.device(device))
-        self._collecting = collect_moments(layer, dimensions, stopwatch)
+        self._layer = layer
+        self._step = FlatLLMStep(dimensions, Kept(1.0, dimensions.head_dim, dimensions.intermediate_size))
+        self.sums = self._step.zeros(layer)
 
-    def __enter__(self) -> LayerMoments:
-        return self._collecting.__enter__()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._collecting.__exit__(kind, error, traceback)
+    def collect(self, forward: Callable[[], Any]) -> None:
+        """Add what passes in one forward pass of the layer, given as a call without arguments."""
+        with torch.no_grad(), tapped(self._layer, self._step.taps) as look:
+            self._step.add(self.sums, look(forward))
 
 
 def _checked_share(name: str, share: float) -> float:

@@ -1,0 +1,270 @@
+"""The pipeline from a checkpoint on disk to its scores, or to a compressed checkpoint.
+
+A run goes on where an earlier one of the same request was stopped, and measures perplexity before and after.
+"""
+
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from torch import Tensor
+
+from .config import RunConfig
+from .core.importance import IMPORTANCE_FILE, ImportanceScores
+from .core.rank_allocation import RankAllocation
+from .core.rank_files import find_ranks, ranks_file, save_ranks
+from .engine.checkpoint_sink import CheckpointSink, partial_folder
+from .engine.checkpoint_source import CheckpointSource
+from .engine.perplexity import Perplexity, perplexity
+from .engine.storage import StatesStorage
+from .errors import InputError
+from .layers import attention_value_width
+from .pipeline import Pipeline
+from .utils.calibration_windows import check_token_ids
+from .utils.data_utils import consecutive_windows, load_text
+from .utils.devices import GIB, free_host_memory, parse_device
+from .utils.files import check_disk_space, digest, to_json_bytes, write_json
+from .utils.layer_utils import count_parameters, dimensions_from_config, load_config
+from .utils.loading import generation_config_file, load_tokenizer
+from .utils.processes import broadcast_object, is_rank_0, local_world_size, world_size
+from .utils.stopwatch import stage
+
+logger = logging.getLogger(__name__)
+
+_SHARE_OF_HOST_FOR_WEIGHTS = 0.5
+
+
+class CheckpointRun:
+    """A run from a dense checkpoint to its scores, or to a compressed checkpoint.
+
+    Args:
+        config: What is asked.
+        provenance: What else the result depends on, as JSON takes it: hardware and versions.
+
+    Raises:
+        InputError: If the model, its tokenizer or the device is unusable; no weight has been read.
+    """
+
+    def __init__(self, config: RunConfig, provenance: Mapping[str, Any]) -> None:
+        self.config, self.provenance = config, provenance
+        self.device = parse_device(config.device)
+        if not Path(config.model).is_dir():
+            logger.info("there is no folder %s; asking the Hugging Face Hub for it", config.model)
+        model_config = load_config(config.model, config.cache_dir)
+        self.dimensions = dimensions_from_config(model_config)
+        self.tokenizer = load_tokenizer(config.model, cache_dir=config.cache_dir)
+        self.pipeline = Pipeline(model_config, config, self.tokenizer)
+        free = broadcast_object(lambda: free_host_memory() // local_world_size())  # all choose the same
+        asked = config.host_memory_gib
+        self.storage = StatesStorage(free if asked is None else int(asked * GIB), config.offload_folder)
+        logger.info(
+            "%s: %s of %d layers; windows of %d tokens; on %d x %s",
+            config.model,
+            self.dimensions.architecture,
+            self.dimensions.num_layers,
+            self.pipeline.seqlen,
+            world_size(),
+            self.device,
+        )
+
+    @cached_property
+    def source(self) -> CheckpointSource:
+        """The dense model, its weights kept in memory once they are read if they take no more than half of it."""
+        config, host_memory = self.config, self.storage.host_memory()
+        source = CheckpointSource(config.model, self.device, config.dtype, config.cache_dir, self.storage)
+        own = source.fingerprint()
+        if broadcast_object(lambda: own) != own:
+            raise InputError(f"{config.model} has other weights here than where the first process runs")
+        weights = count_parameters(source.skeleton)["total"] * source.dtype.itemsize
+        source.is_kept = not config.out_of_core and weights <= _SHARE_OF_HOST_FOR_WEIGHTS * host_memory
+        if source.is_kept:
+            source.storage = StatesStorage(host_memory - weights, config.offload_folder)
+        place = "in host memory" if source.is_kept else "on disk, two layers at a time in memory"
+        logger.info("%.3g GiB of weights %s; %.3g GiB planned with", weights / GIB, place, host_memory / GIB)
+        return source
+
+    def compressed_bytes(self) -> int:
+        """Return about how many bytes the compressed weights will take."""
+        parameters = count_parameters(self.source.skeleton)
+        removed = self.config.target_sparsity * parameters["decoder_linear"]
+        return int(parameters["total"] - removed) * self.source.dtype.itemsize
+
+    def score(self) -> ImportanceScores:
+        """Return the importance of every layer, with what it takes to compute it again; written to its place."""
+        config, windows = self.config, self.pipeline.windows_to_score()
+        found = self.pipeline.score(self.source, windows)
+        scores = ImportanceScores(
+            model_id=config.model,
+            fingerprint=self.source.fingerprint(),
+            dimensions=self.dimensions,
+            dataset=config.cal_dataset,
+            nsamples=len(windows),
+            seqlen=self.pipeline.seqlen,
+            seed=config.seed,
+            scores=found.scores,
+            method=config.importance_method,
+            zero_rows=found.zero_rows,
+            versions=self.provenance["versions"],
+        )
+        if is_rank_0():
+            write_json(config.score_place / IMPORTANCE_FILE, scores)
+        logger.info("importance scores are in %s", config.score_place / IMPORTANCE_FILE)
+        return scores
+
+    @contextmanager
+    def output_folder(self) -> Iterator[Path]:
+        """Give the folder for the compressed model: the one asked for, or a temporary one, deleted at the end."""
+        if self.config.save_model is not None:
+            yield self.config.save_model
+            return
+        parent = self.config.offload_folder
+        if parent is not None:
+            parent.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            made = broadcast_object(lambda: stack.enter_context(TemporaryDirectory(prefix="flat-llm-", dir=parent)))
+            yield Path(made, "model")
+
+    @contextmanager
+    def compressed(self, folder: Path) -> Iterator[tuple[dict[str, Any], CheckpointSink]]:
+        """Compress the model into the partial folder beside ``folder``, and measure it before and after.
+
+        Gives what was done, for the record and the model card, and the sink to publish the model by.
+
+        Raises:
+            InputError: If anything asked for or found cannot be used; finished layers stay to go on from.
+        """
+        pipeline, config = self.pipeline, self.config
+        pipeline.announce_target()
+        windows, test_windows = pipeline.windows_to_compress(), self._test_windows()
+        written_bytes = sum(path.stat().st_size for path in partial_folder(folder).glob("*.safetensors"))
+        check_disk_space(folder, self.compressed_bytes() - written_bytes)
+        allocation = self._allocation()
+        about = self._description(allocation, len(windows))
+        request = about | self._request(allocation, windows, test_windows)
+        with CheckpointSink(folder, self.source.num_layers, request, config.overwrite) as sink:
+            dense = self._dense_perplexity(test_windows, sink)
+            flat_config, layers = pipeline.compress(self.source, sink, windows, allocation)
+            with stage("write"):
+                generation_config = generation_config_file(config.model, config.cache_dir)
+                partial = sink.complete(self.source, flat_config, generation_config, self.tokenizer)
+            about["parameters_before"] = count_parameters(self.source.skeleton)
+            del self.source  # the dense model makes room
+            written = CheckpointSource(partial, self.device, storage=self.storage)
+            compressed = self._perplexity(written, test_windows, "the model does not bear this ratio, or --dtype")
+            logger.info(
+                "compressed perplexity %.4f, %.3f times the dense one", compressed.value, compressed.value / dense.value
+            )
+            measured = {"dataset": config.eval_text, "seqlen": dense.seqlen, "windows": dense.windows}
+            yield (
+                about
+                | {
+                    "parameters_after": count_parameters(written.skeleton),
+                    "perplexity": measured | {"dense": dense.value, "compressed": compressed.value},
+                    "attention": _attention_widths(written),
+                    "layers": [asdict(layer) for layer in layers],
+                },
+                sink,
+            )
+
+    def _allocation(self) -> RankAllocation:
+        """Return the ranks that are in their place, or else score the layers, allocate, and leave both there."""
+        allocation = broadcast_object(self._ranks_found)
+        if allocation is None:
+            place = self.config.score_place
+            logger.info("no ranks or scores in %s: scoring the layers first", place)
+            scores = self.score()
+            allocation = self.pipeline.allocate(scores.scores, digest(to_json_bytes(scores)))
+            if is_rank_0():
+                save_ranks(allocation, place / ranks_file(allocation.sparsity_percent))
+        logger.info(
+            "asked to remove %g %% of %d decoder-layer weights; the ranks remove %.3f %%",
+            allocation.sparsity_percent,
+            allocation.parameters_before,
+            allocation.achieved_sparsity_percent,
+        )
+        return allocation
+
+    def _ranks_found(self) -> RankAllocation | None:
+        config, pipeline = self.config, self.pipeline
+        fingerprint, place = self.source.fingerprint(), config.score_place
+        found = find_ranks(place, pipeline.selector, fingerprint, config.keep_ratio, pipeline.allocate)
+        if found is not None and config.rank_multiple not in (None, found.rank_multiple):
+            raise InputError(
+                f"the ranks in {place} go with --rank_multiple {found.rank_multiple}, not {config.rank_multiple}; "
+                "drop the flag, or name a file of scores by --bi_score"
+            )
+        return found
+
+    def _test_windows(self) -> Tensor:
+        """Return the token windows that perplexity is measured on, (N, S)."""
+        config = self.config
+        with stage("data"):
+            text = load_text(config.eval_text, "test", dataset_root=config.dataset_root, cache_dir=config.cache_dir)
+            windows = consecutive_windows(text, self.tokenizer, self.pipeline.seqlen)
+            check_token_ids(windows, self.pipeline.model_config.vocab_size)
+        return windows
+
+    def _description(self, allocation: RankAllocation, nsamples: int) -> dict[str, Any]:
+        """Return what is done to the model, for its card and for the record."""
+        return {
+            "base_model": self.config.model,
+            "method": self.config.method,
+            "sparsity_ratio": allocation.sparsity_percent,
+            "achieved_sparsity_percent": allocation.achieved_sparsity_percent,
+            "rank_multiple": allocation.rank_multiple,
+            "prune_qk": allocation.prune_qk,
+            "dataset": self.config.cal_dataset,
+            "nsamples": nsamples,
+            "seqlen": self.pipeline.seqlen,
+            "seed": self.config.seed,
+        }
+
+    def _request(self, allocation: RankAllocation, windows: Tensor, test_windows: Tensor) -> dict[str, Any]:
+        """Return what else decides the bytes of the result, in words where there are some, for a run that goes on."""
+        return {
+            "fingerprint": self.source.fingerprint(),
+            "dtype": str(self.source.dtype),
+            "ranks": digest(to_json_bytes(allocation.layers))[:16],
+            "windows": digest(windows.numpy().tobytes())[:16],
+            "eval_dataset": self.config.eval_text,
+            "eval_windows": digest(test_windows.numpy().tobytes())[:16],
+            "tol": self.config.tolerance,
+            "batch_size": self.pipeline.batch_size(windows),
+            "processes": world_size(),
+            **self.provenance,
+        }
+
+    def _dense_perplexity(self, windows: Tensor, sink: CheckpointSink) -> Perplexity:
+        """Return the dense model's perplexity, as the sink remembers it from an earlier run or else measured."""
+        if "dense_perplexity" not in sink.results:
+            measured = self._perplexity(self.source, windows, "check the final norm and lm_head of the checkpoint")
+            sink.remember("dense_perplexity", asdict(measured))
+        dense = Perplexity(**sink.results["dense_perplexity"])
+        logger.info("dense perplexity %.4f over %d windows of %d tokens", dense.value, dense.windows, dense.seqlen)
+        return dense
+
+    def _perplexity(self, source: CheckpointSource, windows: Tensor, remedy: str) -> Perplexity:
+        measured = perplexity(source, windows, self.pipeline.batch_size(windows))
+        if not math.isfinite(measured.value):
+            raise InputError(f"the perplexity is {measured.value}; {remedy}")
+        return measured
+
+
+def _attention_widths(written: CheckpointSource) -> dict[str, Any]:
+    """Return the value width per layer that the attention function is handed, and so what kernel it takes."""
+    implementation, device = written.config._attn_implementation, written.device.type
+    layers = written.skeleton.get_decoder().layers
+    widths = {
+        name: [
+            attention_value_width(a.value_head_dim, a.head_dim, query_length, implementation, device)
+            for a in (layer.self_attn for layer in layers)
+        ]
+        for name, query_length in (("prompt", 2), ("decoding", 1))
+    }
+    return {"implementation": implementation, "value_width": widths}

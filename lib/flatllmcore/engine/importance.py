@@ -1,0 +1,130 @@
+"""Step 1 of the method: how much each decoder layer matters.
+
+``angular`` is the method's own: how far a layer turns its input. ``gradient`` is the first-order estimate of what
+the loss would change by if a layer's output were taken away.
+"""
+
+import logging
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from ..core.importance import angles_between
+from ..errors import InputError
+from ..utils.processes import all_reduce_numbers, own_share
+from ..utils.progress import progress
+from ..utils.stopwatch import stage
+from .protocols import LayerSource
+from .walk import Walk, check_finite, lent_layer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LayerImportance:
+    """Scores of all layers and the rows that had no angle.
+
+    Attributes:
+        scores: One per layer. Angular: mean angle over tokens in units of π, 0 to 0.5.
+        zero_rows: Tokens whose input or output was all zeros; they count as cosine 0.5.
+    """
+
+    scores: tuple[float, ...]
+    zero_rows: int
+
+
+def layer_importance(source: LayerSource, windows: Tensor, batch_size: int, method: str = "angular") -> LayerImportance:
+    """Score every decoder layer, and log the scores. Stages: ``read``, ``forward``, and ``angles`` or ``backward``.
+
+    Args:
+        source: The model, dense.
+        windows: Token ids, (N, S).
+        batch_size: Windows run at a time; the scores depend on it only by rounding.
+        method: ``angular`` or ``gradient``.
+
+    Raises:
+        InputError: If the method is unknown, or a layer's activations are not finite.
+    """
+    if method not in IMPORTANCE_METHODS:
+        raise InputError(f"importance method {method!r} is unknown; accepted: {', '.join(IMPORTANCE_METHODS)}")
+    found = IMPORTANCE_METHODS[method](source, windows, batch_size)
+    if found.zero_rows:
+        logger.warning("%d rows of zeros have no angle and count as cosine 0.5", found.zero_rows)
+    for index, score in enumerate(found.scores):
+        logger.info("layer %d: importance %.4f", index, score)
+    return found
+
+
+@torch.no_grad()
+def angular_importance(source: LayerSource, windows: Tensor, batch_size: int) -> LayerImportance:
+    """Score every layer by the mean angle between its input and its output, residual included."""
+    walk = Walk(source, windows, batch_size)
+    scores, zero_rows = [], 0.0
+    for index in progress(range(source.num_layers), "importance", "layer"):
+        total, zeros = 0.0, 0
+        with lent_layer(source, index) as layer:
+            for batch in walk.batches():
+                outputs = walk.run(layer, index, batch)
+                with stage("angles"):
+                    angles, batch_zeros = angles_between(batch.states, outputs)
+                    total += angles.sum().item()
+                    zeros += batch_zeros
+                batch.replace(outputs)
+        total, layer_zeros = all_reduce_numbers(total, zeros, device=source.device)
+        scores.append(total / windows.numel())
+        zero_rows += layer_zeros
+    return LayerImportance(tuple(scores), int(zero_rows))
+
+
+@torch.no_grad()
+def gradient_importance(source: LayerSource, windows: Tensor, batch_size: int) -> LayerImportance:
+    """Score every layer by the mean over tokens of ``Σ_d |∂loss/∂h_d · h_d|`` with ``h`` the layer's output.
+
+    This is the first-order Taylor estimate of what taking away each hidden unit does to a window's mean next-token
+    loss. The absolute value is taken per unit: the final norm makes the loss blind to the length of the last
+    layer's output, so there the products of a token sum to zero whatever the layer does.
+
+    What is kept at a time are one batch's hidden states at every layer boundary, ``(L + 1)·batch·S·D`` numbers on the
+    device, and one layer: its forward pass is run again to carry the gradient back through it. So every batch borrows
+    each layer twice (the first, below which nothing is asked, once), where the angular score borrows it once for all
+    windows. Weights that are in host memory cross to the device as often; a larger batch divides that number and
+    multiplies the states.
+    """
+    arguments = source.layer_arguments(windows.shape[1])
+    totals = [0.0] * source.num_layers
+    for ids in progress(own_share(windows).split(batch_size), "gradient importance", "batch"):
+        with source.embedding() as embed:
+            states = [embed(ids)]  # states[l + 1] is the output of layer l
+        with stage("forward"):
+            for index in range(source.num_layers):
+                with lent_layer(source, index) as layer:
+                    states.append(layer(states[index], **arguments[index]))
+                check_finite(index, states[-1])
+        with stage("backward"):
+            gradient = _loss_gradient(source, states[-1], ids.to(source.device))
+            for index in reversed(range(source.num_layers)):
+                totals[index] += (gradient * states[index + 1]).abs().sum(dtype=torch.float64).item()
+                if index > 0:
+                    with lent_layer(source, index) as layer, torch.enable_grad():
+                        inputs = states[index].detach().requires_grad_()
+                        outputs = layer(inputs, **arguments[index])
+                        (gradient,) = torch.autograd.grad(outputs, inputs, gradient)
+    totals = all_reduce_numbers(*totals, device=source.device)
+    return LayerImportance(tuple(total / windows.numel() for total in totals), zero_rows=0)
+
+
+IMPORTANCE_METHODS = {"angular": angular_importance, "gradient": gradient_importance}
+
+
+def _loss_gradient(source: LayerSource, states: Tensor, ids: Tensor) -> Tensor:
+    """Return the gradient of each window's mean loss at the last layer's output, window by window, (batch, S, D)."""
+    gradient = torch.zeros_like(states)
+    with source.head() as logits_of, torch.enable_grad():
+        for window, targets, part in zip(states, ids, gradient, strict=True):
+            inputs = window[:-1].detach().requires_grad_()
+            logits = logits_of(inputs)
+            loss = cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets[1:])
+            part[:-1] = torch.autograd.grad(loss, inputs)[0]
+    return gradient

@@ -1,0 +1,65 @@
+"""Step 7 of the method: perplexity over non-overlapping windows, layer by layer."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from ..utils.processes import all_reduce_numbers
+from ..utils.progress import progress
+from ..utils.stopwatch import stage
+from .protocols import LayerSource
+from .walk import Walk, lent_layer
+
+LOGIT_ROWS = 1024  # a vocabulary of 128,256 makes half a gigabyte of float32 of them
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Perplexity and what it was measured on.
+
+    Attributes:
+        value: ``exp(Σ nll / predicted tokens)``.
+        predicted_tokens: Every token of a window but its first.
+    """
+
+    value: float
+    windows: int
+    seqlen: int
+    predicted_tokens: int
+
+
+@torch.no_grad()
+def perplexity(source: LayerSource, windows: Tensor, batch_size: int) -> Perplexity:
+    """Return the perplexity of ``source``, dense or compressed, on token ids (N, S).
+
+    Predictions are shifted inside each window. Losses are summed in float32 over 1024 of them, in float64 beyond;
+    one too large for ``exp`` gives infinity.
+
+    Raises:
+        InputError: If a layer's activations are not finite.
+    """
+    with stage("perplexity", is_whole=True):
+        walk = Walk(source, windows, batch_size)
+        for index in progress(range(source.num_layers), "perplexity", "layer"):
+            with lent_layer(source, index) as layer:
+                walk.advance(layer, index)
+        (nll,) = all_reduce_numbers(_nll(walk), device=source.device)
+    count, seqlen = windows.shape
+    predicted = count * (seqlen - 1)
+    return Perplexity(torch.tensor(nll / predicted, dtype=torch.float64).exp().item(), count, seqlen, predicted)
+
+
+def _nll(walk: Walk) -> float:
+    """Return the sum of negative log-likelihoods of this process's windows, from the last layer's outputs."""
+    nll, source = 0.0, walk.source
+    with source.head() as logits_of:
+        for batch, ids in zip(walk.batches(), walk.windows.split(walk.batch_size), strict=False):
+            rows = batch.states[:, :-1].flatten(0, 1).split(LOGIT_ROWS)
+            targets = ids[:, 1:].flatten().to(source.device).split(LOGIT_ROWS)
+            for states, target in zip(rows, targets, strict=True):
+                logits = logits_of(states)
+                logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+                nll += cross_entropy(logits, target, reduction="sum").item()
+    return nll

@@ -1,0 +1,147 @@
+"""The one order of things: windows → importance → allocation → compression → saving.
+
+:class:`Pipeline` is that order over any source and sink; the library and the FedCore adapters run it on a model in
+memory, ``checkpoint_run.py`` from a checkpoint on disk to another, for ``main.py``.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cached_property
+
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from .config import FlatLLMConfig
+from .core.rank_allocation import ImportancePreservingRankSelector, RankAllocation
+from .engine.compress import compress_layers
+from .engine.importance import LayerImportance, layer_importance
+from .engine.protocols import LayerRecord, LayerSink, LayerSource
+from .engine.walk import default_batch_size
+from .errors import InputError
+from .methods import METHODS
+from .utils.calibration_windows import (
+    check_token_ids,
+    padding_ids_of,
+    read_calibration_data,
+    window_length,
+    windows_of_rows,
+)
+from .utils.data_utils import TextDataset, calibration_statistics, sample_documents, sample_windows
+from .utils.layer_utils import dimensions_from_config
+from .utils.stopwatch import stage
+
+logger = logging.getLogger(__name__)
+
+TO_SCORE, TO_COMPRESS = 128, 256  # windows in the published setting
+Sampler = Callable[[TextDataset, PreTrainedTokenizerBase, int, int, int], Tensor]
+
+
+class Pipeline:
+    """The steps of one compression, in the order in which they are called.
+
+    Args:
+        model_config: Of the model; dense to be compressed, any to be scored.
+        config: What is asked.
+        tokenizer: The model's; not needed where the calibration data are token ids.
+    """
+
+    def __init__(
+        self, model_config: PretrainedConfig, config: FlatLLMConfig, tokenizer: PreTrainedTokenizerBase | None = None
+    ) -> None:
+        self.model_config, self.config, self.tokenizer = model_config, config, tokenizer
+
+    @cached_property
+    def selector(self) -> ImportancePreservingRankSelector:
+        """What allocates ranks to the model; made when the model is known to be a dense one."""
+        return ImportancePreservingRankSelector(
+            dimensions_from_config(self.model_config),
+            rank_multiple=self.config.rank_multiple,
+            prune_qk=not self.config.preserve_qk_layers,
+        )
+
+    def announce_target(self) -> None:
+        """Log what is going to stay.
+
+        Raises:
+            InputError: If the model is compressed already, or so much cannot be removed from it.
+        """
+        logger.info(
+            "%.2f %% of the decoder layers' linear weights stay, %.2f %% of the projections that are pruned",
+            100 * self.config.keep_ratio,
+            100 * self.selector.prunable_keep_ratio(self.config.keep_ratio),
+        )
+
+    def windows_to_score(self) -> Tensor:
+        """Return the token windows that importance is measured on, (N, S)."""
+        return self._windows(sample_windows, TO_SCORE)
+
+    def windows_to_compress(self) -> Tensor:
+        """Return the token windows that layers are compressed on, (N, S)."""
+        return self._windows(sample_documents, TO_COMPRESS)
+
+    def score(self, source: LayerSource, windows: Tensor) -> LayerImportance:
+        """Return the importance of every decoder layer."""
+        return layer_importance(source, windows, self.batch_size(windows), self.config.importance_method)
+
+    def allocate(self, scores: Sequence[float], importance_sha256: str | None = None) -> RankAllocation:
+        """Return what each layer keeps.
+
+        Args:
+            scores: Importance of each layer.
+            importance_sha256: Digest of the file of scores that they are from.
+        """
+        allocation = METHODS[self.config.method].allocate(self.selector, scores, self.config.keep_ratio)
+        return replace(allocation, importance_sha256=importance_sha256)
+
+    def compress(
+        self, source: LayerSource, sink: LayerSink, windows: Tensor, allocation: RankAllocation
+    ) -> tuple[PretrainedConfig, list[LayerRecord]]:
+        """Compress all layers of ``source`` into ``sink``; return the compressed config and a record of each."""
+        return compress_layers(
+            source,
+            sink,
+            windows,
+            METHODS[self.config.method],
+            allocation,
+            batch_size=self.batch_size(windows),
+            tolerance=self.config.tolerance,
+        )
+
+    def batch_size(self, windows: Tensor) -> int:
+        """Return how many windows run at a time."""
+        return self.config.batch_size or default_batch_size(windows.shape[1])
+
+    @property
+    def seqlen(self) -> int:
+        """Tokens per window."""
+        return window_length(self.config.seqlen, self.model_config.max_position_embeddings)
+
+    @cached_property
+    def _data(self) -> TextDataset | list[Tensor]:
+        config = self.config
+        return read_calibration_data(
+            config.cal_dataset,
+            nsamples=config.cal_nsamples or TO_COMPRESS,
+            padding_ids=padding_ids_of(self.model_config, self.tokenizer),
+            dataset_root=config.dataset_root,
+            cache_dir=config.cache_dir,
+        )
+
+    def _windows(self, sample: Sampler, published: int) -> Tensor:
+        """Return calibration windows, (N, S): sampled from a text, or the token ids given."""
+        config, seqlen = self.config, self.seqlen
+        nsamples = config.cal_nsamples or published
+        with stage("data"):
+            data = self._data
+            if isinstance(data, TextDataset):
+                if self.tokenizer is None:
+                    raise InputError(f"a tokenizer is needed to calibrate on {data.name}; give one, or give token ids")
+                windows = sample(data, self.tokenizer, nsamples, seqlen, config.seed)
+            else:
+                if config.seqlen is None:
+                    seqlen = min(seqlen, max(len(row) for row in data))
+                windows = windows_of_rows(data, seqlen)[:nsamples]
+            check_token_ids(windows, self.model_config.vocab_size)
+        logger.info("calibration data: %s", calibration_statistics(windows))
+        return windows

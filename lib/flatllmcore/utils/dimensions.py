@@ -1,0 +1,85 @@
+"""The sizes of a decoder-only model, and what a compressed layer keeps of them."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from ..errors import InputError
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What one decoder layer keeps.
+
+    Attributes:
+        keep: Share of V, O and MLP allotted to it (of Q and K too where they are pruned), in (0, 1].
+        value_rank: Directions per value head, ``1..head_dim``.
+        mlp_width: MLP channels, ``1..intermediate_size``.
+        query_key_rank: Rank per head of Q and K; ``None`` where they stay whole.
+    """
+
+    keep: float
+    value_rank: int
+    mlp_width: int
+    query_key_rank: int | None = None
+
+
+@dataclass(frozen=True)
+class ModelDimensions:
+    """Sizes of a decoder-only model; parameter counts are linear weights of one decoder layer, without biases."""
+
+    architecture: str
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+
+    @property
+    def qk_parameters(self) -> int:
+        """Weights of Q and K, whole."""
+        return self.hidden_size * self.head_dim * (self.num_heads + self.num_kv_heads)
+
+    @property
+    def factor_parameters(self) -> int:
+        """Weights that one unit of rank costs in the two factors of Q, (r, D) and (d, r) per head, and of K."""
+        return (self.hidden_size + self.head_dim) * (self.num_heads + self.num_kv_heads)
+
+    @property
+    def rank_parameters(self) -> int:
+        """Weights of V and O that one direction per head costs."""
+        return self.hidden_size * (self.num_heads + self.num_kv_heads)
+
+    @property
+    def width_parameters(self) -> int:
+        """Weights of gate, up and down that one MLP channel costs."""
+        return 3 * self.hidden_size
+
+    @property
+    def layer_parameters(self) -> int:
+        """Weights of a whole layer."""
+        return self.parameters_of(Kept(1.0, self.head_dim, self.intermediate_size))
+
+    def parameters_of(self, kept: Kept) -> int:
+        """Return the weights of a layer that keeps this much."""
+        qk = self.qk_parameters if kept.query_key_rank is None else kept.query_key_rank * self.factor_parameters
+        return qk + kept.value_rank * self.rank_parameters + kept.mlp_width * self.width_parameters
+
+    def query_key_rank(self, rank: int) -> int | None:
+        """Return the rank at which pruned Q and K are kept: whole, ``None``, where two factors would be no smaller."""
+        return rank if rank * self.factor_parameters < self.qk_parameters else None
+
+    def is_whole(self, kept: Kept) -> bool:
+        """Tell whether a layer keeps all its values and its whole MLP."""
+        return kept.value_rank == self.head_dim and kept.mlp_width == self.intermediate_size
+
+    def differences_from(self, other: "ModelDimensions") -> str:
+        """Return the sizes that are not equal, in words; nothing for equal dimensions."""
+        ours, given = asdict(self), asdict(other)
+        return "; ".join(f"{name} {ours[name]}, not {given[name]}" for name in ours if ours[name] != given[name])
+
+
+def check_length(name: str, values: Sequence[object], num_layers: int) -> None:
+    """Refuse a list that has not one entry per layer."""
+    if len(values) != num_layers:
+        raise InputError(f"'{name}' has {len(values)} entries; the model has {num_layers} layers")

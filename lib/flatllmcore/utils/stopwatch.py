@@ -1,0 +1,73 @@
+"""Where the time of a run goes, stage by stage.
+
+The stopwatch is ambient: code names its stages by :func:`stage`, and whoever wants to know runs it inside
+:meth:`Stopwatch.running`. Where no stopwatch runs, a stage costs nothing.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+
+from .devices import synchronize
+
+_running: ContextVar["Stopwatch | None"] = ContextVar("running_stopwatch", default=None)
+
+
+class Stopwatch:
+    """Adds up exclusive wall-clock seconds per named stage; an inner stage's time is not its outer's."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.elapsed_s: dict[str, float] = {}
+        self._stages: list[tuple[str, bool]] = []  # name, and whether stages inside count for it
+        self._since = 0.0
+
+    @contextmanager
+    def running(self) -> Iterator["Stopwatch"]:
+        """Count the stages named inside the block; a stopwatch that runs outside of it stands still meanwhile."""
+        token = _running.set(self)
+        try:
+            yield self
+        finally:
+            _running.reset(token)
+
+    def enter(self, name: str, is_whole: bool = False) -> None:
+        """Begin a stage, waiting for queued device work; the stages inside one that is whole count for it."""
+        self._settle()
+        is_inside_whole = bool(self._stages) and self._stages[-1][1]
+        self._stages.append(self._stages[-1] if is_inside_whole else (name, is_whole))
+
+    def leave(self) -> None:
+        """End the innermost stage, waiting for queued device work."""
+        self._settle()
+        self._stages.pop()
+
+    def _settle(self) -> None:
+        synchronize(self.device)
+        now = time.perf_counter()
+        if self._stages:
+            name, _ = self._stages[-1]
+            self.elapsed_s[name] = self.elapsed_s.get(name, 0.0) + now - self._since
+        self._since = now
+
+
+@contextmanager
+def stage(name: str, *, is_whole: bool = False) -> Iterator[None]:
+    """Count the time inside the block for ``name`` on the stopwatch that runs, if one does.
+
+    Args:
+        name: Of the stage.
+        is_whole: Whether the stages inside count for this one; by default each counts for itself alone.
+    """
+    stopwatch = _running.get()
+    if stopwatch is None:
+        yield
+        return
+    stopwatch.enter(name, is_whole)
+    try:
+        yield
+    finally:
+        stopwatch.leave()

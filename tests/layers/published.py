@@ -1,0 +1,76 @@
+"""Published models of every family, scaled down: the keys of their ``config.json``, old spellings included."""
+
+from typing import Any
+
+COMMON = {
+    "vocab_size": 97,
+    "num_hidden_layers": 3,
+    "hidden_act": "silu",
+    "max_position_embeddings": 128,
+    "initializer_range": 0.2,
+    "rms_norm_eps": 1e-5,
+    "use_cache": True,
+    "attention_dropout": 0.0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+LLAMA_3 = {
+    "model_type": "llama",
+    "rope_theta": 500000.0,
+    "rope_scaling": {
+        "factor": 8.0,
+        "high_freq_factor": 4.0,
+        "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 16,
+        "rope_type": "llama3",
+    },
+}
+QWEN_2 = {"model_type": "qwen2", "rope_theta": 1000000.0}
+QWEN_3 = {"model_type": "qwen3", "rope_theta": 1000000, "rope_scaling": None}
+
+
+def shape(*sizes: int) -> dict[str, int]:
+    names = ("num_attention_heads", "num_key_value_heads", "hidden_size", "intermediate_size")
+    return dict(zip(names, sizes, strict=True))
+
+
+def qwen_windows(is_used: bool, size: int | None, whole_layers: int) -> dict[str, Any]:
+    return {"use_sliding_window": is_used, "sliding_window": size, "max_window_layers": whole_layers}
+
+
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "Llama-2-7b": {"model_type": "llama", "pretraining_tp": 1, "rope_scaling": None, **shape(4, 4, 32, 56)},
+    "Llama-3.1-8B": {**LLAMA_3, "attention_bias": False, "eos_token_id": [2, 3], **shape(4, 1, 48, 72)},
+    "Llama-3.2-1B": {**LLAMA_3, "head_dim": 8, "tie_word_embeddings": True, **shape(4, 2, 32, 56)},
+    "Llama with biases": {"model_type": "llama", "attention_bias": True, "mlp_bias": True, **shape(4, 2, 32, 56)},
+    "SmolLM2-135M": {
+        "model_type": "llama",
+        "is_llama_config": True,
+        "rope_interleaved": False,
+        "rope_theta": 100000,
+        "tie_word_embeddings": True,
+        **shape(9, 3, 72, 96),
+    },
+    "Mistral-7B-v0.1": {"model_type": "mistral", "sliding_window": 5, "rope_theta": 10000.0, **shape(4, 1, 32, 56)},
+    "Mistral-Nemo": {"model_type": "mistral", "head_dim": 8, "sliding_window": None, **shape(4, 1, 40, 56)},
+    "Qwen2-7B": {**QWEN_2, "tie_word_embeddings": False, **qwen_windows(False, 128, 3), **shape(7, 1, 56, 72)},
+    "Qwen2.5-0.5B": {**QWEN_2, "tie_word_embeddings": True, **qwen_windows(False, 128, 3), **shape(14, 2, 56, 72)},
+    "Qwen2 with windows": {**QWEN_2, **qwen_windows(True, 5, 1), **shape(4, 2, 32, 56)},
+    "Qwen3-0.6B": {
+        **QWEN_3,
+        "attention_bias": False,
+        "head_dim": 16,
+        "tie_word_embeddings": True,
+        **qwen_windows(False, None, 3),
+        **shape(4, 2, 32, 56),
+    },
+    "Qwen3 with biases and windows": {
+        **QWEN_3,
+        "attention_bias": True,
+        "head_dim": 12,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        **qwen_windows(True, 5, 3),
+        **shape(4, 1, 32, 56),
+    },
+}
