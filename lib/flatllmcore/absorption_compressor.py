@@ -48,14 +48,14 @@ class AbsorptionCompressor:
         tolerance: float = 0.96,
         device: str | torch.device | None = None,
     ) -> None:
-        self.model = model
         check_causal_lm(model)
+        self.model = model
         self.dimensions = dimensions_from_config(model.config)
         self.target_sparsity = _checked_share("target_sparsity", target_sparsity)
         self.tolerance = _checked_share("tolerance", tolerance)
         self.device = model.get_output_embeddings().weight.device if device is None else parse_device(str(device))
         self._layers: set[int] = set()
-        self._windows: Tensor | None = None
+        self._windows = torch.empty(0, 0, dtype=torch.int64)
         self._kept_of_mlp: dict[int, float] = {}
         self._kept_of_attention: dict[int, float] = {}
 
@@ -77,7 +77,9 @@ class AbsorptionCompressor:
             InputError: If a layer does not exist, or the ids are unusable.
         """
         for layer_idx in layer_indices:
-            self._check_layer(layer_idx)
+            if not 0 <= layer_idx < self.dimensions.num_layers:
+                last = self.dimensions.num_layers - 1
+                raise InputError(f"there is no layer {layer_idx}; the model has layers 0 to {last}")
         padding_ids = padding_ids_of(self.model.config)
         rows = [real_tokens(*row, padding_ids) for row in token_rows(calibration_input_ids, attention_mask)]
         longest = max(len(row) for row in rows)
@@ -86,20 +88,12 @@ class AbsorptionCompressor:
         self._layers, self._windows = set(layer_indices), windows
 
     def apply_absorption_mlp(self, layer_idx: int, sparsity_ratio: float | None = None) -> None:
-        """Have ``layer_idx`` keep the share ``sparsity_ratio`` of its MLP's channels.
-
-        Raises:
-            InputError: If no activations are collected for the layer, or the share is outside (0, 1].
-        """
-        self._kept_of_mlp[self._check_collected(layer_idx)] = self._share(sparsity_ratio)
+        """Have ``layer_idx`` keep the share ``sparsity_ratio``, in (0, 1], of its MLP's channels."""
+        self._kept_of_mlp[self._collected(layer_idx)] = self._share(sparsity_ratio)
 
     def apply_absorption_attention(self, layer_idx: int, sparsity_ratio: float | None = None) -> None:
-        """Have ``layer_idx`` keep the share ``sparsity_ratio`` of the directions of each value head.
-
-        Raises:
-            InputError: If no activations are collected for the layer, or the share is outside (0, 1].
-        """
-        self._kept_of_attention[self._check_collected(layer_idx)] = self._share(sparsity_ratio)
+        """Have ``layer_idx`` keep the share ``sparsity_ratio``, in (0, 1], of the directions of each value head."""
+        self._kept_of_attention[self._collected(layer_idx)] = self._share(sparsity_ratio)
 
     def patch_compressed_layers(self, layer_indices: Sequence[int]) -> None:
         """Compress these layers as asked, in place; the model becomes one of the compressed class.
@@ -110,17 +104,13 @@ class AbsorptionCompressor:
             InputError: If no activations are collected for a layer, or a layer's are not finite; the model is then
                 as it was.
         """
-        chosen = {self._check_collected(layer_idx) for layer_idx in layer_indices}
-        assert self._windows is not None  # collected with the layers
+        chosen = {self._collected(layer_idx) for layer_idx in layer_indices}
+        shares = [
+            [kept.get(index, 1.0) if index in chosen else 1.0 for index in range(self.dimensions.num_layers)]
+            for kept in (self._kept_of_mlp, self._kept_of_attention)
+        ]
         selector = ImportancePreservingRankSelector(self.dimensions, rank_multiple=1)
-        layers = []
-        for layer_idx in range(self.dimensions.num_layers):
-            of_mlp, of_attention = (
-                kept.get(layer_idx, 1.0) if layer_idx in chosen else 1.0
-                for kept in (self._kept_of_mlp, self._kept_of_attention)
-            )
-            layers.append(selector.floored(of_mlp, of_attention))
-        allocation = RankAllocation.of_layers(self.dimensions, layers, prune_qk=False)
+        allocation = RankAllocation.of_layers(self.dimensions, map(selector.floored, *shares), prune_qk=False)
         pipeline = Pipeline(self.model.config, FlatLLMConfig(tolerance=self.tolerance))
         with dispatch_hooks_lifted(self.model):
             source = ModelInMemory(self.model, self.device)
@@ -130,14 +120,7 @@ class AbsorptionCompressor:
     def _share(self, sparsity_ratio: float | None) -> float:
         return self.target_sparsity if sparsity_ratio is None else _checked_share("sparsity_ratio", sparsity_ratio)
 
-    def _check_layer(self, layer_idx: int) -> None:
-        if not 0 <= layer_idx < self.dimensions.num_layers:
-            raise InputError(
-                f"there is no layer {layer_idx}; the model has layers 0 to {self.dimensions.num_layers - 1}"
-            )
-
-    def _check_collected(self, layer_idx: int) -> int:
-        self._check_layer(layer_idx)
+    def _collected(self, layer_idx: int) -> int:
         if layer_idx not in self._layers:
             raise InputError(f"no activations are collected for layer {layer_idx}; name it to collect_all_activations")
         return layer_idx
@@ -146,18 +129,8 @@ class AbsorptionCompressor:
 class ActivationCollector:
     """Sums the moments of what runs through one dense decoder layer, batch by batch.
 
-    Args:
-        layer: A dense decoder layer.
-        num_heads: Its query heads.
-        tolerance: Taken for FedCore's sake; the moments do not depend on it.
-        device: As well; the moments are where the layer is.
-
-    Attributes:
-        sums: float64, by what is looked at: ``self_attn.v_proj.output``, (G, d, d), and ``mlp.down_proj.input``,
-            (F, F), its lower triangle alone.
-
-    Raises:
-        InputError: If the layer has another number of heads.
+    ``sums`` holds them in float64: ``self_attn.v_proj.output``, (G, d, d), and the lower triangle of
+    ``mlp.down_proj.input``, (F, F). FedCore gives a tolerance and a device too, on which they do not depend.
     """
 
     def __init__(

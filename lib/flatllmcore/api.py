@@ -51,11 +51,7 @@ class FlatLLMPruner:
         self._stats: dict[str, Any] | None = None
 
     def compute_importance_scores(self) -> list[float]:
-        """Return the importance of every decoder layer; the model is unchanged.
-
-        Raises:
-            InputError: If the calibration data are unusable, or a layer's activations are not finite.
-        """
+        """Return the importance of every decoder layer; the model is unchanged."""
         with self._source() as source:
             return list(self._pipeline.score(source, self._pipeline.windows_to_score()).scores)
 
@@ -95,17 +91,11 @@ class FlatLLMPruner:
         return self.model
 
     def get_compression_stats(self) -> dict[str, Any]:
-        """Return what :meth:`prune_model` did, counted from the weights that are there.
+        """Return what :meth:`prune_model` did, counted from the weights that are there; RuntimeError before it.
 
-        Returns:
-            - ``sparsity``: share of the decoder layers' linear weights removed, in [0, 1).
-            - ``compression_ratio``: those weights before over after, ``1 / (1 - sparsity)``.
-            - ``parameters_before``, ``parameters_after``: ``{"decoder_linear": ..., "total": ...}``, numbers of
-              weights; ``total`` has embeddings, norms and biases too, tied ones once.
-            - ``layers``: per layer ``keep``, ``value_rank``, ``mlp_width`` and what else was done to it.
-
-        Raises:
-            RuntimeError: If the model has not been pruned yet.
+        ``sparsity`` is the share of the decoder layers' linear weights removed, ``compression_ratio`` is
+        ``1 / (1 - sparsity)``, ``parameters_before`` and ``parameters_after`` are as :func:`count_parameters` has them,
+        and ``layers`` has per layer ``keep``, ``value_rank``, ``mlp_width`` and what else was done to it.
         """
         if self._stats is None:
             raise RuntimeError("there are no statistics before prune_model() has been called")
@@ -126,18 +116,9 @@ def apply_flat_llm(
     config: FlatLLMConfig | None = None,
     **fields: Any,
 ) -> PreTrainedModel:
-    """Compress ``model`` in place and return it, the same object.
+    """Compress ``model`` in place and return it, the same object; see :meth:`FlatLLMPruner.prune_model`.
 
-    Args:
-        model: As for :class:`FlatLLMPruner`.
-        tokenizer: As there.
-        target_sparsity: Share of the decoder layers' linear weights to remove; ``None`` for the config's.
-        cal_dataset: Calibration text, as in :class:`FlatLLMConfig`; ``None`` for the config's.
-        config: What is asked where no argument says otherwise; the defaults for ``None``.
-        **fields: Further fields of :class:`FlatLLMConfig`; they take precedence over ``config``.
-
-    Raises:
-        InputError: If the model, an option or the text is unusable; the model is then as it was.
+    ``target_sparsity`` (share removed), ``cal_dataset`` and other fields take precedence over ``config``.
     """
     named = {"target_sparsity": target_sparsity, "cal_dataset": cal_dataset}
     fields |= {name: value for name, value in named.items() if value is not None}
@@ -150,10 +131,7 @@ def compute_layer_importance(
     config: FlatLLMConfig | None = None,
     **fields: Any,
 ) -> list[float]:
-    """Return the importance of every decoder layer; the model is unchanged.
-
-    Args and errors are those of :class:`FlatLLMPruner`.
-    """
+    """Return the importance of every decoder layer; the model is unchanged. See :class:`FlatLLMPruner`."""
     return FlatLLMPruner(model, tokenizer, config, **fields).compute_importance_scores()
 
 

@@ -83,11 +83,11 @@ class FlatLLMReassembler(_Reassembler):
         additional_mapping: Mapping[type[nn.Module], Any] | None = None,
         **options: Any,
     ) -> PreTrainedModel:
-        """Compress ``model`` in place and return it, the same object.
+        """Compress ``model`` in place and return it, the same object. See :class:`FlatLLMPruner`.
 
         Args:
-            model: As for :class:`FlatLLMPruner`.
-            tokenizer: As there.
+            model: Dense, in memory.
+            tokenizer: The model's.
             config: What is asked; the defaults for ``None``. ``target_sparsity`` is the share removed.
             architecture: The family the model is expected to be of.
             additional_mapping: Module types to replace afterwards, as FedCore's reassemblers do.
@@ -115,42 +115,28 @@ class FlatLLMReassembler(_Reassembler):
         config: FlatLLMConfig | None = None,
         **fields: Any,
     ) -> list[float]:
-        """Return the importance of every decoder layer; the model is unchanged. See :class:`FlatLLMPruner`."""
+        """Return the importance of every decoder layer; the model is unchanged."""
         return compute_layer_importance(model, tokenizer, config, **fields)
 
     @classmethod
     def allocate_ranks(cls, importance_scores: Sequence[float], target_sparsity: float = 0.5) -> list[float]:
-        """Return the share of V, O and MLP that each layer keeps, by Importance-Preserving Rank Selection.
+        """Return the share of V, O and MLP that each layer keeps, in (0, 1], by Importance-Preserving Rank Selection.
 
         Scores alone do not say how large Q and K are, which stay whole and count in the total. The target is therefore
-        applied to the pruned projections, and less of the whole model is removed than ``target_sparsity``;
-        ``ImportancePreservingRankSelector`` makes ranks for a model of known sizes.
-
-        Args:
-            importance_scores: One per decoder layer, more than 0.
-            target_sparsity: Share to remove, 0 to 1.
-
-        Returns:
-            One share per layer, in (0, 1], their mean ``1 - target_sparsity``.
+        applied to the pruned projections: the mean share is ``1 - target_sparsity``, and less of the whole model is
+        removed. ``ImportancePreservingRankSelector`` makes ranks for a model of known sizes.
 
         Raises:
-            InputError: If a score or the target is out of range, or nothing would be left.
+            InputError: If there is no score, one is not more than 0, or the target is outside [0, 1).
         """
-        scores = [float(score) for score in importance_scores]
-        if not scores:
+        if len(importance_scores) == 0:
             raise InputError("there are no importance scores; give one per decoder layer")
-        config = FlatLLMConfig(target_sparsity=target_sparsity)
-        if config.keep_ratio == 0:
-            raise InputError("target_sparsity is 1.0, which leaves nothing of V, O and MLP; give less")
-        return allocate_keep_ratios(scores, config.keep_ratio)
+        keep_ratio = FlatLLMConfig(target_sparsity=target_sparsity).keep_ratio
+        return allocate_keep_ratios([float(score) for score in importance_scores], keep_ratio)
 
     @classmethod
     def _detect_model_architecture(cls, model: nn.Module) -> str:
-        """Return the model's family, ``llama``, ``mistral`` and so on.
-
-        Raises:
-            InputError: If it is not supported.
-        """
+        """Return the model's family, ``llama``, ``mistral`` and so on."""
         return detect_architecture(model)
 
 

@@ -2,9 +2,9 @@
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 
 import torch
@@ -22,7 +22,6 @@ from ..layers.replacement import (
     empty_decoder_layer,
     fill_parameters,
 )
-from ..utils.dimensions import ModelDimensions
 from ..utils.layer_utils import DecoderModule
 from ..utils.processes import all_reduce, broadcast
 from ..utils.progress import progress
@@ -46,7 +45,7 @@ def compress_layers(
     batch_size: int,
     tolerance: float,
 ) -> tuple[PretrainedConfig, list[LayerRecord]]:
-    """Compress every decoder layer of ``source`` into ``sink``.
+    """Compress every decoder layer of ``source`` into ``sink``; return the compressed config and a record per layer.
 
     Layer ``l`` sees what left the already compressed layers before it; its statistics come from its own
     dense weights. Each layer costs one forward pass per step of the method and one of the compressed layer;
@@ -62,9 +61,6 @@ def compress_layers(
         batch_size: Windows run at a time; the result depends on it only by rounding.
         tolerance: Share of eigenvalue mass to monitor, in (0, 1]; changes nothing.
 
-    Returns:
-        The compressed model's config, and one record per layer.
-
     Raises:
         InputError: If a layer's activations are not finite, or a layer cannot be solved.
     """
@@ -72,87 +68,102 @@ def compress_layers(
     flat_config = compressed_config(source.config, allocation.layers)
     unfinished = [index for index in range(source.num_layers) if index not in sink.finished]
     if unfinished:
-        walk = Walk(source, windows, batch_size)
+        loop = _Loop(Walk(source, windows, batch_size), sink, method, allocation, flat_config, tolerance)
         for index in progress(range(unfinished[-1] + 1), "compress", "layer"):
-            if index in sink.finished:
-                walk.advance(_finished_layer(flat_config, index, sink, source.device), index)
-            else:
-                _compress_layer(walk, sink, index, flat_config, method, allocation, tolerance)
+            loop.skip(index) if index in sink.finished else loop.compress(index)
     return flat_config, [sink.finished[index] for index in range(source.num_layers)]
 
 
-def _compress_layer(
-    walk: Walk,
-    sink: LayerSink,
-    index: int,
-    flat_config: PretrainedConfig,
-    method: Method,
-    allocation: RankAllocation,
-    tolerance: float,
-) -> None:
-    """Compress one layer into ``sink``; a function of its own, so that no layer outlives its turn."""
-    started = time.perf_counter()
-    kept = allocation.layers[index]
-    with lent_layer(walk.source, index) as dense:
-        weights, eigenvalues = _solved(walk, index, dense, method.steps(allocation.dimensions, kept), flat_config)
-        compressed = compress_decoder_layer(dense, flat_config, index, weights)
-        for name in weights:  # one solution for all: the signs of eigenvectors are anybody's choice
-            broadcast(compressed.get_parameter(name))
-        del weights  # the layer has copies
-        walk.advance(compressed, index)
-    record = LayerRecord(
-        **asdict(kept),
-        layer=index,
-        rank_at_tolerance=None if eigenvalues is None else rank_for_mass(eigenvalues, tolerance),
-        elapsed_s=round(time.perf_counter() - started, 3),
-    )
-    with stage("write"):
-        sink.put(index, compressed, record)
-    _log(record, allocation.dimensions, tolerance)
+@dataclass(frozen=True)
+class _Loop:
+    walk: Walk
+    sink: LayerSink
+    method: Method
+    allocation: RankAllocation
+    flat_config: PretrainedConfig
+    tolerance: float
 
+    def skip(self, index: int) -> None:
+        """Lead the hidden states through a layer that is finished."""
+        layer = empty_decoder_layer(self.flat_config, index).eval()
+        device = self.walk.source.device
+        fill_parameters(layer, {name: weight.to(device) for name, weight in self.sink.weights(index).items()})
+        self.walk.advance(layer, index)
 
-def _solved(
-    walk: Walk, index: int, dense: DecoderModule, steps: Sequence[Step], flat_config: PretrainedConfig
-) -> tuple[dict[str, Tensor], Tensor | None]:
-    """Return a layer's new weights by name, and the eigenvalues that are monitored."""
-    weights: dict[str, Tensor] = {}
-    eigenvalues = None
-    with ExitStack() as parts:
-        for step in steps:
-            sums = _summed(walk, index, dense, step)
-            with stage("solves"), _naming_layer(index):
-                solution = step.solve(dense, sums)
-            weights |= solution.weights
-            eigenvalues = eigenvalues if solution.eigenvalues is None else solution.eigenvalues
-            if step is not steps[-1]:
-                part = compressed_part(flat_config, index, step.part, dense, solution.weights)
-                for parameter in part.parameters():
-                    broadcast(parameter)
-                parts.enter_context(_standing_in(dense, step.part, part))
-    return weights, eigenvalues
+    def compress(self, index: int) -> None:
+        """Compress one layer into the sink, and lead the hidden states through it."""
+        started = time.perf_counter()
+        compressed, eigenvalues = self._compressed(index)
+        record = LayerRecord(
+            **asdict(self.allocation.layers[index]),
+            layer=index,
+            rank_at_tolerance=None if eigenvalues is None else rank_for_mass(eigenvalues, self.tolerance),
+            elapsed_s=round(time.perf_counter() - started, 3),
+        )
+        with stage("write"):
+            self.sink.put(index, compressed, record)
+        self._log(record)
 
+    def _compressed(self, index: int) -> tuple[FlatDecoderLayer, Tensor | None]:
+        """Return the compressed layer and the eigenvalues that are monitored; the dense one does not outlive this."""
+        with lent_layer(self.walk.source, index) as dense:
+            weights, eigenvalues = self._solved(index, dense)
+            compressed = compress_decoder_layer(dense, self.flat_config, index, weights)
+            for name in weights:  # one solution for all: the signs of eigenvectors are anybody's choice
+                broadcast(compressed.get_parameter(name))
+            del weights  # the layer has copies
+            self.walk.advance(compressed, index)
+        return compressed, eigenvalues
 
-def _summed(walk: Walk, index: int, layer: DecoderModule, step: Step) -> Sums:
-    """Return the sums of a step over the windows of all processes."""
-    sums = step.zeros(layer)
-    with tapped(layer, step.taps) as look:
-        for batch in walk.batches():
-            seen = look(partial(walk.run, layer, index, batch))
-            with stage("moments"):
-                step.add(sums, seen)
-    with stage("reduce"):
-        for total in sums.values():
-            all_reduce(total)
-            check_finite(index, total)
-    return sums
+    def _solved(self, index: int, dense: DecoderModule) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Return a layer's new weights by name, and the eigenvalues that are monitored."""
+        weights: dict[str, Tensor] = {}
+        eigenvalues = None
+        steps = self.method.steps(self.allocation.dimensions, self.allocation.layers[index])
+        with ExitStack() as parts:
+            for step in steps:
+                sums = self._summed(index, dense, step)
+                with stage("solves"), _naming_layer(index):
+                    solution = step.solve(dense, sums)
+                weights |= solution.weights
+                eigenvalues = eigenvalues if solution.eigenvalues is None else solution.eigenvalues
+                if step is not steps[-1]:
+                    part = compressed_part(self.flat_config, index, step.part, dense, solution.weights)
+                    for parameter in part.parameters():
+                        broadcast(parameter)
+                    parts.enter_context(_standing_in(dense, step.part, part))
+        return weights, eigenvalues
 
+    def _summed(self, index: int, layer: DecoderModule, step: Step) -> Sums:
+        """Return the sums of a step over the windows of all processes."""
+        sums = step.zeros(layer)
+        with tapped(layer, step.taps) as look:
+            for batch in self.walk.batches():
+                seen = look(partial(self.walk.run, layer, index, batch))
+                with stage("moments"):
+                    step.add(sums, seen)
+        with stage("reduce"):
+            for total in sums.values():
+                all_reduce(total)
+                check_finite(index, total)
+        return sums
 
-def _finished_layer(
-    flat_config: PretrainedConfig, index: int, sink: LayerSink, device: torch.device
-) -> FlatDecoderLayer:
-    layer = empty_decoder_layer(flat_config, index).eval()
-    fill_parameters(layer, {name: weight.to(device) for name, weight in sink.weights(index).items()})
-    return layer
+    def _log(self, record: LayerRecord) -> None:
+        sizes, monitored = self.allocation.dimensions, ""
+        if record.rank_at_tolerance is not None:
+            monitored = f" ({record.rank_at_tolerance:.1f} would keep {self.tolerance:g} of the mass)"
+        values = f"rank {record.value_rank}/{sizes.head_dim}{monitored}"
+        queries = "" if record.query_key_rank is None else f", Q and K {record.query_key_rank}"
+        widths = f"mlp {record.mlp_width}/{sizes.intermediate_size}"
+        logger.info(
+            "layer %d: keep %.3f, %s%s, %s, %.1f s",
+            record.layer,
+            record.keep,
+            values,
+            queries,
+            widths,
+            record.elapsed_s,
+        )
 
 
 @contextmanager
@@ -173,22 +184,3 @@ def _naming_layer(index: int) -> Iterator[None]:
         yield
     except (ArithmeticError, torch.linalg.LinAlgError) as error:
         raise InputError(f"layer {index} cannot be compressed: {error}") from error
-
-
-def _log(record: LayerRecord, dimensions: ModelDimensions, tolerance: float) -> None:
-    monitored = ""
-    if record.rank_at_tolerance is not None:
-        monitored = f" ({record.rank_at_tolerance:.1f} would keep {tolerance:g} of the mass)"
-    queries_and_keys = "" if record.query_key_rank is None else f", Q and K {record.query_key_rank}"
-    logger.info(
-        "layer %d: keep %.3f, rank %d/%d%s%s, mlp %d/%d, %.1f s",
-        record.layer,
-        record.keep,
-        record.value_rank,
-        dimensions.head_dim,
-        monitored,
-        queries_and_keys,
-        record.mlp_width,
-        dimensions.intermediate_size,
-        record.elapsed_s,
-    )
