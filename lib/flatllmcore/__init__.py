@@ -5,16 +5,13 @@ then loads their folders like any other. ``FlatLLMReassembler`` is made when it 
 subclass of FedCore's ``Reassembler`` where FedCore can be imported.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .api import FlatLLMPruner, apply_flat_llm, compute_layer_importance
 from .config import FlatLLMConfig
 from .core.rank_allocation import ImportancePreservingRankSelector
 from .errors import InputError
 from .layers import FlatLlamaConfig, FlatLlamaForCausalLM, FlatMistralConfig, FlatMistralForCausalLM
-
-if TYPE_CHECKING:
-    from .reassembler import FlatLLMReassembler
 
 __all__ = [
     "FlatLLMConfig",
@@ -29,10 +26,6 @@ __all__ = [
     "apply_flat_llm",
     "compute_layer_importance",
 ]
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
 
 
 def __getattr__(name: str) -> Any:

@@ -24,7 +24,6 @@ from .engine.checkpoint_source import CheckpointSource
 from .engine.perplexity import Perplexity, perplexity
 from .engine.storage import StatesStorage
 from .errors import InputError
-from .layers import attention_value_width
 from .pipeline import Pipeline
 from .utils.calibration_windows import check_token_ids
 from .utils.data_utils import consecutive_windows, load_text
@@ -43,12 +42,8 @@ _SHARE_OF_HOST_FOR_WEIGHTS = 0.5
 class CheckpointRun:
     """A run from a dense checkpoint to its scores, or to a compressed checkpoint.
 
-    Args:
-        config: What is asked.
-        provenance: What else the result depends on, as JSON takes it: hardware and versions.
-
-    Raises:
-        InputError: If the model, its tokenizer or the device is unusable; no weight has been read.
+    ``provenance`` is what a result depends on beside ``config``, as JSON takes it: ``hardware`` and ``versions``.
+    No weight is read before it is needed; what cannot be used is an InputError.
     """
 
     def __init__(self, config: RunConfig, provenance: Mapping[str, Any]) -> None:
@@ -63,15 +58,9 @@ class CheckpointRun:
         free = broadcast_object(lambda: free_host_memory() // local_world_size())  # all choose the same
         asked = config.host_memory_gib
         self.storage = StatesStorage(free if asked is None else int(asked * GIB), config.offload_folder)
-        logger.info(
-            "%s: %s of %d layers; windows of %d tokens; on %d x %s",
-            config.model,
-            self.dimensions.architecture,
-            self.dimensions.num_layers,
-            self.pipeline.seqlen,
-            world_size(),
-            self.device,
-        )
+        model = f"{self.dimensions.architecture} of {self.dimensions.num_layers} layers"
+        windows = f"windows of {self.pipeline.seqlen} tokens"
+        logger.info("%s: %s; %s; on %d x %s", config.model, model, windows, world_size(), self.device)
 
     @cached_property
     def source(self) -> CheckpointSource:
@@ -134,10 +123,8 @@ class CheckpointRun:
     def compressed(self, folder: Path) -> Iterator[tuple[dict[str, Any], CheckpointSink]]:
         """Compress the model into the partial folder beside ``folder``, and measure it before and after.
 
-        Gives what was done, for the record and the model card, and the sink to publish the model by.
-
-        Raises:
-            InputError: If anything asked for or found cannot be used; finished layers stay to go on from.
+        Gives what was done, for the record and the model card, and the sink to publish the model by. Whatever ends it
+        before, finished layers stay to go on from.
         """
         pipeline, config = self.pipeline, self.config
         pipeline.announce_target()
@@ -166,7 +153,6 @@ class CheckpointRun:
                 | {
                     "parameters_after": count_parameters(written.skeleton),
                     "perplexity": measured | {"dense": dense.value, "compressed": compressed.value},
-                    "attention": _attention_widths(written),
                     "layers": [asdict(layer) for layer in layers],
                 },
                 sink,
@@ -254,17 +240,3 @@ class CheckpointRun:
         if not math.isfinite(measured.value):
             raise InputError(f"the perplexity is {measured.value}; {remedy}")
         return measured
-
-
-def _attention_widths(written: CheckpointSource) -> dict[str, Any]:
-    """Return the value width per layer that the attention function is handed, and so what kernel it takes."""
-    implementation, device = written.config._attn_implementation, written.device.type
-    layers = written.skeleton.get_decoder().layers
-    widths = {
-        name: [
-            attention_value_width(a.value_head_dim, a.head_dim, query_length, implementation, device)
-            for a in (layer.self_attn for layer in layers)
-        ]
-        for name, query_length in (("prompt", 2), ("decoding", 1))
-    }
-    return {"implementation": implementation, "value_width": widths}

@@ -59,7 +59,9 @@ def integer(least: int, most: int | None = None) -> Accepted:
     end = "or more" if most is None else f"to {most}"
     return Accepted(
         f"an integer, {least} {end}",
-        lambda n: isinstance(n, Integral) and not isinstance(n, bool) and least <= n and (most is None or n <= most),
+        lambda n: (
+            isinstance(n, Integral) and not isinstance(n, bool) and least <= int(n) and (most is None or int(n) <= most)
+        ),
         int,
         int,
     )

@@ -1,7 +1,7 @@
 """The one order of things: windows → importance → allocation → compression → saving.
 
-:class:`Pipeline` is that order over any source and sink; the library and the FedCore adapters run it on a model in
-memory, ``checkpoint_run.py`` from a checkpoint on disk to another, for ``main.py``.
+:class:`Pipeline` has the steps in that order over any source and sink; the library and the FedCore adapters run it on a
+model in memory, ``checkpoint_run.py`` from a checkpoint on disk to another, for ``main.py``.
 """
 
 import logging
@@ -20,14 +20,8 @@ from .engine.protocols import LayerRecord, LayerSink, LayerSource
 from .engine.walk import default_batch_size
 from .errors import InputError
 from .methods import METHODS
-from .utils.calibration_windows import (
-    check_token_ids,
-    padding_ids_of,
-    read_calibration_data,
-    window_length,
-    windows_of_rows,
-)
-from .utils.data_utils import TextDataset, calibration_statistics, sample_documents, sample_windows
+from .utils import calibration_windows, data_utils
+from .utils.data_utils import TextDataset
 from .utils.layer_utils import dimensions_from_config
 from .utils.stopwatch import stage
 
@@ -38,7 +32,7 @@ Sampler = Callable[[TextDataset, PreTrainedTokenizerBase, int, int, int], Tensor
 
 
 class Pipeline:
-    """The steps of one compression, in the order in which they are called.
+    """The steps of one compression.
 
     Args:
         model_config: Of the model; dense to be compressed, any to be scored.
@@ -54,18 +48,12 @@ class Pipeline:
     @cached_property
     def selector(self) -> ImportancePreservingRankSelector:
         """What allocates ranks to the model; made when the model is known to be a dense one."""
-        return ImportancePreservingRankSelector(
-            dimensions_from_config(self.model_config),
-            rank_multiple=self.config.rank_multiple,
-            prune_qk=not self.config.preserve_qk_layers,
-        )
+        multiple, prune_qk = self.config.rank_multiple, not self.config.preserve_qk_layers
+        dimensions = dimensions_from_config(self.model_config)
+        return ImportancePreservingRankSelector(dimensions, rank_multiple=multiple, prune_qk=prune_qk)
 
     def announce_target(self) -> None:
-        """Log what is going to stay.
-
-        Raises:
-            InputError: If the model is compressed already, or so much cannot be removed from it.
-        """
+        """Log what is going to stay; InputError if the model is compressed already, or has not so much to remove."""
         logger.info(
             "%.2f %% of the decoder layers' linear weights stay, %.2f %% of the projections that are pruned",
             100 * self.config.keep_ratio,
@@ -74,23 +62,18 @@ class Pipeline:
 
     def windows_to_score(self) -> Tensor:
         """Return the token windows that importance is measured on, (N, S)."""
-        return self._windows(sample_windows, TO_SCORE)
+        return self._windows(data_utils.sample_windows, TO_SCORE)
 
     def windows_to_compress(self) -> Tensor:
         """Return the token windows that layers are compressed on, (N, S)."""
-        return self._windows(sample_documents, TO_COMPRESS)
+        return self._windows(data_utils.sample_documents, TO_COMPRESS)
 
     def score(self, source: LayerSource, windows: Tensor) -> LayerImportance:
         """Return the importance of every decoder layer."""
         return layer_importance(source, windows, self.batch_size(windows), self.config.importance_method)
 
     def allocate(self, scores: Sequence[float], importance_sha256: str | None = None) -> RankAllocation:
-        """Return what each layer keeps.
-
-        Args:
-            scores: Importance of each layer.
-            importance_sha256: Digest of the file of scores that they are from.
-        """
+        """Return what each layer keeps by its importance; the digest is that of the file of scores."""
         allocation = METHODS[self.config.method].allocate(self.selector, scores, self.config.keep_ratio)
         return replace(allocation, importance_sha256=importance_sha256)
 
@@ -98,15 +81,8 @@ class Pipeline:
         self, source: LayerSource, sink: LayerSink, windows: Tensor, allocation: RankAllocation
     ) -> tuple[PretrainedConfig, list[LayerRecord]]:
         """Compress all layers of ``source`` into ``sink``; return the compressed config and a record of each."""
-        return compress_layers(
-            source,
-            sink,
-            windows,
-            METHODS[self.config.method],
-            allocation,
-            batch_size=self.batch_size(windows),
-            tolerance=self.config.tolerance,
-        )
+        method, batch_size, tolerance = METHODS[self.config.method], self.batch_size(windows), self.config.tolerance
+        return compress_layers(source, sink, windows, method, allocation, batch_size=batch_size, tolerance=tolerance)
 
     def batch_size(self, windows: Tensor) -> int:
         """Return how many windows run at a time."""
@@ -115,15 +91,15 @@ class Pipeline:
     @property
     def seqlen(self) -> int:
         """Tokens per window."""
-        return window_length(self.config.seqlen, self.model_config.max_position_embeddings)
+        return calibration_windows.window_length(self.config.seqlen, self.model_config.max_position_embeddings)
 
     @cached_property
     def _data(self) -> TextDataset | list[Tensor]:
         config = self.config
-        return read_calibration_data(
+        return calibration_windows.read_calibration_data(
             config.cal_dataset,
             nsamples=config.cal_nsamples or TO_COMPRESS,
-            padding_ids=padding_ids_of(self.model_config, self.tokenizer),
+            padding_ids=calibration_windows.padding_ids_of(self.model_config, self.tokenizer),
             dataset_root=config.dataset_root,
             cache_dir=config.cache_dir,
         )
@@ -141,7 +117,7 @@ class Pipeline:
             else:
                 if config.seqlen is None:
                     seqlen = min(seqlen, max(len(row) for row in data))
-                windows = windows_of_rows(data, seqlen)[:nsamples]
-            check_token_ids(windows, self.model_config.vocab_size)
-        logger.info("calibration data: %s", calibration_statistics(windows))
+                windows = calibration_windows.windows_of_rows(data, seqlen)[:nsamples]
+            calibration_windows.check_token_ids(windows, self.model_config.vocab_size)
+        logger.info("calibration data: %s", data_utils.calibration_statistics(windows))
         return windows

@@ -3,11 +3,11 @@
 FedCore is imported with this module; ``import flatllmcore`` leaves it alone.
 """
 
-import dataclasses
 import importlib
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from dataclasses import fields
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -29,8 +29,8 @@ FEDCORE_REASSEMBLERS = "fedcore.algorithm.low_rank.reassembly.core_reassemblers"
 class StandaloneReassembler:
     """What :class:`FlatLLMReassembler` takes from FedCore's ``Reassembler``, for where FedCore is not."""
 
-    supported_layers: ClassVar[dict[type[nn.Module], Any]] = {}
-    supported_decomposed_layers: ClassVar[dict[type[nn.Module], Any]] = {}
+    supported_layers: dict[type[nn.Module], Any] = {}
+    supported_decomposed_layers: dict[type[nn.Module], Any] = {}
 
     @classmethod
     def get_module(cls, root: nn.Module, name: str) -> nn.Module:
@@ -40,8 +40,7 @@ class StandaloneReassembler:
     @classmethod
     def set_module(cls, root: nn.Module, name: str, module: nn.Module) -> None:
         """Put ``module`` at a dotted name."""
-        parent, _, child = name.rpartition(".")
-        setattr(root.get_submodule(parent), child, module)
+        root.set_submodule(name, module)
 
     @classmethod
     def _apply_additional_mapping(cls, model: nn.Module, mapping: Mapping[type[nn.Module], Any] | None) -> None:
@@ -53,9 +52,9 @@ class StandaloneReassembler:
     @classmethod
     def _validate_device_consistency(cls, model: nn.Module) -> None:
         """Raise RuntimeError if the parameters are on more than one device."""
-        devices = {parameter.device for parameter in model.parameters()}
+        devices = {str(parameter.device) for parameter in model.parameters()}
         if len(devices) > 1:
-            raise RuntimeError(f"the parameters are on several devices: {', '.join(sorted(map(str, devices)))}")
+            raise RuntimeError(f"the parameters are on several devices: {', '.join(sorted(devices))}")
 
 
 def _base_class() -> Any:
@@ -101,22 +100,20 @@ class FlatLLMReassembler(_Reassembler):
         check_architecture(model, architecture)
         if not is_spread_over_devices(model):
             cls._validate_device_consistency(model)
-        pruner = FlatLLMPruner(model, tokenizer, config, **_fields_among(options))
-        pruner.prune_model()
+        known = {field.name for field in fields(FlatLLMConfig)}
+        ignored = sorted(options.keys() - known)
+        if ignored:
+            logger.warning("ignored, since FLAT-LLM has no such option: %s", ", ".join(ignored))
+        asked = {name: value for name, value in options.items() if name in known}
+        FlatLLMPruner(model, tokenizer, config, **asked).prune_model()
         if additional_mapping:
             cls._apply_additional_mapping(model, additional_mapping)
         return model
 
     @classmethod
-    def compute_importance_scores(
-        cls,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        config: FlatLLMConfig | None = None,
-        **fields: Any,
-    ) -> list[float]:
-        """Return the importance of every decoder layer; the model is unchanged."""
-        return compute_layer_importance(model, tokenizer, config, **fields)
+    def compute_importance_scores(cls, model: PreTrainedModel, *args: Any, **fields: Any) -> list[float]:
+        """Return the importance of every decoder layer; takes what :func:`compute_layer_importance` does."""
+        return compute_layer_importance(model, *args, **fields)
 
     @classmethod
     def allocate_ranks(cls, importance_scores: Sequence[float], target_sparsity: float = 0.5) -> list[float]:
@@ -138,11 +135,3 @@ class FlatLLMReassembler(_Reassembler):
     def _detect_model_architecture(cls, model: nn.Module) -> str:
         """Return the model's family, ``llama``, ``mistral`` and so on."""
         return detect_architecture(model)
-
-
-def _fields_among(options: Mapping[str, Any]) -> dict[str, Any]:
-    known = {field.name for field in dataclasses.fields(FlatLLMConfig)}
-    ignored = sorted(options.keys() - known)
-    if ignored:
-        logger.warning("ignored, since FLAT-LLM has no such option: %s", ", ".join(ignored))
-    return {name: value for name, value in options.items() if name in known}

@@ -52,17 +52,12 @@ class CheckpointSink:
     """Writes a compressed model beside ``folder``, in ``<folder>.partial``, which takes its place at the end.
 
     Used as a context manager, that locks the partial folder: another run's is refused, and a dead run holds nothing.
-    What is there already, of the same request, is kept: the finished layers are in :attr:`finished`, results that
-    were worth remembering in :attr:`results`. Where the block ends by an error, the partial folder stays to go on from,
-    unless there is nothing in it worth that.
+    What is there already, of the same ``request`` (all that the result depends on, as JSON takes it), is kept: the
+    finished layers are in :attr:`finished`, results that were worth remembering in :attr:`results`. Where the block
+    ends by an error, the partial folder stays to go on from, unless there is nothing in it worth that. ``overwrite``
+    says whether a model at ``folder`` may be replaced.
 
     In a group of processes rank 0 writes; the others must see the same file system.
-
-    Args:
-        folder: Where the model shall be. Nothing is there, or ``overwrite`` is given.
-        num_layers: Of the model.
-        request: All that the result depends on, as JSON takes it.
-        overwrite: Whether a model at ``folder`` may be replaced.
     """
 
     def __init__(self, folder: Path, num_layers: int, request: Mapping[str, Any], overwrite: bool = False) -> None:
@@ -80,11 +75,7 @@ class CheckpointSink:
         return self._manifest.results
 
     def __enter__(self) -> "CheckpointSink":
-        """Open the partial folder.
-
-        Raises:
-            InputError: If ``folder`` is in use, or the partial folder is another run's or not of this request.
-        """
+        """Open the partial folder; InputError if it is another run's, or holds another request."""
         try:
             self._manifest = broadcast_object(self._open)
         except BaseException:
@@ -138,11 +129,7 @@ class CheckpointSink:
     ) -> str:
         """Write all that is not a layer; return the partial folder, which can be loaded from now on.
 
-        Args:
-            source: The dense model, for its embeddings, final norm and head.
-            flat_config: The compressed model's.
-            generation_config: File to copy, if there is one.
-            tokenizer: The model's.
+        Embeddings, final norm and head are those of ``source``, the dense model; ``generation_config`` is to be copied.
         """
         if is_rank_0():
             for number, weights in zip((0, 1 + self.num_layers), source.weights_beside_layers(), strict=True):

@@ -28,14 +28,8 @@ class CheckpointSource:
     """The checkpoint of a dense or compressed model, its weights read from safetensors when they are needed.
 
     Host memory holds one decoder layer (a second one while it is read ahead), or the embeddings, or the head; or, where
-    :attr:`is_kept`, all that has been read so far.
-
-    Args:
-        model: Local folder or hub id, of safetensors files with the names that transformers gives.
-        device: Where its parts run.
-        dtype: ``auto`` for the checkpoint's own, or a torch dtype's name; weights are cast as they are read.
-        cache_dir: Where hub downloads are kept; the hub's own default for ``None``.
-        storage: Where hidden states live between layers.
+    ``is_kept``, all layers that have been read so far. Weights are cast to ``dtype`` as they are read; ``auto`` is the
+    checkpoint's own.
 
     Raises:
         InputError: If weights are missing, damaged or of other shapes than the config says.
@@ -62,28 +56,24 @@ class CheckpointSource:
         self.num_layers = len(self._decoder.layers)
         self._prefix = f"{self.skeleton.base_model_prefix}."
         self._names = [name for name, _ in self.skeleton.named_parameters()]  # tied ones once
-        check_weights(model, self.loading_info())
-        self._check_tied_head(model)
-        rotary_embedding = self._decoder.rotary_emb
-        self._decoder.rotary_emb = type(rotary_embedding)(config=self.config)  # computed, not read
+        self._check_weights(model)
+        self._decoder.rotary_emb = type(self._decoder.rotary_emb)(config=self.config)  # computed, not read
         fill_parameters(self._decoder.norm, self._read_part(f"{self._prefix}norm."))
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="layer-reader")
         self._ahead: tuple[int, Future[dict[str, Tensor]]] | None = None
         self._kept: dict[int, dict[str, Tensor]] = {}
 
-    def loading_info(self) -> dict[str, list[str]]:
-        """Return the names of weights that the checkpoint lacks, has too many or has in another shape."""
+    def _check_weights(self, model: str) -> None:
+        """Refuse weights that are not the config's, and a head of its own where the config says there is none."""
         expected = {name: tuple(parameter.shape) for name, parameter in self.skeleton.named_parameters()}
         found = self._files.shapes
         known = expected.keys() | self.skeleton.state_dict().keys()
-        return {
+        loading_info = {
             "missing_keys": [name for name in expected if name not in found],
             "unexpected_keys": [name for name in found if name not in known and not _COMPUTED.search(name)],
             "mismatched_keys": [name for name, shape in expected.items() if found.get(name, shape) != shape],
         }
-
-    def _check_tied_head(self, model: str) -> None:
-        """Refuse a head of its own where the config says there is none: which one counts is for the owner to say."""
+        check_weights(model, loading_info)
         embeddings, head = f"{self._prefix}embed_tokens.weight", "lm_head.weight"
         if head in self._names or head not in self._files.shapes:
             return
@@ -133,8 +123,8 @@ class CheckpointSource:
     @contextmanager
     def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
         """Lend the function from hidden states to logits, its weight read for the block."""
-        tied = "lm_head.weight" not in self._names
-        name = f"{self._prefix}embed_tokens.weight" if tied else "lm_head.weight"
+        is_tied = "lm_head.weight" not in self._names
+        name = f"{self._prefix}embed_tokens.weight" if is_tied else "lm_head.weight"
         weight = self._read([name])[name].to(self.device)
         norm = copy.deepcopy(self._decoder.norm).to(self.device)
         with torch.no_grad():
