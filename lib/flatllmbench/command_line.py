@@ -98,7 +98,9 @@ class Options(RunConfig):
 
 
 ROWS: dict[str, Option] = {row.name: row.metadata["option"] for row in fields(Options)}
-FLAGS = {name: row.flag or name for name, row in ROWS.items() if row.flag is not None}  # without dashes, by field
+_FIRST = ("model", "prune_method", "target_sparsity", "cal_dataset", "eval_dataset", "save_model")
+# Names of flags without dashes, by field; those that everybody needs come first.
+FLAGS = {name: ROWS[name].flag or name for name in dict.fromkeys((*_FIRST, *ROWS)) if ROWS[name].flag is not None}
 _DEFAULTS = {row.name: ... if row.default is MISSING else row.default for row in fields(Options)}
 
 
@@ -170,7 +172,8 @@ def flags_table() -> str:
     for name, flag in FLAGS.items():
         default = _default(name)
         shown = "" if default in (None, False) else "required" if default is ... else f"`{default}`"
-        lines.append(f"| `--{flag}` | {shown} | {ROWS[name].help} |")
+        meaning = ROWS[name].help.replace("<", "\\<")
+        lines.append(f"| `--{flag}` | {shown} | {meaning} |")
     return "\n".join(lines) + "\n"
 
 
