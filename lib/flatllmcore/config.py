@@ -5,7 +5,7 @@ checkpoint to checkpoint takes. Checks, the flags of ``main.py`` and the README'
 """
 
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping, Sized
 from dataclasses import MISSING, dataclass, field, fields, replace
 from numbers import Integral, Real
 from pathlib import Path
@@ -77,8 +77,8 @@ SWITCH = Accepted("True or False", lambda value: isinstance(value, bool))
 PATH = Accepted("a path", lambda value: isinstance(value, str | os.PathLike), Path, Path)
 TEXT = Accepted("text", lambda value: isinstance(value, str) and value != "")
 DATA = Accepted(
-    "a dataset's name, a path, texts, token ids, or an iterable of batches of them",
-    lambda data: isinstance(data, Iterable | os.PathLike) and not (isinstance(data, Iterator) or data == ""),
+    "a dataset's name, a path, texts, token ids, or batches of them whose number is known",
+    lambda data: isinstance(data, os.PathLike | Sized) and not (isinstance(data, str) and data == ""),
     lambda data: os.fspath(data) if isinstance(data, os.PathLike) else data,
 )
 

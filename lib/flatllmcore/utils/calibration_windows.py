@@ -23,17 +23,13 @@ def read_calibration_data(
     dataset_root: Path | None = None,
     cache_dir: Path | None = None,
 ) -> TextDataset | list[Tensor]:
-    """Return text to sample windows from, or the real tokens of rows of token ids.
+    """Return text to sample windows from, or the first ``nsamples`` rows of token ids, int64 (n,), without padding.
 
     Args:
         cal_dataset: What ``FlatLLMConfig.cal_dataset`` takes. Of a named dataset it is the train split.
         nsamples: The most rows of token ids to take; texts are all taken.
         padding_ids: What rows given without a mask are padded with.
-        dataset_root: As for :func:`load_text`.
-        cache_dir: As for :func:`load_text`.
-
-    Returns:
-        A text, or rows of int64 (n,) that may differ in length, without padding.
+        dataset_root: As for :func:`load_text`, and so is ``cache_dir``.
 
     Raises:
         InputError: If there is no such dataset, or the data hold neither texts nor token ids.
@@ -117,14 +113,7 @@ def _rows(values: Any) -> list[Tensor]:
 
 
 def windows_of_rows(rows: Sequence[Tensor], seqlen: int) -> Tensor:
-    """Return the rows joined in order and cut, the remainder dropped; rows of ``seqlen`` tokens stay as they are.
-
-    Args:
-        rows: Token ids, (n,) each.
-        seqlen: Tokens per window, at least 2.
-
-    Returns:
-        int64, (N, seqlen).
+    """Return rows (n,) joined in order and cut to (N, seqlen), the remainder dropped; rows of ``seqlen`` stay whole.
 
     Raises:
         InputError: If a window would have fewer than 2 tokens, or more than there are.

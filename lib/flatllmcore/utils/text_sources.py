@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from ..errors import InputError
 from .progress import progress
@@ -36,8 +36,7 @@ class TextDataset:
     separator: str
 
 
-@dataclass(frozen=True)
-class _HubDataset:
+class _HubDataset(NamedTuple):
     """A dataset on the hub: which files hold each split, and other names its local copies go by."""
 
     hub_id: str
@@ -200,7 +199,7 @@ def _read_records(path: Path) -> list[str]:
     from datasets import load_dataset
 
     builder = "parquet" if _ends(path, (".parquet",)) else "json"
-    pattern = re.sub(r"([*?[])", r"[\1]", str(path))  # in a pattern, these characters would match others
+    pattern = re.sub(r"([*?[])", r"[\1]", str(path.absolute()))  # these characters would match others
     documents: list[str] = []
     # Streaming makes no copy of the text; all that the cache gets is a lock.
     with TemporaryDirectory() as cache, progress(None, f"reading {path.name}", "row") as bar:
