@@ -5,92 +5,84 @@
     python benchmarks/compression_time.py --shape llama-2-7b --nsamples 256 --seqlen 4096 --device cuda
 
 A shape is a Llama with random weights, and without `--dataset` the tokens are random: the time does not depend on their
-values. Peak rates are those of one large matrix product on the same device in the same run, in the model's dtype, in
-the dtype the moments are multiplied in, and in float64, and of one large copy. The bound of a stage is the larger of
-its operations over the first and the bytes it cannot but move over the second. Every layer is cut. Peak memory is
-read before the rates are measured.
+values. The bound of a stage is its operations over the rate of one large matrix product on the same device in the same
+run, in the model's dtype, in the dtype the moments are multiplied in, and in float64. Every layer is cut. Peak memory
+is read before the rates are measured.
 """
 
 import argparse
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
+from common import PUBLISHED, falling_scores, operations, peak_rates
+from transformers import AutoModelForCausalLM, LlamaConfig
 
-from flatllmbench.costs import Workload, compression_costs
-from flatllmbench.published_models import PUBLISHED_MODELS
-from flatllmbench.rates import copy_rate, peak_rates
 from flatllmbench.records import hardware, versions
-from flatllmcore.core.calibration import ModelInMemory, default_batch_size
-from flatllmcore.core.importance import layer_importance
-from flatllmcore.core.prune import compress_layers
+from flatllmbench.tables import markdown_table
 from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector
-from flatllmcore.core.stopwatch import Stopwatch
+from flatllmcore.engine.compress import compress_layers
+from flatllmcore.engine.importance import layer_importance
+from flatllmcore.engine.memory import ModelInMemory
+from flatllmcore.engine.walk import default_batch_size
+from flatllmcore.methods import METHODS
 from flatllmcore.utils.data_utils import load_text, sample_documents
 from flatllmcore.utils.devices import parse_device, peak_memory_gib
 from flatllmcore.utils.layer_utils import dimensions_from_config
 from flatllmcore.utils.loading import load_model, load_tokenizer
+from flatllmcore.utils.stopwatch import Stopwatch
 
-SHAPES: dict[str, Callable[[], PretrainedConfig]] = PUBLISHED_MODELS | {
-    "1024x8": lambda: LlamaConfig(
-        hidden_size=1024, intermediate_size=2816, num_hidden_layers=8, num_attention_heads=16
-    ),
+SHAPES = PUBLISHED | {
+    "1024x8": lambda: LlamaConfig(hidden_size=1024, intermediate_size=2816, num_hidden_layers=8, num_attention_heads=16)
 }
 
 
 def main() -> None:
     args = parse_arguments()
     device = parse_device(args.device)
+    if args.model:
+        model = load_model(args.model, dtype=args.dtype)
+    else:
+        torch.manual_seed(0)
+        dtype = torch.bfloat16 if args.dtype == "auto" else getattr(torch, args.dtype)
+        model = AutoModelForCausalLM.from_config(SHAPES[args.shape](), dtype=dtype).eval()
+    config, dtype, dimensions = model.config, model.dtype, dimensions_from_config(model.config)
     started = time.perf_counter()
-    model = load_model(args.model, dtype=args.dtype) if args.model else random_model(args.shape, args.dtype)
-    load_s = time.perf_counter() - started
-    dimensions = dimensions_from_config(model.config)
-    dtype = model.dtype
-    started = time.perf_counter()
-    windows = token_windows(args, model.config.vocab_size)
-    data_s = time.perf_counter() - started
+    windows = token_windows(args, config.vocab_size)
+    stages = {"data": time.perf_counter() - started}
     batch_size = args.batch_size or default_batch_size(args.seqlen)
-    scores = [1 + 0.3 * abs(2 * layer / (dimensions.num_layers - 1) - 1) for layer in range(dimensions.num_layers)]
-    allocation = ImportancePreservingRankSelector(dimensions).allocate(scores, args.sparsity_ratio)
-    watch = Stopwatch(device)
-    started = time.perf_counter()
+    scores = falling_scores(dimensions.num_layers)
+    allocation = ImportancePreservingRankSelector(dimensions).allocate(scores, 1 - args.sparsity_ratio / 100)
     source = ModelInMemory(model, device)
-    layer_importance(source, windows, batch_size, watch)
-    importance_s, importance_stages = time.perf_counter() - started, watch.elapsed_s
-
-    watch = Stopwatch(device)
     started = time.perf_counter()
-    flat_config, _ = compress_layers(
-        source, source, windows, allocation, batch_size=batch_size, tolerance=0.96, stopwatch=watch
-    )
-    source.adopt(flat_config)
+    layer_importance(source, windows, batch_size)
+    importance_s = time.perf_counter() - started
+
+    method = METHODS["flatllm"]
+    started = time.perf_counter()
+    with Stopwatch(device).running() as watch:
+        flat_config, _ = compress_layers(
+            source, source, windows, method, allocation, batch_size=batch_size, tolerance=0.96
+        )
+        source.adopt(flat_config)
     elapsed_s = time.perf_counter() - started
+    stages |= watch.elapsed_s | {"rest": elapsed_s - sum(watch.elapsed_s.values())}
 
     peak = peak_memory_gib(device)
     rates = peak_rates(dtype, device)
-    bandwidth = copy_rate(device)
-    costs = compression_costs(allocation, Workload(*windows.shape, batch_size, dtype.itemsize))
-    bounds = {name: cost.bound_s(rates[name], bandwidth) for name, cost in costs.items()}
-    rest_s = elapsed_s - sum(watch.elapsed_s.values())
-    stages = {"data": data_s} | watch.elapsed_s | {"rest": rest_s}
+    counted = operations(config, allocation, *windows.shape)
     record = {
         "model": args.model or args.shape,
         "dtype": str(dtype),
         "windows": list(windows.shape),
         "batch_size": batch_size,
-        "load_s": load_s,
         "importance_s": importance_s,
-        "importance_stages_s": importance_stages,
         "compress_s": elapsed_s,
         "stages_s": stages,
-        "bounds_s": bounds,
-        "tflop": {name: cost.operations / 1e12 for name, cost in costs.items()},
-        "gbytes": {name: cost.moved_bytes / 1e9 for name, cost in costs.items()},
+        "bounds_s": {name: count / rates[name] for name, count in counted.items()},
+        "tflop": {name: count / 1e12 for name, count in counted.items()},
         "peak_tflops": {name: rate / 1e12 for name, rate in rates.items()},
-        "peak_gbytes_per_s": bandwidth / 1e9,
         "tokens_per_s": windows.numel() / elapsed_s,
         "peak_memory_gib": peak,
         "hardware": hardware(device),
@@ -117,12 +109,6 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def random_model(shape: str, dtype: str) -> PreTrainedModel:
-    torch.manual_seed(0)
-    chosen = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
-    return AutoModelForCausalLM.from_config(SHAPES[shape](), dtype=chosen).eval()
-
-
 def token_windows(args: argparse.Namespace, vocab_size: int) -> torch.Tensor:
     if args.dataset is None:
         generator = torch.Generator().manual_seed(0)
@@ -135,19 +121,17 @@ def report(record: dict) -> None:
     rates = ", ".join(f"{name} {rate:.3f}" for name, rate in record["peak_tflops"].items())
     print(f"{record['model']}, {record['dtype']}, {record['windows']} tokens, {record['hardware']['device']}")
     print(f"peak TFLOP/s measured: {rates}; peak memory {record['peak_memory_gib']} GiB")
-    print(
-        f"load {record['load_s']:.1f} s, importance {record['importance_s']:.1f} s, "
-        f"compress {record['compress_s']:.1f} s ({record['tokens_per_s']:.0f} tokens/s)"
-    )
-    print(f"copy {record['peak_gbytes_per_s']:.1f} GB/s\n")
-    print("| stage | s | TFLOP | GB | bound s | share of bound |\n|---|---:|---:|---:|---:|---:|")
+    print(f"importance {record['importance_s']:.1f} s, compression {record['compress_s']:.1f} s\n")
+    rows = []
     for name, seconds in record["stages_s"].items():
-        if name not in record["bounds_s"]:
-            print(f"| {name} | {seconds:.2f} | | | | |")
-            continue
-        bound = record["bounds_s"][name]
-        work = f"{record['tflop'][name]:.3f} | {record['gbytes'][name]:.2f}"
-        print(f"| {name} | {seconds:.2f} | {work} | {bound:.2f} | {bound / seconds:.0%} |")
+        bound = record["bounds_s"].get(name)
+        counted = (
+            ("", "", "")
+            if bound is None
+            else (f"{record['tflop'][name]:.3f}", f"{bound:.2f}", f"{bound / seconds:.0%}")
+        )
+        rows.append((name, f"{seconds:.2f}", *counted))
+    print(markdown_table(("stage", "s", "TFLOP", "bound s", "share of bound"), rows), end="")
 
 
 if __name__ == "__main__":

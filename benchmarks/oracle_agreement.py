@@ -3,108 +3,60 @@
     python benchmarks/oracle_agreement.py --model models/pydocs-llama --dataset pydocs
 
 Same tokens and same ranks for both; the package runs in --dtype, the oracle (tests/oracle.py) in float64 on the
-same weights. `--windows FILE.npz` takes calibration and importance windows from the arrays of these names instead
-of sampling them. Prints a Markdown table and writes `--out` as JSON.
+same weights. Prints a Markdown table and writes `--out` as JSON.
 """
 
-import argparse
-import copy
-import json
 import sys
-from pathlib import Path
 
-import numpy as np
-import torch
-from torch import Tensor
+import common
 
-from flatllmbench.perplexity import perplexity
-from flatllmbench.records import hardware, versions
-from flatllmcore.core.calibration import ModelInMemory
-from flatllmcore.core.importance import layer_importance
-from flatllmcore.core.prune import compress_layers
+from flatllmbench.tables import markdown_table
 from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector
-from flatllmcore.core.stopwatch import Stopwatch
-from flatllmcore.utils.data_utils import consecutive_windows, load_text, sample_documents, sample_windows
 from flatllmcore.utils.devices import parse_device
 from flatllmcore.utils.layer_utils import dimensions_from_config
-from flatllmcore.utils.loading import load_model, load_tokenizer
+from flatllmcore.utils.loading import load_model
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.insert(0, str(common.ROOT / "tests"))
 import oracle
 
 
 def main() -> None:
-    args = parse_arguments()
+    parser = common.text_parser(__doc__)
+    parser.add_argument("--sparsity_ratio", type=int, nargs="+", default=[10, 20, 30, 40, 50])
+    parser.add_argument("--rank_multiple", type=int, default=1)
+    args = parser.parse_args()
     device = parse_device(args.device)
-    calibration, importance_windows, test = token_windows(args)
+    calibration, importance_windows, test = common.token_windows(args, importance_seed=0)
     model = load_model(args.model, dtype=args.dtype)
     weights, sizes = oracle.weights_and_sizes(model)
-    stopwatch = Stopwatch(device)
 
-    scores = layer_importance(ModelInMemory(model, device), importance_windows, 32, stopwatch).scores
+    scores = common.importance(model, importance_windows, device)
     exact_scores = oracle.importance(weights, sizes, importance_windows)
     worst = max(abs(a / b - 1) for a, b in zip(scores, exact_scores, strict=True))
-    dense = perplexity(ModelInMemory(model, device), test, 32, stopwatch).value
-    rows = [{"asked": 0, "removed": 0.0, "ours": dense, "oracle": oracle.perplexity(weights, sizes, test)}]
+    dense, exact = common.perplexity(model, test, device), oracle.perplexity(weights, sizes, test)
+    rows = [{"asked": 0, "removed": 0.0, "ours": dense, "oracle": exact}]
     selector = ImportancePreservingRankSelector(dimensions_from_config(model.config), rank_multiple=args.rank_multiple)
     for percent in args.sparsity_ratio:
-        allocation = selector.allocate(scores, percent)
-        source = ModelInMemory(copy.deepcopy(model), device)
-        flat_config, _ = compress_layers(
-            source, source, calibration, allocation, batch_size=32, tolerance=0.96, stopwatch=stopwatch
-        )
-        ours = perplexity(ModelInMemory(source.adopt(flat_config), device), test, 32, stopwatch).value
-        exact = oracle.compress(weights, sizes, calibration, allocation.value_rank, allocation.mlp_width)
-        expected = oracle.perplexity(exact, sizes, test)
-        rows.append(
-            {"asked": percent, "removed": allocation.achieved_sparsity_percent, "ours": ours, "oracle": expected}
-        )
+        allocation = selector.allocate(scores, 1 - percent / 100)
+        ranks, widths = zip(*((kept.value_rank, kept.mlp_width) for kept in allocation.layers), strict=True)
+        ours = common.perplexity(common.compressed(model, calibration, allocation, device), test, device)
+        theirs = oracle.compress(weights, sizes, calibration, ranks, widths)
+        row = {"asked": percent, "removed": allocation.achieved_sparsity_percent, "ours": ours}
+        rows.append(row | {"oracle": oracle.perplexity(theirs, sizes, test)})
 
     print(f"{args.model}, {args.dtype}, {list(calibration.shape)} calibration and {list(test.shape)} test tokens")
     print(f"importance: largest relative difference {worst:.1e}\n")
-    print("| asked % | removed % | ours | oracle | difference % |\n|---:|---:|---:|---:|---:|")
-    for row in rows:
-        difference = 100 * (row["ours"] / row["oracle"] - 1)
-        print(
-            f"| {row['asked']} | {row['removed']:.3f} | {row['ours']:.4f} | {row['oracle']:.4f} | {difference:+.5f} |"
+    header = ("asked %", "removed %", "ours", "oracle", "difference %")
+    cells = [
+        (
+            str(row["asked"]),
+            *(f"{row['removed']:.3f}", f"{row['ours']:.4f}", f"{row['oracle']:.4f}"),
+            f"{100 * (row['ours'] / row['oracle'] - 1):+.5f}",
         )
-    if args.out is not None:
-        record = {"request": {k: str(v) for k, v in vars(args).items()}, "versions": versions()}
-        record |= {"hardware": hardware(device), "importance_difference": worst, "rows": rows}
-        args.out.write_text(json.dumps(record, indent=1) + "\n")
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--dataset", required=True)
-    parser.add_argument("--eval_dataset")
-    parser.add_argument("--windows", type=Path)
-    parser.add_argument("--nsamples", type=int, default=128)
-    parser.add_argument("--seqlen", type=int, default=256)
-    parser.add_argument("--eval_windows", type=int, default=100, help="test windows used")
-    parser.add_argument("--sparsity_ratio", type=int, nargs="+", default=[10, 20, 30, 40, 50])
-    parser.add_argument("--rank_multiple", type=int, default=1)
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--device")
-    parser.add_argument("--out", type=Path)
-    return parser.parse_args()
-
-
-def token_windows(args: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the windows for calibration, for importance and for perplexity."""
-    tokenizer = load_tokenizer(args.model)
-    test = consecutive_windows(load_text(args.eval_dataset or args.dataset, "test"), tokenizer, args.seqlen)
-    if args.windows is not None:
-        arrays = np.load(args.windows)
-        given = (torch.from_numpy(arrays[name]).long() for name in ("calibration", "importance"))
-        return *given, test[: args.eval_windows]
-    text = load_text(args.dataset, "train")
-    return (
-        sample_documents(text, tokenizer, args.nsamples, args.seqlen, seed=42),
-        sample_windows(text, tokenizer, args.nsamples, args.seqlen, seed=0),
-        test[: args.eval_windows],
-    )
+        for row in rows
+    ]
+    print(markdown_table(header, cells), end="")
+    common.write(args, device, {"importance_difference": worst, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -21,16 +21,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import ROOT, solve_bytes
+from random_checkpoint import write_random_checkpoint
 from transformers import LlamaConfig
 
-from flatllmbench.costs import solve_memory_bytes
-from flatllmbench.random_checkpoint import write_random_checkpoint
-from flatllmbench.records import hardware, versions, write_record
+from flatllmbench.records import hardware, versions
 from flatllmcore.utils.devices import GIB
+from flatllmcore.utils.files import write_json
 from flatllmcore.utils.layer_utils import dimensions_from_config
+from flatllmcore.utils.loading import load_tokenizer
 
-ROOT = Path(__file__).resolve().parents[1]
-TOKENIZER = ROOT / "models" / "pydocs-llama"
 CHUNK = 2**24
 IMPORTS = "import main, torch; print(main.peak_memory_gib(torch.device('cpu'))['host'])"
 
@@ -43,14 +43,12 @@ def main() -> None:
         intermediate_size=args.intermediate_size,
         num_hidden_layers=args.layers,
         num_attention_heads=args.hidden_size // 128,
-        num_key_value_heads=args.hidden_size // 128,
         max_position_embeddings=args.seqlen,
     )
     dense, compressed = args.folder / "dense", args.folder / "compressed"
     if not dense.exists():
-        write_random_checkpoint(
-            config, dense, dtype=torch.bfloat16, max_shard_bytes=GIB, seed=0, tokenizer_from=TOKENIZER
-        )
+        write_random_checkpoint(config, dense)
+        load_tokenizer(str(ROOT / "models" / "pydocs-llama")).save_pretrained(dense)
     text = args.folder / "text.txt"
     text.write_text((ROOT / "README.md").read_text()[:10_000])
     shutil.rmtree(compressed, ignore_errors=True)
@@ -67,8 +65,7 @@ def main() -> None:
 
     dimensions = dimensions_from_config(config)
     layer_gib = 2 * dimensions.layer_parameters / GIB
-    sizes = [(layer["value_rank"], layer["mlp_width"]) for layer in record["layers"]]
-    solve_gib = max(solve_memory_bytes(dimensions, size) for size in sizes) / GIB
+    solve_gib = max(solve_bytes(dimensions, layer["mlp_width"]) for layer in record["layers"]) / GIB
     found: dict[str, Any] = {
         "command": "python benchmarks/out_of_core.py " + " ".join(sys.argv[1:]),
         "malloc_mmap_threshold": os.environ.get("MALLOC_MMAP_THRESHOLD_"),
@@ -90,18 +87,16 @@ def main() -> None:
     }
     # Four layers: in use, compressed, read ahead, and the mapped pages it is read from.
     found["bound_gib"] = imports_gib + 4 * layer_gib + solve_gib + found["states_gib"]
-    write_record(args.out, found)
+    write_json(args.out, found)
     print(json.dumps(found, indent=1))
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("out-of-core"), help="holds twice the checkpoint")
-    parser.add_argument("--layers", type=int, default=28)
-    parser.add_argument("--hidden_size", type=int, default=4096)
-    parser.add_argument("--intermediate_size", type=int, default=4096)
-    parser.add_argument("--nsamples", type=int, default=8)
-    parser.add_argument("--seqlen", type=int, default=128)
+    sizes = {"layers": 28, "hidden_size": 4096, "intermediate_size": 4096, "nsamples": 8, "seqlen": 128}
+    for name, default in sizes.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--out", type=Path, default=Path("results/benchmarks/out_of_core.json"))
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)

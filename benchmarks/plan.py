@@ -1,246 +1,143 @@
-"""What compressing a model takes - operations, bytes, memory, time - from its config alone, before any weight is there.
+"""What compressing a model takes, and where: from its config alone, before any weight is there.
 
-    python benchmarks/plan.py llama-2-70b --device a100-40gb --processes 1 4
-    python benchmarks/plan.py out/llama-2-13b --device here --calibrate logs/llama-2-7b_flatllm_20.json
-    python benchmarks/plan.py --all
+    python benchmarks/plan.py                                       # the published models, on the GPUs known here
+    python benchmarks/plan.py llama-2-70b --device h100-80gb --sparsity_ratio 50
+    python benchmarks/plan.py out/llama-2-13b --device here
+    python benchmarks/plan.py mistral-7b --device_tflops 165 --device_gib 23.6
 
-The model is a published model's name, a model folder, a `config.json` or a hub id. Times are bounds: operations over
-the device's peak rate, bytes over its bandwidth. `--efficiency` divides the computing by a share you state,
-`--calibrate` each stage by the share of its bound that a run on the same `--device` reached, as its record says. A
-device is one of the table, with its numbers changed by flags, or `here`, measured in ten seconds. Ranks are those of
-equal scores. Not counted: reading and tokenising text, starting processes, and what Python and its libraries take of
-memory.
+Each model is a published model's name, a model folder, a `config.json` or a hub id. Sizes and operations are those of
+the published run (importance on 128 windows, compression on 256, of 4096 tokens or what the model takes), ranks those
+of equal scores. Times are bounds: operations over the peak rate, that of float64 for the solves. Not counted: reading
+and writing weights, perplexity, and what Python and its libraries take of memory.
 """
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from common import PUBLISHED, find_config, moment_bytes, operations, peak_rates, solve_bytes
+from transformers import PretrainedConfig
 
-from flatllmbench.command_line import complain
-from flatllmbench.costs import hidden_state_bytes
-from flatllmbench.machines import DEVICES, DISK_GBYTES_PER_S, HOST_MEMORY_GIB, Machine, measured_machine
-from flatllmbench.plan import Plan, Request
-from flatllmbench.plan_calibration import efficiency_of, read_run_record
-from flatllmbench.published_models import PUBLISHED_MODELS, find_config
+from flatllmbench.command_line import run_program
 from flatllmbench.tables import markdown_table
-from flatllmcore.core.calibration import default_batch_size
-from flatllmcore.core.rank_allocation import check_sparsity_ratio
+from flatllmbench.timing import forward_operations
+from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector
 from flatllmcore.errors import InputError
 from flatllmcore.utils.calibration_windows import window_length
-from flatllmcore.utils.devices import GIB, best_device
+from flatllmcore.utils.devices import GIB, best_device, device_name, free_host_memory
+from flatllmcore.utils.layer_utils import count_parameters, dimensions_from_config
+from flatllmcore.utils.loading import empty_causal_lm
 
-NUMBERS = tuple(field.name for field in fields(Machine) if field.name not in ("name", "moments_tflops"))
-COMPUTED = ("forward", "angles", "moments", "solves", "perplexity")  # stages that --efficiency divides
+ITEMSIZE = 2  # bf16
+
+
+class Machine(NamedTuple):
+    """Operations per second in bf16 and in float64, and bytes of memory, of one device."""
+
+    name: str
+    rate: float
+    float64_rate: float
+    memory_bytes: float
+
+
+# Dense rates of NVIDIA's data sheets, float64 on tensor cores; memory as CUDA reports it.
+MACHINES = {
+    "a100-40gb": Machine("A100 40GB", 312e12, 19.5e12, 39.4 * GIB),
+    "a100-80gb": Machine("A100 80GB", 312e12, 19.5e12, 79.2 * GIB),
+    "h100-80gb": Machine("H100 80GB", 989.4e12, 66.9e12, 79.2 * GIB),
+}
+
+
+class Plan(NamedTuple):
+    """What one model takes: bytes, and operations by stage."""
+
+    parameters: int
+    layer_bytes: int
+    states_bytes: int
+    moments_bytes: int
+    solve_bytes: int
+    operations: dict[str, float]
+
+    def device_bytes(self) -> int:
+        """Return the least memory of a device: a dense layer and a compressed one, and the solves of a layer."""
+        return 2 * self.layer_bytes + self.solve_bytes
+
+    def least_s(self, machine: Machine) -> float:
+        """Return the time of the operations at the machine's peak."""
+        in_model_dtype = sum(count for stage, count in self.operations.items() if stage != "solves")
+        return in_model_dtype / machine.rate + self.operations["solves"] / machine.float64_rate
+
+
+def plan(config: PretrainedConfig, args: argparse.Namespace) -> Plan:
+    """Return what a run of ``args`` on a model of ``config`` takes."""
+    dimensions = dimensions_from_config(config)
+    seqlen = window_length(args.seqlen, config.max_position_embeddings)
+    selector = ImportancePreservingRankSelector(dimensions)
+    allocation = selector.allocate([1.0] * dimensions.num_layers, 1 - args.sparsity_ratio / 100)
+    importance = args.importance_nsamples * forward_operations(config, seqlen)
+    return Plan(
+        parameters=count_parameters(empty_causal_lm(config))["total"],
+        layer_bytes=ITEMSIZE * dimensions.layer_parameters,
+        states_bytes=ITEMSIZE * max(args.nsamples, args.importance_nsamples) * seqlen * dimensions.hidden_size,
+        moments_bytes=moment_bytes(dimensions),
+        solve_bytes=solve_bytes(dimensions, max(kept.mlp_width for kept in allocation.layers)),
+        operations={"importance": importance} | operations(config, allocation, args.nsamples, seqlen),
+    )
+
+
+def machines_of(args: argparse.Namespace) -> list[Machine]:
+    """Return the machines asked about: those of the table, one of it, this one measured, or one given in numbers."""
+    if args.device_tflops is not None:
+        if args.device_gib is None:
+            raise InputError("--device_tflops needs --device_gib, the memory of the same device")
+        return [Machine("given", args.device_tflops * 1e12, args.device_tflops * 1e12 / 16, args.device_gib * GIB)]
+    if args.device == "here":
+        device = best_device()
+        rates = peak_rates(torch.bfloat16, device)
+        is_gpu = device.type == "cuda"
+        memory_bytes = torch.cuda.get_device_properties(device).total_memory if is_gpu else free_host_memory()
+        return [Machine(device_name(device), rates["forward"], rates["solves"], memory_bytes)]
+    return list(MACHINES.values()) if args.device is None else [MACHINES[args.device]]
+
+
+def table(plans: dict[str, Plan], machines: list[Machine]) -> str:
+    """Return a row for each model: sizes, operations by stage, and for each machine the least time and if it fits."""
+    header = ["model", "weights GB", "hidden states GiB", "moments GiB", "solve GiB", "device GiB"]
+    header += [f"{stage} PFLOP" for stage in next(iter(plans.values())).operations]
+    rows = []
+    for name, found in plans.items():
+        sizes = (found.states_bytes, found.moments_bytes, found.solve_bytes, found.device_bytes())
+        row = [name, f"{ITEMSIZE * found.parameters / 1e9:.1f}", *(f"{size / GIB:.2f}" for size in sizes)]
+        row += [f"{count / 1e15:.3g}" for count in found.operations.values()]
+        for machine in machines:
+            fits = found.device_bytes() <= machine.memory_bytes
+            row.append(f"{found.least_s(machine) / 60:.3g}" if fits else "too small")
+        rows.append(row)
+    return markdown_table(header + [f"{machine.name}, min" for machine in machines], rows)
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse_arguments(argv)
-    try:
-        check_arguments(args)
-        machine = chosen_machine(args)
-        efficiency = dict.fromkeys(COMPUTED, args.efficiency)
-        if args.calibrate is not None:
-            record = read_run_record(args.calibrate)
-            efficiency = efficiency_of(record, find_config(record["base_model"]), machine)
-        print(describe_machine(machine, efficiency))
-        if args.all:
-            plans = {
-                name: [Plan(request(args, name, count), machine, efficiency) for count in args.processes]
-                for name in PUBLISHED_MODELS
-            }
-            print(summary(plans))
-            return 0
-        for count in args.processes:
-            print(details(args.model, Plan(request(args, args.model, count), machine, efficiency)))
-    except InputError as error:
-        return complain(str(error))
-    return 0
-
-
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """Run the program; return its exit status: 0, or 2 after one line on stderr about unusable input."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("model", nargs="?", help=f"{', '.join(PUBLISHED_MODELS)}, or a folder, config.json or hub id")
-    what.add_argument("--all", action="store_true", help="one row for each published model")
-    run = parser.add_argument_group("the run (defaults: the published ones)")
-    run.add_argument("--sparsity_ratio", type=int, default=20)
-    run.add_argument("--nsamples", type=int, default=256, help="windows to compress with")
-    run.add_argument(
-        "--importance_nsamples", type=int, default=128, help="windows to score layers with; 0: they are scored"
+    parser.add_argument("models", nargs="*", default=list(PUBLISHED), metavar="MODEL", help=f"{', '.join(PUBLISHED)}")
+    parser.add_argument("--sparsity_ratio", type=int, default=20)
+    parser.add_argument("--nsamples", type=int, default=256, help="windows to compress with")
+    parser.add_argument("--importance_nsamples", type=int, default=128, help="windows to score layers with")
+    parser.add_argument("--seqlen", type=int, help="default: 4096, or what the model takes")
+    parser.add_argument("--device", choices=(*MACHINES, "here"), help="here: measured by one matrix product")
+    parser.add_argument(
+        "--device_tflops", type=float, help="10^12 bf16 operations per second of another; float64 a sixteenth of it"
     )
-    run.add_argument("--seqlen", type=int, help="default: 4096, or what the model takes")
-    run.add_argument("--batch_size", type=int, help="windows run at a time (default: about 4096 tokens)")
-    run.add_argument(
-        "--eval_windows",
-        type=int,
-        default=83,
-        help="windows perplexity is measured on (default: 83, WikiText-2's test split in Llama-2's tokens, 4096 each)",
-    )
-    run.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
-    run.add_argument("--out_of_core", action="store_true", help="read weights layer by layer though they may fit")
-    where = parser.add_argument_group("the machine")
-    where.add_argument("--device", default="a100-40gb", choices=(*DEVICES, "here"))
-    where.add_argument("--processes", type=int, nargs="+", help="devices, on one host (default: 1; with --all 1 and 4)")
-    where.add_argument("--tflops", type=float, help="10^12 bf16 operations per second")
-    where.add_argument("--float64_tflops", type=float)
-    where.add_argument("--bandwidth_gbytes_per_s", type=float, help="of the device's memory")
-    where.add_argument("--memory_gib", type=float, help="of the device")
-    where.add_argument("--host_link_gbytes_per_s", type=float, help="between host and device, one way")
-    where.add_argument("--link_gbytes_per_s", type=float, help="between devices, one way (default: as to the host)")
-    where.add_argument("--disk_gbytes_per_s", type=float, help=f"default: {DISK_GBYTES_PER_S:g}")
-    where.add_argument("--host_memory_gib", type=float, help=f"default: {HOST_MEMORY_GIB:g}")
-    rates = parser.add_mutually_exclusive_group()
-    rates.add_argument(
-        "--efficiency", type=float, default=1.0, help="share of the peak reached (default: 1, the bound)"
-    )
-    rates.add_argument("--calibrate", type=Path, metavar="RECORD", help="of a run of main.py on the same --device")
+    parser.add_argument("--device_gib", type=float, help="its memory")
     args = parser.parse_args(argv)
-    if args.processes is None:
-        args.processes = [1, 4] if args.all else [1]
-    return args
 
+    def work() -> None:
+        machines = machines_of(args)
+        print(table({model: plan(find_config(model), args) for model in args.models}, machines), end="")
 
-def check_arguments(args: argparse.Namespace) -> None:
-    check_sparsity_ratio(args.sparsity_ratio)
-    for name in ("nsamples", "importance_nsamples", "eval_windows", "batch_size"):
-        value, least = getattr(args, name), 1 if name in ("nsamples", "batch_size") else 0
-        if value is not None and value < least:
-            raise InputError(f"--{name} {value} is out of range; {least} or more is accepted")
-    if min(args.processes) < 1:
-        raise InputError(f"--processes {min(args.processes)} is out of range; 1 or more is accepted")
-    if not 0 < args.efficiency <= 1:
-        raise InputError(f"--efficiency {args.efficiency:g} is out of range; a share above 0 and at most 1 is accepted")
-
-
-def chosen_machine(args: argparse.Namespace) -> Machine:
-    """Return the device of the table, or this machine measured, with the numbers that flags give instead."""
-    machine = measured_machine(best_device(), Path.cwd()) if args.device == "here" else DEVICES[args.device]
-    given = {name: getattr(args, name) for name in NUMBERS if getattr(args, name) is not None}
-    for name, value in given.items():
-        if value <= 0:
-            raise InputError(f"--{name} {value:g} is out of range; more than 0 is accepted")
-    if "tflops" in given:
-        given.setdefault("moments_tflops", given["tflops"])
-    if "host_link_gbytes_per_s" in given:
-        given.setdefault("link_gbytes_per_s", given["host_link_gbytes_per_s"])
-    return replace(machine, **given)
-
-
-def request(args: argparse.Namespace, model: str, processes: int) -> Request:
-    config = find_config(model)
-    seqlen = window_length(args.seqlen, config.max_position_embeddings)
-    return Request(
-        config=config,
-        sparsity_ratio=args.sparsity_ratio,
-        nsamples=args.nsamples,
-        importance_nsamples=args.importance_nsamples,
-        eval_windows=args.eval_windows,
-        seqlen=seqlen,
-        batch_size=args.batch_size or default_batch_size(seqlen),
-        itemsize=getattr(torch, args.dtype).itemsize,
-        processes=processes,
-        out_of_core=args.out_of_core,
-    )
-
-
-def describe_machine(machine: Machine, efficiency: Mapping[str, float]) -> str:
-    memory = "host memory" if machine.memory_gib is None else f"{machine.memory_gib:.1f} GiB"
-    reached = ", ".join(f"{name} {share:.2f}" for name, share in efficiency.items() if share != 1)
-    return (
-        f"{machine.name}: {machine.tflops:.4g} TFLOP/s ({machine.moments_tflops:.4g} moments, "
-        f"{machine.float64_tflops:.4g} float64), {memory} at {machine.bandwidth_gbytes_per_s:.4g} GB/s; "
-        f"host {machine.host_memory_gib:.0f} GiB, {machine.host_link_gbytes_per_s:.4g} GB/s away; "
-        f"disk {machine.disk_gbytes_per_s:.3g} GB/s\n"
-        + (f"shares of the bound reached: {reached}\n" if reached else "all times are bounds\n")
-    )
-
-
-def details(model: str, plan: Plan) -> str:
-    """Return the plan of one model: a row for each stage, then memory and the sums."""
-    request = plan.request
-    rows = []
-    for stage in plan.stages():
-        seconds = plan.seconds(stage)
-        work = (stage.cost.operations / 1e12, stage.cost.moved_bytes / 1e9, stage.copied_bytes / 1e9)
-        sizes = (*work, stage.linked_bytes / 1e9, stage.disk_bytes / 1e9, *vars(seconds).values())
-        rows.append((f"{stage.step}: {stage.name}", *map(shown, sizes)))
-    header = ("stage", "TFLOP", "device GB", "copied GB", "sent GB", "disk GB")
-    header += ("compute s", "copy s", "send s", "disk s")
-    processes = f"{request.processes} {'process' if request.processes == 1 else 'processes'}"
-    return "\n".join(
-        [
-            f"{model}: {plan.counts.total / 1e9:.2f} G parameters, {plan.dense_bytes / 1e9:.1f} GB; "
-            f"{plan.compressed_bytes / 1e9:.1f} GB without {request.sparsity_ratio:g} % of its layers. "
-            f"{request.nsamples} windows of {request.seqlen} tokens to compress, "
-            f"{request.importance_nsamples} to score, {request.eval_windows} to measure; {processes}, "
-            f"weights {'in host memory' if plan.is_in_memory else 'read layer by layer in each step'}",
-            "",
-            markdown_table(header, rows),
-            *([memory_line("a device", plan.device_bytes(), plan.machine.memory_gib)] if plan.device_bytes() else []),
-            memory_line("the host", plan.host_bytes(), plan.machine.host_memory_gib),
-            time_line(plan),
-            "",
-        ]
-    )
-
-
-def memory_line(where: str, parts: Mapping[str, int], capacity_gib: float | None) -> str:
-    total = sum(parts.values()) / GIB
-    listed = " + ".join(f"{size / GIB:.2f} {name}" for name, size in parts.items())
-    fits = "" if capacity_gib is None or total <= capacity_gib else f" - MORE THAN ITS {capacity_gib:.1f}"
-    return f"Memory of {where}: {total:.2f} GiB = {listed}{fits}"
-
-
-def time_line(plan: Plan) -> str:
-    steps = plan.steps()
-    listed = ", ".join(f"{name} {seconds.one_after_another:.4g}" for name, seconds in steps.items())
-    hidden = f"{hidden_s(plan):.4g} if files and copies hide behind the computing"
-    return f"Seconds: {listed}; {total_s(plan):.4g} in all, {hidden}"
-
-
-def summary(plans: Mapping[str, Sequence[Plan]]) -> str:
-    """Return a row for each model, with a column of totals for each process count."""
-    counts = [plan.request.processes for plan in next(iter(plans.values()))]
-    header = ["model", "weights GB", "hidden states GiB", "device GiB", "host GiB", "PFLOP"]
-    header += ["importance", "compression", "perplexity", "files, copies"]
-    header += [f"total, {count} {'device' if count == 1 else 'devices'}" for count in counts]
-    rows = []
-    for name, several in plans.items():
-        plan = several[0]
-        compute = {step: seconds.compute for step, seconds in plan.steps().items()}
-        perplexity = compute.get("dense perplexity", 0) + compute.get("compressed perplexity", 0)
-        states = hidden_state_bytes(plan.dimensions, plan.work(plan.request.nsamples))
-        operations = sum(stage.cost.operations for stage in plan.stages())
-        rest = total_s(plan) - sum(compute.values())
-        minutes = (compute.get("importance", 0), compute["compression"], perplexity, rest, *map(total_s, several))
-        rows.append(
-            (
-                name,
-                f"{plan.dense_bytes / 1e9:.1f}",
-                f"{states / GIB:.1f} ({plan.states_place(plan.request.nsamples)})",
-                f"{sum(plan.device_bytes().values()) / GIB:.1f}",
-                f"{sum(plan.host_bytes().values()) / GIB:.1f}",
-                f"{operations / 1e15:.0f}",
-                *(f"{value / 60:.1f}" for value in minutes),
-            )
-        )
-    return markdown_table(header, rows) + "\nMinutes; the sizes are those of the first count of devices.\n"
-
-
-def total_s(plan: Plan) -> float:
-    return sum(seconds.one_after_another for seconds in plan.steps().values())
-
-
-def hidden_s(plan: Plan) -> float:
-    return sum(seconds.overlapped for seconds in plan.steps().values())
-
-
-def shown(value: float) -> str:
-    return f"{value:.4g}" if value else ""
+    return run_program(work, Path.cwd())
 
 
 if __name__ == "__main__":

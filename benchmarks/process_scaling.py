@@ -4,8 +4,8 @@
 
 Compresses a checkpoint of random weights on the embedded model's text, out of core, by turns in one process and in two.
 Tokens per second are those of the compression itself; beside it stands the share that what one process would have to
-compute (`flatllmbench/costs.py`) is of what the cores could do at their measured peak. Both processes factorise the
-same moments: that, and summing them, is what two processes cannot halve.
+compute is of what the cores could do at their measured peak. Both processes factorise the same moments: that, and
+summing them, is what two processes cannot halve.
 """
 
 import argparse
@@ -18,36 +18,34 @@ from statistics import median
 from typing import Any
 
 import torch
+from common import ROOT, operations, peak_rates
+from random_checkpoint import write_random_checkpoint
 from transformers import LlamaConfig
 
-from flatllmbench.costs import Workload, compression_costs
-from flatllmbench.random_checkpoint import write_random_checkpoint
-from flatllmbench.rates import copy_rate, peak_rates
-from flatllmbench.records import hardware, versions, write_record
-from flatllmcore.core.calibration import default_batch_size
-from flatllmcore.core.rank_allocation import RankAllocation
+from flatllmbench.records import hardware, versions
+from flatllmcore.core.rank_files import load_ranks
+from flatllmcore.utils.files import write_json
+from flatllmcore.utils.loading import load_tokenizer
 
-ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("read", "forward", "moments", "reduce", "solves", "write")
 PORT = "29517"
+CPU = torch.device("cpu")
 
 
 def main() -> None:
     args = parse_arguments()
     dense = args.folder / "dense"
+    config = LlamaConfig(
+        vocab_size=4096,
+        hidden_size=args.hidden_size,
+        intermediate_size=args.intermediate_size,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.hidden_size // 128,
+        max_position_embeddings=args.seqlen,
+    )
     if not dense.exists():
-        config = LlamaConfig(
-            vocab_size=4096,
-            hidden_size=args.hidden_size,
-            intermediate_size=args.intermediate_size,
-            num_hidden_layers=args.layers,
-            num_attention_heads=args.hidden_size // 128,
-            max_position_embeddings=args.seqlen,
-        )
-        tokenizer = ROOT / "models" / "pydocs-llama"
-        write_random_checkpoint(
-            config, dense, dtype=torch.bfloat16, max_shard_bytes=2**30, seed=0, tokenizer_from=tokenizer
-        )
+        write_random_checkpoint(config, dense)
+        load_tokenizer(str(ROOT / "models" / "pydocs-llama")).save_pretrained(dense)
     (args.folder / "eval.txt").write_text((ROOT / "README.md").read_text()[:20_000])
     turns: dict[int, list[dict[str, Any]]] = {1: [], 2: []}
     compress(1, args)  # leaves the ranks, and the files in the system's cache
@@ -55,47 +53,42 @@ def main() -> None:
         for count, records in turns.items():
             records.append(compress(count, args))
 
-    allocation = RankAllocation.load(args.folder / "scores" / "ranks_20.json")
+    allocation = load_ranks(args.folder / "scores" / "ranks_20.json")
     os.sched_setaffinity(0, {0})
     torch.set_num_threads(1)
-    rates, bandwidth = peak_rates(torch.bfloat16, torch.device("cpu")), copy_rate(torch.device("cpu"))
-    tokens = args.nsamples * args.seqlen
+    rates = peak_rates(torch.bfloat16, CPU)
+    counted = operations(config, allocation, args.nsamples, args.seqlen)
+    bound_s = sum(count / rates[stage] for stage, count in counted.items())
+    shape = ("layers", "hidden_size", "intermediate_size", "nsamples", "seqlen")
     found: dict[str, Any] = {
         "command": "python benchmarks/process_scaling.py " + " ".join(sys.argv[1:]),
-        "shape": {
-            name: getattr(args, name) for name in ("layers", "hidden_size", "intermediate_size", "nsamples", "seqlen")
-        },
+        "shape": {name: getattr(args, name) for name in shape},
         "peak_tflops_of_a_core": {name: rate / 1e12 for name, rate in rates.items()},
     }
-    costs = compression_costs(allocation, Workload(args.nsamples, args.seqlen, default_batch_size(args.seqlen), 2))
-    bound_s = sum(cost.bound_s(rates[name], bandwidth) for name, cost in costs.items())
     for count, records in turns.items():
         compress_s = [sum(record["stages_s"].get(name, 0) for name in STAGES) for record in records]
         found[f"processes_{count}"] = {
             "compress_s": compress_s,
             "perplexity_s": [record["stages_s"]["perplexity"] for record in records],
             "stages_s": records[-1]["stages_s"],
-            "tokens_per_s": tokens / median(compress_s),
+            "tokens_per_s": args.nsamples * args.seqlen / median(compress_s),
             "share_of_peak": bound_s / count / median(compress_s),
         }
     one, two = found["processes_1"], found["processes_2"]
-    for stage in ("compress_s", "perplexity_s"):
-        ratios = [a / b for a, b in zip(one[stage], two[stage], strict=True)]
-        found[f"speedup_{stage.removesuffix('_s')}"] = {"median": median(ratios), "all": ratios}
-    found |= {"hardware": hardware(torch.device("cpu")), "versions": versions()}
-    write_record(args.out, found)
+    for stage in ("compress", "perplexity"):
+        ratios = [a / b for a, b in zip(one[f"{stage}_s"], two[f"{stage}_s"], strict=True)]
+        found[f"speedup_{stage}"] = {"median": median(ratios), "all": ratios}
+    found |= {"hardware": hardware(CPU), "versions": versions()}
+    write_json(args.out, found)
     print(json.dumps(found, indent=1))
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("scaling"))
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--hidden_size", type=int, default=1024)
-    parser.add_argument("--intermediate_size", type=int, default=2816)
-    parser.add_argument("--nsamples", type=int, default=64)
-    parser.add_argument("--seqlen", type=int, default=512)
-    parser.add_argument("--repeats", type=int, default=3)
+    sizes = {"layers": 8, "hidden_size": 1024, "intermediate_size": 2816, "nsamples": 64, "seqlen": 512, "repeats": 3}
+    for name, default in sizes.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--out", type=Path, default=Path("results/benchmarks/process_scaling.json"))
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)

@@ -7,13 +7,13 @@ from typing import Any
 
 COMMON: dict[str, Any] = {
     "command": "python main.py --sparsity_ratio 20",
+    "request": {"dtype": "auto", "save_model": "out/tiny-20"},
     "versions": {"python": "3.11.7", "torch": "2.13.0"},
     "hardware": {"device": "Some GPU", "machine": "x86_64", "system": "Linux"},
     "elapsed_s": 100.0,
 }
 COMPRESSION: dict[str, Any] = COMMON | {
     "kind": "flatllm",
-    "request": {"prune_method": "flatllm", "dtype": "auto", "save_model": "out/tiny-20"},
     "base_model": "models/tiny",
     "sparsity_ratio": 20.0,
     "achieved_sparsity_percent": 19.75,
@@ -26,32 +26,11 @@ COMPRESSION: dict[str, Any] = COMMON | {
     "seqlen": 256,
     "seed": 42,
     "perplexity": {"dataset": "pydocs", "seqlen": 256, "windows": 332, "dense": 8.0, "compressed": 10.0},
-    "layers": [{"layer": 0, "keep": 1.0}, {"layer": 1, "keep": 0.6}],
-    "stages_s": {"load": 5.0, "forward": 30.0, "perplexity": 20.0, "write": 3.0, "rest": 42.0},
     "peak_memory_gib": {"host": 1.25},
 }
-SCORING: dict[str, Any] = COMMON | {
-    "kind": "bi",
-    "request": {"model": "models/tiny", "dataset": "pydocs", "seed": 7},
-    "nsamples": 64,
-    "seqlen": 256,
-    "scores": [0.31, 0.052],
-    "zero_rows": 0,
-    "stages_s": {"forward": 60.0, "angles": 30.0, "rest": 10.0},
-    "peak_memory_gib": {"host": 1.0, "device": 2.5},
-}
-DENSE_MODEL: dict[str, Any] = {
-    "model": "tiny",
-    "base_model": None,
-    "achieved_sparsity_percent": 0.0,
-    "parameters": {"total": 6000, "decoder_layers": 4000},
-}
-SMALL_MODEL: dict[str, Any] = {
-    "model": "tiny-20",
-    "base_model": "tiny",
-    "achieved_sparsity_percent": 19.75,
-    "parameters": {"total": 5210, "decoder_layers": 3210},
-}
+SCORING: dict[str, Any] = COMMON | {"kind": "bi", "scores": [0.31, 0.052]}
+DENSE_MODEL: dict[str, Any] = {"model": "tiny", "base_model": None, "achieved_sparsity_percent": 0.0}
+SMALL_MODEL: dict[str, Any] = {"model": "tiny-20", "base_model": "tiny", "achieved_sparsity_percent": 19.75}
 ACCURACIES: dict[str, Any] = {
     "tasks": {
         "piqa": {"metric": "acc_norm", "value": 0.7812, "stderr": 0.0096, "num_fewshot": 0, "samples": 1838},
@@ -61,68 +40,39 @@ ACCURACIES: dict[str, Any] = {
     "limit": None,
     "harness": "lm_eval 0.4.13",
 }
-EVALUATION: dict[str, Any] = COMMON | {
-    "kind": "zero_shot",
-    "request": {"dtype": "auto"},
-    "model": DENSE_MODEL,
-    "zero_shot": ACCURACIES,
+EVALUATION: dict[str, Any] = COMMON | {"kind": "zero_shot", "model": DENSE_MODEL, "zero_shot": ACCURACIES}
+DENSE_CELL: dict[str, Any] = {
+    "model": 0,
+    "batch_size": 8,
+    "prompt_length": 512,
+    "new_tokens": 64,
+    "repeats": 9,
+    "prefill_ms": {"median": 1200.5, "low": 1190.0, "high": 1300.0},
+    "decode_ms_per_token": {"median": 12.0, "low": 11.0, "high": 13.0},
+    "kv_cache_bytes": 2**29,
+    "peak_memory_bytes": 3 * 2**30,
+    "prefill_speedup": None,
+    "decode_speedup": None,
+    "predicted": None,
+}
+SMALL_CELL: dict[str, Any] = DENSE_CELL | {
+    "model": 1,
+    "prefill_ms": None,
+    "peak_memory_bytes": None,
+    "decode_speedup": {"median": 1.19, "low": 1.1, "high": 1.25},
+    "predicted": {"decode_speedup_bytes": 1.24},
 }
 TIMING: dict[str, Any] = COMMON | {
     "kind": "speed",
-    "request": {},
     "protocol": "grid",
     "dtype": "bfloat16",
     "attention": "sdpa",
     "compiled": False,
     "static_cache": True,
     "models": [DENSE_MODEL | {"weight_memory_bytes": 2**31}, SMALL_MODEL | {"weight_memory_bytes": 2**30}],
-    "cells": [
-        {
-            "model": 0,
-            "batch_size": 8,
-            "prompt_length": 512,
-            "new_tokens": 64,
-            "repeats": 9,
-            "prefill_ms": {"median": 1200.5, "low": 1190.0, "high": 1300.0},
-            "decode_ms_per_token": {"median": 12.0, "low": 11.0, "high": 13.0},
-            "prefill_tokens_per_s": 3412.0,
-            "decode_tokens_per_s": 666.7,
-            "time_to_first_token_ms": 1212.5,
-            "peak_memory_bytes": 3 * 2**30,
-            "kv_cache_bytes": 2**29,
-            "prefill_speedup": None,
-            "decode_speedup": None,
-            "predicted": None,
-        },
-        {
-            "model": 1,
-            "batch_size": 8,
-            "prompt_length": 512,
-            "new_tokens": 64,
-            "repeats": 9,
-            "prefill_ms": {"median": 1000.0, "low": 990.0, "high": 1010.0},
-            "decode_ms_per_token": {"median": 10.0, "low": 9.5, "high": 10.5},
-            "prefill_tokens_per_s": 4096.0,
-            "decode_tokens_per_s": 800.0,
-            "time_to_first_token_ms": 1010.0,
-            "peak_memory_bytes": 2 * 2**30,
-            "kv_cache_bytes": 2**28,
-            "prefill_speedup": {"median": 1.2, "low": 1.15, "high": 1.31},
-            "decode_speedup": {"median": 1.19, "low": 1.1, "high": 1.25},
-            "predicted": {"prefill_speedup_flops": 1.22, "decode_speedup_bytes": 1.24},
-        },
-    ],
+    "cells": [DENSE_CELL, SMALL_CELL],
 }
-SLICEGPT_CELL: dict[str, Any] = TIMING["cells"][1] | {
-    "batch_size": 128,
-    "prompt_length": 0,
-    "new_tokens": 256,
-    "prefill_ms": None,
-    "prefill_tokens_per_s": None,
-    "time_to_first_token_ms": None,
-    "prefill_speedup": None,
-}
-LLAMA_2_7B: dict[str, Any] = {
+LLAMA_2_7B: dict[str, Any] = COMPRESSION | {
     "base_model": "meta-llama/Llama-2-7b-hf",
     "dataset": "wikitext2",
     "nsamples": 256,

@@ -1,6 +1,5 @@
-"""The JSON record of a run."""
+"""What JSON records say of models, versions and hardware."""
 
-import json
 import platform
 from importlib.metadata import PackageNotFoundError
 
@@ -12,10 +11,10 @@ from transformers import GPT2Config
 
 from conftest import tiny_model
 from flatllmbench import records
-from flatllmbench.records import describe_model, hardware, versions, write_record
+from flatllmbench.records import describe_model, hardware, versions
 from flatllmcore import FlatLLMPruner, InputError
-from flatllmcore.utils.checkpoint import model_card
-from layers.test_checkpoint import RECORD as CARD
+from flatllmcore.core.checkpoint_sink import MANIFEST
+from flatllmcore.utils.files import write_json
 from tiny_text import documents, word_tokenizer
 
 
@@ -43,20 +42,6 @@ def test_the_hardware_names_the_device_and_the_threads_used():
     assert found["machine"] == platform.machine()
 
 
-def test_a_record_is_read_back_as_it_was_and_makes_its_folder(tmp_path):
-    record = {"layers": [{"layer": 0, "keep": 0.1 + 0.2}], "perplexity": None, "text": "wörter"}
-    write_record(tmp_path / "new" / "run.json", record)
-    assert json.loads((tmp_path / "new" / "run.json").read_text()) == record
-
-
-def test_a_record_that_cannot_be_written_leaves_the_earlier_one(tmp_path):
-    write_record(tmp_path / "run.json", {"run": 1})
-    with pytest.raises(TypeError):
-        write_record(tmp_path / "run.json", {"run": object()})
-    assert json.loads((tmp_path / "run.json").read_text()) == {"run": 1}
-    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
-
-
 @pytest.fixture
 def compressed(tmp_path):
     """The folder of a compressed model whose dense one, with tied embeddings, is in the folder ``dense`` beside it."""
@@ -64,9 +49,8 @@ def compressed(tmp_path):
     model.save_pretrained(tmp_path / "dense")
     pruner = FlatLLMPruner(model, word_tokenizer(), target_sparsity=0.3, cal_dataset=documents(40), cal_nsamples=4)
     pruner.prune_model()
-    card = model_card(CARD | {"base_model": str(tmp_path / "dense"), "sparsity_ratio": 30})
     model.save_pretrained(tmp_path / "small")
-    (tmp_path / "small" / "README.md").write_text(card)
+    write_json(tmp_path / "small" / MANIFEST, {"request": {"base_model": str(tmp_path / "dense")}})
     return tmp_path / "small"
 
 
@@ -103,40 +87,28 @@ def test_a_model_is_described_without_its_weights(compressed):
     assert describe_model(str(compressed)) == expected
 
 
-def test_the_base_model_of_a_hub_id_is_named_as_its_own_description_names_it(compressed):
-    (compressed / "README.md").write_text(model_card(CARD))  # made from meta-llama/Llama-2-7b-hf
-    assert describe_model(compressed)["base_model"] == "Llama-2-7b-hf"
-
-
-@pytest.mark.parametrize("card", [None, "", "# a card", "---\nlicense: mit\n---\n"])
-def test_a_compressed_model_whose_card_does_not_say_has_no_base_model(compressed, card):
-    (compressed / "README.md").unlink()
-    if card is not None:
-        (compressed / "README.md").write_text(card)
-    assert describe_model(compressed)["base_model"] is None
-
-
-@pytest.mark.parametrize("front_matter", ["a: [", "- a list", "flat_llm: yes", "flat_llm: {}"])
-def test_a_damaged_card_is_refused_by_name(compressed, front_matter):
-    (compressed / "README.md").write_text(f"---\n{front_matter}\n---\n")
-    with pytest.raises(InputError, match=r"small/README\.md has damaged front matter"):
-        describe_model(compressed)
-
-
-@pytest.mark.parametrize("card", [model_card(CARD), None])
-def test_a_model_in_the_hub_cache_needs_no_network(compressed, tmp_path, monkeypatch, card):
+@pytest.mark.parametrize("has_manifest", [True, False])
+def test_the_base_model_of_a_hub_id_is_that_of_its_manifest_and_needs_no_network(
+    compressed, tmp_path, monkeypatch, has_manifest
+):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     repository = tmp_path / "cache" / "models--someone--small"
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text("0" * 40)
     (repository / "snapshots").mkdir()
+    write_json(compressed / MANIFEST, {"request": {"base_model": "meta-llama/Llama-2-7b-hf"}})
+    if not has_manifest:
+        (compressed / MANIFEST).unlink()
     compressed.rename(repository / "snapshots" / ("0" * 40))
-    if card is None:
-        (repository / "snapshots" / ("0" * 40) / "README.md").unlink()
-    else:
-        (repository / "snapshots" / ("0" * 40) / "README.md").write_text(card)
     described = describe_model("someone/small", tmp_path / "cache")
-    assert (described["model"], described["base_model"]) == ("small", card and "Llama-2-7b-hf")
+    assert (described["model"], described["base_model"]) == ("small", "Llama-2-7b-hf" if has_manifest else None)
+
+
+@pytest.mark.parametrize("manifest", ["{", "{}"])
+def test_a_damaged_manifest_is_refused_by_name(compressed, manifest):
+    (compressed / MANIFEST).write_text(manifest)
+    with pytest.raises(InputError, match=r"small/flat_llm\.json"):
+        describe_model(compressed)
 
 
 def test_a_family_that_is_not_supported_is_refused(tmp_path):

@@ -3,107 +3,84 @@
     python -m flatllmbench.report results/records --out results
     python -m flatllmbench.report logs/*.json --out report
 
-Writes `README.md`, `index.html` (the same as one page that needs no other file) and the pictures to `--out`, and
-the tables of compressions to stdout. A folder stands for all records below it.
+Writes `README.md` and its pictures to `--out`, and the tables of compressions to stdout. A folder stands for all
+records below it.
 """
 
 import argparse
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from flatllmcore.utils.files import write_atomically
 
 from .command_line import run_program
-from .comparison import other_figures_section, table_1_section
-from .measured import accuracy_tables, compression_tables, scoring_table, speed_tables, stage_table
-from .page import html_page
-from .plots import pictures_of
-from .runs import Run, read_runs
-from .tables import NOT_RUN
+from .measured import accuracy_tables, compression_tables, speed_tables
+from .plots import draw_perplexity, draw_speedup
+from .published import ABOUT, ABOUT_SPEED, table_1
+from .runs import Record, of_kind, read_records
 
-_CAPTIONS = {
-    "perplexity.png": "Perplexity against the share of decoder-layer weights kept",
-    "kept_share.png": "Share kept per layer",
-    "speedup.png": "Speed-up against the share removed, with quartiles, and what operations and bytes predict",
-    "time.png": "Where the time went",
+_PICTURES = {  # kind of run, how to draw them, caption
+    "perplexity.png": ("flatllm", draw_perplexity, "Perplexity against the share of decoder-layer weights kept"),
+    "speedup.png": ("speed", draw_speedup, "Dense time over compressed time against the share removed"),
 }
+_REPORT = """\
+# Results
+
+Made from records by `python -m flatllmbench.report`. What was not measured says "not run"; – stands where there is
+nothing to say. Removed: of the linear weights in decoder layers, Q and K counted.
+
+## Table 1 of the paper, and ours
+
+{about}
+{table_1}
+## Compression
+
+{pictures[perplexity.png]}{compressions}
+## Zero-shot and few-shot accuracy
+
+In percent where the metric is an accuracy; ± is the harness's standard error.
+
+{accuracies}
+## Speed
+
+{about_speed}
+{pictures[speedup.png]}{speeds}"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; return its exit status: 0, or 2 after one line on stderr about unusable input."""
     args = parse_arguments(argv)
-    return run_program(lambda: make_report(args.records, args.out), args.out)
+    return run_program(lambda: write_report(read_records(args.records), args.out), args.out)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m flatllmbench.report",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    """Return the arguments of the command line."""
+    parser = argparse.ArgumentParser(description="Make README.md and its pictures from records.")
     parser.add_argument("records", nargs="+", type=Path, metavar="RECORDS", help="records, or folders of them")
-    parser.add_argument(
-        "--out", type=Path, default=Path("results"), metavar="DIR", help="folder for the report (default: %(default)s)"
-    )
+    parser.add_argument("--out", type=Path, default=Path("results"), metavar="DIR", help="(default: %(default)s)")
     return parser.parse_args(argv)
 
 
-def make_report(records: Sequence[Path], out: Path) -> None:
-    """Write the report of the records and print its tables of compressions."""
-    runs = read_runs(records)
-    write_report(runs, out)
-    sys.stdout.write(f"{compression_tables(runs)}\nthe report is in {out}: README.md, index.html\n")
-
-
-def write_report(runs: Sequence[Run], out: Path) -> None:
-    """Write README.md, index.html and the pictures of ``runs`` to the folder ``out``."""
-    pictures = pictures_of(runs)
-    markdown = report(runs, pictures)
-    for name in _CAPTIONS:
-        if name in pictures:
-            write_atomically(out / name, pictures[name])
-        else:
-            (out / name).unlink(missing_ok=True)  # of an earlier report
-    write_atomically(out / "README.md", markdown.encode())
-    write_atomically(out / "index.html", html_page(markdown, pictures).encode())
-
-
-def report(runs: Sequence[Run], pictures: Collection[str]) -> str:
-    """Return the report in Markdown.
-
-    Args:
-        runs: What was measured.
-        pictures: Names of the pictures there are; for the others it says that there is nothing to draw.
-    """
-
-    def picture(name: str) -> str:
-        return f"![{_CAPTIONS[name]}]({name})\n" if name in pictures else f"{_CAPTIONS[name]}: {NOT_RUN}.\n"
-
-    return "\n".join(
-        [
-            "# Results\n",
-            "Made from records by `python -m flatllmbench.report`, as README.md and as one page, "
-            "[index.html](index.html), whose tables sort by a click on a heading. Cells of what was not measured here "
-            f'say "{NOT_RUN}"; – stands where there is nothing to say.\n',
-            table_1_section(runs),
-            other_figures_section(runs),
-            "## Perplexity, size, time and memory\n",
-            picture("perplexity.png"),
-            compression_tables(runs),
-            "## Layers and stages\n",
-            picture("kept_share.png"),
-            picture("time.png"),
-            stage_table(runs),
-            "## Importance of layers\n",
-            scoring_table(runs),
-            "## Zero-shot and few-shot accuracy\n",
-            accuracy_tables(runs),
-            "## Speed and memory\n",
-            picture("speedup.png"),
-            speed_tables(runs),
-        ]
+def write_report(runs: Sequence[Record], out: Path) -> None:
+    """Write README.md and the pictures of records, and print their tables of compressions."""
+    pictures = {name: draw(runs) for name, (kind, draw, _) in _PICTURES.items() if of_kind(runs, kind)}
+    captions = {name: caption for name, (_, _, caption) in _PICTURES.items()}
+    markdown = _REPORT.format(
+        about=ABOUT,
+        table_1=table_1(runs),
+        pictures={name: f"![{captions[name]}]({name})\n\n" if name in pictures else "" for name in captions},
+        compressions=compression_tables(runs),
+        accuracies=accuracy_tables(runs),
+        about_speed=ABOUT_SPEED,
+        speeds=speed_tables(runs),
     )
+    for name in captions.keys() - pictures.keys():
+        (out / name).unlink(missing_ok=True)  # of an earlier report
+    for name, png in pictures.items():
+        write_atomically(out / name, png)
+    write_atomically(out / "README.md", markdown.encode())
+    sys.stdout.write(f"{compression_tables(runs)}\nthe report is {out / 'README.md'}\n")
 
 
 if __name__ == "__main__":

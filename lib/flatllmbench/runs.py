@@ -1,273 +1,101 @@
-"""What records say, as typed values: one class for each kind of run, its fields those of the JSON.
+"""Records read back; one that lacks a field is refused in a line that names file and field."""
 
-A record that lacks a field, or has another type in it, is refused in one line that names file and field.
-"""
-
-from collections.abc import Iterable
-from dataclasses import MISSING, dataclass
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, NoReturn
 
 from flatllmcore.errors import InputError
+from flatllmcore.utils.files import read_json
 from flatllmcore.utils.layer_utils import model_name
 
-from .records import read_records
-from .typed_json import read_as
+KINDS = ("bi", "flatllm", "zero_shot", "speed")
 
-RunT = TypeVar("RunT", bound="Run")
-BESIDE_CALIBRATION = ("load", "read", "perplexity", "write")
 
-
-@dataclass(frozen=True)
-class Hardware:
-    device: str
-    machine: str
-    system: str
-
-    def __str__(self) -> str:
-        return f"{self.device}, {self.system} {self.machine}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """What every record says."""
-
-    command: str
-    versions: dict[str, str]
-    hardware: Hardware
-    elapsed_s: float
-
-
-@dataclass(frozen=True)
-class ScoringRequest:
-    model: str
-    dataset: str
-    seed: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scoring(Run):
-    """``main.py --prune_method bi``."""
-
-    request: ScoringRequest
-    nsamples: int
-    seqlen: int
-    scores: list[float]
-    stages_s: dict[str, float]
-    peak_memory_gib: dict[str, float]
-
-    @property
-    def model(self) -> str:
-        return model_name(self.request.model)
-
-
-@dataclass(frozen=True)
-class Sizes:
-    decoder_linear: int
-    total: int
-
-
-@dataclass(frozen=True)
-class Perplexities:
-    dataset: str
-    seqlen: int
-    windows: int
-    dense: float
-    compressed: float
-
-
-@dataclass(frozen=True)
-class KeptLayer:
-    keep: float
-
-
-@dataclass(frozen=True)
-class TaskResult:
-    """Accuracies are shares of 1; a group whose tasks have different numbers of examples has no one number."""
-
-    metric: str
-    value: float
-    samples: int
-    num_fewshot: int | None = None
-    stderr: float | None = None
-
-
-@dataclass(frozen=True)
-class ZeroShot:
-    """``mean_accuracy`` is of the paper's seven tasks, in percent; there is none unless all were run whole."""
-
-    tasks: dict[str, TaskResult]
-    mean_accuracy: float | None = None
-    limit: float | None = None
-    harness: str | None = None
-
-
-@dataclass(frozen=True)
-class CompressionRequest:
-    dtype: str
-    save_model: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Compression(Run):
-    """``main.py --prune_method flatllm``; percentages are of the decoder layers' linear weights, removed."""
-
-    request: CompressionRequest
-    base_model: str
-    sparsity_ratio: float
-    achieved_sparsity_percent: float
-    rank_multiple: int
-    prune_qk: bool
-    parameters_before: Sizes
-    parameters_after: Sizes
-    dataset: str
-    nsamples: int
-    seqlen: int
-    seed: int
-    perplexity: Perplexities
-    layers: list[KeptLayer]
-    stages_s: dict[str, float]
-    peak_memory_gib: dict[str, float]
-    zero_shot: ZeroShot | None = None
-
-    @property
-    def model(self) -> str:
-        return model_name(self.base_model)
-
-    @property
-    def calibration_s(self) -> float:
-        """The run without loading, measuring and saving."""
-        return self.elapsed_s - sum(self.stages_s.get(stage, 0.0) for stage in BESIDE_CALIBRATION)
-
-    @property
-    def saved_as(self) -> str | None:
-        """The name of the folder it saved its model to."""
-        return model_name(self.request.save_model) if self.request.save_model else None
-
-
-@dataclass(frozen=True)
-class ModelSizes:
-    total: int
-    decoder_layers: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Model:
-    """A dense model, or a compressed one and the name of what it was made from."""
-
-    model: str
-    base_model: str | None
-    achieved_sparsity_percent: float
-    parameters: ModelSizes
-
-    @property
-    def is_dense(self) -> bool:
-        return self.base_model is None and self.achieved_sparsity_percent == 0
-
-
-@dataclass(frozen=True)
-class EvaluationRequest:
-    dtype: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluation(Run):
-    """Zero-shot and few-shot accuracy of one model."""
-
-    request: EvaluationRequest
-    model: Model
-    zero_shot: ZeroShot
-
-
-@dataclass(frozen=True, kw_only=True)
-class TimedModel(Model):
-    weight_memory_bytes: int
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Median and quartiles over repeats."""
-
-    median: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
-class Predicted:
-    """Ratios that operations (prefill) and bytes (decoding) predict."""
-
-    decode_speedup_bytes: float | None = None
-    prefill_speedup_flops: float | None = None
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One model at one batch size and length; ratios are dense over compressed, none for the dense model."""
-
-    model: int
-    batch_size: int
-    prompt_length: int
-    new_tokens: int
-    repeats: int
-    decode_ms_per_token: Spread
-    decode_tokens_per_s: float
-    kv_cache_bytes: int
-    peak_memory_bytes: int | None = None
-    prefill_ms: Spread | None = None
-    prefill_tokens_per_s: float | None = None
-    time_to_first_token_ms: float | None = None
-    prefill_speedup: Spread | None = None
-    decode_speedup: Spread | None = None
-    predicted: Predicted | None = None
-
-
-@dataclass(frozen=True)
-class TimingRequest:
-    """``shape`` is the model whose config was taken, with random weights; None where models were loaded."""
-
-    shape: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Timing(Run):
-    """Speed and memory of a dense model, the first, and compressed ones."""
-
-    request: TimingRequest
-    protocol: str
-    dtype: str
-    attention: str
-    compiled: bool
-    static_cache: bool
-    models: list[TimedModel]
-    cells: list[Cell]
-
-    def __post_init__(self) -> None:
-        for place, cell in enumerate(self.cells):
-            if not 0 <= cell.model < len(self.models):
-                raise InputError(f"the field 'cells[{place}].model' is {cell.model} of {len(self.models)}")
-
-
-KINDS: dict[str, type[Run]] = {"bi": Scoring, "flatllm": Compression, "zero_shot": Evaluation, "speed": Timing}
-
-
-def read_runs(paths: Iterable[Path]) -> list[Run]:
-    """Return what the records in files and folders say.
+class Record(dict[str, Any]):
+    """The fields of a record, and those of the objects in it by names like ``perplexity.dense``.
 
     Raises:
-        InputError: If one cannot be used; the line names the file and, if there is one to blame, the field.
+        InputError: Where a field is asked for that is not there, or is no number; with the name of the file.
     """
-    runs = []
-    for path, record in read_records(paths):
-        try:
-            kind = read_as(str, record.get("kind", MISSING), "kind")
-            if kind not in KINDS:
-                raise InputError(f"the field 'kind' is {kind!r}; expected one of {', '.join(KINDS)}")
-            runs.append(read_as(KINDS[kind], record))
-        except InputError as error:
-            raise InputError(f"{path} is not a usable record: {error}") from error
-    return runs
+
+    def __init__(self, path: Path, content: dict[str, Any]) -> None:
+        super().__init__(_flat(content))
+        self.path = path
+
+    def __missing__(self, field: str) -> NoReturn:
+        raise InputError(f"{self.path} is not usable: the field {field!r} is missing")
+
+    def number(self, field: str) -> float:
+        """Return a field that must be a number; JSON as we read it has no NaN and no infinity."""
+        value = self[field]
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise InputError(f"{self.path} is not usable: the field {field!r} is {value!r}; expected a number")
+        return float(value)
 
 
-def of_kind(runs: Iterable[Run], kind: type[RunT]) -> list[RunT]:
-    return [run for run in runs if isinstance(run, kind)]
+def read_records(paths: Iterable[Path]) -> list[Record]:
+    """Return the records of files; a folder stands for all ``*.json`` files below it.
+
+    Raises:
+        InputError: If a file is none, or a folder has none.
+    """
+    files: dict[Path, None] = {}  # in order, once
+    for path in paths:
+        found = sorted(path.rglob("*.json")) if path.is_dir() else [path]
+        if not found:
+            raise InputError(f"no records in {path}: it holds no *.json file")
+        files |= dict.fromkeys(found)
+    records = [Record(path, read_json(path, dict[str, Any])) for path in files]
+    for record in records:
+        if record["kind"] not in KINDS:
+            raise InputError(f"{record.path} is a record of {record['kind']!r}; expected one of {', '.join(KINDS)}")
+    return records
+
+
+def of_kind(runs: Iterable[Record], kind: str) -> list[Record]:
+    """Return the records of one kind, in their order."""
+    return [run for run in runs if run["kind"] == kind]
+
+
+def settings(run: Record) -> str:
+    """Return what a compression depends on beside its model and the share removed."""
+    windows = f"{run['dataset']}, {run['nsamples']} × {run['seqlen']} tokens, seed {run['seed']}"
+    return f"{windows}, multiples of {run['rank_multiple']}{', Q and K pruned' if run['prune_qk'] else ''}"
+
+
+def dense_model(run: Record) -> Record:
+    """Return what a compression says of the model it began with, as if that were one too."""
+    sizes, perplexity = run["parameters_before"], {"compressed": run.number("perplexity.dense")}
+    content = {"sparsity_ratio": 0, "achieved_sparsity_percent": 0, "parameters_after": sizes, "perplexity": perplexity}
+    return Record(run.path, content)
+
+
+def evaluations(runs: Iterable[Record]) -> Iterator[Record]:
+    """Yield the evaluations, those at the end of a compression too."""
+    for run in runs:
+        if run["kind"] == "zero_shot":
+            yield run
+        elif run.get("zero_shot"):
+            yield as_evaluation(run)
+
+
+def as_evaluation(run: Record) -> Record:
+    """Return a compression's record as an evaluation of the folder that it saved has the model."""
+    base_model = model_name(run["base_model"])
+    name = model_name(run.get("request.save_model") or f"{base_model}, {run.number('sparsity_ratio'):g} %")
+    removed = run.number("achieved_sparsity_percent")
+    model = {"model": name, "base_model": base_model, "achieved_sparsity_percent": removed}
+    return Record(run.path, run | {"model": model})
+
+
+def timed_cells(run: Record) -> Iterator[Record]:
+    """Yield each measurement of speed, with its model as the object ``of``."""
+    for cell in run["cells"]:
+        yield Record(run.path, cell | {"of": run["models"][cell["model"]]})
+
+
+def _flat(content: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in content.items():
+        yield above + name, value
+        if isinstance(value, dict):
+            yield from _flat(value, f"{above}{name}.")

@@ -2,57 +2,45 @@
 
     python -m flatllmbench.speed models/pydocs-llama out/pydocs-llama-20 out/pydocs-llama-50
     python -m flatllmbench.speed /models/Llama-2-7b-hf out/llama-2-7b-20 --protocol slicegpt
-    python -m flatllmbench.speed --shape benchmarks/shapes/llama-2-7b --ratios 20,50 --rank_multiple 1,8 --compile
+    python -m flatllmbench.speed --shape benchmarks/shapes/llama-2-7b --ratios 20,50 --rank_multiple 1,8
 
-The first model is the dense one, which the others are compared with, repeat by repeat. `--shape` takes a folder that
-need hold no more than a `config.json`, and measures that shape with random weights, dense and compressed.
+The others are compared with the first, dense model, repeat by repeat; the record has medians with the 25th and 75th
+percentiles. `--shape` takes a folder with a `config.json`, and measures random weights, dense and compressed.
 
-`--protocol grid` reads random prompts and decodes after them, prompt and decoding timed apart. `--protocol slicegpt`
-follows SliceGPT's benchmark: one token per step for a large batch, the median step; without `--static_cache` and
-`--compile` its figures compare with that paper's.
-
-Writes a record to --save and prints its tables: medians with the 25th and 75th percentiles over the repeats, beside the
-speed-up that operations (of a prompt) and bytes (of a decoding step) would give if nothing else took time.
+`--protocol grid` reads random prompts and decodes after them, prompt and decoding timed apart; beside the speed-ups
+stand those that operations (of a prompt) and bytes (of a decoding step) would give if nothing else took time.
+`--protocol slicegpt` is SliceGPT's benchmark: one token per step for a large batch, the median step.
 """
 
 import argparse
-import logging
 import shlex
 import sys
 import time
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from itertools import product
 from typing import Any
 
 import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
-from transformers import PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from flatllmcore.core.rank_allocation import check_sparsity_ratio
+from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector
 from flatllmcore.errors import InputError
-from flatllmcore.layers.families import check_is_dense
-from flatllmcore.utils.devices import check_whole_models_fit, parse_device
-from flatllmcore.utils.layer_utils import dense_dimensions, load_config, model_name
+from flatllmcore.layers import compressed_config
+from flatllmcore.utils.devices import parse_device
+from flatllmcore.utils.files import write_json
+from flatllmcore.utils.layer_utils import dense_dimensions, dimensions_from_config, load_config, model_name
 from flatllmcore.utils.loading import load_model
 from flatllmcore.utils.progress import progress
 
-from .command_line import add_machine_flags, logging_to, request, run_program
+from .command_line import add_flags, as_given, logging_to, read_flags, run_program
 from .measured import speed_tables
-from .records import describe_config, describe_model, hardware, versions, write_record
-from .runs import Timing
-from .shapes import compressed_shapes, random_model
-from .speed_figures import figures_of
-from .timing import Runner, Workload, measure
-from .typed_json import read_as
+from .records import describe_config, hardware, versions
+from .runs import Record
+from .timing import Workload, figures, measure
 
-logger = logging.getLogger("flatllmbench.speed")  # not __name__, which is "__main__" here
-
-Configs = list[tuple[str, PretrainedConfig]]
-
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "grid": {"batch_size": [1, 8], "prompt_length": [128, 512], "new_tokens": 32},
-    "slicegpt": {"batch_size": [128], "prompt_length": [0], "new_tokens": 256},
-}
+FLAGS = {name: name for name in ("device", "dtype", "save", "cache_dir")}
+DEFAULTS = {"grid": ([1, 8], [128, 512], 32), "slicegpt": ([128], [0], 256)}  # batch sizes, prompts, new tokens
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,183 +51,114 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m flatllmbench.speed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    what = parser.add_argument_group("models")
-    what.add_argument("models", nargs="*", metavar="MODEL", help="the dense model, then any number of compressed ones")
-    what.add_argument("--shape", metavar="MODEL", help="folder or hub id whose config to take, with random weights")
-    what.add_argument("--ratios", type=numbers, metavar="P,...", help="with --shape: percents removed (20,50)")
-    what.add_argument(
-        "--rank_multiple",
-        type=numbers,
-        metavar="M,...",
-        help="with --shape: ranks and widths are multiples of this (8 if heads are 64 wide or more, else 1)",
-    )
-    what.add_argument("--cache_dir", type=Path, metavar="DIR", help="where hub downloads are kept")
-
-    how = parser.add_argument_group("measure")
-    how.add_argument("--protocol", choices=DEFAULTS, default="grid", help="(default: %(default)s)")
-    how.add_argument("--batch_size", type=numbers, metavar="N,...", help="(default: 1,8; slicegpt: 128)")
-    how.add_argument("--prompt_length", type=numbers, metavar="N,...", help="grid: tokens (default: 128,512)")
-    how.add_argument("--new_tokens", type=int, metavar="N", help="decoding steps (default: 32; slicegpt: 256)")
-    how.add_argument("--repeats", type=int, default=7, metavar="N", help="timed runs (default: %(default)s)")
-    how.add_argument(
-        "--compile", action="store_true", help="torch.compile; with --static_cache by CUDA graphs on a GPU"
-    )
-    how.add_argument("--static_cache", action="store_true", help="a cache of full length from the start")
-
-    where = parser.add_argument_group("machine and output")
-    add_machine_flags(where)
-    where.add_argument("--threads", type=int, metavar="N", help="of the CPU (default: one per core)")
+    """Return the arguments of the program, with the defaults of the protocol."""
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m flatllmbench.speed", description=__doc__, formatter_class=layout)
+    add = parser.add_argument
+    add("models", nargs="*", metavar="MODEL", help="the dense model, then any number of compressed ones")
+    add("--shape", metavar="MODEL", help="folder or hub id whose config to take, with random weights")
+    add("--ratios", type=_numbers, default=[20, 50], metavar="P,...", help="of a shape: percents removed (20,50)")
+    add("--rank_multiple", type=_numbers, default=[None], metavar="M,...", help="of a shape's ranks, as in main.py")
+    add("--protocol", choices=DEFAULTS, default="grid", help="(default: %(default)s)")
+    add("--batch_size", type=_numbers, metavar="N,...", help="(default: 1,8; slicegpt: 128)")
+    add("--prompt_length", type=_numbers, metavar="N,...", help="grid: tokens (default: 128,512)")
+    add("--new_tokens", type=_number, metavar="N", help="decoding steps (default: 32; slicegpt: 256)")
+    add("--repeats", type=_number, default=7, metavar="N", help="timed runs (default: %(default)s)")
+    add("--threads", type=_number, metavar="N", help="of the CPU (default: one per core)")
+    add_flags(parser, FLAGS)
     args = parser.parse_args(argv)
-    for name, default in DEFAULTS[args.protocol].items():
-        if getattr(args, name) is None:
-            setattr(args, name, default)
+    if bool(args.models) == bool(args.shape):
+        parser.error("give a dense model and compressed ones, or --shape with a config to take, not both")
+    if args.protocol == "slicegpt" and args.prompt_length:
+        parser.error("--prompt_length does not go with --protocol slicegpt, which has no prompt")
+    for name, default in zip(("batch_size", "prompt_length", "new_tokens"), DEFAULTS[args.protocol], strict=True):
+        setattr(args, name, getattr(args, name) or default)
     return args
 
 
-def numbers(text: str) -> list[int]:
-    return [int(number) for number in text.split(",")]
+def _number(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is out of range; 1 or more is accepted")
+    return int(text)
+
+
+def _numbers(text: str) -> list[int]:
+    return [_number(number) for number in text.split(",")]
 
 
 def keep_measurement(args: argparse.Namespace, command: str) -> None:
     """Measure the models, write the record and print its tables."""
     started = time.perf_counter()
-    check_arguments(args)
-    configs = read_configs(args)
-    check_configs(args, configs)
+    read_flags(args, FLAGS)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    place = args.save / f"{run_name(args)}.json"
+    configs = dict(read_configs(args))
+    protocol = "" if args.protocol == "grid" else f"_{args.protocol}"
+    place = args.save / f"{model_name(next(iter(configs)))}_speed{protocol}.json"
+    record: dict[str, Any] = {"kind": "speed", "command": command, "request": as_given(args), "versions": versions()}
     with logging_to(place.with_suffix(".log")), logging_redirect_tqdm():
-        measured = measure_models(args, configs)
-        asked = {"kind": "speed", "command": command, "request": request(args), "versions": versions()}
-        record = asked | measured | {"elapsed_s": round(time.perf_counter() - started, 3)}
-        write_record(place, record)
-        logger.info("record: %s", place)
-    sys.stdout.write(f"\n{speed_tables([read_as(Timing, record)])}")
+        record |= measure_models(args, configs) | {"elapsed_s": round(time.perf_counter() - started, 3)}
+        write_json(place, record)
+    sys.stdout.write(f"record: {place}\n\n{speed_tables([Record(place, record)])}")
 
 
-def check_arguments(args: argparse.Namespace) -> None:
-    """Refuse what can be refused without looking at the models."""
-    if bool(args.models) == (args.shape is not None):
-        raise InputError("give a dense model and compressed ones, or --shape with a config to take, not both")
-    if args.protocol == "slicegpt" and args.prompt_length != [0]:
-        raise InputError("--prompt_length does not go with --protocol slicegpt, which has no prompt")
-    given = [name for name in ("ratios", "rank_multiple") if getattr(args, name) is not None]
-    if given and args.shape is None:
-        raise InputError(f"--{given[0]} is about shapes; give --shape too")
-    for name in ("batch_size", "prompt_length", "new_tokens", "repeats", "rank_multiple", "threads"):
-        value = getattr(args, name)
-        least = 0 if name == "prompt_length" and args.protocol == "slicegpt" else 1
-        for number in value if isinstance(value, list) else [value]:
-            if number is not None and number < least:
-                raise InputError(f"--{name} {number} is out of range; {least} or more is accepted")
-    for percent in args.ratios or ():
-        check_sparsity_ratio(percent)
+def read_configs(args: argparse.Namespace) -> Iterator[tuple[str, PretrainedConfig]]:
+    """Yield what each model is called and its config, the dense one's first.
+
+    A shape's importance falls to the middle of the model by less than a quarter, about as in trained ones: with equal
+    scores all layers would have one rank, which might happen to suit the hardware.
+    """
+    first, *others = args.models or [args.shape]
+    dense = load_config(first, args.cache_dir)
+    dimensions = dimensions_from_config(dense)
+    yield first, dense
+    for name in others:
+        config = load_config(name, args.cache_dir)
+        if differences := dense_dimensions(config).differences_from(dimensions):
+            raise InputError(f"{name} was not compressed from {first}: {differences}")
+        yield name, config
+    last = max(dimensions.num_layers - 1, 1)
+    scores = [1 + 0.3 * abs(2 * index / last - 1) for index in range(dimensions.num_layers)]
+    for percent, multiple in product(args.ratios, args.rank_multiple) if args.shape else ():
+        selector = ImportancePreservingRankSelector(dimensions, rank_multiple=multiple)
+        suffix = f"-m{multiple}" if len(args.rank_multiple) > 1 else ""
+        yield (
+            f"{first}-{percent}{suffix}",
+            compressed_config(dense, selector.allocate(scores, 1 - percent / 100).layers),
+        )
 
 
-def read_configs(args: argparse.Namespace) -> Configs:
-    """Return what each model is called and its config, the dense one's first."""
-    if args.shape is None:
-        return [(model, load_config(model, args.cache_dir)) for model in args.models]
-    config, name = load_config(args.shape, args.cache_dir), model_name(args.shape)
-    return [(name, config), *compressed_shapes(config, name, args.ratios or [20, 50], args.rank_multiple or [None])]
-
-
-def check_configs(args: argparse.Namespace, configs: Configs) -> None:
-    """Refuse models that do not compare, or are too short for what is to be run."""
-    (first, dense), *others = configs
-    check_is_dense(dense)
-    for model, config in others:
-        if differences := dense_dimensions(config).differences_from(dense_dimensions(dense)):
-            raise InputError(f"{model} was not compressed from {first}: {differences}")
-        if args.dtype == "auto" and config.dtype != dense.dtype:
-            raise InputError(f"{first} is {dense.dtype} and {model} {config.dtype}; measure both in one --dtype")
-    longest = max(args.prompt_length) + args.new_tokens
-    most = min(config.max_position_embeddings for _, config in configs)
-    if longest > most:
-        raise InputError(f"{longest} tokens are more than the model takes, {most}; shorten the prompt or the decoding")
-
-
-def run_name(args: argparse.Namespace) -> str:
-    name = model_name(args.shape or args.models[0])
-    marks = {args.protocol: args.protocol != "grid", "compiled": args.compile, "static": args.static_cache}
-    return "_".join([name, "speed", *(mark for mark, is_set in marks.items() if is_set)])
-
-
-def measure_models(args: argparse.Namespace, configs: Configs) -> dict[str, Any]:
+def measure_models(args: argparse.Namespace, configs: dict[str, PretrainedConfig]) -> dict[str, Any]:
     """Measure every model at every cell of the grid; return what the record says about it."""
-    device = parse_device(args.device)
-    models = describe(args, configs)
-    sizes = [model["parameters"]["total"] * dtype_of(args, configs).itemsize for model in models]
-    check_whole_models_fit(device, sizes, "they take turns, so all are loaded at once: measure fewer")
-    runners = load_runners(args, configs, device)
-    for model, runner in zip(models, runners, strict=True):
-        model["weight_memory_bytes"] = runner.weight_memory_bytes
-    itemsize = runners[0].model.dtype.itemsize
-    workloads = [
-        Workload(batch_size, prompt_length, args.new_tokens)
-        for batch_size in args.batch_size
-        for prompt_length in args.prompt_length
-    ]
+    device, first = parse_device(args.device), next(iter(configs))
+    dtype = (configs[first].dtype or torch.float32) if args.dtype == "auto" else getattr(torch, args.dtype)
+    base = model_name(first)
+    described = [describe_config(each, model_name(n), None if n == first else base) for n, each in configs.items()]
+    torch.manual_seed(0)
+    name_of_dtype = str(dtype).removeprefix("torch.")
+    models = []
+    for (name, config), about in zip(progress(configs.items(), "loading", "model"), described, strict=True):
+        if args.shape:
+            with torch.device(device):
+                models.append(AutoModelForCausalLM.from_config(config, dtype=dtype).eval())
+        else:
+            models.append(load_model(name, dtype=name_of_dtype, cache_dir=args.cache_dir).to(device))
+        about["weight_memory_bytes"] = models[-1].get_memory_footprint()
+    grid = [Workload(size, length, args.new_tokens) for size, length in product(args.batch_size, args.prompt_length)]
     cells: list[dict[str, Any]] = []
-    runs = len(workloads) * len(runners) * (1 + args.repeats)  # the warm-up is one
-    with progress(None, "speed", "run", runs) as bar:
-        for workload in workloads:
-            timings = measure(runners, workload, args.repeats, bar.update)
-            found = figures_of(
-                workload,
-                [config for _, config in configs],
-                timings,
-                itemsize,
-                has_static_cache=args.static_cache,
-            )
-            cells += ({"model": index} | figures for index, figures in enumerate(found))
+    with progress(None, "speed", "run", len(grid) * len(models) * (1 + args.repeats)) as bar:
+        for workload in grid:
+            cells += figures(models, workload, measure(models, workload, args.repeats, bar.update))
     return {
         "hardware": hardware(device),
         "protocol": args.protocol,
-        "dtype": str(runners[0].model.dtype).removeprefix("torch."),
-        "attention": runners[0].model.config._attn_implementation,
-        "compiled": args.compile,
-        "static_cache": args.static_cache,
-        "models": models,
+        "dtype": name_of_dtype,
+        "attention": models[0].config._attn_implementation,
+        "compiled": False,
+        "static_cache": False,
+        "models": described,
         "cells": cells,
     }
-
-
-def load_runners(args: argparse.Namespace, configs: Configs, device: torch.device) -> list[Runner]:
-    """Put every model on the device, its weights read or drawn."""
-    runners = []
-    torch.manual_seed(0)
-    for model, config in progress(configs, "loading", "model"):
-        if args.shape is None:
-            loaded = load_model(model, dtype=args.dtype, cache_dir=args.cache_dir)
-        else:
-            loaded = random_model(config, dtype_of(args, configs), device)
-        runners.append(Runner(loaded, device, is_compiled=args.compile, has_static_cache=args.static_cache))
-    return runners
-
-
-def dtype_of(args: argparse.Namespace, configs: Configs) -> torch.dtype:
-    """Return the type of the weights, which is that of the first model's where none is asked for."""
-    return (configs[0][1].dtype or torch.float32) if args.dtype == "auto" else getattr(torch, args.dtype)
-
-
-def describe(args: argparse.Namespace, configs: Configs) -> list[dict[str, Any]]:
-    """Return what the record says about the models before they are loaded, and log it."""
-    first = configs[0][0]
-    described = []
-    for model, config in configs:
-        if args.shape is None:
-            about = describe_model(model, args.cache_dir)
-        else:
-            about = describe_config(config, model, None if model == first else first)
-        removed, total = about["achieved_sparsity_percent"], about["parameters"]["total"]
-        logger.info("%s: %.3f %% of decoder-layer weights removed, %d parameters", about["model"], removed, total)
-        described.append(about)
-    return described
 
 
 if __name__ == "__main__":

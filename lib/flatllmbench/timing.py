@@ -1,197 +1,139 @@
-"""How long models take to read a prompt and to decode, measured in turns."""
+"""How long models take to read a prompt and to decode, measured in turns, and what arithmetic alone would give."""
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, StaticCache
-from transformers.cache_utils import Cache
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
 from flatllmcore.utils.devices import peak_allocated_bytes, reset_peak_allocated, synchronize
-
-# Of a compiled model: its prompt, its first step and all steps of growing lengths compile in the first run; CUDA
-# graphs are recorded in the second.
-_WARM_UP_RUNS = {False: 1, True: 3}
-# Graphs per method of a model's class, which several models may share: three each. Beyond, compiling is an error.
-_MOST_GRAPHS = 256
+from flatllmcore.utils.layer_utils import count_parameters
+from flatllmcore.utils.loading import empty_causal_lm
 
 
-@dataclass(frozen=True)
-class Workload:
-    """What is run: a batch of prompts and the tokens decoded after them.
-
-    Attributes:
-        prompt_length: 0 feeds ``new_tokens`` given tokens one by one to an empty cache, each step timed by itself.
-    """
+class Workload(NamedTuple):
+    """A batch of prompts and the tokens decoded after them; without prompts these tokens are given."""
 
     batch_size: int
     prompt_length: int
     new_tokens: int
 
-    def random_tokens(self, vocab_size: int, device: torch.device) -> Tensor:
-        """Return the prompts, or without them the tokens to feed, always the same, (B, S)."""
-        shape = (self.batch_size, self.prompt_length or self.new_tokens)
-        return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(0)).to(device)
 
+class Timing(NamedTuple):
+    """Seconds and bytes of one run."""
 
-@dataclass(frozen=True)
-class PromptTiming:
-    """Seconds that a batch of prompts takes: to be read, and from the making of an empty cache to the first tokens."""
-
-    prefill_s: float
-    first_token_s: float
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Seconds and bytes of one run.
-
-    Attributes:
-        prompt: None without prompts.
-        decode_s: A step, which is one token for every sequence of the batch: the mean over the steps after a prompt,
-            their median without one.
-        kv_cache_bytes: Of the keys and values cached at the end.
-        peak_memory_bytes: The most that was allocated at once, the model's own weights counted and those of other
-            models not; None on a CPU, where nobody counts it.
-    """
-
-    prompt: PromptTiming | None
-    decode_s: float
-    kv_cache_bytes: int
-    peak_memory_bytes: int | None = None
-
-
-class Runner:
-    """A model on its device, run as it is or compiled, with a growing or a static cache.
-
-    Args:
-        clock: Returns seconds; the differences count.
-    """
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        device: torch.device,
-        *,
-        is_compiled: bool = False,
-        has_static_cache: bool = False,
-        clock: Callable[[], float] = time.perf_counter,
-    ) -> None:
-        self.model = model.to(device).eval()
-        self.device = device
-        self.is_compiled = is_compiled
-        self.has_static_cache = has_static_cache
-        self._clock = clock
-        self._static_cache: Cache | None = None
-        self._forward: Callable[..., Any] = self.model
-        if is_compiled:
-            # CUDA graphs replay on fixed addresses, which a growing cache does not have.
-            mode = "reduce-overhead" if has_static_cache else "default"
-            self._forward = torch.compile(self.model, fullgraph=True, mode=mode)
-
-    @property
-    def weight_memory_bytes(self) -> int:
-        """Bytes of parameters and buffers, tied ones counted once."""
-        tensors = [*self.model.parameters(), *self.model.buffers()]
-        return sum(tensor.numel() * tensor.itemsize for tensor in tensors)
-
-    def warm_up(self, workload: Workload, token_ids: Tensor) -> None:
-        """Do all that only first runs need to do, compiling above all."""
-        self._static_cache = None
-        if self.has_static_cache:
-            length = workload.prompt_length + workload.new_tokens
-            self._static_cache = StaticCache(config=self.model.config, max_cache_len=length)
-            with torch.no_grad():  # not compiled: the tensors made now are to keep their addresses
-                self.model(token_ids[:, :1], past_key_values=self._static_cache)
-        for _ in range(_WARM_UP_RUNS[self.is_compiled]):
-            self.run(workload, token_ids)
-
-    @torch.no_grad()
-    def run(self, workload: Workload, token_ids: Tensor) -> Timing:
-        """Return the timing of one run on the workload's tokens."""
-        held_bytes = 0 if self._static_cache is None else kv_cache_bytes(self._static_cache)
-        before = reset_peak_allocated(self.device)
-        if workload.prompt_length:
-            timing = self._read_and_decode(token_ids, workload.new_tokens)
-        else:
-            timing = self._feed_one_by_one(token_ids)
-        peak = peak_allocated_bytes(self.device)
-        if before is None or peak is None:
-            return timing
-        return replace(timing, peak_memory_bytes=self.weight_memory_bytes + held_bytes + peak - before)
-
-    def _read_and_decode(self, prompts: Tensor, new_tokens: int) -> Timing:
-        started = self._now()
-        cache = self._empty_cache()
-        prepared = self._now()
-        logits = self._forward(prompts, past_key_values=cache, logits_to_keep=1).logits
-        read = self._now()
-        tokens = logits.argmax(-1)  # (B, 1)
-        first = self._now()
-        for _ in range(new_tokens):
-            tokens = self._forward(tokens, past_key_values=cache, logits_to_keep=1).logits.argmax(-1)
-        decoded = self._now()
-        prompt = PromptTiming(prefill_s=read - prepared, first_token_s=first - started)
-        return Timing(prompt, (decoded - first) / new_tokens, kv_cache_bytes(cache))
-
-    def _feed_one_by_one(self, token_ids: Tensor) -> Timing:
-        cache = self._empty_cache()
-        steps_s = []
-        for tokens in token_ids.split(1, dim=1):
-            started = self._now()
-            self._forward(tokens, past_key_values=cache)
-            steps_s.append(self._now() - started)
-        return Timing(None, median(steps_s), kv_cache_bytes(cache))
-
-    def _empty_cache(self) -> Cache:
-        if self._static_cache is None:
-            return DynamicCache(config=self.model.config)
-        self._static_cache.reset()
-        return self._static_cache
-
-    def _now(self) -> float:
-        synchronize(self.device)
-        return self._clock()
+    decode_s: float  # a step, one token for every sequence: the mean after a prompt, the median without one
+    kv_cache_bytes: int  # of the keys and values at the end
+    prefill_s: float = 0.0  # from a batch of prompts to the first tokens after them
+    peak_memory_bytes: int | None = None  # this model's weights counted and others' not; None on a CPU
 
 
 def measure(
-    runners: Sequence[Runner], workload: Workload, repeats: int, done: Callable[[], object]
+    models: Sequence[PreTrainedModel], workload: Workload, repeats: int, done: Callable[[], object]
 ) -> list[list[Timing]]:
-    """Return the timings of each model, one per repeat.
+    """Return the timings of each model, one per repeat; ``done`` is called after every run.
 
-    The models take turns, A B C A B C, so that whatever else the machine does meets all of them, and timings of the
-    same repeat can be compared. Every model is warmed up first.
-
-    Args:
-        done: Called after every model's warm-up and after every timed run.
-
-    Raises:
-        RuntimeError: If a compiled model compiles again while it is timed.
+    Every model runs once untimed, then they take turns, A B C A B C: whatever else the machine does meets all of them.
     """
-    config = runners[0].model.config
-    token_ids = workload.random_tokens(config.vocab_size, runners[0].device)
-    is_compiled = any(runner.is_compiled for runner in runners)
-    if is_compiled:
-        torch.compiler.reset()  # other shapes' graphs, which would count against the limit
-    with torch._dynamo.config.patch(recompile_limit=_MOST_GRAPHS) if is_compiled else nullcontext():
-        for runner in runners:
-            runner.warm_up(workload, token_ids)
+    shape = (workload.batch_size, workload.prompt_length or workload.new_tokens)
+    token_ids = torch.randint(models[0].config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
+    found: list[list[Timing]] = [[] for _ in models]
+    for _ in range(1 + repeats):
+        for model, own in zip(models, found, strict=True):
+            own.append(run(model, workload, token_ids.to(model.device)))
             done()
-    timings: list[list[Timing]] = [[] for _ in runners]
-    with torch.compiler.set_stance("fail_on_recompile") if is_compiled else nullcontext():
-        for _ in range(repeats):
-            for runner, own in zip(runners, timings, strict=True):
-                own.append(runner.run(workload, token_ids))
-                done()
-    return timings
+    return [own[1:] for own in found]
 
 
-def kv_cache_bytes(cache: Cache) -> int:
+@torch.no_grad()
+def run(model: PreTrainedModel, workload: Workload, token_ids: Tensor) -> Timing:
+    """Return the timing of one run on the workload's tokens, (B, S), which are on the model's device."""
+    before = reset_peak_allocated(model.device)
+    timing = _read_and_decode(model, token_ids, workload) if workload.prompt_length else _feed(model, token_ids)
+    peak = peak_allocated_bytes(model.device)
+    own = None if before is None or peak is None else model.get_memory_footprint() + peak - before
+    return timing._replace(peak_memory_bytes=own)
+
+
+def _read_and_decode(model: PreTrainedModel, prompts: Tensor, workload: Workload) -> Timing:
+    cache = DynamicCache(config=model.config)
+    started = _now(model)
+    tokens = model(prompts, past_key_values=cache, logits_to_keep=1).logits.argmax(-1)  # (B, 1)
+    read = _now(model)
+    for _ in range(workload.new_tokens):
+        tokens = model(tokens, past_key_values=cache, logits_to_keep=1).logits.argmax(-1)
+    return Timing((_now(model) - read) / workload.new_tokens, kv_cache_bytes(cache), read - started)
+
+
+def _feed(model: PreTrainedModel, token_ids: Tensor) -> Timing:
+    cache = DynamicCache(config=model.config)
+    steps_s = []
+    for tokens in token_ids.split(1, dim=1):
+        started = _now(model)
+        model(tokens, past_key_values=cache)
+        steps_s.append(_now(model) - started)
+    return Timing(median(steps_s), kv_cache_bytes(cache))
+
+
+def _now(model: PreTrainedModel) -> float:
+    synchronize(model.device)
+    return time.perf_counter()
+
+
+def figures(models: Sequence[PreTrainedModel], workload: Workload, found: Sequence[Sequence[Timing]]) -> Iterator[dict]:
+    """Yield each model's figures as records have them; speed-ups over the first compare the runs of the same repeat."""
+    needs = [_needs(model, workload, own[0].kv_cache_bytes) for model, own in zip(models, found, strict=True)]
+    stages = [("decode", "decode_ms_per_token", 1, "bytes"), ("prefill", "prefill_ms", workload.prompt_length, "flops")]
+    for index, own in enumerate(found):
+        cell: dict[str, Any] = {"model": index} | workload._asdict() | {"repeats": len(own)}
+        cell["kv_cache_bytes"] = own[0].kv_cache_bytes
+        cell["peak_memory_bytes"] = max(timing.peak_memory_bytes or 0 for timing in own) or None
+        cell["predicted"] = {} if index else None
+        for stage, milliseconds, tokens, need in stages if workload.prompt_length else stages[:1]:
+            seconds, dense_seconds = ([getattr(timing, f"{stage}_s") for timing in each] for each in (own, found[0]))
+            cell[milliseconds] = _spread([1000 * each for each in seconds])
+            cell[f"{stage}_tokens_per_s"] = workload.batch_size * tokens / median(seconds)
+            if index:
+                cell[f"{stage}_speedup"] = _spread([a / b for a, b in zip(dense_seconds, seconds, strict=True)])
+                cell["predicted"][f"{stage}_speedup_{need}"] = needs[0][need] / needs[index][need]
+        cell["time_to_first_token_ms"] = cell["prefill_ms"]["median"] if workload.prompt_length else None
+        yield cell
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    low, middle, high = np.quantile(values, [0.25, 0.5, 0.75]).tolist()
+    return {"median": middle, "low": low, "high": high}
+
+
+def _needs(model: PreTrainedModel, workload: Workload, cache_bytes: int) -> dict[str, float]:
+    """Return the operations of reading one prompt, and the bytes of weights and cache that a step reads on average."""
+    head = model.lm_head.weight.numel()
+    weights = count_parameters(model)["decoder_linear"] + head
+    mean_length = workload.prompt_length + (workload.new_tokens + 1) / 2
+    cached = cache_bytes * mean_length / (workload.prompt_length + workload.new_tokens)
+    operations = forward_operations(model.config, workload.prompt_length or 1) + 2 * head
+    return {"flops": operations, "bytes": weights * model.dtype.itemsize + cached}
+
+
+def forward_operations(config: PretrainedConfig, length: int) -> int:
+    """Return the operations of ``length`` tokens in the decoder layers, a multiplication and an addition being two.
+
+    Counted on the meta device; attention as if every token saw every other.
+    """
+    model = empty_causal_lm(deepcopy(config))  # a copy: a model changes its config's attention with its own
+    model.set_attn_implementation("eager")
+    mask = torch.ones(1, 1, length, length, device="meta")  # given, or the values of the tokens would be looked at
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.base_model(mask[0, 0, :1].long(), attention_mask=mask, use_cache=False)
+    return counter.get_total_flops()
+
+
+def kv_cache_bytes(cache: DynamicCache) -> int:
     """Return the bytes of the keys and values that a cache holds."""
-    tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
-    return sum(tensor.numel() * tensor.itemsize for tensor in tensors)
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
