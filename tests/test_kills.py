@@ -137,7 +137,7 @@ def run_to_its_end(folder: Path, kill_at: int) -> int | None:
 def test_a_kill_at_any_step_of_the_publication_leaves_one_model_and_a_way_on(tmp_path):
     """The new model is whole under its working name; the old one is moved, the new one too, and the old one goes."""
     save_tiny_checkpoint(tmp_path / "dense")
-    save_tiny_checkpoint(tmp_path / "old", "mistral")
+    save_tiny_checkpoint(tmp_path / "old", "mistral", "1GB")  # in few files, each of which is a step
     assert run_to_its_end(tmp_path, NEVER) == 0
     expected, old = bytes_in(tmp_path / "out"), bytes_in(tmp_path / "old")
     for kill_at in itertools.count():
