@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from flatllmcore.core.importance_scores import ImportanceScores, read_author_keep_ratios, read_author_scores
+from flatllmcore.core.importance import ImportanceScores, read_author_keep_ratios, read_author_scores
 from flatllmcore.errors import InputError
 from flatllmcore.utils.layer_utils import ModelDimensions
 

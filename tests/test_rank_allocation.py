@@ -7,17 +7,16 @@ from fractions import Fraction
 from itertools import pairwise
 
 import pytest
+from flatllmbench.published_models import PUBLISHED_MODELS
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from flatllmbench.published_models import PUBLISHED_MODELS
 from flatllmcore.core.rank_allocation import (
     ImportancePreservingRankSelector,
     RankAllocation,
     allocate_keep_ratios,
     check_sparsity_ratio,
     default_rank_multiple,
-    prunable_keep_ratio,
     published_floors,
     ranks_from_keep_ratios,
 )
@@ -146,19 +145,22 @@ class TestBudget:
     @staticmethod
     def percentages(name: str) -> list[int]:
         dimensions = dimensions_from_config(PUBLISHED_MODELS[name]())
-        return [int(100 * prunable_keep_ratio(dimensions, 1 - p / 100, False)) for p in (10, 20, 30, 40, 50)]
+        return [
+            int(100 * ImportancePreservingRankSelector(dimensions).prunable_keep_ratio(1 - p / 100, False))
+            for p in (10, 20, 30, 40, 50)
+        ]
 
     def test_pruned_q_and_k_leave_the_keep_ratio_as_it_is(self):
-        assert prunable_keep_ratio(TINY, 0.3, prune_qk=True) == pytest.approx(0.3)
+        assert ImportancePreservingRankSelector(TINY).prunable_keep_ratio(0.3, prune_qk=True) == pytest.approx(0.3)
 
     @pytest.mark.parametrize("dimensions", [*PUBLISHED, TINY])
     def test_the_largest_target_that_the_error_names_is_possible_and_the_next_is_not(self, dimensions):
         with pytest.raises(InputError, match="largest possible target is") as caught:
-            prunable_keep_ratio(dimensions, 0.0, prune_qk=False)
+            ImportancePreservingRankSelector(dimensions).prunable_keep_ratio(0.0, prune_qk=False)
         largest = int(str(caught.value).split()[-2])
-        assert prunable_keep_ratio(dimensions, 1 - largest / 100, prune_qk=False) > 0
+        assert ImportancePreservingRankSelector(dimensions).prunable_keep_ratio(1 - largest / 100, prune_qk=False) > 0
         with pytest.raises(InputError):
-            prunable_keep_ratio(dimensions, 1 - (largest + 1) / 100, prune_qk=False)
+            ImportancePreservingRankSelector(dimensions).prunable_keep_ratio(1 - (largest + 1) / 100, prune_qk=False)
 
     @pytest.mark.parametrize(
         ("dimensions", "floors", "multiples"),
@@ -221,7 +223,9 @@ class TestPublishedFloors:
 
 
 def select(dimensions: ModelDimensions, percent: float, seed: int = 0, **options) -> RankAllocation:
-    return ImportancePreservingRankSelector(dimensions, **options).allocate(scores_for(dimensions, seed), percent)
+    return ImportancePreservingRankSelector(dimensions, **options).allocate(
+        scores_for(dimensions, seed), 1 - percent / 100
+    )
 
 
 class TestRoundedRanks:
@@ -289,7 +293,7 @@ class TestRoundedRanks:
         assume(keep_ratio * dimensions.layer_parameters > dimensions.qk_parameters)
         selector = ImportancePreservingRankSelector(dimensions, rank_multiple=multiple)
         try:
-            allocation = selector.allocate(scores, percent)
+            allocation = selector.allocate(scores, 1 - percent / 100)
         except InputError:
             assert self.nearest_miss(dimensions, scores, percent, multiple) > 0
         else:
@@ -298,7 +302,9 @@ class TestRoundedRanks:
     @staticmethod
     def nearest_miss(dimensions: ModelDimensions, scores: list[float], percent: int, multiple: int) -> float:
         """Return by how much the best totals overstep the allowed error, trying all of them."""
-        keep = allocate_keep_ratios(scores, prunable_keep_ratio(dimensions, 1 - percent / 100, prune_qk=False))
+        keep = allocate_keep_ratios(
+            scores, ImportancePreservingRankSelector(dimensions).prunable_keep_ratio(1 - percent / 100, prune_qk=False)
+        )
         n = sum(w < 1 for w in keep)
         step = width_step(dimensions, multiple)
         asked = percent / 100 * dimensions.num_layers * dimensions.layer_parameters
@@ -357,7 +363,7 @@ class TestSelector:
 
     def test_scores_for_another_number_of_layers_are_refused(self):
         with pytest.raises(InputError, match="'scores' has 3 entries; the model has 5 layers"):
-            ImportancePreservingRankSelector(TINY).allocate([0.1, 0.2, 0.3], 20)
+            ImportancePreservingRankSelector(TINY).allocate([0.1, 0.2, 0.3], 0.8)
 
     @pytest.mark.parametrize("multiple", [0, -8, 9])
     def test_a_multiple_that_does_not_fit_a_head_is_refused(self, multiple):

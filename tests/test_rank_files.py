@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flatllmcore.core.importance_scores import ImportanceScores
+from flatllmcore.core.importance import ImportanceScores
 from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector, RankAllocation
 from flatllmcore.core.rank_files import find_ranks, ranks_file
 from flatllmcore.errors import InputError
@@ -44,13 +44,13 @@ def edit(path: Path, **fields: object) -> None:
 def test_the_most_specific_file_of_a_folder_decides(tmp_path):
     """Each file holds other scores, so what was used can be told from the ranks."""
     by_file = {
-        "ranks_20.json": SELECTOR.allocate([0.1, 0.2], 20),
-        "importance.json": SELECTOR.allocate([0.2, 0.1], 20),
+        "ranks_20.json": SELECTOR.allocate([0.1, 0.2], 0.8),
+        "importance.json": SELECTOR.allocate([0.2, 0.1], 0.8),
         AUTHORS_KEPT: [0.625, 0.875],
-        "bi_score.pt": SELECTOR.allocate([0.15, 0.16], 20),
+        "bi_score.pt": SELECTOR.allocate([0.15, 0.16], 0.8),
     }
     by_file["ranks_20.json"].save(tmp_path / "ranks_20.json")
-    SELECTOR.allocate([0.3, 0.1], 30).save(tmp_path / "ranks_30.json")
+    SELECTOR.allocate([0.3, 0.1], 0.7).save(tmp_path / "ranks_30.json")
     scores(0.2, 0.1).save(tmp_path / "importance.json")
     torch.save(by_file[AUTHORS_KEPT], tmp_path / AUTHORS_KEPT)
     torch.save([0.15, 0.16], tmp_path / "bi_score.pt")
@@ -65,7 +65,7 @@ def test_a_file_given_by_name_is_used_whatever_stands_beside_it(folder):
     torch.save([0.625, 0.875], folder / AUTHORS_KEPT)
     assert found(folder / AUTHORS_KEPT).keep == (0.625, 0.875)
     scores(0.3, 0.1).save(folder / "of_yesterday.json")
-    assert found(folder / "of_yesterday.json").keep == SELECTOR.allocate([0.3, 0.1], 20).keep
+    assert found(folder / "of_yesterday.json").keep == SELECTOR.allocate([0.3, 0.1], 0.8).keep
 
 
 def test_the_authors_shares_are_used_as_they_are(tmp_path):
@@ -78,7 +78,7 @@ def test_the_authors_shares_are_used_as_they_are(tmp_path):
 
 def test_a_folder_that_is_not_there_or_holds_other_targets_has_no_ranks(tmp_path):
     assert found(tmp_path / "nosuch") is None
-    SELECTOR.allocate([0.1, 0.2], 30).save(tmp_path / ranks_file(30))
+    SELECTOR.allocate([0.1, 0.2], 0.7).save(tmp_path / ranks_file(30))
     assert found(tmp_path) is None
     assert found(tmp_path, 30).sparsity_ratio == 30
 
@@ -115,7 +115,7 @@ def test_another_model_is_refused_with_the_sizes_that_differ(folder, name):
 
 def test_ranks_for_pruned_queries_and_keys_do_not_fit_a_run_that_keeps_them(tmp_path):
     pruning = ImportancePreservingRankSelector(DIMENSIONS, prune_qk=True)
-    pruning.allocate([0.1, 0.2], 20).save(tmp_path / "ranks_20.json")
+    pruning.allocate([0.1, 0.2], 0.8).save(tmp_path / "ranks_20.json")
     with pytest.raises(InputError, match=r"ranks_20\.json: .*pruned Q and K, which are whole here"):
         found(tmp_path)
     assert found(tmp_path, selector=pruning).prune_qk
