@@ -16,9 +16,6 @@ def cholesky(matrix: Tensor) -> Tensor | None:
     """Return the lower Cholesky factor of a symmetric matrix, in memory of its own; None if it has none.
 
     What stands above the diagonal blocks of the factor has no meaning.
-
-    Args:
-        matrix: (n, n).
     """
     if world_size() == 1:
         factor, failed_at = torch.linalg.cholesky_ex(matrix)
@@ -28,16 +25,11 @@ def cholesky(matrix: Tensor) -> Tensor | None:
 
 
 def shared_cholesky_(matrix: Tensor) -> bool:
-    """Replace the lower triangle of a matrix by its Cholesky factor; what stands above it loses its meaning.
+    """Replace the lower triangle of a contiguous matrix by its Cholesky factor, and tell whether there is one.
 
-    Right-looking: each panel of ``BLOCK`` columns is factorised by the process whose turn it is and sent to the others,
-    and every process takes it off its own later panels. n³/3 operations, and a panel of memory beside the matrix.
-
-    Args:
-        matrix: (n, n), rows next to each other in memory.
-
-    Returns:
-        Whether the matrix is positive definite; it is of no use if not.
+    What stands above the triangle loses its meaning. Right-looking: each panel of ``BLOCK`` columns is factorised by
+    the process whose turn it is and sent to the others, and every process takes it off its own later panels.
+    n³/3 operations, and a panel of memory beside the matrix.
     """
     starts = range(0, len(matrix), BLOCK)
     for turn, start in enumerate(starts):
@@ -66,15 +58,12 @@ def _factorise(panel: Tensor) -> None:
 
 
 def inverse_column_energies(factor: Tensor) -> Tensor:
-    """Return the squared length of each column of ``L⁻¹``, (n,).
+    """Return the squared length of each column of ``L⁻¹``, (n,); what stands above the diagonal blocks does not count.
 
     Column ``i`` is zero above row ``i``, so a strip of columns needs only the trailing block of ``L``: n³/3 operations,
     and n × ``BLOCK`` numbers of memory.
-
-    Args:
-        factor: ``L``, (n, n); what stands above its diagonal blocks is not looked at.
     """
-    energies = torch.zeros(len(factor), dtype=factor.dtype, device=factor.device)
+    energies = factor.new_zeros(len(factor))
     for start in own_turns(range(0, len(factor), BLOCK)):
         energies[start : start + BLOCK] = _first_columns_of_inverse(factor[start:, start:]).square_().sum(0)
     return all_reduce(energies)
@@ -82,14 +71,10 @@ def inverse_column_energies(factor: Tensor) -> Tensor:
 
 def _first_columns_of_inverse(factor: Tensor) -> Tensor:
     """Return ``BLOCK`` columns, by forward substitution; torch's own would copy a factor that is part of another."""
-    size = len(factor)
-    width = min(BLOCK, size)
-    columns = torch.empty(size, width, dtype=factor.dtype, device=factor.device)
-    for row in range(0, size, BLOCK):
+    columns = torch.eye(len(factor), min(BLOCK, len(factor)), dtype=factor.dtype, device=factor.device)
+    for row in range(0, len(factor), BLOCK):
         rows = slice(row, row + BLOCK)
-        if row == 0:
-            right = torch.eye(width, dtype=factor.dtype, device=factor.device)
-        else:
-            right = (factor[rows, :row] @ columns[:row]).neg_()
-        columns[rows] = torch.linalg.solve_triangular(factor[rows, rows], right, upper=False)
+        if row > 0:
+            columns[rows] = (factor[rows, :row] @ columns[:row]).neg_()
+        columns[rows] = torch.linalg.solve_triangular(factor[rows, rows], columns[rows], upper=False)
     return columns
