@@ -77,10 +77,9 @@ class ImportancePreservingRankSelector:
     def __init__(
         self, dimensions: ModelDimensions, *, rank_multiple: int | None = None, prune_qk: bool = False
     ) -> None:
-        self.dimensions = dimensions
+        self.dimensions, self.prune_qk = dimensions, prune_qk
         default = 8 if dimensions.head_dim >= 64 else 1
         self.rank_multiple = default if rank_multiple is None else rank_multiple
-        self.prune_qk = prune_qk
         largest = min(dimensions.head_dim, dimensions.intermediate_size)
         if not 1 <= self.rank_multiple <= largest:
             raise InputError(f"rank multiple {self.rank_multiple} does not fit this model; accepted: 1 to {largest}")

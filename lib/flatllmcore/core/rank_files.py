@@ -72,8 +72,8 @@ def find_ranks(
     """Return the ranks that ``place`` holds for a model and a target, or ``None`` if it holds none.
 
     A file is used as it is. In a folder the first of these decides: ``ranks_<percent>.json``, ``importance.json``, the
-    authors' ``sparsity_score_<percent kept of V, O and MLP>%.pt`` and their ``bi_score.pt``. An InputError names one that
-    is damaged, or made for another model or from other scores.
+    authors' ``sparsity_score_<percent kept of V, O and MLP>%.pt`` and their ``bi_score.pt``. An InputError names one
+    that is damaged, or made for another model or from other scores.
     """
     authors = f"sparsity_score_{int(100 * selector.prunable_keep_ratio(keep_ratio) + 1e-9)}%.pt"
     names = (ranks_file(round(100 * (1 - keep_ratio), 9)), IMPORTANCE_FILE, authors, "bi_score.pt")

@@ -88,10 +88,7 @@ class _Steps:
         return Kept(keep, rank, width_steps * self.width, query_key_rank)
 
     def fit(self, keep: Sequence[float], budget: float, tolerance: float) -> list[Kept] | None:
-        """Return layers of these shares that spend the budget, or None.
-
-        Tries the totals of rank steps from the ideal one outwards, until the widths can take up the rest.
-        """
+        """Return layers that spend the budget: rank steps as near the ideal as leaves what widths can take up."""
         ideal_ranks = [w * self.dimensions.head_dim / self.rank for w in keep]
         totals = range(len(keep), len(keep) * self.most_ranks + 1)
         for rank_total in sorted(totals, key=lambda n: abs(n - math.fsum(ideal_ranks))):

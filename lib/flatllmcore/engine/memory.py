@@ -1,11 +1,13 @@
 """A transformers model in memory as source and as sink of the walk."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..layers.flat_attention import FlatDecoderLayer
@@ -16,21 +18,15 @@ from .storage import StatesStorage
 
 
 class ModelInMemory:
-    """A transformers model as source and as sink. The model is unchanged until :meth:`adopt`.
+    """A causal language model as source and as sink, unchanged until :meth:`adopt`.
 
-    Args:
-        model: A causal language model, on any one device.
-        device: Where its parts run; weights not there are lent a copy on it, one layer at a time.
-        storage: Where hidden states live between layers.
+    Its parts run on ``device``; weights not there are lent a copy on it, one layer at a time.
     """
 
     def __init__(self, model: PreTrainedModel, device: torch.device, storage: StatesStorage | None = None) -> None:
-        self.model = model
-        self.config = model.config
-        self.device = device
-        self.dtype = model.get_input_embeddings().weight.dtype
-        self.decoder = model.get_decoder()
+        self.model, self.config, self.decoder = model, model.config, model.get_decoder()
         self.num_layers = len(self.decoder.layers)
+        self.device, self.dtype = device, model.get_input_embeddings().weight.dtype
         self.storage = storage or StatesStorage()
         self.finished: dict[int, LayerRecord] = {}
         self._compressed: dict[int, FlatDecoderLayer] = {}
@@ -45,11 +41,9 @@ class ModelInMemory:
         """Return what the model passes to each layer."""
         return layer_arguments(self.decoder, seqlen, self.device)
 
-    @contextmanager
-    def layer(self, index: int) -> Iterator[DecoderModule]:
+    def layer(self, index: int) -> AbstractContextManager[DecoderModule]:
         """Lend decoder layer ``index``."""
-        with _lent(self.decoder.layers[index], self.device) as layer:
-            yield layer
+        return _lent(self.decoder.layers[index], self.device)
 
     @contextmanager
     def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
@@ -70,15 +64,14 @@ class ModelInMemory:
 
     def adopt(self, flat_config: PretrainedConfig) -> PreTrainedModel:
         """Put the compressed layers into the model, which becomes the flat class; return the same object."""
-        layers = [self._compressed[index] for index in range(self.num_layers)]
-        return adopt_compressed_layers(self.model, flat_config, layers)
+        return adopt_compressed_layers(self.model, flat_config, [self._compressed[i] for i in range(self.num_layers)])
 
 
 def layer_arguments(decoder: DecoderModule, seqlen: int, device: torch.device) -> list[dict[str, Any]]:
-    """Return the keyword arguments that ``decoder`` passes to each of its layers for one window, on ``device``.
+    """Return the keyword arguments that ``decoder`` passes to each layer for a window; they broadcast over a batch.
 
     Masks, positions and rotary embeddings are the model's own business, so the model is asked: it runs
-    once on one window of embeddings while its layers only note what they are given. They broadcast over a batch.
+    once on one window of embeddings while its layers only note what they are given.
     """
     recorded: list[dict[str, Any]] = []
 
@@ -99,7 +92,8 @@ def layer_arguments(decoder: DecoderModule, seqlen: int, device: torch.device) -
             del layer.forward
             if forward is not None:
                 layer.forward = forward
-    return _to_device(recorded, device, {})
+    moved = cache(lambda tensor: tensor.to(device))  # most occur in the arguments of every layer
+    return tree_map_only(Tensor, moved, recorded)
 
 
 @contextmanager
@@ -127,16 +121,3 @@ def _lent(module: nn.Module, device: torch.device) -> Iterator[nn.Module]:
     finally:
         for tensor, home in zip(tensors, homes, strict=True):
             tensor.data = home
-
-
-def _to_device(value: Any, device: torch.device, moved: dict[int, Tensor]) -> Any:
-    """Return ``value`` with every tensor in it on ``device``; one that occurs many times is copied once."""
-    if isinstance(value, Tensor):
-        if id(value) not in moved:
-            moved[id(value)] = value.to(device)
-        return moved[id(value)]
-    if isinstance(value, list | tuple):
-        return type(value)(_to_device(part, device, moved) for part in value)
-    if isinstance(value, dict):
-        return {name: _to_device(part, device, moved) for name, part in value.items()}
-    return value
