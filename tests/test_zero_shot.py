@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import lm_eval
 import pytest
 import torch
+from flatllmbench.harness import PAPER_TASKS, bars_for_terminals, language_model_of, load_tasks
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from tqdm import tqdm
@@ -21,13 +22,11 @@ from tqdm import tqdm
 import main
 from conftest import tiny_model
 from flatllmbench import zero_shot as program
-from flatllmbench.harness import PAPER_TASKS, bars_for_terminals, language_model_of, load_tasks
-from flatllmbench.perplexity import perplexity
 from flatllmbench.records import describe_model
 from flatllmbench.zero_shot import zero_shot
 from flatllmcore import FlatLLMPruner, InputError
-from flatllmcore.core.calibration import ModelInMemory
-from flatllmcore.core.stopwatch import Stopwatch
+from flatllmcore.engine.memory import ModelInMemory
+from flatllmcore.engine.perplexity import perplexity
 from flatllmcore.utils.data_utils import TextDataset, consecutive_windows
 from flatllmcore.utils.loading import load_model, load_tokenizer
 from python_process import BLOCKED, run_python
@@ -198,10 +197,10 @@ def test_model_and_tokenizer_are_left_as_they_were(tmp_path):
 
 
 def own_nll(model, ids: list[int]) -> float:
-    """Return the negative log-likelihood of all but the first token, as flatllmbench.perplexity has it."""
+    """Return the negative log-likelihood of all but the first token, as flatllmcore.engine.perplexity has it."""
     if len(ids) < 2:
         return 0.0
-    found = perplexity(ModelInMemory(model, CPU), torch.tensor([ids]), 1, Stopwatch(CPU))
+    found = perplexity(ModelInMemory(model, CPU), torch.tensor([ids]), 1)
     return math.log(found.value) * found.predicted_tokens
 
 
@@ -238,7 +237,7 @@ def test_the_harness_and_our_perplexity_agree_on_the_same_windows(model, tokeniz
 def test_the_harness_agrees_with_our_perplexity_on_our_windows(model, tokenizer):
     """The windows of our protocol as the harness takes them: a context of one token and a continuation of the rest."""
     windows = consecutive_windows(TextDataset("passages", "test", PASSAGES, "\n\n"), tokenizer, 128)
-    ours = perplexity(ModelInMemory(model, CPU), windows, 4, Stopwatch(CPU))
+    ours = perplexity(ModelInMemory(model, CPU), windows, 4)
     requests = [(None, ids[:1], ids[1:]) for ids in windows.tolist()]
     sums = language_model_of(model, tokenizer, 4)._loglikelihood_tokens(requests, disable_tqdm=True)
     theirs = math.exp(-sum(total for total, _greedy in sums) / ours.predicted_tokens)

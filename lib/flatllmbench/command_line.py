@@ -58,11 +58,7 @@ class Options(RunConfig):
         return f"{model_name(self.model)}_{stage}"
 
     def check(self) -> None:
-        """Refuse what can be refused without looking at the model.
-
-        Raises:
-            InputError: Naming the flags.
-        """
+        """Refuse what can be refused without looking at the model."""
         if self.device is not None and ":" in self.device and local_world_size() > 1:
             raise InputError(f"--device {self.device} is one GPU for several processes; with cuda each has its own")
         if self.save_model is not None:
@@ -105,14 +101,9 @@ _DEFAULTS = {row.name: ... if row.default is MISSING else row.default for row in
 
 
 def parse_options(argv: Sequence[str] | None, description: str) -> tuple[Options, dict[str, Any]]:
-    """Return the options of ``main.py``, and the flags as they were given, as JSON takes them.
-
-    Raises:
-        InputError: Naming the flag whose value is unusable.
-    """
-    parser = argparse.ArgumentParser(
-        prog="main.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Return the options of ``main.py``, and the flags as they were given, as JSON takes them."""
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("main.py", description=description, formatter_class=layout)
     add_flags(parser, FLAGS)
     args = parser.parse_args(argv)
     values = read_flags(args, FLAGS)
@@ -143,20 +134,12 @@ def add_flags(parser: argparse.ArgumentParser, flags: Mapping[str, str]) -> None
 
 
 def read_flags(args: argparse.Namespace, flags: Mapping[str, str]) -> dict[str, Any]:
-    """Return the values of flags that :func:`add_flags` added, checked, by field.
-
-    Raises:
-        InputError: Naming the flag whose value is unusable.
-    """
+    """Return the values of flags that :func:`add_flags` added, checked, by field."""
     return {name: checked_flag(name, flag, getattr(args, flag)) for name, flag in flags.items()}
 
 
 def checked_flag(name: str, flag: str, value: Any) -> Any:
-    """Return what the field ``name`` takes for the value of its flag.
-
-    Raises:
-        InputError: Naming the flag, if the value is unusable.
-    """
+    """Return what the field ``name`` takes for the value of its flag, or raise an InputError that names the flag."""
     return ROWS[name].to_field(_accepted(name).checked(f"--{flag}", value))
 
 
@@ -234,9 +217,7 @@ def keep_bars_to_terminals() -> None:
 def run_program(work: Callable[[], None], place: Path | None = None) -> int:
     """Do a program's work; return its exit status: 0, or 2 after one line on stderr about what the user can mend.
 
-    Args:
-        work: Can be done again from the start after an interruption.
-        place: Where it writes; named when an error about a file does not say which.
+    ``place``, where it writes, is named when an error about a file does not say which.
     """
     try:
         work()

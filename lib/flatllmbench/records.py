@@ -1,7 +1,6 @@
 """What JSON records of runs say of models, versions and hardware."""
 
 import platform
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -10,23 +9,12 @@ import torch
 from transformers import PretrainedConfig
 from transformers.utils.hub import cached_file
 
-from flatllmcore.engine.checkpoint_sink import MANIFEST
+from flatllmcore.engine.checkpoint_sink import MANIFEST, Manifest
 from flatllmcore.layers import FAMILIES
 from flatllmcore.utils.devices import device_name
 from flatllmcore.utils.files import read_json
 from flatllmcore.utils.layer_utils import count_parameters, dense_dimensions, load_config, model_name
 from flatllmcore.utils.loading import empty_causal_lm
-
-
-@dataclass(frozen=True)
-class _Request:
-    base_model: str
-
-
-@dataclass(frozen=True)
-class _Manifest:
-    request: _Request
-
 
 _PACKAGES = ("flatllmcore", "torch", "transformers", "datasets", "accelerate", "numpy", "safetensors", "tokenizers")
 
@@ -48,15 +36,7 @@ def hardware(device: torch.device) -> dict[str, str]:
 
 
 def describe_model(model: str | Path, cache_dir: Path | None = None) -> dict[str, Any]:
-    """Return what records say of a dense or compressed model, as :func:`describe_config` does; no weight is read.
-
-    Args:
-        model: Local folder or hub id.
-        cache_dir: Where hub downloads are kept; the hub's own default for ``None``.
-
-    Raises:
-        InputError: If there is no such model or its family is not supported.
-    """
+    """Return what records say of a model in a folder or at a hub id, as :func:`describe_config`; no weight is read."""
     config = load_config(str(model), cache_dir)
     base_model = None if config.model_type in FAMILIES else _base_model(str(model), cache_dir)
     return describe_config(config, model_name(model), base_model)
@@ -84,4 +64,4 @@ def _base_model(model: str, cache_dir: Path | None) -> str | None:
     manifest = cached_file(model, MANIFEST, cache_dir=cache_dir, _raise_exceptions_for_missing_entries=False)
     if manifest is None:
         return None
-    return model_name(read_json(Path(manifest), _Manifest).request.base_model)
+    return model_name(read_json(Path(manifest), Manifest).request["base_model"])

@@ -13,14 +13,14 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
 
 import oracle
-from flatllmbench.perplexity import perplexity
 from flatllmcore import InputError
-from flatllmcore.core.calibration import ModelInMemory, record_layer_arguments
-from flatllmcore.core.importance import layer_importance
-from flatllmcore.core.prune import compress_layers
 from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector, RankAllocation
-from flatllmcore.core.stopwatch import Stopwatch
+from flatllmcore.engine.compress import compress_layers
+from flatllmcore.engine.importance import layer_importance
+from flatllmcore.engine.memory import ModelInMemory, layer_arguments
+from flatllmcore.engine.perplexity import perplexity
 from flatllmcore.layers import FAMILIES, family_of
+from flatllmcore.methods import METHODS
 from flatllmcore.utils.layer_utils import dimensions_from_config, load_config
 from flatllmcore.utils.model_families import FAMILY_NAMES
 
@@ -39,11 +39,10 @@ def compress(
 ) -> tuple[PreTrainedModel, RankAllocation]:
     """Run the engine on ``model``, which becomes the compressed one; return it and its ranks."""
     selector = ImportancePreservingRankSelector(dimensions_from_config(model.config), prune_qk=prune_qk)
-    allocation = selector.allocate(scores, percent)
+    allocation = selector.allocate(scores, 1 - percent / 100)
     source = ModelInMemory(model, CPU)
-    flat_config, _ = compress_layers(
-        source, source, random_windows(24, 1), allocation, batch_size=7, tolerance=0.96, stopwatch=Stopwatch(CPU)
-    )
+    windows, method = random_windows(24, 1), METHODS["flatllm"]
+    flat_config, _ = compress_layers(source, source, windows, method, allocation, batch_size=7, tolerance=0.96)
     return source.adopt(flat_config), allocation
 
 
@@ -78,7 +77,7 @@ def test_keep_ratio_1_leaves_logits_as_they_were(published, implementation):
 
 def test_importance_equals_the_oracle(published):
     windows = random_windows(5, 2)
-    found = layer_importance(ModelInMemory(published, CPU), windows, 2, Stopwatch(CPU))
+    found = layer_importance(ModelInMemory(published, CPU), windows, 2)
     assert found.scores == pytest.approx(oracle.importance(*oracle.weights_and_sizes(published), windows), rel=1e-5)
 
 
@@ -89,10 +88,11 @@ def test_a_compressed_model_equals_the_oracle(published, prune_qk):
     windows, test_windows = random_windows(24, 1), random_windows(6, 2)
     dense_perplexity = oracle.perplexity(weights, sizes, test_windows)
     compressed, ranks = compress(published, 40, prune_qk=prune_qk)
-    assert any(rank is not None for rank in ranks.query_key_rank) == prune_qk
-    weights = oracle.compress(weights, sizes, windows, ranks.value_rank, ranks.mlp_width, prune_qk)
+    assert any(kept.query_key_rank is not None for kept in ranks.layers) == prune_qk
+    value_ranks, mlp_widths = zip(*((kept.value_rank, kept.mlp_width) for kept in ranks.layers), strict=True)
+    weights = oracle.compress(weights, sizes, windows, value_ranks, mlp_widths, prune_qk)
     expected = oracle.perplexity(weights, sizes, test_windows)
-    measured = perplexity(ModelInMemory(compressed, CPU), test_windows, 4, Stopwatch(CPU)).value
+    measured = perplexity(ModelInMemory(compressed, CPU), test_windows, 4).value
     assert measured == pytest.approx(expected, rel=1e-5)
     assert abs(expected / dense_perplexity - 1) > 1e-2  # or nothing was compressed
 
@@ -100,7 +100,7 @@ def test_a_compressed_model_equals_the_oracle(published, prune_qk):
 def test_layer_arguments_are_those_the_model_passes(published):
     """Oracle: the model's own hidden states. Windows differ from layer to layer, and so must masks."""
     windows = random_windows(4, 2)
-    arguments = record_layer_arguments(published.model, 16)
+    arguments = layer_arguments(published.model, 16, CPU)
     states = published.model(windows, output_hidden_states=True).hidden_states
     for i, layer in enumerate(published.model.layers[:-1]):  # the last state is the norm's output
         torch.testing.assert_close(layer(states[i], **arguments[i]), states[i + 1])
@@ -113,7 +113,9 @@ def test_save_load_generate_and_save_again_are_bit_exact(published, prune_qk, tm
     compressed.save_pretrained(tmp_path / "first")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "first")
     assert type(loaded) is type(compressed)
-    assert [layer.self_attn.value_head_dim for layer in loaded.model.layers] == list(ranks.value_rank)
+    assert [layer.self_attn.value_head_dim for layer in loaded.model.layers] == [
+        kept.value_rank for kept in ranks.layers
+    ]
     assert torch.equal(loaded(tokens).logits, compressed(tokens).logits)
     assert torch.equal(generate(loaded, tokens), generate(compressed, tokens))
     is_tied = loaded.lm_head.weight is loaded.model.embed_tokens.weight

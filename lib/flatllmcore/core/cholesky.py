@@ -7,43 +7,32 @@ costs shrinks or grows along the matrix, so blocks are dealt out there and back.
 import torch
 from torch import Tensor
 
-from ..utils.processes import all_reduce, broadcast_by_turn, is_own_turn, own_turns, world_size
+from ..utils.processes import all_reduce, broadcast_by_turn, is_own_turn, own_turns
 
 BLOCK = 256  # columns
 
 
 def cholesky(matrix: Tensor) -> Tensor | None:
-    """Return the lower Cholesky factor of a symmetric matrix, in memory of its own; None if it has none.
+    """Return the lower Cholesky factor of a symmetric matrix (n, n), in memory of its own; None if it has none.
 
-    What stands above the diagonal blocks of the factor has no meaning.
+    Right-looking: each panel of ``BLOCK`` columns is factorised by the process whose turn it is and sent to the others,
+    and every process takes it off its own later panels: n³/3 operations. What stands above the diagonal blocks has no
+    meaning. One process takes the same way: LAPACK's factor is no faster, and rounds otherwise.
     """
-    if world_size() == 1:
-        factor, failed_at = torch.linalg.cholesky_ex(matrix)
-        return None if failed_at.item() else factor
     factor = matrix.clone(memory_format=torch.contiguous_format)
-    return factor if shared_cholesky_(factor) else None
-
-
-def shared_cholesky_(matrix: Tensor) -> bool:
-    """Replace the lower triangle of a contiguous matrix by its Cholesky factor, and tell whether there is one.
-
-    What stands above the triangle loses its meaning. Right-looking: each panel of ``BLOCK`` columns is factorised by
-    the process whose turn it is and sent to the others, and every process takes it off its own later panels.
-    n³/3 operations, and a panel of memory beside the matrix.
-    """
-    starts = range(0, len(matrix), BLOCK)
+    starts = range(0, len(factor), BLOCK)
     for turn, start in enumerate(starts):
-        panel = matrix[start:, start : start + BLOCK]
+        panel = factor[start:, start : start + BLOCK]
         if is_own_turn(turn):
             _factorise(panel)
         panel.copy_(broadcast_by_turn(panel, turn))
         if panel[0, 0].isnan():
-            return False
+            return None
         for later_turn, later in enumerate(starts[turn + 1 :], turn + 1):
             if is_own_turn(later_turn):
                 rest = panel[later - start :]
-                matrix[later:, later : later + BLOCK].addmm_(rest, rest[:BLOCK].mT, alpha=-1)
-    return True
+                factor[later:, later : later + BLOCK].addmm_(rest, rest[:BLOCK].mT, alpha=-1)
+    return factor
 
 
 def _factorise(panel: Tensor) -> None:
