@@ -47,13 +47,10 @@ def select_channels(second_moment: Tensor, width: int) -> Tensor:
 
 
 def diagonal_of_ridge_inverse(second_moment: Tensor, ridge: float = RIDGE) -> Tensor:
-    """Return the diagonal of ``(C + λI)⁻¹``, float64, (F,).
+    """Return the diagonal of ``(C + λI)⁻¹``, (F,); an ArithmeticError if ``C`` is not positive semidefinite.
 
     With ``C + λI = L Lᵀ`` entry ``i`` is the squared length of column ``i`` of ``L⁻¹``. A ridge that would be lost to
     rounding beside ``C`` is raised to what is not: 8 times the machine's epsilon of the trace.
-
-    Raises:
-        ArithmeticError: If ``C`` is not positive semidefinite.
     """
     diagonal = second_moment.diagonal().clone()
     smallest = 8 * torch.finfo(diagonal.dtype).eps * second_moment.trace().item()
@@ -79,10 +76,8 @@ def reconstruct_down_projection(
     exact when nothing is dropped, and where ``C[I, I]`` is singular the part that the data does not
     determine stays what it was. A kept channel that is dead keeps its own weights in the same way. Rows of
     ``down_weight``, (D, F), have nothing to do with each other, and processes share them out.
-    ``jitter`` is the share of each kept channel's energy added to it; where too little, ``JITTERS`` above it are tried.
-
-    Raises:
-        ArithmeticError: If even the last jitter leaves ``C[I, I]`` without a Cholesky factor.
+    ``jitter`` is the share of each kept channel's energy added to it; where too little, ``JITTERS`` above it are tried,
+    and where even the last leaves ``C[I, I]`` without a Cholesky factor an ArithmeticError says so.
     """
     is_dropped = torch.ones_like(second_moment[0], dtype=torch.bool).index_fill_(0, kept, False)
     (dropped,) = is_dropped.nonzero(as_tuple=True)

@@ -45,7 +45,7 @@ def layer_importance(source: LayerSource, windows: Tensor, batch_size: int, meth
 def angular_importance(source: LayerSource, windows: Tensor, batch_size: int) -> LayerImportance:
     """Score every layer by the mean angle between its input and its output, residual included."""
     walk = Walk(source, windows, batch_size)
-    sums = []  # of angles, and of zero rows
+    sums = []
     for index in progress(range(source.num_layers), "importance", "layer"):
         total, zeros = 0.0, 0
         with lent_layer(source, index) as layer:
@@ -53,8 +53,7 @@ def angular_importance(source: LayerSource, windows: Tensor, batch_size: int) ->
                 outputs = walk.run(layer, index, batch)
                 with stage("angles"):
                     angles, batch_zeros = angles_between(batch.states, outputs)
-                    total += angles.sum().item()
-                    zeros += batch_zeros
+                    total, zeros = total + angles.sum().item(), zeros + batch_zeros
                 batch.replace(outputs)
         sums.append(all_reduce_numbers(total, zeros, device=source.device))
     totals, zero_rows = zip(*sums, strict=True)
@@ -65,13 +64,13 @@ def angular_importance(source: LayerSource, windows: Tensor, batch_size: int) ->
 def gradient_importance(source: LayerSource, windows: Tensor, batch_size: int) -> LayerImportance:
     """Score every layer by the mean over tokens of ``Σ_d |∂loss/∂h_d · h_d|`` with ``h`` the layer's output.
 
-    This is the first-order Taylor estimate of what taking away each hidden unit does to a window's mean next-token
-    loss. The absolute value is taken per unit: the final norm makes the loss blind to the length of the last
-    layer's output, so there the products of a token sum to zero whatever the layer does.
+    The first-order Taylor estimate of what taking away each hidden unit does to a window's mean next-token loss.
+    Absolute values per unit: the final norm makes the loss blind to the length of the last layer's output, so there the
+    products of a token sum to zero whatever the layer does.
 
     What is kept at a time are one batch's hidden states at every layer boundary, ``(L + 1)·batch·S·D`` numbers on the
     device, and one layer: its forward pass is run again to carry the gradient back through it. So every batch borrows
-    each layer twice, where the angular score borrows it once for all windows; larger batches borrow less often.
+    each layer twice, where the angular score borrows it once for all windows.
     """
     arguments = source.layer_arguments(windows.shape[1])
     totals = [0.0] * source.num_layers

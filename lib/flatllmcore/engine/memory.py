@@ -18,10 +18,7 @@ from .storage import StatesStorage
 
 
 class ModelInMemory:
-    """A causal language model as source and as sink, unchanged until :meth:`adopt`.
-
-    Its parts run on ``device``; weights not there are lent a copy on it, one layer at a time.
-    """
+    """A causal language model as source and sink, unchanged until :meth:`adopt`; parts are lent on ``device``."""
 
     def __init__(self, model: PreTrainedModel, device: torch.device, storage: StatesStorage | None = None) -> None:
         self.model, self.config, self.decoder = model, model.config, model.get_decoder()
@@ -54,9 +51,8 @@ class ModelInMemory:
     def put(self, index: int, layer: FlatDecoderLayer, record: LayerRecord) -> None:
         """Keep compressed layer ``index`` at its dense one's home, in its mode."""
         dense = self.decoder.layers[index]
-        home = next(dense.parameters()).device
-        self._compressed[index] = layer.to(home).train(dense.training)  # it was compressed in evaluation mode
-        self.finished[index] = record
+        layer.to(next(dense.parameters()).device).train(dense.training)  # it was compressed in evaluation mode
+        self._compressed[index], self.finished[index] = layer, record
 
     def weights(self, index: int) -> dict[str, Tensor]:
         """Return the parameters of a compressed layer."""
@@ -70,8 +66,8 @@ class ModelInMemory:
 def layer_arguments(decoder: DecoderModule, seqlen: int, device: torch.device) -> list[dict[str, Any]]:
     """Return the keyword arguments that ``decoder`` passes to each layer for a window; they broadcast over a batch.
 
-    Masks, positions and rotary embeddings are the model's own business, so the model is asked: it runs
-    once on one window of embeddings while its layers only note what they are given.
+    Masks, positions and rotary embeddings are the model's own business, so it runs once on a window of embeddings
+    while its layers only note what they are given.
     """
     recorded: list[dict[str, Any]] = []
 
@@ -111,13 +107,12 @@ def evaluation_mode(module: nn.Module) -> Iterator[nn.Module]:
 @contextmanager
 def _lent(module: nn.Module, device: torch.device) -> Iterator[nn.Module]:
     """Lend a module on ``device``, in evaluation mode, without gradients; its own tensors come back untouched."""
-    tensors = [*module.parameters(), *module.buffers()]
-    homes = [tensor.data for tensor in tensors]
+    homes = {tensor: tensor.data for tensor in (*module.parameters(), *module.buffers())}
     try:
-        for tensor in tensors:
-            tensor.data = tensor.data.to(device, non_blocking=True)
+        for tensor, home in homes.items():
+            tensor.data = home.to(device, non_blocking=True)
         with torch.no_grad(), evaluation_mode(module):
             yield module
     finally:
-        for tensor, home in zip(tensors, homes, strict=True):
+        for tensor, home in homes.items():
             tensor.data = home

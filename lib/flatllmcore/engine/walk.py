@@ -1,7 +1,6 @@
-"""The walk every step shares: windows of tokens through the decoder layers, one layer at a time.
+"""The walk every step shares: all windows of tokens through one decoder layer of a source after the other.
 
-A *source* gives the layers of a model one by one; hidden states of all windows are kept between them. What runs on one
-device is one decoder layer and one batch, whatever the size of the model.
+What is on the device is one layer and one batch, whatever the size of the model.
 """
 
 from collections.abc import Iterator
@@ -26,9 +25,9 @@ def default_batch_size(seqlen: int) -> int:
 
 @dataclass
 class Batch:
-    """Some windows' hidden states on the device, and the place they came from."""
+    """Some windows' hidden states, (batch, S, D), on the device, and the place they came from."""
 
-    states: Tensor  # (batch, S, D)
+    states: Tensor
     stored: Tensor
 
     def replace(self, outputs: Tensor) -> None:
@@ -82,7 +81,5 @@ def lent_layer(source: LayerSource, index: int) -> Iterator[DecoderModule]:
 def check_finite(index: int, activations: Tensor) -> None:
     """Refuse what layer ``index`` gives if it is not finite."""
     if not torch.isfinite(activations).all():
-        raise InputError(
-            f"layer {index} gives NaN or infinite activations in {activations.dtype}; "
-            "check the checkpoint, or use a wider --dtype (float32, bfloat16)"
-        )
+        remedy = "check the checkpoint, or use a wider --dtype (float32, bfloat16)"
+        raise InputError(f"layer {index} gives NaN or infinite activations in {activations.dtype}; {remedy}")
