@@ -27,7 +27,7 @@ from flatllmcore.core.hidden_states import StatesStorage
 from flatllmcore.core.importance import layer_importance
 from flatllmcore.core.stopwatch import Stopwatch
 from flatllmcore.errors import InputError
-from flatllmcore.utils.weight_files import WeightFiles
+from flatllmcore.utils.loading import WeightFiles
 
 VARIANTS = [
     ("llama", {}),

@@ -1,8 +1,4 @@
-"""Where the time of a run goes, stage by stage.
-
-The stopwatch is ambient: code names its stages by :func:`stage`, and whoever wants to know runs it inside
-:meth:`Stopwatch.running`. Where no stopwatch runs, a stage costs nothing.
-"""
+"""Where the time of a run goes: code names its stages, and whoever wants to know runs it under a stopwatch."""
 
 import time
 from collections.abc import Iterator
@@ -34,8 +30,8 @@ class Stopwatch:
         finally:
             _running.reset(token)
 
-    def enter(self, name: str, is_whole: bool = False) -> None:
-        """Begin a stage, waiting for queued device work; the stages inside one that is whole count for it."""
+    def enter(self, name: str, is_whole: bool) -> None:
+        """Begin a stage, waiting for queued device work."""
         self._settle()
         is_inside_whole = bool(self._stages) and self._stages[-1][1]
         self._stages.append(self._stages[-1] if is_inside_whole else (name, is_whole))
@@ -58,9 +54,7 @@ class Stopwatch:
 def stage(name: str, *, is_whole: bool = False) -> Iterator[None]:
     """Count the time inside the block for ``name`` on the stopwatch that runs, if one does.
 
-    Args:
-        name: Of the stage.
-        is_whole: Whether the stages inside count for this one; by default each counts for itself alone.
+    The stages inside one that is whole count for it; else each counts for itself alone.
     """
     stopwatch = _running.get()
     if stopwatch is None:
