@@ -101,9 +101,8 @@ def read_calibration_data(
 ) -> TextDataset | list[Tensor]:
     """Return text to sample windows from, or the first ``nsamples`` rows of token ids, int64 (n,), without padding.
 
-    ``cal_dataset`` is what ``FlatLLMConfig.cal_dataset`` takes; of a named dataset it is the train split, read as
-    :func:`load_text` does. ``padding_ids`` is what rows without a mask are padded with. InputError if there is no such
-    dataset, or the data hold neither texts nor token ids.
+    ``cal_dataset`` is what ``FlatLLMConfig.cal_dataset`` takes, a named text read as :func:`load_text` does, its train
+    split. InputError if there is no such text, or the data hold neither texts nor token ids.
     """
     if isinstance(cal_dataset, str):
         return load_text(cal_dataset, "train", dataset_root=dataset_root, cache_dir=cache_dir)
@@ -125,15 +124,9 @@ def read_calibration_data(
 def real_rows(ids: Any, mask: Any, padding_ids: Sequence[int]) -> list[Tensor]:
     """Return rows of token ids, int64 (n,), without padding: where ``mask`` is 0, else ``padding_ids`` at both ends.
 
-    A padding id between real tokens stays: models often pad with the token that ends a text.
-
-    Args:
-        ids: (n,) or (B, S): a tensor, an array, lists that may differ in length, or a list of one tensor.
-        mask: Of the same shape; ``None`` if there is none.
-        padding_ids: What rows without a mask are padded with.
-
-    Raises:
-        InputError: If these are no token ids, or the mask has another shape.
+    A padding id between real tokens stays: models often pad with the token that ends a text. ``ids`` are (n,) or
+    (B, S): a tensor, an array, lists that may differ in length, or a list of one tensor; ``mask`` has the same shape,
+    or is None. InputError if these are no token ids, or the mask has another shape.
     """
     rows, masks = _rows(ids), [] if mask is None else _rows(mask)
     for row in rows:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 
 import torch
@@ -30,16 +30,17 @@ class Stopwatch:
         finally:
             _running.reset(token)
 
-    def enter(self, name: str, is_whole: bool) -> None:
-        """Begin a stage, waiting for queued device work."""
+    @contextmanager
+    def counting(self, name: str, is_whole: bool) -> Iterator[None]:
+        """Count the time inside the block, with the device work queued there, as :func:`stage` says."""
         self._settle()
         is_inside_whole = bool(self._stages) and self._stages[-1][1]
         self._stages.append(self._stages[-1] if is_inside_whole else (name, is_whole))
-
-    def leave(self) -> None:
-        """End the innermost stage, waiting for queued device work."""
-        self._settle()
-        self._stages.pop()
+        try:
+            yield
+        finally:
+            self._settle()
+            self._stages.pop()
 
     def _settle(self) -> None:
         synchronize(self.device)
@@ -50,18 +51,10 @@ class Stopwatch:
         self._since = now
 
 
-@contextmanager
-def stage(name: str, *, is_whole: bool = False) -> Iterator[None]:
-    """Count the time inside the block for ``name`` on the stopwatch that runs, if one does.
+def stage(name: str, *, is_whole: bool = False) -> AbstractContextManager[None]:
+    """Return a block whose time counts for ``name`` on the stopwatch that runs, if one does.
 
     The stages inside one that is whole count for it; else each counts for itself alone.
     """
     stopwatch = _running.get()
-    if stopwatch is None:
-        yield
-        return
-    stopwatch.enter(name, is_whole)
-    try:
-        yield
-    finally:
-        stopwatch.leave()
+    return nullcontext() if stopwatch is None else stopwatch.counting(name, is_whole)
