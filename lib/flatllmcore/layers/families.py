@@ -36,5 +36,5 @@ FAMILIES = {
 
 
 def family_of(config: PreTrainedConfig) -> Family:
-    """Return the family of a dense or compressed model's config; InputError if it is not supported."""
+    """Return the family of a dense or compressed model's config."""
     return FAMILIES[family_name(config)]

@@ -18,8 +18,8 @@ _LOST_IN_CONVERSION = ("model_type", "transformers_version", "architectures", "a
 def compressed_config(config: PreTrainedConfig, kept: Sequence[Kept]) -> PreTrainedConfig:
     """Return the compressed family's config; all else is as in the dense ``config``.
 
-    A width that all layers share becomes the model's; otherwise it stands in ``per_layer_config``. InputError if the
-    model cannot be compressed, ValueError if ``kept`` is not one per layer; transformers checks ranks and widths.
+    A width that all layers share becomes the model's; otherwise it stands in ``per_layer_config``. ValueError if
+    ``kept`` is not one per layer; transformers checks ranks and widths.
     """
     check_is_dense(config)
     if len(kept) != config.num_hidden_layers:

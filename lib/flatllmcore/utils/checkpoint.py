@@ -47,10 +47,7 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 
 
 def check_output_folder(folder: Path, overwrite: bool) -> None:
-    """Refuse, by an InputError, a folder that no model may be written to; best called before the work for it.
-
-    It may be missing or empty, or hold a model where ``overwrite`` is given.
-    """
+    """Refuse a folder that is neither missing nor empty, nor holds a model where ``overwrite`` is given."""
     if not folder.exists():
         return
     if not folder.is_dir():

@@ -27,7 +27,7 @@ def sample_documents(
 
     No token is used twice: the rest of the document that a window ends in stays a document for later windows. Running
     past the last document goes on with the first one left. Documents are tokenised one by one, each with its
-    separator, without special tokens, and only when needed. InputError if the text is too short.
+    separator, without special tokens, and only when needed.
     """
     documents = text.documents
     can_start = torch.tensor([bool(document.strip()) for document in documents], dtype=torch.bool)
@@ -58,10 +58,7 @@ def sample_documents(
 def sample_windows(
     text: TextDataset, tokenizer: PreTrainedTokenizerBase, nsamples: int, seqlen: int, seed: int
 ) -> Tensor:
-    """Return random int64 windows (nsamples, seqlen) of the joined text, without special tokens.
-
-    Every start is equally likely, and windows may overlap. InputError if the text is shorter than a window.
-    """
+    """Return random int64 windows (nsamples, seqlen) of the joined text, without special tokens; they may overlap."""
     ids = _token_ids(text, tokenizer, add_special_tokens=False)
     if len(ids) < seqlen:
         raise _too_short(text, nsamples, seqlen, 0)
@@ -71,10 +68,7 @@ def sample_windows(
 
 
 def consecutive_windows(text: TextDataset, tokenizer: PreTrainedTokenizerBase, seqlen: int) -> Tensor:
-    """Return the joined text cut into int64 windows (n, seqlen) that do not overlap; the remainder is dropped.
-
-    The very first token is BOS where the tokenizer adds one. InputError if the text is shorter than a window.
-    """
+    """Return the joined text, BOS first where there is one, cut into int64 windows (n, seqlen) without overlap."""
     ids = _token_ids(text, tokenizer, add_special_tokens=True)
     if len(ids) < seqlen:
         raise InputError(
@@ -101,8 +95,7 @@ def read_calibration_data(
 ) -> TextDataset | list[Tensor]:
     """Return text to sample windows from, or the first ``nsamples`` rows of token ids, int64 (n,), without padding.
 
-    ``cal_dataset`` is what ``FlatLLMConfig.cal_dataset`` takes, a named text read as :func:`load_text` does, its train
-    split. InputError if there is no such text, or the data hold neither texts nor token ids.
+    ``cal_dataset`` is what ``FlatLLMConfig.cal_dataset`` takes; of a text by name or path it is the train split.
     """
     if isinstance(cal_dataset, str):
         return load_text(cal_dataset, "train", dataset_root=dataset_root, cache_dir=cache_dir)
@@ -125,8 +118,7 @@ def real_rows(ids: Any, mask: Any, padding_ids: Sequence[int]) -> list[Tensor]:
     """Return rows of token ids, int64 (n,), without padding: where ``mask`` is 0, else ``padding_ids`` at both ends.
 
     A padding id between real tokens stays: models often pad with the token that ends a text. ``ids`` are (n,) or
-    (B, S): a tensor, an array, lists that may differ in length, or a list of one tensor; ``mask`` has the same shape,
-    or is None. InputError if these are no token ids, or the mask has another shape.
+    (B, S): a tensor, an array, lists that may differ in length, or a list of one tensor.
     """
     rows, masks = _rows(ids), [] if mask is None else _rows(mask)
     for row in rows:
@@ -143,10 +135,7 @@ def real_rows(ids: Any, mask: Any, padding_ids: Sequence[int]) -> list[Tensor]:
 
 
 def windows_of_rows(rows: Sequence[Tensor], seqlen: int) -> Tensor:
-    """Return rows (n,) joined in order and cut to (N, seqlen), the remainder dropped; rows of ``seqlen`` stay whole.
-
-    InputError if a window would have fewer than 2 tokens, or more than there are.
-    """
+    """Return rows (n,) joined in order and cut to (N, seqlen), the remainder dropped; rows of ``seqlen`` stay whole."""
     joined = torch.cat(list(rows))
     if not 2 <= seqlen <= len(joined):
         raise InputError(
@@ -157,10 +146,7 @@ def windows_of_rows(rows: Sequence[Tensor], seqlen: int) -> Tensor:
 
 
 def padding_ids_of(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> tuple[int, ...]:
-    """Return the ids that rows are padded with: the tokenizer's, else the model's, else what ends a text.
-
-    The last is what callers pad with where neither names a padding token.
-    """
+    """Return the ids that rows are padded with: the tokenizer's, else the model's, else what ends a text."""
     for ids in (tokenizer and tokenizer.pad_token_id, config.pad_token_id, config.eos_token_id):
         if ids is not None:
             return tuple(ids) if isinstance(ids, list | tuple) else (ids,)
@@ -168,7 +154,7 @@ def padding_ids_of(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase 
 
 
 def window_length(asked: int | None, longest: int) -> int:
-    """Return the tokens per window: as asked, else ``LONGEST_WINDOW`` or what the model takes; InputError beyond it."""
+    """Return the tokens per window: as asked, else ``LONGEST_WINDOW`` or what the model takes."""
     if asked is None:
         return min(LONGEST_WINDOW, longest)
     if not 2 <= asked <= longest:

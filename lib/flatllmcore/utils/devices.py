@@ -40,10 +40,7 @@ def is_device_name(name: Any) -> bool:
 
 
 def parse_device(name: str | None) -> torch.device:
-    """Return the named device, or the best one present for ``None``; ``cuda`` is this process's GPU.
-
-    InputError if the name is malformed or the device is not on this machine.
-    """
+    """Return the named device if it is there, or the best one for ``None``; ``cuda`` is this process's GPU."""
     if name is None or (name == "cuda" and torch.cuda.is_available()):
         return best_device()
     with suppress(RuntimeError, AssertionError):  # what torch raises where there is no such device
@@ -61,9 +58,8 @@ def product_operand(x: Tensor) -> Tensor:
 def float32_product(a: Tensor, b: Tensor) -> Tensor:
     """Return ``a @ b`` accumulated in at least float32; leading batch dimensions allowed.
 
-    bf16 and fp16 operands multiply exactly in float32. CUDA's matrix units take them as they are and
-    give the float32 sums out; elsewhere they are widened first. float32 and float64 stay what they are
-    (torch.set_float32_matmul_precision, if it was changed, counts for float32).
+    bf16 and fp16 operands multiply exactly in float32. CUDA's matrix units take them as they are and give the float32
+    sums out; elsewhere they are widened first. float32 and float64 stay (torch.set_float32_matmul_precision counts).
     """
     a, b = product_operand(a), product_operand(b)
     if a.dtype not in _LOW_PRECISION:

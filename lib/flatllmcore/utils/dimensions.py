@@ -73,6 +73,6 @@ class ModelDimensions:
 
 
 def check_length(name: str, values: Sequence[object], num_layers: int) -> None:
-    """Refuse, by an InputError, a list that has not one entry per layer."""
+    """Refuse a list that has not one entry per layer."""
     if len(values) != num_layers:
         raise InputError(f"'{name}' has {len(values)} entries; the model has {num_layers} layers")

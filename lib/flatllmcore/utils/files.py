@@ -50,7 +50,6 @@ def read_json(path: Path, kind: type[T]) -> T:
     """Return what a JSON file holds as ``kind``, a dataclass or ``dict[str, Any]``.
 
     Fields that a dataclass does not have are let be; those with a default may be missing. NaN and infinity are no JSON.
-    InputError if the file cannot be read or holds something else, naming it and the field.
     """
     import msgspec  # no reader of JSON is needed to compress a model in memory
 
@@ -87,7 +86,7 @@ def naming_full_disk(path: Path) -> Iterator[None]:
 
 
 def check_disk_space(folder: Path, needed_bytes: int) -> None:
-    """Refuse, by an InputError, a folder, present or still to be made, whose file system has too little room left."""
+    """Refuse a folder, present or still to be made, whose file system has too little room left."""
     existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     free_bytes = shutil.disk_usage(existing).free
     if free_bytes < needed_bytes:

@@ -1,7 +1,6 @@
 """What a model is made of: its family, its dimensions and where its layers are.
 
-The classes of each family stand in :mod:`flatllmcore.layers.families`. Where a family is not supported, each function
-raises an InputError that lists those that are.
+The classes of each family stand in :mod:`flatllmcore.layers.families`; no function here takes a model of another.
 """
 
 from dataclasses import asdict
@@ -30,7 +29,7 @@ def model_name(model: str | Path) -> str:
 
 
 def load_config(model: str, cache_dir: Path | None = None) -> PretrainedConfig:
-    """Return the config of a local folder or a hub id; no weight is read. InputError if there is no usable one."""
+    """Return the config of a local folder or a hub id; no weight is read."""
     try:
         return AutoConfig.from_pretrained(model, cache_dir=cache_dir)
     except (OSError, ValueError, TypeError, ZeroDivisionError, StrictDataclassError) as error:
@@ -50,13 +49,13 @@ def family_name(config: PretrainedConfig) -> str:
 
 
 def check_is_dense(config: PretrainedConfig) -> None:
-    """Refuse, by an InputError, the config of a model that is compressed already."""
+    """Refuse the config of a model that is compressed already."""
     if config.model_type != family_name(config):
         raise InputError(f"the model is compressed already ({config.model_type}); give one of: {_SUPPORTED}")
 
 
 def dimensions_from_config(config: PretrainedConfig) -> ModelDimensions:
-    """Return the sizes a dense model's config states; InputError for that of a compressed one."""
+    """Return the sizes a dense model's config states; that of a compressed one is refused."""
     check_is_dense(config)
     return dense_dimensions(config)
 
@@ -86,17 +85,14 @@ def detect_architecture(model: nn.Module) -> str:
 
 
 def check_architecture(model: nn.Module, architecture: str | None) -> None:
-    """Refuse, by an InputError, a model of another family than ``architecture``, if one is named."""
+    """Refuse a model of another family than ``architecture``, if one is named."""
     found = detect_architecture(model)
     if architecture not in (None, found):
         raise InputError(f"the model is of the family {found!r}, not {architecture!r}")
 
 
 def check_causal_lm(model: PreTrainedModel) -> None:
-    """Refuse, by an InputError, a model that the method cannot walk through, layer by layer.
-
-    It must be a causal language model, dense or compressed, its weights in memory as floating-point numbers.
-    """
+    """Refuse what is no causal language model, dense or compressed, with floating-point weights in memory."""
     expected = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[detect_architecture(model)]
     # By name: another copy of this package, or a model folder's own files, have a compressed class of their own.
     if type(model).__name__ not in (expected, f"Flat{expected}"):
@@ -150,7 +146,7 @@ def get_layer_dimensions(model: PreTrainedModel, architecture: str | None = None
     """Return the sizes of the dense model, and what each layer of this one, dense or compressed, has of them.
 
     Per layer these are ``value_rank``, ``mlp_width`` and ``query_key_rank``, which is ``None`` where Q and K are whole.
-    InputError if the model is of another family than ``architecture``, where one is named.
+    A model of another family than ``architecture`` is refused.
     """
     check_architecture(model, architecture)
     dimensions = dense_dimensions(model.config)

@@ -1,7 +1,4 @@
-"""Models and tokenizers from a local folder or the hub, refused in one line when they cannot be used.
-
-Of ``cache_dir``, where hub downloads are kept, ``None`` is the hub's own default everywhere.
-"""
+"""Models and tokenizers from a local folder or the hub, whose downloads are kept in ``cache_dir``."""
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,11 +20,7 @@ FINGERPRINT_ROWS = 16
 
 
 def load_model(model: str, *, dtype: str = "auto", cache_dir: Path | None = None) -> PreTrainedModel:
-    """Return a causal language model in host memory, with every weight read from safetensors.
-
-    ``dtype`` is a torch dtype's name, or ``auto`` for the checkpoint's own. InputError if weights are missing, damaged
-    or of other shapes than the config says.
-    """
+    """Return a causal language model in host memory, every weight read from safetensors, checked and cast."""
     chosen: Any = dtype if dtype == "auto" else getattr(torch, dtype)
     with _naming_checkpoint(model):
         loaded, info = AutoModelForCausalLM.from_pretrained(
@@ -55,10 +48,7 @@ def check_weights(model: str, info: Mapping[str, Any]) -> None:
 
 
 def empty_causal_lm(config: PretrainedConfig) -> PreTrainedModel:
-    """Return the causal language model of a dense or compressed config, on the meta device: shapes and no weights.
-
-    InputError if the config asks for what transformers has not, such as an unknown activation.
-    """
+    """Return the causal language model of a dense or compressed config, on the meta device: shapes and no weights."""
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
@@ -73,7 +63,7 @@ def generation_config_file(model: str, cache_dir: Path | None = None) -> Path | 
 
 
 def load_tokenizer(model: str, *, cache_dir: Path | None = None) -> PreTrainedTokenizerBase:
-    """Return the tokenizer that stands beside a model; InputError if there is none, or it cannot be read."""
+    """Return the tokenizer that stands beside a model."""
     try:
         return AutoTokenizer.from_pretrained(model, cache_dir=cache_dir)
     except Exception as error:  # damaged files raise KeyError, and the tokenizers library Exception itself
@@ -94,11 +84,7 @@ def weights_fingerprint(leading_rows: Iterable[Tensor]) -> str:
 
 
 class WeightFiles:
-    """Names, shapes and values of a checkpoint's weights, in one safetensors file or sharded, read as asked for.
-
-    ``model`` is a local folder, or a hub id whose files are downloaded to the cache first. InputError if there are no
-    safetensors files, or one is missing or damaged.
-    """
+    """Names, shapes and values of a checkpoint's weights, in one safetensors file or sharded, read as asked for."""
 
     def __init__(self, model: str, cache_dir: Path | None = None) -> None:
         self.model = model

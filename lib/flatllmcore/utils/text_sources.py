@@ -63,7 +63,7 @@ def load_text(
     The lines of a text file are its documents, and ``"\\n".join`` gives the file back exactly. Elsewhere every record
     is one: its column ``text``, or the Alpaca prompt made of ``instruction``, ``input`` and ``output``. A single file
     gives all of it as either split; a folder without test files gives its validation files as test split. ``alpaca`` is
-    split as the literature does, by two seeded shuffles. InputError if there is no such text or it cannot be read.
+    split as the literature does, by two seeded shuffles.
 
     Args:
         name_or_path: One of ``DATASET_NAMES``, else a path (``./c4`` for a folder called like a dataset).
@@ -80,7 +80,7 @@ def load_text(
 
 
 def has_test_split(name_or_path: str, dataset_root: Path | None = None) -> bool:
-    """Tell whether a text keeps apart a part to evaluate on; a single file does not. InputError if there is no text."""
+    """Tell whether a text keeps apart a part to evaluate on; a single file does not."""
     if name_or_path in _HUB_DATASETS and dataset_root is None:
         return True
     splits = _local_splits(name_or_path, dataset_root)
