@@ -11,14 +11,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from conftest import tiny_model
-from flatllmcore.core.calibration import LayerSource, ModelInMemory
-from flatllmcore.core.checkpoint_sink import CheckpointSink
-from flatllmcore.core.checkpoint_source import CheckpointSource
-from flatllmcore.core.prune import compress_layers
 from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector
-from flatllmcore.core.stopwatch import Stopwatch
+from flatllmcore.engine.checkpoint_sink import CheckpointSink
+from flatllmcore.engine.checkpoint_source import CheckpointSource
+from flatllmcore.engine.compress import compress_layers
+from flatllmcore.methods import METHODS
 from flatllmcore.utils.layer_utils import dimensions_from_config
-from flatllmcore.utils.loading import load_model
 
 CPU = torch.device("cpu")
 SCORES = (0.3, 0.2, 0.4, 0.25)
@@ -32,8 +30,10 @@ def save_tiny_checkpoint(folder: Path, family: str = "llama", shard_size: str = 
     return str(folder)
 
 
-def in_memory(folder: str, dtype: str = "auto") -> ModelInMemory:
-    return ModelInMemory(load_model(folder, dtype=dtype), CPU)
+def in_memory(folder: str, dtype: str = "auto") -> CheckpointSource:
+    source = on_disk(folder, dtype)
+    source.is_kept = True
+    return source
 
 
 def on_disk(folder: str, dtype: str = "auto") -> CheckpointSource:
@@ -47,7 +47,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def compress_to(
     folder: Path,
-    source: LayerSource,
+    source: CheckpointSource,
     windows: Tensor,
     *,
     request: dict[str, object] = REQUEST,
@@ -57,12 +57,10 @@ def compress_to(
 ) -> CheckpointSink:
     """Compress ``source`` at 40 % to a folder; return the sink, closed."""
     selector = ImportancePreservingRankSelector(dimensions_from_config(source.config), prune_qk=prune_qk)
-    allocation = selector.allocate(SCORES[: source.num_layers], 40)
+    allocation = selector.allocate(SCORES[: source.num_layers], 0.6)
     with CheckpointSink(folder, source.num_layers, request, overwrite) as sink:
         before_layers(sink)
-        config, _ = compress_layers(
-            source, sink, windows, allocation, batch_size=5, tolerance=0.96, stopwatch=Stopwatch(source.device)
-        )
+        config, _ = compress_layers(source, sink, windows, METHODS["flatllm"], allocation, batch_size=5, tolerance=0.96)
         sink.complete(source, config, None, tokenizer())
         sink.publish("# card\n")
     return sink

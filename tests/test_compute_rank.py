@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from flatllmcore.core.importance_scores import ImportanceScores
 from transformers import LlamaConfig
 
 import compute_rank
-from flatllmcore.core.importance_scores import ImportanceScores
 from flatllmcore.core.rank_allocation import RankAllocation
 from flatllmcore.utils.layer_utils import dimensions_from_config
 

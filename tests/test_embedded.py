@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
-
 from flatllmbench.perplexity import perplexity
 from flatllmcore.core.calibration import ModelInMemory
 from flatllmcore.core.stopwatch import Stopwatch
+from transformers import LlamaConfig, LlamaForCausalLM
+
 from flatllmcore.utils.data_utils import consecutive_windows
 from flatllmcore.utils.loading import load_model, load_tokenizer
 from flatllmcore.utils.text_sources import load_text

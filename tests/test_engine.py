@@ -13,14 +13,15 @@ import pytest
 import torch
 
 import oracle
-from conftest import tiny_model
-from flatllmbench.perplexity import perplexity
-from flatllmcore.core.calibration import ModelInMemory, record_layer_arguments
-from flatllmcore.core.importance import angles_between, layer_importance
-from flatllmcore.core.prune import compress_layers
+from conftest import ranks_of, tiny_model, widths_of
+from flatllmcore.core.importance import angles_between
 from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector
-from flatllmcore.core.stopwatch import Stopwatch
+from flatllmcore.engine.compress import compress_layers
+from flatllmcore.engine.importance import layer_importance
+from flatllmcore.engine.memory import ModelInMemory, layer_arguments
+from flatllmcore.engine.perplexity import perplexity
 from flatllmcore.errors import InputError
+from flatllmcore.methods import METHODS
 from flatllmcore.utils.layer_utils import dimensions_from_config
 
 CPU = torch.device("cpu")
@@ -34,10 +35,10 @@ VARIANTS = [
 
 def compressed(model, windows, percent=40, batch_size=5, device=CPU):
     dimensions = dimensions_from_config(model.config)
-    allocation = ImportancePreservingRankSelector(dimensions, rank_multiple=1).allocate((0.3, 0.2), percent)
+    allocation = ImportancePreservingRankSelector(dimensions, rank_multiple=1).allocate((0.3, 0.2), 1 - percent / 100)
     source = ModelInMemory(model, device)
     flat_config, records = compress_layers(
-        source, source, windows, allocation, batch_size=batch_size, tolerance=0.96, stopwatch=Stopwatch(device)
+        source, source, windows, METHODS["flatllm"], allocation, batch_size=batch_size, tolerance=0.96
     )
     return source.adopt(flat_config), allocation, records
 
@@ -45,7 +46,7 @@ def compressed(model, windows, percent=40, batch_size=5, device=CPU):
 @pytest.mark.parametrize(("family", "overrides"), VARIANTS)
 def test_importance_equals_the_oracle(family, overrides, windows, device):
     model = tiny_model(family, **overrides)
-    found = layer_importance(ModelInMemory(model, device), windows, 5, Stopwatch(device))
+    found = layer_importance(ModelInMemory(model, device), windows, 5)
     assert found.scores == pytest.approx(oracle.importance(*oracle.weights_and_sizes(model), windows), rel=1e-5)
     assert found.zero_rows == 0
 
@@ -56,10 +57,10 @@ def test_compressed_logits_and_perplexity_equal_the_oracle(family, overrides, wi
     model = tiny_model(family, **overrides)
     weights, sizes = oracle.weights_and_sizes(model)
     model, allocation, _ = compressed(model, windows, device=device)
-    expected = oracle.compress(weights, sizes, windows, allocation.value_rank, allocation.mlp_width)
+    expected = oracle.compress(weights, sizes, windows, ranks_of(allocation), widths_of(allocation))
 
     test_windows = torch.randint(97, (6, 16), generator=torch.Generator().manual_seed(2))
-    measured = perplexity(ModelInMemory(model, device), test_windows, 4, Stopwatch(device))
+    measured = perplexity(ModelInMemory(model, device), test_windows, 4)
     assert {p.device.type for p in model.parameters()} == {"cpu"}
     assert measured.value == pytest.approx(oracle.perplexity(expected, sizes, test_windows), rel=1e-5)
     assert measured.predicted_tokens == 6 * 15
@@ -67,7 +68,7 @@ def test_compressed_logits_and_perplexity_equal_the_oracle(family, overrides, wi
 
 def test_perplexity_equals_the_parent_class_loss(model, windows):
     loss = torch.stack([model(ids[None], labels=ids[None]).loss for ids in windows]).mean()
-    measured = perplexity(ModelInMemory(model, CPU), windows, 7, Stopwatch(CPU))
+    measured = perplexity(ModelInMemory(model, CPU), windows, 7)
     assert measured.value == pytest.approx(math.exp(loss.item()), rel=1e-6)
 
 
@@ -82,11 +83,9 @@ def test_a_layer_kept_whole_gives_the_very_same_logits(model, windows):
     """Oracle: the model itself. Nothing is to be removed, so both layers' shares are 1."""
     before = model(windows).logits
     dimensions = dimensions_from_config(model.config)
-    whole = ImportancePreservingRankSelector(dimensions).allocate([0.3, 0.3], 0.0)
+    whole = ImportancePreservingRankSelector(dimensions).allocate([0.3, 0.3], 1)
     source = ModelInMemory(model, CPU)
-    flat_config, _ = compress_layers(
-        source, source, windows, whole, batch_size=8, tolerance=0.96, stopwatch=Stopwatch(CPU)
-    )
+    flat_config, _ = compress_layers(source, source, windows, METHODS["flatllm"], whole, batch_size=8, tolerance=0.96)
     assert torch.equal(source.adopt(flat_config)(windows).logits, before)
 
 
@@ -95,7 +94,7 @@ def test_compression_changes_the_given_object_and_counts_its_parameters(model, w
     assert same is model
     linear = sum(p.numel() for n, p in model.named_parameters() if "_proj.weight" in n and ".layers." in n)
     assert allocation.parameters_after == linear
-    assert [r.value_rank for r in records] == list(allocation.value_rank)
+    assert ranks_of(records) == ranks_of(allocation)
 
 
 def test_a_layer_runs_once_for_its_statistics_and_once_compressed(windows, monkeypatch):
@@ -109,11 +108,11 @@ def test_a_layer_runs_once_for_its_statistics_and_once_compressed(windows, monke
 
     model = tiny_model(num_hidden_layers=3)
     dimensions = dimensions_from_config(model.config)
-    allocation = ImportancePreservingRankSelector(dimensions).allocate((0.3, 0.3, 0.3), 40)
+    allocation = ImportancePreservingRankSelector(dimensions).allocate((0.3, 0.3, 0.3), 0.6)
     source = ModelInMemory(model, CPU)
     monkeypatch.setattr(torch.nn.Linear, "forward", counting)
-    compress_layers(source, source, windows, allocation, batch_size=5, tolerance=0.96, stopwatch=Stopwatch(CPU))
-    width = allocation.mlp_width[0]
+    compress_layers(source, source, windows, METHODS["flatllm"], allocation, batch_size=5, tolerance=0.96)
+    width = allocation.layers[0].mlp_width
     assert seen[32, 48] == 2 * 3 * 24  # q_proj, dense and compressed
     assert seen[32, 56] == 2 * 3 * 24  # gate_proj and up_proj, dense
     assert seen[32, width] == 2 * 3 * 24  # the same, compressed
@@ -123,7 +122,7 @@ def test_a_layer_runs_once_for_its_statistics_and_once_compressed(windows, monke
 
 def test_hidden_states_in_host_memory_give_the_same_result(windows, device, monkeypatch):
     """On a GPU they stay there while they fit; here they never do."""
-    monkeypatch.setattr("flatllmcore.core.hidden_states._SHARE_OF_DEVICE", 0)
+    monkeypatch.setattr("flatllmcore.engine.storage._SHARE_OF_DEVICE", 0)
     on_host, _, _ = compressed(tiny_model(), windows, device=device)
     monkeypatch.undo()
     on_device, _, _ = compressed(tiny_model(), windows, device=device)
@@ -136,7 +135,7 @@ def test_a_forward_that_a_user_put_on_a_layer_stays(windows):
     layer = model.model.layers[0]
     own = layer.forward
     layer.forward = own
-    record_layer_arguments(model.model, 8)
+    layer_arguments(model.model, 8, CPU)
     assert layer.__dict__["forward"] is own
     assert "forward" not in model.model.layers[1].__dict__
 
@@ -161,23 +160,23 @@ def test_a_failed_compression_leaves_the_model_as_it_was(model, windows):
 def test_few_calibration_tokens_are_warned_of_and_do_not_blow_up(model, windows, caplog):
     """Oracle: the dense model's perplexity. Without the ridge, 56 channels solved from 48 tokens give far more."""
     test_windows = torch.randint(97, (6, 16), generator=torch.Generator().manual_seed(2))
-    before = perplexity(ModelInMemory(model, CPU), test_windows, 4, Stopwatch(CPU)).value
+    before = perplexity(ModelInMemory(model, CPU), test_windows, 4).value
     small, _, _ = compressed(model, windows[:3], percent=20)
     assert "48 calibration tokens are few for 56 MLP channels" in caplog.text
-    assert perplexity(ModelInMemory(small, CPU), test_windows, 4, Stopwatch(CPU)).value < 3 * before
+    assert perplexity(ModelInMemory(small, CPU), test_windows, 4).value < 3 * before
 
 
 def test_infinite_activations_name_their_layer(model, windows):
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight.fill_(math.inf)
     with pytest.raises(InputError, match="layer 1 gives NaN or infinite"):
-        layer_importance(ModelInMemory(model, CPU), windows, 8, Stopwatch(CPU))
+        layer_importance(ModelInMemory(model, CPU), windows, 8)
 
 
 def test_layer_arguments_are_those_the_model_passes(windows):
     """Oracle: the model's own hidden states, layer by layer."""
     model = tiny_model("mistral", sliding_window=5)
-    arguments = record_layer_arguments(model.model, 16)
+    arguments = layer_arguments(model.model, 16, CPU)
     states = model(windows, output_hidden_states=True).hidden_states
     outputs = states[0]
     for layer, given in zip(model.model.layers, arguments, strict=True):
@@ -203,8 +202,8 @@ def test_opposite_rows_count_as_a_right_angle_and_zero_rows_as_cosine_one_half()
 def test_gradient_importance_equals_finite_differences(model, windows):
     """Oracle: the change of the loss when one unit of one token's row of a layer's output is scaled by 1 ± ε."""
     windows, epsilon = windows[:2, :4], 1e-2
-    found = layer_importance(ModelInMemory(model, CPU), windows, 1, Stopwatch(CPU), "gradient").scores
-    together = layer_importance(ModelInMemory(model, CPU), windows, 2, Stopwatch(CPU), "gradient").scores
+    found = layer_importance(ModelInMemory(model, CPU), windows, 1, "gradient").scores
+    together = layer_importance(ModelInMemory(model, CPU), windows, 2, "gradient").scores
     assert found == pytest.approx(together, rel=1e-6)
 
     def losses(layer, token, unit, scale):
@@ -253,11 +252,11 @@ class CountingSource(ModelInMemory):
 )
 def test_importance_borrows_one_layer_at_a_time(method, lent, windows):
     source = CountingSource(tiny_model(num_hidden_layers=3))
-    layer_importance(source, windows, 8, Stopwatch(CPU), method)
+    layer_importance(source, windows, 8, method)
     assert source.lent == lent
     assert (source.most_out, source.out) == (1, 0)
 
 
 def test_an_unknown_importance_method_is_refused_by_name(model, windows):
     with pytest.raises(InputError, match="'random' is unknown; accepted: angular, gradient"):
-        layer_importance(ModelInMemory(model, CPU), windows, 2, Stopwatch(CPU), "random")
+        layer_importance(ModelInMemory(model, CPU), windows, 2, "random")

@@ -6,17 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from flatllmcore.core.calibration import ModelInMemory
+from flatllmcore.core.prune import compress_layers
+from flatllmcore.core.stopwatch import Stopwatch
 from transformers import AutoModelForCausalLM
 
 from conftest import tiny_model
 from fedcore_stand_in import REASSEMBLERS, write_fedcore
 from flatllmcore import InputError
 from flatllmcore.core.absorption import AbsorptionCompressor, ActivationCollector
-from flatllmcore.core.calibration import ModelInMemory
 from flatllmcore.core.moments import collect_moments
-from flatllmcore.core.prune import compress_layers
 from flatllmcore.core.rank_allocation import RankAllocation
-from flatllmcore.core.stopwatch import Stopwatch
 from flatllmcore.utils.layer_utils import dimensions_from_config
 from python_process import BLOCKED, LIBRARY, run_python
 

@@ -18,7 +18,7 @@ import torch
 import process_groups
 from checkpoints import bytes_in, compress_to, on_disk, save_tiny_checkpoint
 from flatllmcore.core import checkpoint_sink
-from flatllmcore.core.checkpoint_sink import CheckpointSink
+from flatllmcore.engine.checkpoint_sink import CheckpointSink
 from test_main import save_checkpoint, save_text
 
 KILLS = int(os.environ.get("KILLS", "12"))

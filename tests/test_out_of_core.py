@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import shutil
-import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,13 +21,15 @@ from checkpoints import (
     tokenizer,
     weights_in,
 )
-from flatllmbench.perplexity import perplexity
-from flatllmcore.core import prune
-from flatllmcore.core.hidden_states import StatesStorage
-from flatllmcore.core.importance import layer_importance
-from flatllmcore.core.stopwatch import Stopwatch
+from flatllmcore.engine.checkpoint_source import CheckpointSource
+from flatllmcore.engine.importance import layer_importance
+from flatllmcore.engine.perplexity import perplexity
+from flatllmcore.engine.storage import StatesStorage
 from flatllmcore.errors import InputError
-from flatllmcore.utils.loading import WeightFiles
+from flatllmcore.methods.flatllm import FlatLLMStep
+from flatllmcore.utils import stopwatch
+from flatllmcore.utils.loading import WeightFiles, load_model
+from flatllmcore.utils.stopwatch import Stopwatch
 
 VARIANTS = [
     ("llama", {}),
@@ -52,8 +54,8 @@ def test_scores_and_perplexity_are_those_of_the_model_in_memory(tmp_path, window
     folder = save_tiny_checkpoint(tmp_path / "dense", family, shard_size, **overrides)
     found, expected = (
         (
-            layer_importance(source, windows, 5, Stopwatch(CPU)),
-            perplexity(source, windows, 5, Stopwatch(CPU)),
+            layer_importance(source, windows, 5),
+            perplexity(source, windows, 5),
             source.fingerprint(),
         )
         for source in (on_disk(folder), in_memory(folder))
@@ -72,7 +74,7 @@ def test_a_hub_id_is_found_in_the_cache(tmp_path, windows, checkpoint):
 
 
 def test_layers_are_cast_as_the_model_would_be(checkpoint):
-    source, model = on_disk(checkpoint, "bfloat16"), in_memory(checkpoint, "bfloat16").model
+    source, model = on_disk(checkpoint, "bfloat16"), load_model(checkpoint, dtype="bfloat16")
     with source.layer(2) as layer:
         for name, parameter in layer.named_parameters():
             assert torch.equal(parameter, model.model.layers[2].get_parameter(name))
@@ -91,19 +93,28 @@ def test_one_layer_is_read_ahead_and_no_more(checkpoint):
     assert asked == [0, 1, 2, 3, 0, 1]
 
 
-def test_waiting_for_the_disk_is_a_stage_of_its_own(checkpoint, windows):
-    source, stopwatch = on_disk(checkpoint), Stopwatch(CPU)
-    read_layer = source._read_layer
-    source._read_layer = lambda index: time.sleep(0.1) or read_layer(index)
-    layer_importance(source, windows, 5, stopwatch)
-    assert stopwatch.elapsed_s["read"] > 3 * 0.1 > sum(stopwatch.elapsed_s[name] for name in ("forward", "angles"))
+def test_waiting_for_the_disk_is_a_stage_of_its_own(checkpoint, windows, monkeypatch):
+    """The clock moves only while a layer is read."""
+    clock = SimpleNamespace(now=0.0)
+    clock.perf_counter = lambda: clock.now
+    monkeypatch.setattr(stopwatch, "time", clock)
+    source, read_layer = on_disk(checkpoint), CheckpointSource._take
+
+    def slowly(self, index):
+        clock.now += 10
+        return read_layer(self, index)
+
+    monkeypatch.setattr(CheckpointSource, "_take", slowly)
+    with Stopwatch(CPU).running() as watch:
+        layer_importance(source, windows, 5)
+    assert watch.elapsed_s == {"read": 40, "forward": 0, "angles": 0}
 
 
 def test_buffers_of_old_checkpoints_have_no_meaning(checkpoint, windows):
     path = next(path for path in os.scandir(checkpoint) if path.name.endswith(".safetensors"))
     weights = load_file(path.path)
     save_file(weights | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6)}, path.path, {"format": "pt"})
-    layer_importance(on_disk(checkpoint), windows, 5, Stopwatch(CPU))
+    layer_importance(on_disk(checkpoint), windows, 5)
 
 
 # Where hidden states live
@@ -124,10 +135,10 @@ def test_states_stay_on_a_gpu_while_they_fit():
 
 def test_states_in_a_file_give_the_same_scores_and_leave_nothing(tmp_path, windows, checkpoint, caplog):
     caplog.set_level(logging.INFO)
-    expected = layer_importance(on_disk(checkpoint), windows, 5, Stopwatch(CPU))
+    expected = layer_importance(on_disk(checkpoint), windows, 5)
     source = on_disk(checkpoint)
     source.storage = StatesStorage(host_memory_bytes=0, folder=tmp_path / "offload")
-    assert layer_importance(source, windows, 5, Stopwatch(CPU)) == expected
+    assert layer_importance(source, windows, 5) == expected
     assert f"a file in {tmp_path / 'offload'}" in caplog.text
     assert not any((tmp_path / "offload").iterdir())
 
@@ -144,7 +155,7 @@ def test_the_folder_is_that_of_the_model_compressed_in_memory(tmp_path, windows,
     assert bytes_in(tmp_path / "disk") == bytes_in(tmp_path / "memory")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "disk")
     losses = [model(ids[None], labels=ids[None]).loss.item() for ids in windows]
-    measured = perplexity(on_disk(str(tmp_path / "disk")), windows, 5, Stopwatch(CPU)).value
+    measured = perplexity(on_disk(str(tmp_path / "disk")), windows, 5).value
     assert measured == pytest.approx(torch.tensor(losses).double().mean().exp().item(), rel=1e-6)
 
 
@@ -176,7 +187,7 @@ class StoppedError(Exception):
 
 
 def stop_at(monkeypatch, layer):
-    solve, calls = prune.solve_layer, []
+    solve, calls = FlatLLMStep.solve, []
 
     def solve_or_stop(*args):
         calls.append(args)
@@ -184,7 +195,7 @@ def stop_at(monkeypatch, layer):
             raise StoppedError
         return solve(*args)
 
-    monkeypatch.setattr(prune, "solve_layer", solve_or_stop)
+    monkeypatch.setattr(FlatLLMStep, "solve", solve_or_stop)
     return calls
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 import process_groups
 from checkpoints import bytes_in
 from flatllmcore.core import cholesky, hidden_states, prune
-from flatllmcore.core.checkpoint_source import CheckpointSource
+from flatllmcore.engine.checkpoint_source import CheckpointSource
 from flatllmcore.errors import InputError
 from test_main import save_checkpoint, save_text
 

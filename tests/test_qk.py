@@ -13,26 +13,27 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub.errors import StrictDataclassClassValidationError
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 import oracle
-from conftest import tiny_model
-from flatllmbench.perplexity import perplexity
+from conftest import ranks_of, tiny_model, widths_of
 from flatllmcore.core.attention_pca import headwise_pca
-from flatllmcore.core.calibration import ModelInMemory
-from flatllmcore.core.moments import collect_moments
-from flatllmcore.core.prune import LayerRecord, compress_layers
 from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector, RankAllocation
-from flatllmcore.core.stopwatch import Stopwatch
+from flatllmcore.engine.compress import compress_layers
+from flatllmcore.engine.memory import ModelInMemory
+from flatllmcore.engine.perplexity import perplexity
+from flatllmcore.engine.protocols import LayerRecord
+from flatllmcore.engine.taps import tapped
 from flatllmcore.layers import compress_decoder_layer, compressed_config
 from flatllmcore.layers.flat_attention import HeadwiseFactoredLinear
-from flatllmcore.utils.checkpoint import count_parameters
-from flatllmcore.utils.layer_utils import dimensions_from_config
-from layers.tiny_models import DENSE, SIZES, dense_model_of
+from flatllmcore.methods import METHODS
+from flatllmcore.methods.flatllm import FlatLLMStep
+from flatllmcore.utils.dimensions import Kept
+from flatllmcore.utils.layer_utils import count_parameters, dimensions_from_config
+from layers.tiny_models import DENSE, SIZES, dense_model_of, kept
 from test_main import read, run, save_checkpoint, save_text
 
 CPU = torch.device("cpu")
@@ -51,10 +52,10 @@ def compress_with_qk(
     """Compress ``model`` in place; its first layer counts most, so the last is compressed most."""
     dimensions = dimensions_from_config(model.config)
     scores = [0.5 - 0.1 * layer for layer in range(dimensions.num_layers)]
-    allocation = ImportancePreservingRankSelector(dimensions, prune_qk=True).allocate(scores, percent)
+    allocation = ImportancePreservingRankSelector(dimensions, prune_qk=True).allocate(scores, 1 - percent / 100)
     source = ModelInMemory(model, CPU)
     flat_config, records = compress_layers(
-        source, source, windows, allocation, batch_size=batch_size, tolerance=0.96, stopwatch=Stopwatch(CPU)
+        source, source, windows, METHODS["flatllm"], allocation, batch_size=batch_size, tolerance=0.96
     )
     return source.adopt(flat_config), allocation, records
 
@@ -87,13 +88,13 @@ def test_perplexity_equals_the_oracle(family, overrides, percent, windows):
     model = tiny_model(family, **overrides)
     weights, sizes = oracle.weights_and_sizes(model)
     model, allocation, _ = compress_with_qk(model, windows, percent)
-    assert any(rank is not None for rank in allocation.query_key_rank)
-    expected = oracle.compress(weights, sizes, windows, allocation.value_rank, allocation.mlp_width, prune_qk=True)
+    assert any(kept.query_key_rank is not None for kept in allocation.layers)
+    expected = oracle.compress(weights, sizes, windows, ranks_of(allocation), widths_of(allocation), prune_qk=True)
 
     test_windows = torch.randint(97, (6, 16), generator=torch.Generator().manual_seed(2))
-    measured = perplexity(ModelInMemory(model, CPU), test_windows, 4, Stopwatch(CPU)).value
+    measured = perplexity(ModelInMemory(model, CPU), test_windows, 4).value
     assert measured == pytest.approx(oracle.perplexity(expected, sizes, test_windows), rel=1e-5)
-    whole = oracle.compress(weights, sizes, windows, allocation.value_rank, allocation.mlp_width)
+    whole = oracle.compress(weights, sizes, windows, ranks_of(allocation), widths_of(allocation))
     assert measured != pytest.approx(oracle.perplexity(whole, sizes, test_windows), rel=1e-3)
 
 
@@ -103,7 +104,7 @@ def test_the_error_of_queries_and_keys_is_the_sum_of_dropped_eigenvalues(bias, w
     model = tiny_model(attention_bias=bias)
     dense = copy.deepcopy(model).model
     model, allocation, _ = compress_with_qk(model, windows, 60)
-    rank = allocation.query_key_rank[0]
+    rank = allocation.layers[0].query_key_rank
     assert rank is not None
     rows = dense.layers[0].input_layernorm(dense.embed_tokens(windows)).flatten(0, 1)
     for name in ("q_proj", "k_proj"):
@@ -117,7 +118,7 @@ def test_the_error_of_queries_and_keys_is_the_sum_of_dropped_eigenvalues(bias, w
 def test_nothing_removed_gives_the_very_same_logits(model, windows):
     before = model(windows).logits
     model, allocation, _ = compress_with_qk(model, windows, 0)
-    assert allocation.query_key_rank == (None, None)
+    assert [kept.query_key_rank for kept in allocation.layers] == [None, None]
     assert torch.equal(model(windows).logits, before)
 
 
@@ -149,27 +150,37 @@ def test_reported_parameters_are_those_of_the_model(percent, kv_heads, windows):
     model, allocation, records = compress_with_qk(tiny_model(num_key_value_heads=kv_heads), windows, percent)
     linear = [p.numel() for name, p in model.named_parameters() if ".layers." in name and "_proj." in name]
     assert allocation.parameters_after == sum(linear) == count_parameters(model)["decoder_linear"]
-    assert tuple(record.query_key_rank for record in records) == allocation.query_key_rank
-    for rank, layer in zip(allocation.query_key_rank, model.model.layers, strict=True):
-        assert isinstance(layer.self_attn.q_proj, HeadwiseFactoredLinear) == (rank is not None)
+    for asked, record, layer in zip(allocation.layers, records, model.model.layers, strict=True):
+        assert asked.query_key_rank == record.query_key_rank
+        assert isinstance(layer.self_attn.q_proj, HeadwiseFactoredLinear) == (asked.query_key_rank is not None)
 
 
 # Moments
 
 
-@pytest.mark.parametrize("is_asked", [False, True])
-def test_moments_of_queries_and_keys_are_summed_only_when_asked(is_asked):
+@pytest.mark.parametrize("rank", [None, 5])
+def test_moments_of_queries_and_keys_are_summed_only_when_asked(rank):
+    """Oracle: the products of the projections' outputs, head by head."""
     layer, dimensions = tiny_model(attention_bias=True).model.layers[0], dimensions_from_config(tiny_model().config)
-    rows = torch.randn(3, 5, 32, dtype=torch.float64)
-    with collect_moments(layer, dimensions, Stopwatch(CPU), with_queries_and_keys=is_asked) as moments:
+    step = FlatLLMStep(dimensions, Kept(0.5, 5, 20, rank))
+    sums, rows = step.zeros(layer), torch.randn(3, 5, 32, dtype=torch.float64)
+
+    def forward(part):
+        for name in ("q_proj", "k_proj", "v_proj"):
+            getattr(layer.self_attn, name)(part)
+        layer.mlp(part)
+        raise AssertionError("the last tap ends the pass")
+
+    with tapped(layer, step.taps) as look:
         for part in rows:
-            layer.self_attn.q_proj(part[None])
-            layer.self_attn.k_proj(part[None])
-    assert not any(module._forward_hooks for module in layer.modules())
-    assert list(moments.query_key) == (["q_proj", "k_proj"] if is_asked else [])
-    for name, total in moments.query_key.items():
+            step.add(sums, look(lambda part=part: forward(part[None])))
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in layer.modules())
+    names = [name for name in ("q_proj", "k_proj", "v_proj") if f"self_attn.{name}.output" in sums]
+    assert names == (["v_proj"] if rank is None else ["q_proj", "k_proj", "v_proj"])
+    for name in names:
         outputs = getattr(layer.self_attn, name)(rows.flatten(0, 1)).unflatten(-1, (-1, 12)).transpose(0, 1)
-        torch.testing.assert_close(total, outputs.mT @ outputs)
+        torch.testing.assert_close(sums[f"self_attn.{name}.output"], outputs.mT @ outputs)
+    assert sums["tokens"] == 15
 
 
 def test_a_moment_that_is_not_finite_names_projection_and_head():
@@ -272,7 +283,7 @@ def test_ranks_stand_in_the_config_where_layers_differ(flat_model, tmp_path):
 
 def test_a_uniform_rank_is_the_models(tokens):
     config = dense_model_of("llama").config
-    flat = compressed_config(config, (5,) * 3, (40,) * 3, (7,) * 3)
+    flat = compressed_config(config, kept((5,) * 3, (40,) * 3, (7,) * 3))
     assert flat.query_key_rank == 7
     assert not flat.is_heterogeneous
     model = AutoModelForCausalLM.from_config(flat).eval()
@@ -286,30 +297,9 @@ def test_a_new_model_starts_with_orthonormal_columns(flat_model):
     torch.testing.assert_close(up.mT @ up, torch.eye(9).expand(4, 9, 9))
 
 
-@pytest.mark.parametrize(
-    ("ranks", "message"),
-    [
-        ((5, 5), "query and key ranks: expected 3, one per layer, got 2"),
-        ((None, 17, None), r"query and key ranks: layer 1 must be in 1\.\.16, got 17"),
-        ((None, None, 0), r"query and key ranks: layer 2 must be in 1\.\.16, got 0"),
-    ],
-)
-def test_ranks_that_the_model_has_not_are_refused(ranks, message):
-    config = dense_model_of("llama").config
-    with pytest.raises(ValueError, match=message):
-        compressed_config(config, (16,) * 3, (96,) * 3, ranks)
-
-
-def test_a_config_refuses_a_rank_beyond_head_dim(flat_model):
-    with pytest.raises(
-        StrictDataclassClassValidationError, match=r"layer 1: query_key_rank must be in 1\.\.16, got 17"
-    ):
-        type(flat_model.config)(**SIZES, per_layer_config={1: {"query_key_rank": 17}})
-
-
 def test_a_layer_refuses_a_missing_factor_and_the_weight_it_replaces():
     model = dense_model_of("llama")
-    config = compressed_config(model.config, (16,) * 3, (96,) * 3, (None, 5, None))
+    config = compressed_config(model.config, kept((16,) * 3, (96,) * 3, (None, 5, None)))
     factors = {"down.weight": (5, 64), "up": (16, 5)}
     weights = {f"self_attn.k_proj.{name}": torch.zeros(2 * a, b) for name, (a, b) in factors.items()}
     weights |= {f"self_attn.q_proj.{name}": torch.zeros(4 * a, b) for name, (a, b) in factors.items()}
@@ -323,7 +313,7 @@ def test_a_layer_refuses_a_missing_factor_and_the_weight_it_replaces():
     with pytest.raises(ValueError, match=r"layer 1: no parameter self_attn\.q_proj\.weight"):
         compress_decoder_layer(layer, config, 1, weights | {"self_attn.q_proj.weight": torch.zeros(64, 64)})
     del weights["self_attn.k_proj.up"]
-    with pytest.raises(ValueError, match=r"layer 1: self_attn\.k_proj\.up must be given"):
+    with pytest.raises(ValueError, match=r"layer 1: self_attn\.k_proj\.up must be \(2, 16, 5\), got nothing"):
         compress_decoder_layer(layer, config, 1, weights)
 
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from flatllmcore.core import stopwatch
-from flatllmcore.core.stopwatch import Stopwatch
+from flatllmcore.utils import stopwatch
+from flatllmcore.utils.stopwatch import Stopwatch, stage
 
 
 class Clock:
@@ -24,15 +24,16 @@ def clock(monkeypatch):
 
 @pytest.fixture
 def watch(clock):
-    return Stopwatch(torch.device("cpu"))
+    with Stopwatch(torch.device("cpu")).running() as watch:
+        yield watch
 
 
 def test_an_inner_stage_is_not_counted_for_the_outer_one(watch, clock):
-    with watch.stage("outer"):
+    with stage("outer"):
         clock.now += 1
-        with watch.stage("inner"):
+        with stage("inner"):
             clock.now += 10
-            with watch.stage("innermost"):
+            with stage("innermost"):
                 clock.now += 100
         clock.now += 1000
     assert watch.elapsed_s == {"outer": 1001, "inner": 10, "innermost": 100}
@@ -41,27 +42,45 @@ def test_an_inner_stage_is_not_counted_for_the_outer_one(watch, clock):
 def test_stages_add_up_and_what_is_between_them_is_not_counted(watch, clock):
     for seconds in (1, 2):
         clock.now += 50
-        with watch.stage("solve"):
+        with stage("solve"):
             clock.now += seconds
     assert watch.elapsed_s == {"solve": 3}
 
 
 def test_a_stage_within_itself_is_counted_once(watch, clock):
-    with watch.stage("forward"), watch.stage("forward"):
+    with stage("forward"), stage("forward"):
         clock.now += 5
     assert watch.elapsed_s == {"forward": 5}
 
 
 def test_a_stage_that_fails_is_counted_and_left(watch, clock):
     def fail() -> None:
-        with watch.stage("outer"):
+        with stage("outer"):
             clock.now += 1
-            with watch.stage("inner"):
+            with stage("inner"):
                 clock.now += 2
                 raise KeyError
 
     with pytest.raises(KeyError):
         fail()
-    with watch.stage("later"):
+    with stage("later"):
         clock.now += 4
     assert watch.elapsed_s == {"outer": 1, "inner": 2, "later": 4}
+
+
+def test_the_stages_inside_a_whole_one_count_for_it(watch, clock):
+    with stage("perplexity", is_whole=True):
+        clock.now += 1
+        with stage("read"), stage("forward"):
+            clock.now += 2
+    with stage("forward"):
+        clock.now += 4
+    assert watch.elapsed_s == {"perplexity": 3, "forward": 4}
+
+
+def test_where_no_stopwatch_runs_a_stage_is_nothing(clock):
+    with stage("forward"):
+        clock.now += 1
+    with Stopwatch(torch.device("cpu")).running() as watch:
+        pass
+    assert watch.elapsed_s == {}

@@ -13,6 +13,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from flatllmcore.core.prune import compress_layers
 from transformers import AutoModelForCausalLM
 
 import flatllmcore
@@ -28,7 +29,6 @@ from flatllmcore import (
     apply_flat_llm,
     compute_layer_importance,
 )
-from flatllmcore.core.prune import compress_layers
 from flatllmcore.layers import (
     FlatLlamaAttention,
     FlatLlamaDecoderLayer,

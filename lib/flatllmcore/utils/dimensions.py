@@ -28,6 +28,11 @@ class ModelDimensions:
     head_dim: int
     intermediate_size: int
 
+    def __post_init__(self) -> None:
+        for name, size in asdict(self).items():
+            if isinstance(size, int) and size < 1:
+                raise InputError(f"{name} is {size}; accepted: 1 or more")
+
     @property
     def qk_parameters(self) -> int:
         """Weights of Q and K, whole."""

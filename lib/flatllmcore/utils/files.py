@@ -60,7 +60,7 @@ def read_json(path: Path, kind: type[T]) -> T:
     except msgspec.ValidationError as error:
         raise InputError(f"{path}: {error}") from error
     except (msgspec.DecodeError, RecursionError) as error:
-        raise InputError(f"{path} is not JSON: {error}") from error
+        raise InputError(f"{path}: this is not JSON: {error}") from error
 
 
 def digest(content: bytes) -> str:
