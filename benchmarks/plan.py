@@ -25,7 +25,7 @@ from flatllmbench.tables import markdown_table
 from flatllmbench.timing import forward_operations
 from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector
 from flatllmcore.errors import InputError
-from flatllmcore.utils.calibration_windows import window_length
+from flatllmcore.utils.data_utils import window_length
 from flatllmcore.utils.devices import GIB, best_device, device_name, free_host_memory
 from flatllmcore.utils.layer_utils import count_parameters, dimensions_from_config
 from flatllmcore.utils.loading import empty_causal_lm

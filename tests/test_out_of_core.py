@@ -29,7 +29,7 @@ from flatllmcore.methods.flatllm import FlatLLMStep
 from flatllmcore.utils import stopwatch
 from flatllmcore.utils.loading import load_model
 from flatllmcore.utils.stopwatch import Stopwatch
-from flatllmcore.utils.weight_files import WeightFiles
+from flatllmcore.utils.loading import WeightFiles
 from tiny_text import word_tokenizer
 
 VARIANTS = [
