@@ -16,9 +16,9 @@ import time
 from pathlib import Path
 
 import torch
-from common import PUBLISHED, falling_scores, operations, peak_rates
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from common import PUBLISHED, falling_scores, operations, peak_rates
 from flatllmbench.records import hardware, versions
 from flatllmbench.tables import markdown_table
 from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector

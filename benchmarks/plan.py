@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from common import PUBLISHED, find_config, moment_bytes, operations, peak_rates, solve_bytes
 from transformers import PretrainedConfig
 
+from common import PUBLISHED, find_config, moment_bytes, operations, peak_rates, solve_bytes
 from flatllmbench.command_line import run_program
 from flatllmbench.tables import markdown_table
 from flatllmbench.timing import forward_operations

@@ -27,9 +27,8 @@ from flatllmcore.engine.storage import StatesStorage
 from flatllmcore.errors import InputError
 from flatllmcore.methods.flatllm import FlatLLMStep
 from flatllmcore.utils import stopwatch
-from flatllmcore.utils.loading import load_model
+from flatllmcore.utils.loading import WeightFiles, load_model
 from flatllmcore.utils.stopwatch import Stopwatch
-from flatllmcore.utils.loading import WeightFiles
 from tiny_text import word_tokenizer
 
 VARIANTS = [
