@@ -276,17 +276,6 @@ def test_tol_changes_what_is_monitored_and_nothing_else(here):
     assert shards("same") == shards(MODEL)
 
 
-def test_the_batch_size_changes_rounding_only(here):
-    """Functions are compared: bases are fixed only up to sign."""
-    expected = read(RECORD)
-    assert run("--save_model", "by_five", "--batch_size", "5", "--bi_score", "by_five_ranks") == 0
-    assert read("by_five_ranks/importance.json")["scores"] == pytest.approx(read(SCORES)["scores"], rel=1e-6)
-    assert layer_ranks(read(RECORD)) == layer_ranks(expected)
-    ids = torch.arange(2 * SEQLEN).view(2, SEQLEN)
-    logits = [AutoModelForCausalLM.from_pretrained(folder)(ids).logits for folder in (MODEL, "by_five")]
-    torch.testing.assert_close(*logits, rtol=1e-3, atol=1e-3)
-
-
 @pytest.mark.parametrize(
     ("model", "flag", "dtype"),
     [("llama", (), "float32"), ("mistral", (), "bfloat16"), ("llama", ("--dtype", "float16"), "float16")],
@@ -301,18 +290,7 @@ def test_weights_are_in_the_checkpoints_dtype_or_the_one_asked_for(here, model, 
 def test_windows_are_as_many_and_as_long_as_asked(here, flags, seqlen):
     """Without a length they are as long as the model takes; perplexity can be measured on another text."""
     shutil.copy("text/train.txt", "other.txt")
-    argv = [
-        "--model",
-        "llama",
-        "--dataset",
-        "text",
-        "--eval_dataset",
-        "other.txt",
-        "--nsamples",
-        "3",
-        "--device",
-        "cpu",
-    ]
+    argv = ["--model", "llama", "--dataset", "text", "--eval_dataset", "other.txt", "--nsamples=3", "--device", "cpu"]
     assert main.main([*argv, "--sparsity_ratio", "30", "--bi_score", "new", *flags]) == 0
     record, scores = read(RECORD), read("new/importance.json")
     for found in (record, scores):
@@ -333,18 +311,11 @@ def test_overwrite_replaces_scores_and_model(here):
 # Bad input: the command line
 
 
-@pytest.mark.parametrize(
-    ("argv", "reason"),
-    [
-        (("--nope",), "unrecognized arguments"),
-        (("--sparsity_ratio", "2.5"), "invalid int value"),
-        (("--prune_method", "x"), "invalid choice"),
-    ],
-)
+@pytest.mark.parametrize(("argv", "reason"), [("--nope", "unrecognized"), ("--seed=x", "int"), ("--dtype=x", "choice")])
 def test_argparse_refuses_in_one_line_after_the_usage(here, capsys, argv, reason):
     before = files(here)
     with pytest.raises(SystemExit) as stopped:
-        run(*argv)
+        run(argv)
     assert stopped.value.code == 2
     first, *_, last = capsys.readouterr().err.splitlines()
     assert first.startswith("usage: main.py")
@@ -385,7 +356,6 @@ def test_argparse_refuses_in_one_line_after_the_usage(here, capsys, argv, reason
         ("--bi_score bi_score.pt", "bi_score.pt: 'scores' has 2 entries; the model has 3 layers"),
         ("--save text/train.txt", "text/train.txt"),
         ("--bi_score text/train.txt/x", "text/train.txt/x"),
-        ("--model nosuch", "no usable model config at 'nosuch'"),
         (f"--model {MODEL}", "compressed already"),
     ],
 )
@@ -395,7 +365,7 @@ def test_unusable_arguments_are_refused(here, refused, argv, reason):
     assert reason in refused(*argv.split())
 
 
-@pytest.mark.parametrize("model", ["nosuch/model", "./no/such/model"])
+@pytest.mark.parametrize("model", ["nosuch", "nosuch/model", "./no/such/model"])
 def test_a_model_that_is_nowhere_is_refused(refused, model):
     assert f"no usable model config at {model!r}" in refused(model=model)
 
@@ -487,28 +457,24 @@ def test_damaged_ranks_are_refused_by_name(here, refused, content):
 # Full disk and interruption
 
 
-@pytest.mark.parametrize(
-    "argv", [("--bi_score", "new"), ("--save_model", "out/new"), ()], ids=["scores", "model", "record"]
-)
-def test_a_full_disk_is_one_clear_line(refused, monkeypatch, argv):
-    def fail(_descriptor: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+def full_disk(_descriptor: int) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(os, "fsync", fail)
-    line = refused(*argv)
+
+@pytest.mark.parametrize("argv", ["--bi_score new", "--save_model out/new", ""], ids=["scores", "model", "record"])
+def test_a_full_disk_is_one_clear_line(refused, monkeypatch, argv):
+    monkeypatch.setattr(os, "fsync", full_disk)
+    line = refused(*argv.split())
     assert "no space left" in line.lower()
-    assert (argv[1] if argv else ".partial") in line
+    assert (argv.split() or [".partial"])[-1] in line
 
 
 def test_a_disk_that_fills_up_leaves_what_to_go_on_from(here, capfd, monkeypatch):
     """Room for the manifest, two layers and what is said of them; the finished shards then count as there."""
-    flush, calls = os.fsync, []
+    flushes = iter([os.fsync] * 6)
 
     def fill_up(descriptor: int) -> None:
-        calls.append(descriptor)
-        if len(calls) > 6:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        flush(descriptor)
+        next(flushes, full_disk)(descriptor)
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fill_up)
