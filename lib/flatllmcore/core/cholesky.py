@@ -7,7 +7,7 @@ costs shrinks or grows along the matrix, so blocks are dealt out there and back.
 import torch
 from torch import Tensor
 
-from ..utils.processes import all_reduce, broadcast_by_turn, is_own_turn, own_turns
+from ..utils.processes import all_reduce, broadcast, is_own_turn, own_turns
 
 BLOCK = 256  # columns
 
@@ -25,7 +25,7 @@ def cholesky(matrix: Tensor) -> Tensor | None:
         panel = factor[start:, start : start + BLOCK]
         if is_own_turn(turn):
             _factorise(panel)
-        panel.copy_(broadcast_by_turn(panel, turn))
+        broadcast(panel, turn)
         if panel[0, 0].isnan():
             return None
         for later_turn, later in enumerate(starts[turn + 1 :], turn + 1):

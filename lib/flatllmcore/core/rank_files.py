@@ -48,8 +48,15 @@ def save_ranks(allocation: RankAllocation, path: Path) -> None:
 
 
 def load_ranks(path: Path) -> RankAllocation:
-    """Return the allocation that a ``ranks_<percent>.json`` holds; an InputError names a field that is unusable."""
+    """Return the allocation that a ``ranks_<percent>.json`` holds; an InputError names an unusable field."""
     file = read_json(path, RanksFile)
+    try:
+        return _allocation_of(file)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def _allocation_of(file: RanksFile) -> RankAllocation:
     sizes = file.dimensions
     for name in _PER_LAYER:
         check_length(name, getattr(file, name), sizes.num_layers)
