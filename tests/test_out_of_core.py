@@ -12,13 +12,14 @@ from flatllmcore.utils.weight_files import WeightFiles
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from checkpoints import VARIANTS, bytes_in, compress_to, in_memory, on_disk, save_tiny_checkpoint, weights_in
+from checkpoints import CPU, VARIANTS, bytes_in, compress_to, in_memory, on_disk, save_tiny_checkpoint, weights_in
 from flatllmcore.engine.importance import layer_importance
 from flatllmcore.engine.perplexity import perplexity
-from flatllmcore.engine.storage import StatesStorage, states_place
+from flatllmcore.engine.storage import StatesStorage
 from flatllmcore.errors import InputError
 from flatllmcore.methods.flatllm import FlatLLMStep
 from flatllmcore.utils import stopwatch
+from flatllmcore.utils.loading import WeightFiles
 from flatllmcore.utils.stopwatch import Stopwatch
 from test_stopwatch import Clock
 from tiny_text import word_tokenizer
@@ -79,23 +80,18 @@ def test_one_layer_is_read_ahead_and_no_more(checkpoint, is_kept):
 
 def test_waiting_for_the_disk_is_a_stage_of_its_own(checkpoint, windows, monkeypatch):
     """A second passes for each layer that is read, which is not before somebody waits for it."""
-    clock, is_waited_for = Clock(), Semaphore(0)
+    clock, waiting = Clock(), Semaphore(0)
     monkeypatch.setattr(stopwatch, "time", clock)
-    enter = Stopwatch.enter
-
-    def enter_and_tell(self, name, is_whole=False):
-        enter(self, name, is_whole)
-        if name == "read":
-            is_waited_for.release()
+    source = on_disk(checkpoint)
+    take, read_layer = source._take, source._read_layer
 
     def read_when_waited_for(index):
-        assert is_waited_for.acquire(timeout=600)
+        waiting.acquire()
         clock.now += 1
         return read_layer(index)
 
-    monkeypatch.setattr(Stopwatch, "enter", enter_and_tell)
-    source = on_disk(checkpoint)
-    read_layer, source._read_layer = source._read_layer, read_when_waited_for
+    source._take = lambda index: waiting.release() or take(index)
+    source._read_layer = read_when_waited_for
     with Stopwatch(source.device).running() as watch:
         layer_importance(source, windows, 5)
     assert watch.elapsed_s == {"read": 4, "forward": 0, "angles": 0}
@@ -111,13 +107,14 @@ def test_buffers_of_old_checkpoints_have_no_meaning(checkpoint, windows):
 # Where hidden states live
 
 
-def test_states_go_to_the_first_place_that_is_large_enough(tmp_path, device):
-    assert states_place(25, device_memory=100, host_memory=0) == "device"
-    assert states_place(26, device_memory=100, host_memory=52) == "host"
-    assert states_place(27, device_memory=100, host_memory=53) == "file"
-    assert StatesStorage().place(2**20, device) == ("host" if device.type == "cpu" else "device")
+def test_states_go_to_the_first_place_that_is_large_enough(tmp_path, monkeypatch):
+    """A quarter of a GPU's memory, half of the host's, or the disk."""
+    monkeypatch.setattr("flatllmcore.engine.storage.free_device_memory", lambda _device: 100)
+    storage, gpu = StatesStorage(host_memory_bytes=52, folder=tmp_path), torch.device("cuda")
+    assert [storage.place(size, gpu) for size in (25, 26, 27)] == ["device", "host", "file"]
+    assert storage.place(25, CPU) == "host"
     with pytest.raises(InputError, match="GiB of disk"):
-        StatesStorage(host_memory_bytes=0, folder=tmp_path).place(2**60, device)
+        storage.place(2**60, gpu)
 
 
 def test_states_in_a_file_give_the_same_scores_and_leave_nothing(tmp_path, windows, checkpoint, caplog):
