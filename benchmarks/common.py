@@ -21,11 +21,12 @@ from flatllmcore.engine.memory import ModelInMemory
 from flatllmcore.errors import InputError
 from flatllmcore.layers import compressed_config
 from flatllmcore.methods import METHODS
-from flatllmcore.utils.data_utils import consecutive_windows, load_text, sample_documents, sample_windows
+from flatllmcore.utils.data_utils import consecutive_windows, sample_documents, sample_windows
 from flatllmcore.utils.devices import float32_product, synchronize
 from flatllmcore.utils.dimensions import ModelDimensions
 from flatllmcore.utils.layer_utils import dimensions_from_config, load_config
 from flatllmcore.utils.loading import load_tokenizer
+from flatllmcore.utils.text_sources import load_text
 
 ROOT = Path(__file__).resolve().parents[1]
 _GQA = {"intermediate_size": 14336, "num_key_value_heads": 8}

@@ -16,9 +16,9 @@ import time
 from pathlib import Path
 
 import torch
-from common import PUBLISHED, falling_scores, operations, peak_rates
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from common import PUBLISHED, falling_scores, operations, peak_rates
 from flatllmbench.records import hardware, versions
 from flatllmbench.tables import markdown_table
 from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector
@@ -27,11 +27,12 @@ from flatllmcore.engine.importance import layer_importance
 from flatllmcore.engine.memory import ModelInMemory
 from flatllmcore.engine.walk import default_batch_size
 from flatllmcore.methods import METHODS
-from flatllmcore.utils.data_utils import load_text, sample_documents
+from flatllmcore.utils.data_utils import sample_documents
 from flatllmcore.utils.devices import parse_device, peak_memory_gib
 from flatllmcore.utils.layer_utils import dimensions_from_config
 from flatllmcore.utils.loading import load_model, load_tokenizer
 from flatllmcore.utils.stopwatch import Stopwatch
+from flatllmcore.utils.text_sources import load_text
 
 SHAPES = PUBLISHED | {
     "1024x8": lambda: LlamaConfig(hidden_size=1024, intermediate_size=2816, num_hidden_layers=8, num_attention_heads=16)

@@ -10,7 +10,6 @@ from contextlib import nullcontext
 from unittest import mock
 
 import common
-
 from flatllmbench.tables import markdown_table
 from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector
 from flatllmcore.methods import flatllm

@@ -8,9 +8,9 @@ what is lost is in the sums. Ours: float32 within a batch of about 4096 tokens (
 is one), float64 over batches. Beside it all batches summed in float32, what a plain accumulator would do.
 """
 
-import common
 import torch
 
+import common
 from flatllmbench.tables import markdown_table
 from flatllmcore.core.moments import add_moment, mirror_lower_triangle
 from flatllmcore.utils.devices import float32_product, parse_device

@@ -9,7 +9,6 @@ same weights. Prints a Markdown table and writes `--out` as JSON.
 import sys
 
 import common
-
 from flatllmbench.tables import markdown_table
 from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector
 from flatllmcore.utils.devices import parse_device

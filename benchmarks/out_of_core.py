@@ -21,15 +21,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import ROOT, solve_bytes
-from random_checkpoint import write_random_checkpoint
 from transformers import LlamaConfig
 
+from common import ROOT, solve_bytes
 from flatllmbench.records import hardware, versions
 from flatllmcore.utils.devices import GIB
 from flatllmcore.utils.files import write_json
 from flatllmcore.utils.layer_utils import dimensions_from_config
 from flatllmcore.utils.loading import load_tokenizer
+from random_checkpoint import write_random_checkpoint
 
 CHUNK = 2**24
 IMPORTS = "import main, torch; print(main.peak_memory_gib(torch.device('cpu'))['host'])"

@@ -17,15 +17,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from common import PUBLISHED, find_config, moment_bytes, operations, peak_rates, solve_bytes
 from transformers import PretrainedConfig
 
+from common import PUBLISHED, find_config, moment_bytes, operations, peak_rates, solve_bytes
 from flatllmbench.command_line import run_program
 from flatllmbench.tables import markdown_table
 from flatllmbench.timing import forward_operations
 from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector
 from flatllmcore.errors import InputError
-from flatllmcore.utils.calibration_windows import window_length
+from flatllmcore.utils.data_utils import window_length
 from flatllmcore.utils.devices import GIB, best_device, device_name, free_host_memory
 from flatllmcore.utils.layer_utils import count_parameters, dimensions_from_config
 from flatllmcore.utils.loading import empty_causal_lm

@@ -18,14 +18,14 @@ from statistics import median
 from typing import Any
 
 import torch
-from common import ROOT, operations, peak_rates
-from random_checkpoint import write_random_checkpoint
 from transformers import LlamaConfig
 
+from common import ROOT, operations, peak_rates
 from flatllmbench.records import hardware, versions
 from flatllmcore.core.rank_files import load_ranks
 from flatllmcore.utils.files import write_json
 from flatllmcore.utils.loading import load_tokenizer
+from random_checkpoint import write_random_checkpoint
 
 STAGES = ("read", "forward", "moments", "reduce", "solves", "write")
 PORT = "29517"

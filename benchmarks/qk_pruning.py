@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 import common
-
 from flatllmbench.tables import markdown_table
 from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector, RankAllocation, allocate_keep_ratios
 from flatllmcore.core.rank_rounding import rounded_layers

@@ -15,12 +15,12 @@ import zlib
 from pathlib import Path
 
 import torch
-from common import find_config
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from common import find_config
 from flatllmbench.command_line import run_program
 from flatllmcore.utils.checkpoint import check_output_folder
 from flatllmcore.utils.devices import GIB

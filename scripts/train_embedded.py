@@ -22,7 +22,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from flatllmcore.utils.data_utils import load_text
+from flatllmcore.utils.text_sources import load_text
 
 ROOT = Path(__file__).resolve().parents[1]
 VOCABULARY = 4096

@@ -1,28 +1,62 @@
-"""Tiny checkpoints in folders, and their compression into other folders."""
+"""Tiny models compressed in memory, tiny checkpoints in folders, and their compression into other folders."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel
 
 from conftest import tiny_model
-from flatllmcore.core.calibration import LayerSource, ModelInMemory
-from flatllmcore.core.checkpoint_sink import CheckpointSink
-from flatllmcore.core.checkpoint_source import CheckpointSource
-from flatllmcore.core.prune import compress_layers
-from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector
-from flatllmcore.core.stopwatch import Stopwatch
+from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector, RankAllocation
+from flatllmcore.engine.checkpoint_sink import CheckpointSink
+from flatllmcore.engine.checkpoint_source import CheckpointSource
+from flatllmcore.engine.compress import compress_layers
+from flatllmcore.engine.memory import ModelInMemory
+from flatllmcore.engine.protocols import LayerRecord, LayerSource
+from flatllmcore.methods import METHODS
 from flatllmcore.utils.layer_utils import dimensions_from_config
 from flatllmcore.utils.loading import load_model
+from tiny_text import word_tokenizer, write_texts
 
 CPU = torch.device("cpu")
 SCORES = (0.3, 0.2, 0.4, 0.25)
 REQUEST = {"seed": 42}
+VARIANTS = [
+    ("llama", {}),
+    ("llama", {"attention_bias": True, "mlp_bias": True}),
+    ("llama", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
+    ("llama", {"num_key_value_heads": 1}),
+    ("mistral", {"sliding_window": 5}),
+]
+
+
+def compressed(
+    model: PreTrainedModel,
+    windows: Tensor,
+    keep_ratio: float = 0.6,
+    *,
+    prune_qk: bool = False,
+    batch_size: int = 5,
+    device: torch.device = CPU,
+) -> tuple[PreTrainedModel, RankAllocation, list[LayerRecord]]:
+    """Compress ``model`` in place; its first layer counts most, so the last is compressed most."""
+    dimensions = dimensions_from_config(model.config)
+    scores = [0.5 - 0.1 * layer for layer in range(dimensions.num_layers)]
+    selector = ImportancePreservingRankSelector(dimensions, rank_multiple=1, prune_qk=prune_qk)
+    allocation = selector.allocate(scores, keep_ratio)
+    source = ModelInMemory(model, device)
+    flat_config, records = compress_layers(
+        source, source, windows, METHODS["flatllm"], allocation, batch_size=batch_size, tolerance=0.96
+    )
+    return source.adopt(flat_config), allocation, records
+
+
+def assert_same_up_to_sign(model: PreTrainedModel, other: PreTrainedModel) -> None:
+    """Compare weights; bases are fixed only up to sign, and so magnitudes are."""
+    for (name, a), (_, b) in zip(model.state_dict().items(), other.state_dict().items(), strict=True):
+        torch.testing.assert_close(a.abs(), b.abs(), rtol=1e-6, atol=1e-8, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def save_tiny_checkpoint(folder: Path, family: str = "llama", shard_size: str = "20KB", **overrides: object) -> str:
@@ -30,6 +64,14 @@ def save_tiny_checkpoint(folder: Path, family: str = "llama", shard_size: str = 
     model = tiny_model(family, num_hidden_layers=len(SCORES), **overrides)
     model.save_pretrained(folder, max_shard_size=shard_size)
     return str(folder)
+
+
+def save_inputs(folder: Path, dtype: torch.dtype) -> Path:
+    """Write what a run of main.py takes, a model of three layers in ``dense`` and a ``text``; return the folder."""
+    tiny_model(num_hidden_layers=3).to(dtype).save_pretrained(folder / "dense")
+    word_tokenizer().save_pretrained(folder / "dense")
+    write_texts(folder / "text")
+    return folder
 
 
 def in_memory(folder: str, dtype: str = "auto") -> ModelInMemory:
@@ -40,32 +82,29 @@ def on_disk(folder: str, dtype: str = "auto") -> CheckpointSource:
     return CheckpointSource(folder, CPU, dtype)
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    vocabulary = {"[UNK]": 0, "a": 1, "b": 2}
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(vocabulary, unk_token="[UNK]")))
-
-
 def compress_to(
     folder: Path,
-    source: LayerSource,
+    dense: str,
     windows: Tensor,
     *,
+    source: LayerSource | None = None,
+    method: str = "flatllm",
     request: dict[str, object] = REQUEST,
     prune_qk: bool = False,
     overwrite: bool = False,
     before_layers: Callable[[CheckpointSink], None] = lambda sink: None,
-) -> CheckpointSink:
-    """Compress ``source`` at 40 % to a folder; return the sink, closed."""
-    selector = ImportancePreservingRankSelector(dimensions_from_config(source.config), prune_qk=prune_qk)
-    allocation = selector.allocate(SCORES[: source.num_layers], 40)
-    with CheckpointSink(folder, source.num_layers, request, overwrite) as sink:
+) -> None:
+    """Compress the checkpoint ``dense`` at 40 % to a folder; ``source`` gives its layers, the disk by default."""
+    checkpoint = on_disk(dense)
+    selector = ImportancePreservingRankSelector(dimensions_from_config(checkpoint.config), prune_qk=prune_qk)
+    allocation = METHODS[method].allocate(selector, SCORES, 0.6)
+    with CheckpointSink(folder, checkpoint.num_layers, request, overwrite) as sink:
         before_layers(sink)
         config, _ = compress_layers(
-            source, sink, windows, allocation, batch_size=5, tolerance=0.96, stopwatch=Stopwatch(source.device)
+            source or checkpoint, sink, windows, METHODS[method], allocation, batch_size=5, tolerance=0.96
         )
-        sink.complete(source, config, None, tokenizer())
+        sink.complete(checkpoint, config, None, word_tokenizer())
         sink.publish("# card\n")
-    return sink
 
 
 def weights_in(folder: Path | str) -> dict[str, Tensor]:

@@ -35,11 +35,14 @@ def tiny_model(family: str = "llama", seed: int = 0, **overrides):
     return model
 
 
-@pytest.fixture(params=["cpu", "cuda"])
+@pytest.fixture(params=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
 def device(request):
-    if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no GPU")
     return torch.device(request.param)
+
+
+def pytest_terminal_summary(terminalreporter):
+    if not torch.cuda.is_available():
+        terminalreporter.write_line("on the CPU alone: there is no GPU here")
 
 
 @pytest.fixture(params=["llama", "mistral"])
@@ -50,3 +53,13 @@ def model(request):
 @pytest.fixture
 def windows():
     return torch.randint(97, (24, 16), generator=torch.Generator().manual_seed(1))
+
+
+def ranks_of(layers) -> tuple[int, ...]:
+    """Return the value rank of each entry of an allocation or of records."""
+    return tuple(kept.value_rank for kept in getattr(layers, "layers", layers))
+
+
+def widths_of(layers) -> tuple[int, ...]:
+    """Return the MLP width of each entry of an allocation or of records."""
+    return tuple(kept.mlp_width for kept in getattr(layers, "layers", layers))

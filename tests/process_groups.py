@@ -5,11 +5,12 @@ A server process imports everything once, and each run is a fork of it.
 
 import multiprocessing
 import os
-import socket
 import sys
 from collections.abc import Callable
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+
+from torch.distributed import TCPStore
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["main", "process_groups"])
@@ -19,7 +20,7 @@ def start(
     argv: list[str], folder: Path, error: Path, patch: Callable[[], None] | None = None, **environment: str
 ) -> ForkServerProcess:
     """Start `main.py` in ``folder`` with its stderr going to a file; ``patch`` is called before it."""
-    process = SERVER.Process(target=_run, args=(argv, folder, error, patch, environment))
+    process = SERVER.Process(target=_run, args=(argv, folder, error, patch, environment), daemon=True)
     process.start()
     return process
 
@@ -27,20 +28,20 @@ def start(
 def run_group(
     count: int, argv: list[str], folder: Path, patch: Callable[[], None] | None = None
 ) -> tuple[list[int | None], str]:
-    """Run `main.py` in ``count`` processes that share out the windows; return exit statuses and all of stderr."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    group = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    """Run `main.py` in ``count`` processes that share out the windows; return exit statuses and all of stderr.
+
+    As under torchrun, the store they meet at is this process's, and so is its port: nobody else can have taken it.
+    """
+    store = TCPStore("127.0.0.1", 0, is_master=True)
+    group = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
     errors = [folder / f"stderr-{rank}" for rank in range(count)]
     processes = [
         start(argv, folder, error, patch, RANK=str(rank), LOCAL_RANK=str(rank), **group)
         for rank, error in enumerate(errors)
     ]
     for process in processes:
-        process.join(60)
-        if process.is_alive():
-            process.kill()
+        process.join()
     return [process.exitcode for process in processes], "".join(error.read_text() for error in errors)
 
 

@@ -15,13 +15,11 @@ from transformers import PreTrainedTokenizerFast
 from flatllmcore.errors import InputError
 from flatllmcore.utils import data_utils, text_sources
 from flatllmcore.utils.data_utils import (
-    TextDataset,
     consecutive_windows,
-    has_test_split,
-    load_text,
     sample_documents,
     sample_windows,
 )
+from flatllmcore.utils.text_sources import TextDataset, has_test_split, load_text
 
 BOS = 0
 DAMAGED = "is damaged or not what its name says"

@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
-
 from flatllmbench.perplexity import perplexity
 from flatllmcore.core.calibration import ModelInMemory
 from flatllmcore.core.stopwatch import Stopwatch
-from flatllmcore.utils.data_utils import consecutive_windows, load_text
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from flatllmcore.utils.data_utils import consecutive_windows
 from flatllmcore.utils.loading import load_model, load_tokenizer
+from flatllmcore.utils.text_sources import load_text
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "models" / "pydocs-llama"

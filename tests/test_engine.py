@@ -13,89 +13,84 @@ import pytest
 import torch
 
 import oracle
+from checkpoints import CPU, VARIANTS, assert_same_up_to_sign, compressed
 from conftest import tiny_model
-from flatllmbench.perplexity import perplexity
-from flatllmcore.core.calibration import ModelInMemory, record_layer_arguments
-from flatllmcore.core.importance import angles_between, layer_importance
-from flatllmcore.core.prune import compress_layers
-from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector
-from flatllmcore.core.stopwatch import Stopwatch
+from flatllmcore.core.importance import angles_between
+from flatllmcore.engine.importance import layer_importance
+from flatllmcore.engine.memory import ModelInMemory, layer_arguments
+from flatllmcore.engine.perplexity import perplexity
 from flatllmcore.errors import InputError
-from flatllmcore.utils.layer_utils import dimensions_from_config
+from flatllmcore.layers.flat_attention import HeadwiseFactoredLinear
+from flatllmcore.utils.layer_utils import count_parameters
 
-CPU = torch.device("cpu")
-VARIANTS = [
-    ("llama", {}),
-    ("llama", {"attention_bias": True, "mlp_bias": True}),
-    ("llama", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
-    ("mistral", {"sliding_window": 5}),
-]
-
-
-def compressed(model, windows, percent=40, batch_size=5, device=CPU):
-    dimensions = dimensions_from_config(model.config)
-    allocation = ImportancePreservingRankSelector(dimensions, rank_multiple=1).allocate((0.3, 0.2), percent)
-    source = ModelInMemory(model, device)
-    flat_config, records = compress_layers(
-        source, source, windows, allocation, batch_size=batch_size, tolerance=0.96, stopwatch=Stopwatch(device)
-    )
-    return source.adopt(flat_config), allocation, records
+TEST_WINDOWS = torch.randint(97, (6, 16), generator=torch.Generator().manual_seed(2))
 
 
 @pytest.mark.parametrize(("family", "overrides"), VARIANTS)
 def test_importance_equals_the_oracle(family, overrides, windows, device):
     model = tiny_model(family, **overrides)
-    found = layer_importance(ModelInMemory(model, device), windows, 5, Stopwatch(device))
+    found = layer_importance(ModelInMemory(model, device), windows, 5)
     assert found.scores == pytest.approx(oracle.importance(*oracle.weights_and_sizes(model), windows), rel=1e-5)
     assert found.zero_rows == 0
 
 
+@pytest.mark.parametrize("prune_qk", [False, True])
+@pytest.mark.parametrize("keep_ratio", [0.8, 0.55])
 @pytest.mark.parametrize(("family", "overrides"), VARIANTS)
-def test_compressed_logits_and_perplexity_equal_the_oracle(family, overrides, windows, device):
-    """Bases are fixed only up to sign, so functions are compared, not weights."""
+def test_the_perplexity_of_a_compressed_model_equals_the_oracle(
+    family, overrides, keep_ratio, prune_qk, windows, device
+):
+    """The oracle knows no factors of Q and K: it projects their weights at full width."""
     model = tiny_model(family, **overrides)
     weights, sizes = oracle.weights_and_sizes(model)
-    model, allocation, _ = compressed(model, windows, device=device)
-    expected = oracle.compress(weights, sizes, windows, allocation.value_rank, allocation.mlp_width)
+    model, allocation, _ = compressed(model, windows, keep_ratio, prune_qk=prune_qk, device=device)
+    ranks, widths = ([getattr(kept, name) for kept in allocation.layers] for name in ("value_rank", "mlp_width"))
 
-    test_windows = torch.randint(97, (6, 16), generator=torch.Generator().manual_seed(2))
-    measured = perplexity(ModelInMemory(model, device), test_windows, 4, Stopwatch(device))
+    def expected(prune_qk: bool) -> float:
+        return oracle.perplexity(oracle.compress(weights, sizes, windows, ranks, widths, prune_qk), sizes, TEST_WINDOWS)
+
+    measured = perplexity(ModelInMemory(model, device), TEST_WINDOWS, 4)
     assert {p.device.type for p in model.parameters()} == {"cpu"}
-    assert measured.value == pytest.approx(oracle.perplexity(expected, sizes, test_windows), rel=1e-5)
     assert measured.predicted_tokens == 6 * 15
+    assert measured.value == pytest.approx(expected(prune_qk), rel=1e-5)
+    assert not prune_qk or measured.value != pytest.approx(expected(False), rel=1e-3)
 
 
 def test_perplexity_equals_the_parent_class_loss(model, windows):
     loss = torch.stack([model(ids[None], labels=ids[None]).loss for ids in windows]).mean()
-    measured = perplexity(ModelInMemory(model, CPU), windows, 7, Stopwatch(CPU))
+    measured = perplexity(ModelInMemory(model, CPU), windows, 7)
     assert measured.value == pytest.approx(math.exp(loss.item()), rel=1e-6)
 
 
-def test_the_result_does_not_depend_on_the_batch_size(model, windows):
-    together, _, _ = compressed(copy.deepcopy(model), windows, batch_size=24)
-    one_by_one, _, _ = compressed(model, windows, batch_size=1)
-    for (name, a), (_, b) in zip(together.state_dict().items(), one_by_one.state_dict().items(), strict=True):
-        torch.testing.assert_close(a.abs(), b.abs(), rtol=1e-7, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+@pytest.mark.parametrize("prune_qk", [False, True])
+def test_the_result_does_not_depend_on_the_batch_size(model, windows, prune_qk):
+    together, _, _ = compressed(copy.deepcopy(model), windows, batch_size=24, prune_qk=prune_qk)
+    one_by_one, _, _ = compressed(model, windows, batch_size=1, prune_qk=prune_qk)
+    assert_same_up_to_sign(together, one_by_one)
 
 
-def test_a_layer_kept_whole_gives_the_very_same_logits(model, windows):
-    """Oracle: the model itself. Nothing is to be removed, so both layers' shares are 1."""
+@pytest.mark.parametrize("prune_qk", [False, True])
+def test_nothing_removed_gives_the_very_same_logits(model, windows, prune_qk):
+    """Oracle: the model itself."""
     before = model(windows).logits
-    dimensions = dimensions_from_config(model.config)
-    whole = ImportancePreservingRankSelector(dimensions).allocate([0.3, 0.3], 0.0)
-    source = ModelInMemory(model, CPU)
-    flat_config, _ = compress_layers(
-        source, source, windows, whole, batch_size=8, tolerance=0.96, stopwatch=Stopwatch(CPU)
-    )
-    assert torch.equal(source.adopt(flat_config)(windows).logits, before)
-
-
-def test_compression_changes_the_given_object_and_counts_its_parameters(model, windows):
-    same, allocation, records = compressed(model, windows)
+    same, allocation, _ = compressed(model, windows, 1.0, prune_qk=prune_qk)
     assert same is model
-    linear = sum(p.numel() for n, p in model.named_parameters() if "_proj.weight" in n and ".layers." in n)
-    assert allocation.parameters_after == linear
-    assert [r.value_rank for r in records] == list(allocation.value_rank)
+    assert {kept.query_key_rank for kept in allocation.layers} == {None}
+    assert torch.equal(model(windows).logits, before)
+
+
+@pytest.mark.parametrize("keep_ratio", [0.9, 0.75, 0.6, 0.4, 0.2])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_reported_parameters_are_those_of_the_model(keep_ratio, kv_heads, windows):
+    """Oracle: the sizes of the tensors under their names, the second factors of Q and K included."""
+    model = tiny_model(num_key_value_heads=kv_heads)
+    _, allocation, records = compressed(model, windows, keep_ratio, prune_qk=True)
+    linear = [p.numel() for name, p in model.named_parameters() if ".layers." in name and "_proj." in name]
+    assert allocation.parameters_after == sum(linear) == count_parameters(model)["decoder_linear"]
+    for kept, record, layer in zip(allocation.layers, records, model.model.layers, strict=True):
+        assert (record.value_rank, record.mlp_width) == (kept.value_rank, kept.mlp_width)
+        assert record.query_key_rank == kept.query_key_rank
+        assert isinstance(layer.self_attn.q_proj, HeadwiseFactoredLinear) == (kept.query_key_rank is not None)
 
 
 def test_a_layer_runs_once_for_its_statistics_and_once_compressed(windows, monkeypatch):
@@ -107,38 +102,23 @@ def test_a_layer_runs_once_for_its_statistics_and_once_compressed(windows, monke
         seen[self.in_features, self.out_features] += len(inputs)
         return linear(self, inputs)
 
-    model = tiny_model(num_hidden_layers=3)
-    dimensions = dimensions_from_config(model.config)
-    allocation = ImportancePreservingRankSelector(dimensions).allocate((0.3, 0.3, 0.3), 40)
-    source = ModelInMemory(model, CPU)
     monkeypatch.setattr(torch.nn.Linear, "forward", counting)
-    compress_layers(source, source, windows, allocation, batch_size=5, tolerance=0.96, stopwatch=Stopwatch(CPU))
-    width = allocation.mlp_width[0]
-    assert seen[32, 48] == 2 * 3 * 24  # q_proj, dense and compressed
-    assert seen[32, 56] == 2 * 3 * 24  # gate_proj and up_proj, dense
-    assert seen[32, width] == 2 * 3 * 24  # the same, compressed
+    _, allocation, _ = compressed(tiny_model(), windows)
+    assert seen[32, 48] == 2 * 2 * 24  # q_proj, dense and compressed
+    assert seen[32, 56] == 2 * 2 * 24  # gate_proj and up_proj, dense
     assert seen[56, 32] == 0
-    assert seen[width, 32] == 3 * 24
+    for kept in allocation.layers:
+        assert seen[32, kept.mlp_width] == 2 * 24  # the same, compressed
+        assert seen[kept.mlp_width, 32] == 24
 
 
 def test_hidden_states_in_host_memory_give_the_same_result(windows, device, monkeypatch):
     """On a GPU they stay there while they fit; here they never do."""
-    monkeypatch.setattr("flatllmcore.core.hidden_states._SHARE_OF_DEVICE", 0)
+    monkeypatch.setattr("flatllmcore.engine.storage._SHARE_OF_DEVICE", 0)
     on_host, _, _ = compressed(tiny_model(), windows, device=device)
     monkeypatch.undo()
     on_device, _, _ = compressed(tiny_model(), windows, device=device)
-    for (name, a), (_, b) in zip(on_host.state_dict().items(), on_device.state_dict().items(), strict=True):
-        torch.testing.assert_close(a.abs(), b.abs(), msg=lambda m, n=name: f"{n}: {m}")
-
-
-def test_a_forward_that_a_user_put_on_a_layer_stays(windows):
-    model = tiny_model()
-    layer = model.model.layers[0]
-    own = layer.forward
-    layer.forward = own
-    record_layer_arguments(model.model, 8)
-    assert layer.__dict__["forward"] is own
-    assert "forward" not in model.model.layers[1].__dict__
+    assert_same_up_to_sign(on_host, on_device)
 
 
 def test_a_failed_compression_leaves_the_model_as_it_was(model, windows):
@@ -160,51 +140,51 @@ def test_a_failed_compression_leaves_the_model_as_it_was(model, windows):
 
 def test_few_calibration_tokens_are_warned_of_and_do_not_blow_up(model, windows, caplog):
     """Oracle: the dense model's perplexity. Without the ridge, 56 channels solved from 48 tokens give far more."""
-    test_windows = torch.randint(97, (6, 16), generator=torch.Generator().manual_seed(2))
-    before = perplexity(ModelInMemory(model, CPU), test_windows, 4, Stopwatch(CPU)).value
-    small, _, _ = compressed(model, windows[:3], percent=20)
+    before = perplexity(ModelInMemory(model, CPU), TEST_WINDOWS, 4).value
+    small, _, _ = compressed(model, windows[:3], 0.8)
     assert "48 calibration tokens are few for 56 MLP channels" in caplog.text
-    assert perplexity(ModelInMemory(small, CPU), test_windows, 4, Stopwatch(CPU)).value < 3 * before
+    assert perplexity(ModelInMemory(small, CPU), TEST_WINDOWS, 4).value < 3 * before
 
 
-def test_infinite_activations_name_their_layer(model, windows):
+@pytest.mark.parametrize("method", ["angular", "gradient"])
+def test_infinite_activations_name_their_layer(model, windows, method):
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight.fill_(math.inf)
     with pytest.raises(InputError, match="layer 1 gives NaN or infinite"):
-        layer_importance(ModelInMemory(model, CPU), windows, 8, Stopwatch(CPU))
+        layer_importance(ModelInMemory(model, CPU), windows, 8, method)
 
 
 def test_layer_arguments_are_those_the_model_passes(windows):
-    """Oracle: the model's own hidden states, layer by layer."""
+    """Oracle: the model's own hidden states, layer by layer. A forward that a user put on a layer stays."""
     model = tiny_model("mistral", sliding_window=5)
-    arguments = record_layer_arguments(model.model, 16)
+    first, second = model.model.layers
+    first.forward = own = first.forward
+    arguments = layer_arguments(model.model, 16, CPU)
+    assert first.__dict__["forward"] is own
+    assert "forward" not in second.__dict__
     states = model(windows, output_hidden_states=True).hidden_states
-    outputs = states[0]
-    for layer, given in zip(model.model.layers, arguments, strict=True):
-        outputs = layer(outputs, **given)
+    outputs = second(first(states[0], **arguments[0]), **arguments[1])
     torch.testing.assert_close(model.model.norm(outputs), states[-1])
 
 
-def test_an_identity_block_has_no_angle():
+def test_angles_of_rows_known_beforehand():
+    """Opposite rows count as a right angle, a row of zeros as cosine one half; an identity block has no angle."""
+    x = torch.tensor([[1.0, 0], [1, 0], [0, 0], [1, 0]])
+    y = torch.tensor([[-1.0, 0], [0, 1], [1, 0], [1, 1]])
+    angles, zeros = angles_between(x, y)
+    assert angles.tolist() == pytest.approx([0.5, 0.5, 1 / 3, 0.25])
+    assert zeros == 1
     x = torch.randn(50, 9)
     angles, zeros = angles_between(x, 3 * x)
     assert angles.max() < 1e-7
     assert zeros == 0
 
 
-def test_opposite_rows_count_as_a_right_angle_and_zero_rows_as_cosine_one_half():
-    x = torch.tensor([[1.0, 0], [1, 0], [0, 0], [1, 0]])
-    y = torch.tensor([[-1.0, 0], [0, 1], [1, 0], [1, 1]])
-    angles, zeros = angles_between(x, y)
-    assert angles.tolist() == pytest.approx([0.5, 0.5, 1 / 3, 0.25])
-    assert zeros == 1
-
-
 def test_gradient_importance_equals_finite_differences(model, windows):
     """Oracle: the change of the loss when one unit of one token's row of a layer's output is scaled by 1 ± ε."""
     windows, epsilon = windows[:2, :4], 1e-2
-    found = layer_importance(ModelInMemory(model, CPU), windows, 1, Stopwatch(CPU), "gradient").scores
-    together = layer_importance(ModelInMemory(model, CPU), windows, 2, Stopwatch(CPU), "gradient").scores
+    found = layer_importance(ModelInMemory(model, CPU), windows, 1, "gradient").scores
+    together = layer_importance(ModelInMemory(model, CPU), windows, 2, "gradient").scores
     assert found == pytest.approx(together, rel=1e-6)
 
     def losses(layer, token, unit, scale):
@@ -253,11 +233,11 @@ class CountingSource(ModelInMemory):
 )
 def test_importance_borrows_one_layer_at_a_time(method, lent, windows):
     source = CountingSource(tiny_model(num_hidden_layers=3))
-    layer_importance(source, windows, 8, Stopwatch(CPU), method)
+    layer_importance(source, windows, 8, method)
     assert source.lent == lent
     assert (source.most_out, source.out) == (1, 0)
 
 
 def test_an_unknown_importance_method_is_refused_by_name(model, windows):
     with pytest.raises(InputError, match="'random' is unknown; accepted: angular, gradient"):
-        layer_importance(ModelInMemory(model, CPU), windows, 2, Stopwatch(CPU), "random")
+        layer_importance(ModelInMemory(model, CPU), windows, 2, "random")

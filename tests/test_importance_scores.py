@@ -1,18 +1,18 @@
 """Files of importance scores: ours round-trip, the authors' are read without being trusted."""
 
-import hashlib
 import json
 import pickle
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from flatllmcore.core.importance_scores import ImportanceScores, read_author_keep_ratios, read_author_scores
+from flatllmcore.core.importance import ImportanceScores, read_author_keep_ratios, read_author_scores
 from flatllmcore.errors import InputError
-from flatllmcore.utils.layer_utils import ModelDimensions
+from flatllmcore.utils.dimensions import ModelDimensions
+from flatllmcore.utils.files import read_json, to_json_bytes, write_json
 
 DIMENSIONS = ModelDimensions("llama", 3, 64, 8, 4, 8, 172)
 NUMBERS = [0.75, 0.5, 0.125]  # exact in every binary format
@@ -34,41 +34,40 @@ def scores() -> ImportanceScores:
     )
 
 
+def read_json_scores(path: Path) -> ImportanceScores:
+    return read_json(path, ImportanceScores)
+
+
 class TestOurFile:
     def test_saved_scores_come_back_equal_to_the_last_bit(self, scores, tmp_path):
-        scores.save(tmp_path / "new" / "importance.json")
-        assert ImportanceScores.load(tmp_path / "new" / "importance.json") == scores
-
-    def test_the_digest_is_that_of_the_file(self, scores, tmp_path):
-        scores.save(tmp_path / "importance.json")
-        assert scores.sha256() == hashlib.sha256((tmp_path / "importance.json").read_bytes()).hexdigest()
-        assert replace(scores, seed=43).sha256() != scores.sha256()
+        write_json(tmp_path / "new" / "importance.json", scores)
+        assert read_json_scores(tmp_path / "new" / "importance.json") == scores
 
     @pytest.mark.parametrize(
         ("change", "complaint"),
         [
             ({"scores": [0.1, 0.2]}, "'scores' has 2 entries; the model has 3 layers"),
-            ({"scores": [0.1, 0.2, float("inf")]}, r"'scores\[2\]' is inf; expected a finite number"),
+            ({"scores": [0.1, 0.2, float("inf")]}, "is not JSON"),
             ({"scores": [0.1, -0.2, 0.3]}, "'scores': the value of layer 1 is -0.2"),
-            ({"scores": [0.1, "0.2", 0.3]}, r"'scores\[1\]' is '0.2'"),
-            ({"model_id": 7}, "'model_id' is 7; expected str"),
-            ({"dimensions": DIMENSIONS.to_dict() | {"head_dim": 0}}, "'head_dim' is 0; expected at least 1"),
+            ({"scores": [0.1, "0.2", 0.3]}, r"Expected `float`, got `str` - at `\$\.scores\[1\]`"),
+            ({"model_id": 7}, r"Expected `str`, got `int` - at `\$\.model_id`"),
+            ({"dimensions": asdict(DIMENSIONS) | {"head_dim": 0}}, "head_dim is 0; accepted: 1 or more"),
         ],
     )
     def test_a_damaged_field_is_refused_by_file_and_name(self, scores, tmp_path, change, complaint):
         path = tmp_path / "importance.json"
-        path.write_text(json.dumps(json.loads(scores.to_bytes()) | change))
+        path.write_text(json.dumps(json.loads(to_json_bytes(scores)) | change))
         with pytest.raises(InputError, match=complaint) as caught:
-            ImportanceScores.load(path)
+            read_json_scores(path)
         assert str(caught.value).startswith(f"{path}: ")
 
-    @pytest.mark.parametrize("name", ["model_id", "fingerprint", "dimensions", "scores", "seed", "versions"])
+    @pytest.mark.parametrize("name", ["model_id", "fingerprint", "dimensions", "scores", "seed"])
     def test_a_missing_field_is_named(self, scores, tmp_path, name):
-        content = json.loads(scores.to_bytes())
+        content = json.loads(to_json_bytes(scores))
         del content[name]
         (tmp_path / "importance.json").write_text(json.dumps(content))
-        with pytest.raises(InputError, match=f"the field '{name}' is missing"):
-            ImportanceScores.load(tmp_path / "importance.json")
+        with pytest.raises(InputError, match=f"missing required field `{name}`"):
+            read_json_scores(tmp_path / "importance.json")
 
     def test_the_scored_model_matches_with_and_without_its_weights(self, scores):
         scores.check_matches(DIMENSIONS, "0123abcd")
@@ -172,7 +171,7 @@ class TestAuthorsFiles:
         ids=str,
     )
     def test_anything_but_a_row_of_numbers_is_refused(self, content, tmp_path):
-        with pytest.raises(InputError, match="expected one number per layer"):
+        with pytest.raises(InputError, match="of one number per layer"):
             read_author_scores(save(content, tmp_path))
 
     @pytest.mark.parametrize("number", [float("nan"), float("inf"), -0.1])
@@ -180,7 +179,7 @@ class TestAuthorsFiles:
         with pytest.raises(InputError, match=r"layer 1 is .*at least 0"):
             read_author_scores(save([0.5, number], tmp_path))
 
-    @pytest.mark.parametrize(("share", "complaint"), [(1.01, "layer 1 is 1.01"), (0.0, "nothing of layer 1")])
+    @pytest.mark.parametrize(("share", "complaint"), [(1.01, "keeps 1.01 of layer 1"), (0.0, "keeps 0.0 of layer 1")])
     def test_a_share_outside_zero_to_one_is_refused(self, share, complaint, tmp_path):
         with pytest.raises(InputError, match=complaint):
             read_author_keep_ratios(save([0.5, share], tmp_path))

@@ -1,27 +1,28 @@
-"""Runs that are killed at random moments, again and again, end with the bytes of a run that was left in peace.
+"""Runs that are killed at random changes to files, again and again, end with the bytes of a run left in peace.
 
 KILLS=100 pytest tests/test_kills.py
 """
 
+import functools
 import itertools
 import json
 import os
 import random
 import shutil
 import signal
-import time
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 import process_groups
-from checkpoints import bytes_in, compress_to, on_disk, save_tiny_checkpoint
-from flatllmcore.core import checkpoint_sink
-from flatllmcore.core.checkpoint_sink import CheckpointSink
-from test_main import save_checkpoint, save_text
+from checkpoints import bytes_in, compress_to, save_inputs, save_tiny_checkpoint
+from flatllmcore.engine import checkpoint_sink
+from flatllmcore.engine.checkpoint_sink import CheckpointSink
 
-KILLS = int(os.environ.get("KILLS", "12"))
+KILLS = int(os.environ.get("KILLS", "9"))
+NEVER = 10**6
 OUT = [
     *("--model", "dense", "--dataset", "text", "--sparsity_ratio", "30", "--seqlen", "32", "--device", "cpu"),
     *("--nsamples", "6", "--save_model", "out", "--bi_score", "scores", "--save", "logs"),
@@ -30,36 +31,49 @@ OUT = [
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("inputs")
-    save_checkpoint(folder / "dense", "llama", torch.bfloat16)
-    save_text(folder / "text")
-    return folder
+    return save_inputs(tmp_path_factory.mktemp("inputs"), torch.bfloat16)
 
 
-def slow_disk():
-    """Make writing a shard take about as long as computing it, so that many kills come in the midst of it."""
-    save_file, flush = checkpoint_sink.save_file, checkpoint_sink.flush_to_disk
+def kill_before_change(number: int, log: str = os.devnull) -> None:
+    """Have this process killed before it changes files for the so-many-th time; ``log`` gets a byte for each."""
+    changes, written = itertools.count(), os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+
+    def audit(event: str, args: tuple) -> None:
+        is_written = event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR)
+        if is_written or event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir"):
+            if next(changes) == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            os.write(written, b".")
+
+    sys.addaudithook(audit)
+
+
+def kill_run(number: int) -> None:
+    """Have a run of main.py killed, and its shards written in two parts, so that one may be left half-written."""
+    save_file = checkpoint_sink.save_file
 
     def save_in_two_parts(tensors, path, metadata):
         save_file(tensors, path, metadata)
         whole = path.read_bytes()
         path.write_bytes(whole[: len(whole) // 2])
-        time.sleep(0.02)
-        path.write_bytes(whole)
+        with path.open("ab") as file:
+            file.write(whole[len(whole) // 2 :])
 
-    def flush_slowly(path):
-        time.sleep(0.02)
-        flush(path)
-
-    checkpoint_sink.save_file, checkpoint_sink.flush_to_disk = save_in_two_parts, flush_slowly
+    checkpoint_sink.save_file = save_in_two_parts
+    kill_before_change(number, "changes")
 
 
-def start(folder: Path, flags: tuple[str, ...]):
-    return process_groups.start([*OUT, *flags], folder, folder / "stderr", slow_disk)
+def run(folder: Path, flags: list[str], kill_at: int) -> int | None:
+    """Run main.py, killed on its way or not; return its exit status."""
+    process = process_groups.start([*OUT, *flags], folder, folder / "stderr", functools.partial(kill_run, kill_at))
+    process.join()
+    assert process.exitcode in (0, -signal.SIGKILL), (folder / "stderr").read_text()
+    return process.exitcode
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in (folder / "out").iterdir()}
+    """Return the files of a model; the very last change takes away the empty lock, which a kill may leave."""
+    return {name: content for name, content in bytes_in(folder).items() if name != ".lock"}
 
 
 def finished_layers(folder: Path) -> set[int]:
@@ -74,39 +88,27 @@ def layers_not_computed(folder: Path) -> set[int]:
     return {layer["layer"] for layer in record["layers"] if layer["elapsed_s"] is None}
 
 
-def is_published(folder: Path, flags: tuple[str, ...]) -> bool:
-    """Tell whether a killed run had put its model in place, where nothing was there before."""
-    return "--overwrite" not in flags and (folder / "out").exists()
-
-
-@pytest.mark.parametrize("flags", [(), ("--out_of_core",), ("--overwrite",)], ids=["memory", "disk", "overwrite"])
-def test_a_run_killed_at_random_moments_ends_with_the_same_bytes(inputs, tmp_path, flags):
-    for name in ("warm", "straight"):  # the first one waits for the server's imports
-        straight = shutil.copytree(inputs, tmp_path / name)
-        began = time.perf_counter()
-        process = start(straight, flags)
-        process.join()
-        whole_run_s = time.perf_counter() - began
-        assert process.exitcode == 0, (straight / "stderr").read_text()
+@pytest.mark.parametrize("flags", [[], ["--out_of_core"], ["--overwrite"]], ids=["memory", "disk", "overwrite"])
+def test_a_run_killed_at_random_changes_ends_with_the_same_bytes(inputs, tmp_path, flags):
+    straight = shutil.copytree(inputs, tmp_path / "straight")
+    assert run(straight, flags, NEVER) == 0
+    changes = (straight / "changes").stat().st_size
     moments = random.Random(0)
     kills = runs = 0
     while min(kills, runs) < KILLS / 3:
         folder = shutil.copytree(inputs, tmp_path / f"killed{runs}")
-        if "--overwrite" in flags:
-            save_checkpoint(folder / "out", "mistral", torch.float32)
+        if flags == ["--overwrite"]:
+            save_tiny_checkpoint(folder / "out", "mistral")
         runs += 1
-        process = None
-        while process is None or not (process.exitcode == 0 or is_published(folder, flags)):
+        is_done = False
+        while not is_done:
             finished = finished_layers(folder)
-            process = start(folder, flags)
-            process.join(moments.uniform(0, whole_run_s))
-            if process.exitcode is None:
-                process.kill()
-                process.join()
-                kills += 1
-            assert process.exitcode in (0, -signal.SIGKILL), (folder / "stderr").read_text()
+            is_killed = run(folder, flags, moments.randrange(changes)) != 0
+            kills += is_killed
+            # One killed after it had put its model in place is done too.
+            is_done = not is_killed or (flags != ["--overwrite"] and (folder / "out").exists())
         assert layers_not_computed(folder) == finished
-        assert contents(folder) == contents(straight)
+        assert contents(folder / "out") == bytes_in(straight / "out")
         assert not list(folder.glob("*out.*"))
         shutil.rmtree(folder)
 
@@ -115,28 +117,18 @@ def replace_a_model(folder: Path, kill_at: int) -> None:
     """Compress a tiny model over another one; the process is killed before the publication's so-many-th change."""
     torch.set_num_threads(1)
     publish = CheckpointSink.publish
-    changes = itertools.count()
-
-    def or_kill(change):
-        def changed(*args, **options):
-            if next(changes) == kill_at:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return change(*args, **options)
-
-        return changed
 
     def publish_or_die(sink, model_card):
-        for name in ("rename", "replace", "unlink", "rmdir"):
-            setattr(os, name, or_kill(getattr(os, name)))
+        kill_before_change(kill_at)
         publish(sink, model_card)
 
     CheckpointSink.publish = publish_or_die
     windows = torch.randint(96, (8, 16), generator=torch.Generator().manual_seed(0))
-    compress_to(folder / "out", on_disk(str(folder / "dense")), windows, overwrite=True)
+    compress_to(folder / "out", str(folder / "dense"), windows, overwrite=True)
 
 
 def run_to_its_end(folder: Path, kill_at: int) -> int | None:
-    process = process_groups.SERVER.Process(target=replace_a_model, args=(folder, kill_at))
+    process = process_groups.SERVER.Process(target=replace_a_model, args=(folder, kill_at), daemon=True)
     process.start()
     process.join()
     return process.exitcode
@@ -145,18 +137,17 @@ def run_to_its_end(folder: Path, kill_at: int) -> int | None:
 def test_a_kill_at_any_step_of_the_publication_leaves_one_model_and_a_way_on(tmp_path):
     """The new model is whole under its working name; the old one is moved, the new one too, and the old one goes."""
     save_tiny_checkpoint(tmp_path / "dense")
-    save_tiny_checkpoint(tmp_path / "old", "mistral")
-    never = 10**6
-    assert run_to_its_end(tmp_path, never) == 0
-    expected = contents(tmp_path)
+    save_tiny_checkpoint(tmp_path / "old", "mistral", "1GB")  # in few files, each of which is a step
+    assert run_to_its_end(tmp_path, NEVER) == 0
+    expected, old = bytes_in(tmp_path / "out"), bytes_in(tmp_path / "old")
     for kill_at in itertools.count():
         shutil.rmtree(tmp_path / "out")
         shutil.copytree(tmp_path / "old", tmp_path / "out")
         if run_to_its_end(tmp_path, kill_at) == 0:
             break
         places = [tmp_path / name for name in ("out", ".out.replaced") if (tmp_path / name).exists()]
-        assert bytes_in(places[0]) in (expected, bytes_in(tmp_path / "old"))
-        assert run_to_its_end(tmp_path, never) == 0
-        assert contents(tmp_path) == expected
+        assert contents(places[0]) in (expected, old)
+        assert run_to_its_end(tmp_path, NEVER) == 0
+        assert bytes_in(tmp_path / "out") == expected
         assert {path.name for path in tmp_path.iterdir()} == {"dense", "old", "out"}
     assert kill_at > 6

@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import tiny_model
+from flatllmcore.engine.checkpoint_source import CheckpointSource
 from flatllmcore.errors import InputError
-from flatllmcore.utils.loading import load_model, load_tokenizer, model_fingerprint
+from flatllmcore.utils.loading import load_model, load_tokenizer
 
 DTYPES = ["float64", "float32", "bfloat16", "float16"]
 
@@ -98,8 +99,12 @@ def test_a_folder_without_tokenizer_is_refused(checkpoint):
         load_tokenizer(str(checkpoint))
 
 
+def fingerprint_of(folder, dtype="auto"):
+    return CheckpointSource(str(folder), torch.device("cpu"), dtype).fingerprint()
+
+
 def test_the_fingerprint_of_a_checkpoint_is_the_same_in_every_dtype(checkpoint):
-    fingerprints = {model_fingerprint(load_model(str(checkpoint), dtype=dtype)) for dtype in DTYPES}
+    fingerprints = {fingerprint_of(checkpoint, dtype) for dtype in DTYPES}
     assert len(fingerprints) == 1
     assert len(fingerprints.pop()) == 16
 
@@ -107,11 +112,13 @@ def test_the_fingerprint_of_a_checkpoint_is_the_same_in_every_dtype(checkpoint):
 @pytest.mark.parametrize(
     "matrix", ["embed_tokens", "layers.0.self_attn.q_proj", "layers.1.self_attn.v_proj", "layers.1.mlp.down_proj"]
 )
-def test_the_fingerprint_tells_that_one_matrix_was_trained_on(model, matrix):
+def test_the_fingerprint_tells_that_one_matrix_was_trained_on(tmp_path, model, matrix):
     """A merged adapter changes a few projections and neither embeddings nor norms."""
     trained = copy.deepcopy(model)
     weight = trained.model.get_submodule(matrix).weight
     with torch.no_grad():
         weight += 0.05 * weight.std() * torch.randn(weight.shape, generator=torch.Generator().manual_seed(3))
-    assert model_fingerprint(trained) != model_fingerprint(model)
-    assert model_fingerprint(copy.deepcopy(model)) == model_fingerprint(model)
+    for name, saved in (("dense", model), ("trained", trained), ("copy", copy.deepcopy(model))):
+        saved.save_pretrained(tmp_path / name)
+    assert fingerprint_of(tmp_path / "trained") != fingerprint_of(tmp_path / "dense")
+    assert fingerprint_of(tmp_path / "copy") == fingerprint_of(tmp_path / "dense")

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig
-
 from flatllmbench.costs import solve_memory_bytes
 from flatllmbench.random_checkpoint import write_random_checkpoint
+from transformers import LlamaConfig
+
 from flatllmcore.utils.layer_utils import dimensions_from_config, load_config
 from python_process import LIBRARY
 from test_main import character_tokenizer, save_text

@@ -4,37 +4,24 @@ import json
 import logging
 import os
 import shutil
-import time
+from threading import Semaphore
 
 import pytest
 import torch
+from flatllmcore.utils.weight_files import WeightFiles
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from checkpoints import (
-    CPU,
-    bytes_in,
-    compress_to,
-    in_memory,
-    on_disk,
-    save_tiny_checkpoint,
-    tokenizer,
-    weights_in,
-)
-from flatllmbench.perplexity import perplexity
-from flatllmcore.core import prune
-from flatllmcore.core.hidden_states import StatesStorage
-from flatllmcore.core.importance import layer_importance
-from flatllmcore.core.stopwatch import Stopwatch
+from checkpoints import VARIANTS, bytes_in, compress_to, in_memory, on_disk, save_tiny_checkpoint, weights_in
+from flatllmcore.engine.importance import layer_importance
+from flatllmcore.engine.perplexity import perplexity
+from flatllmcore.engine.storage import StatesStorage, states_place
 from flatllmcore.errors import InputError
-from flatllmcore.utils.weight_files import WeightFiles
-
-VARIANTS = [
-    ("llama", {}),
-    ("llama", {"attention_bias": True, "mlp_bias": True}),
-    ("llama", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
-    ("mistral", {"sliding_window": 5}),
-]
+from flatllmcore.methods.flatllm import FlatLLMStep
+from flatllmcore.utils import stopwatch
+from flatllmcore.utils.stopwatch import Stopwatch
+from test_stopwatch import Clock
+from tiny_text import word_tokenizer
 
 
 @pytest.fixture
@@ -50,19 +37,16 @@ def checkpoint(tmp_path):
 def test_scores_and_perplexity_are_those_of_the_model_in_memory(tmp_path, windows, family, overrides, shard_size):
     """Bit for bit: the same weights meet the same states in the same order."""
     folder = save_tiny_checkpoint(tmp_path / "dense", family, shard_size, **overrides)
-    found, expected = (
-        (
-            layer_importance(source, windows, 5, Stopwatch(CPU)),
-            perplexity(source, windows, 5, Stopwatch(CPU)),
-            source.fingerprint(),
-        )
-        for source in (on_disk(folder), in_memory(folder))
-    )
-    assert found == expected
+    source, kept, memory = on_disk(folder), on_disk(folder), in_memory(folder)
+    kept.is_kept = True
+    expected = layer_importance(memory, windows, 5), perplexity(memory, windows, 5)
+    for found in (source, kept):
+        assert (layer_importance(found, windows, 5), perplexity(found, windows, 5)) == expected
 
 
-def test_a_hub_id_is_found_in_the_cache(tmp_path, windows, checkpoint):
+def test_a_hub_id_is_found_in_the_cache(tmp_path, checkpoint, monkeypatch):
     """The layout is the hub's; nothing is downloaded."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     snapshot = tmp_path / "cache" / "models--someone--tiny" / "snapshots" / "0123"
     shutil.copytree(checkpoint, snapshot)
     (snapshot.parents[1] / "refs").mkdir()
@@ -78,8 +62,10 @@ def test_layers_are_cast_as_the_model_would_be(checkpoint):
             assert torch.equal(parameter, model.model.layers[2].get_parameter(name))
 
 
-def test_one_layer_is_read_ahead_and_no_more(checkpoint):
+@pytest.mark.parametrize("is_kept", [False, True])
+def test_one_layer_is_read_ahead_and_no_more(checkpoint, is_kept):
     source = on_disk(checkpoint)
+    source.is_kept = is_kept
     asked = []
     read_layer = source._read_layer
     source._read_layer = lambda index: asked.append(index) or read_layer(index)
@@ -87,47 +73,59 @@ def test_one_layer_is_read_ahead_and_no_more(checkpoint):
         with source.layer(index):
             pass
         source._reader.submit(int).result()  # the reader is done with what it was given
-        assert asked[-1] == min(index + 1, 3)
-    assert asked == [0, 1, 2, 3, 0, 1]
+        assert asked[-1] == (3 if is_kept and len(asked) == 4 else min(index + 1, 3))
+    assert asked == ([0, 1, 2, 3] if is_kept else [0, 1, 2, 3, 0, 1])
 
 
-def test_waiting_for_the_disk_is_a_stage_of_its_own(checkpoint, windows):
-    source, stopwatch = on_disk(checkpoint), Stopwatch(CPU)
-    read_layer = source._read_layer
-    source._read_layer = lambda index: time.sleep(0.1) or read_layer(index)
-    layer_importance(source, windows, 5, stopwatch)
-    assert stopwatch.elapsed_s["read"] > 3 * 0.1 > sum(stopwatch.elapsed_s[name] for name in ("forward", "angles"))
+def test_waiting_for_the_disk_is_a_stage_of_its_own(checkpoint, windows, monkeypatch):
+    """A second passes for each layer that is read, which is not before somebody waits for it."""
+    clock, is_waited_for = Clock(), Semaphore(0)
+    monkeypatch.setattr(stopwatch, "time", clock)
+    enter = Stopwatch.enter
+
+    def enter_and_tell(self, name, is_whole=False):
+        enter(self, name, is_whole)
+        if name == "read":
+            is_waited_for.release()
+
+    def read_when_waited_for(index):
+        assert is_waited_for.acquire(timeout=600)
+        clock.now += 1
+        return read_layer(index)
+
+    monkeypatch.setattr(Stopwatch, "enter", enter_and_tell)
+    source = on_disk(checkpoint)
+    read_layer, source._read_layer = source._read_layer, read_when_waited_for
+    with Stopwatch(source.device).running() as watch:
+        layer_importance(source, windows, 5)
+    assert watch.elapsed_s == {"read": 4, "forward": 0, "angles": 0}
 
 
 def test_buffers_of_old_checkpoints_have_no_meaning(checkpoint, windows):
     path = next(path for path in os.scandir(checkpoint) if path.name.endswith(".safetensors"))
     weights = load_file(path.path)
     save_file(weights | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6)}, path.path, {"format": "pt"})
-    layer_importance(on_disk(checkpoint), windows, 5, Stopwatch(CPU))
+    layer_importance(on_disk(checkpoint), windows, 5)
 
 
 # Where hidden states live
 
 
-def test_states_go_to_the_first_place_that_is_large_enough(tmp_path):
-    assert StatesStorage(host_memory_bytes=100).place(50, CPU) == "host"
-    assert StatesStorage(host_memory_bytes=100, folder=tmp_path).place(51, CPU) == "file"
+def test_states_go_to_the_first_place_that_is_large_enough(tmp_path, device):
+    assert states_place(25, device_memory=100, host_memory=0) == "device"
+    assert states_place(26, device_memory=100, host_memory=52) == "host"
+    assert states_place(27, device_memory=100, host_memory=53) == "file"
+    assert StatesStorage().place(2**20, device) == ("host" if device.type == "cpu" else "device")
     with pytest.raises(InputError, match="GiB of disk"):
-        StatesStorage(host_memory_bytes=0, folder=tmp_path).place(2**60, CPU)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_states_stay_on_a_gpu_while_they_fit():
-    assert StatesStorage().place(2**20, torch.device("cuda")) == "device"
-    assert StatesStorage().place(2**45, torch.device("cuda")) != "device"
+        StatesStorage(host_memory_bytes=0, folder=tmp_path).place(2**60, device)
 
 
 def test_states_in_a_file_give_the_same_scores_and_leave_nothing(tmp_path, windows, checkpoint, caplog):
     caplog.set_level(logging.INFO)
-    expected = layer_importance(on_disk(checkpoint), windows, 5, Stopwatch(CPU))
+    expected = layer_importance(on_disk(checkpoint), windows, 5)
     source = on_disk(checkpoint)
     source.storage = StatesStorage(host_memory_bytes=0, folder=tmp_path / "offload")
-    assert layer_importance(source, windows, 5, Stopwatch(CPU)) == expected
+    assert layer_importance(source, windows, 5) == expected
     assert f"a file in {tmp_path / 'offload'}" in caplog.text
     assert not any((tmp_path / "offload").iterdir())
 
@@ -139,21 +137,21 @@ def test_states_in_a_file_give_the_same_scores_and_leave_nothing(tmp_path, windo
 @pytest.mark.parametrize(("family", "overrides"), VARIANTS)
 def test_the_folder_is_that_of_the_model_compressed_in_memory(tmp_path, windows, family, overrides, prune_qk):
     folder = save_tiny_checkpoint(tmp_path / "dense", family, **overrides)
-    compress_to(tmp_path / "disk", on_disk(folder), windows, prune_qk=prune_qk)
-    compress_to(tmp_path / "memory", in_memory(folder), windows, prune_qk=prune_qk)
+    compress_to(tmp_path / "disk", folder, windows, prune_qk=prune_qk)
+    compress_to(tmp_path / "memory", folder, windows, prune_qk=prune_qk, source=in_memory(folder))
     assert bytes_in(tmp_path / "disk") == bytes_in(tmp_path / "memory")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "disk")
     losses = [model(ids[None], labels=ids[None]).loss.item() for ids in windows]
-    measured = perplexity(on_disk(str(tmp_path / "disk")), windows, 5, Stopwatch(CPU)).value
-    assert measured == pytest.approx(torch.tensor(losses).double().mean().exp().item(), rel=1e-6)
+    measured = perplexity(on_disk(str(tmp_path / "disk")), windows, 5).value
+    assert measured == pytest.approx(torch.tensor(losses).mean().exp().item(), rel=1e-6)
 
 
 def test_the_folder_holds_what_save_pretrained_writes(tmp_path, windows, checkpoint):
     """Oracle: the library's own saving of the same model, shards apart."""
-    compress_to(tmp_path / "ours", on_disk(checkpoint), windows)
+    compress_to(tmp_path / "ours", checkpoint, windows)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
     model.save_pretrained(tmp_path / "theirs")
-    tokenizer().save_pretrained(tmp_path / "theirs")
+    word_tokenizer().save_pretrained(tmp_path / "theirs")
     ours, theirs = bytes_in(tmp_path / "ours"), bytes_in(tmp_path / "theirs")
     own = {"README.md", "flat_llm.json", "model.safetensors.index.json"}
     assert {n for n in ours if n not in own and "-of-" not in n} == theirs.keys() - {
@@ -165,7 +163,8 @@ def test_the_folder_holds_what_save_pretrained_writes(tmp_path, windows, checkpo
     index = json.loads(ours["model.safetensors.index.json"])
     assert index["metadata"]["total_size"] == sum(weight.nbytes for weight in weights_in(tmp_path / "ours").values())
     assert index["weight_map"].keys() == model.state_dict().keys()
-    assert AutoTokenizer.from_pretrained(tmp_path / "ours")("a")["input_ids"] == tokenizer()("a")["input_ids"]
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "ours")
+    assert loaded("w3 w5")["input_ids"] == word_tokenizer()("w3 w5")["input_ids"]
 
 
 # Going on
@@ -175,97 +174,100 @@ class StoppedError(Exception):
     """Stands for whatever may end a run."""
 
 
-def stop_at(monkeypatch, layer):
-    solve, calls = prune.solve_layer, []
+def solved_until(patch, layer=99):
+    """Return a list that notes every layer solved; at the given one the run is stopped."""
+    solve, solved = FlatLLMStep.solve, []
 
     def solve_or_stop(*args):
-        calls.append(args)
-        if len(calls) > layer:
+        if len(solved) == layer:
             raise StoppedError
+        solved.append(args)
         return solve(*args)
 
-    monkeypatch.setattr(prune, "solve_layer", solve_or_stop)
-    return calls
+    patch.setattr(FlatLLMStep, "solve", solve_or_stop)
+    return solved
+
+
+@pytest.fixture
+def stopped(tmp_path, windows, checkpoint, monkeypatch):
+    """Begin a run that is stopped at a layer, and return its partial folder."""
+
+    def stop_at(layer=2, **options):
+        with monkeypatch.context() as patch:
+            solved_until(patch, layer)
+            with pytest.raises(StoppedError):
+                compress_to(tmp_path / "out", checkpoint, windows, **options)
+        return tmp_path / "out.partial"
+
+    return stop_at
 
 
 @pytest.mark.parametrize("layer", range(4))
 def test_a_stopped_run_goes_on_to_the_same_bytes_and_computes_nothing_twice(
-    tmp_path, windows, checkpoint, monkeypatch, layer
+    tmp_path, windows, checkpoint, stopped, monkeypatch, layer
 ):
-    compress_to(tmp_path / "straight", on_disk(checkpoint), windows)
-    with monkeypatch.context() as patch:
-        stop_at(patch, layer)
-        with pytest.raises(StoppedError):
-            compress_to(tmp_path / "out", on_disk(checkpoint), windows)
-    assert (tmp_path / "out.partial").exists() == (layer > 0)
-    with monkeypatch.context() as patch:
-        calls = stop_at(patch, 99)
-        compress_to(tmp_path / "out", on_disk(checkpoint), windows)
-    assert len(calls) == 4 - layer
+    compress_to(tmp_path / "straight", checkpoint, windows)
+    assert stopped(layer).exists() == (layer > 0)
+    solved = solved_until(monkeypatch)
+    compress_to(tmp_path / "out", checkpoint, windows)
+    assert len(solved) == 4 - layer
     assert bytes_in(tmp_path / "out") == bytes_in(tmp_path / "straight")
     assert not (tmp_path / "out.partial").exists()
 
 
-def stopped(tmp_path, windows, checkpoint, monkeypatch):
-    with monkeypatch.context() as patch:
-        stop_at(patch, 2)
-        with pytest.raises(StoppedError):
-            compress_to(tmp_path / "out", on_disk(checkpoint), windows)
-    return tmp_path / "out.partial"
-
-
 @pytest.mark.parametrize("damage", [lambda path: os.truncate(path, path.stat().st_size - 1), os.unlink])
-def test_a_damaged_shard_is_found_and_done_again(tmp_path, windows, checkpoint, monkeypatch, damage):
-    compress_to(tmp_path / "straight", on_disk(checkpoint), windows)
-    partial = stopped(tmp_path, windows, checkpoint, monkeypatch)
+def test_a_damaged_shard_is_found_and_done_again(tmp_path, windows, checkpoint, stopped, monkeypatch, damage):
+    compress_to(tmp_path / "straight", checkpoint, windows)
+    partial = stopped()
     damage(partial / "model-00002-of-00006.safetensors")  # layer 0, with layer 1 whole behind it
     for name in (".model-00003-of-00006.safetensors.tmp", ".tmpyCJIMv"):  # what we and libraries leave when killed
         (partial / name).touch()
-    calls = stop_at(monkeypatch, 99)
-    compress_to(tmp_path / "out", on_disk(checkpoint), windows)
-    assert len(calls) == 3
+    solved = solved_until(monkeypatch)
+    compress_to(tmp_path / "out", checkpoint, windows)
+    assert len(solved) == 3
     assert bytes_in(tmp_path / "out") == bytes_in(tmp_path / "straight")
 
 
-def test_a_changed_request_is_refused_and_harms_nothing(tmp_path, windows, checkpoint, monkeypatch):
-    before = bytes_in(stopped(tmp_path, windows, checkpoint, monkeypatch))
+def test_a_changed_request_is_refused_and_harms_nothing(tmp_path, windows, checkpoint, stopped):
+    partial = stopped()
+    before = bytes_in(partial)
     with pytest.raises(InputError, match="another request \\(seed 43, not 42\\)"):
-        compress_to(tmp_path / "out", on_disk(checkpoint), windows, request={"seed": 43}, overwrite=True)
-    assert bytes_in(tmp_path / "out.partial") == before
+        compress_to(tmp_path / "out", checkpoint, windows, request={"seed": 43}, overwrite=True)
+    assert bytes_in(partial) == before
 
 
-def test_a_folder_of_somebody_s_hidden_things_is_in_the_way(tmp_path, windows, checkpoint):
-    (tmp_path / "out.partial" / ".git").mkdir(parents=True)
-    (tmp_path / "out.partial" / ".env").touch()
+def test_results_are_remembered(tmp_path, windows, checkpoint, stopped):
+    found = []
+    stopped(1, before_layers=lambda sink: sink.remember("dense_perplexity", 5.5))
+    compress_to(tmp_path / "out", checkpoint, windows, before_layers=lambda sink: found.append(sink.results))
+    assert found == [{"dense_perplexity": 5.5}]
+
+
+@pytest.mark.parametrize("name", [".env", "thesis.tex"])
+def test_a_folder_of_something_else_is_in_the_way(tmp_path, windows, checkpoint, name):
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / name).touch()
     with pytest.raises(InputError, match="it holds no unfinished run"):
-        compress_to(tmp_path / "out", on_disk(checkpoint), windows)
-    assert (tmp_path / "out.partial" / ".env").exists()
+        compress_to(tmp_path / "out", checkpoint, windows)
+    assert (tmp_path / "out.partial" / name).exists()
 
 
 def test_two_runs_in_one_folder_are_refused(tmp_path, windows, checkpoint):
     def second_run(sink):
         with pytest.raises(InputError, match="another run is writing"):
-            compress_to(tmp_path / "out", on_disk(checkpoint), windows)
+            compress_to(tmp_path / "out", checkpoint, windows)
 
-    compress_to(tmp_path / "out", on_disk(checkpoint), windows, before_layers=second_run)
+    compress_to(tmp_path / "out", checkpoint, windows, before_layers=second_run)
     assert (tmp_path / "out" / "config.json").exists()
 
 
-def test_a_folder_of_something_else_is_in_the_way(tmp_path, windows, checkpoint):
-    (tmp_path / "out.partial").mkdir()
-    (tmp_path / "out.partial" / "thesis.tex").touch()
-    with pytest.raises(InputError, match="it holds no unfinished run"):
-        compress_to(tmp_path / "out", on_disk(checkpoint), windows)
-    assert (tmp_path / "out.partial" / "thesis.tex").exists()
-
-
 def test_a_model_in_the_way_is_replaced_only_when_asked(tmp_path, windows, checkpoint):
-    compress_to(tmp_path / "out", on_disk(checkpoint), windows)
+    compress_to(tmp_path / "out", checkpoint, windows)
     before = bytes_in(tmp_path / "out")
     with pytest.raises(InputError, match="is not empty"):
-        compress_to(tmp_path / "out", on_disk(checkpoint), windows[:12])
+        compress_to(tmp_path / "out", checkpoint, windows[:12])
     assert bytes_in(tmp_path / "out") == before
-    compress_to(tmp_path / "out", on_disk(checkpoint), windows[:12], overwrite=True)
+    compress_to(tmp_path / "out", checkpoint, windows[:12], overwrite=True)
     assert bytes_in(tmp_path / "out") != before
     assert {path.name for path in tmp_path.iterdir()} == {"dense", "out"}
 
@@ -275,20 +277,5 @@ def test_unusable_input_found_on_the_way_leaves_nothing(tmp_path, windows, check
         raise InputError("layer 2 gives NaN")
 
     with pytest.raises(InputError, match="NaN"):
-        compress_to(tmp_path / "out", on_disk(checkpoint), windows, before_layers=refuse)
+        compress_to(tmp_path / "out", checkpoint, windows, before_layers=refuse)
     assert {path.name for path in tmp_path.iterdir()} == {"dense"}
-
-
-def test_results_are_remembered(tmp_path, windows, checkpoint, monkeypatch):
-    with monkeypatch.context() as patch:
-        stop_at(patch, 1)
-        with pytest.raises(StoppedError):
-            compress_to(
-                tmp_path / "out",
-                on_disk(checkpoint),
-                windows,
-                before_layers=lambda sink: sink.remember("dense_perplexity", 5.5),
-            )
-    found = []
-    compress_to(tmp_path / "out", on_disk(checkpoint), windows, before_layers=lambda sink: found.append(sink.results))
-    assert found == [{"dense_perplexity": 5.5}]

@@ -13,26 +13,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
+import main
 import process_groups
-from checkpoints import bytes_in
-from flatllmcore.core import cholesky, hidden_states, prune
-from flatllmcore.core.checkpoint_source import CheckpointSource
+from checkpoints import save_inputs, weights_in
+from flatllmcore.core import cholesky
+from flatllmcore.engine import walk
+from flatllmcore.engine.checkpoint_source import CheckpointSource
 from flatllmcore.errors import InputError
-from test_main import save_checkpoint, save_text
+from flatllmcore.methods import flatllm
+from flatllmcore.utils import processes
 
 ARGV = ["--model", "dense", "--dataset", "text", "--sparsity_ratio", "30", "--seqlen", "32", "--device", "cpu"]
-OUT = [*ARGV, "--save_model", "out", "--bi_score", "scores", "--save", "logs"]
+OUT = [*ARGV, "--save_model", "out", "--bi_score", "scores", "--save", "logs", "--nsamples", "7"]
 RECORD = "logs/dense_flatllm_30.json"
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("inputs")
-    save_checkpoint(folder / "dense", "llama", torch.float64)
-    save_text(folder / "text")
-    return folder
+    return save_inputs(tmp_path_factory.mktemp("inputs"), torch.float64)
 
 
 @pytest.fixture
@@ -47,27 +46,49 @@ def run(copied):
 
     def run_in(name: str, count: int, *argv: str, patch: Callable[[], None] | None = None) -> Path:
         folder = copied(name)
-        statuses, errors = process_groups.run_group(count, [*OUT, *argv], folder, patch)
-        assert (statuses, errors) == ([0] * count, "")
+        assert process_groups.run_group(count, [*OUT, *argv], folder, patch) == ([0] * count, "")
         return folder
 
     return run_in
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return {n: w for path in (folder / "out").glob("*.safetensors") for n, w in load_file(path).items()}
+@pytest.fixture(scope="module")
+def straight(inputs, tmp_path_factory):
+    """Return the weights' files of a model that two processes made in one go, in memory."""
+    folder = Path(shutil.copytree(inputs, tmp_path_factory.mktemp("straight") / "run"))
+    assert process_groups.run_group(2, OUT, folder) == ([0, 0], "")
+    return shards(folder)
 
 
-def assert_equal_up_to_rounding(found: Path, expected: Path) -> None:
-    scores, expected_scores = (json.loads((f / "scores/importance.json").read_text()) for f in (found, expected))
-    assert scores["scores"] == pytest.approx(expected_scores["scores"], rel=1e-9)
-    record, expected_record = (json.loads((f / RECORD).read_text()) for f in (found, expected))
+def shards(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (folder / "out").glob("*.safetensors")}
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+def solve_by_narrow_blocks():
+    cholesky.BLOCK = 16  # four of 56 channels
+
+
+@pytest.mark.parametrize(
+    ("count", "flags"),
+    [(2, ["--out_of_core", "--prune_qk"]), (3, ["--nsamples", "6"]), (3, ["--nsamples", "2"])],
+    ids=["uneven", "even", "empty"],
+)
+def test_a_group_gives_what_one_process_gives(run, count, flags):
+    """Up to rounding, with shares of all kinds."""
+    group, alone = run("group", count, *flags, patch=solve_by_narrow_blocks), run("alone", 1, *flags)
+    found, expected = (read(folder / "scores/importance.json")["scores"] for folder in (group, alone))
+    assert found == pytest.approx(expected, rel=1e-9)
+    found, expected = (read(folder / RECORD)["perplexity"] for folder in (group, alone))
     for kind in ("dense", "compressed"):
-        assert record["perplexity"][kind] == pytest.approx(expected_record["perplexity"][kind], rel=1e-6)
-    found_weights, expected_weights = weights(found), weights(expected)
-    assert found_weights.keys() == expected_weights.keys()
-    for name, weight in found_weights.items():
-        other = expected_weights[name]
+        assert found[kind] == pytest.approx(expected[kind], rel=1e-6)
+    found, expected = weights_in(group / "out"), weights_in(alone / "out")
+    assert found.keys() == expected.keys()
+    for name, weight in found.items():
+        other = expected[name]
         if "gate_proj" in name or "up_proj" in name:  # rows of the dense matrix: the same channels are kept
             assert torch.equal(weight, other), name
         # an eigenvector's sign is anybody's choice
@@ -75,22 +96,8 @@ def assert_equal_up_to_rounding(found: Path, expected: Path) -> None:
         torch.testing.assert_close(*pair, rtol=1e-5, atol=1e-8, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def solve_by_narrow_blocks():
-    cholesky.BLOCK = 16  # five of 80 channels
-
-
-@pytest.mark.parametrize(("count", "nsamples"), [(2, 6), (2, 7), (3, 7), (3, 2)], ids=str)
-@pytest.mark.parametrize("flags", [(), ("--out_of_core", "--prune_qk")], ids=["memory", "disk"])
-def test_a_group_gives_what_one_process_gives(run, count, nsamples, flags):
-    """Even shares, uneven ones, and one that is empty."""
-    flags = (*flags, "--nsamples", str(nsamples))
-    group = run("group", count, *flags, patch=solve_by_narrow_blocks)
-    assert_equal_up_to_rounding(group, run("alone", 1, *flags))
-
-
 def before_layer_1(happen: Callable[[], None]) -> None:
-    solve = prune.solve_layer
-    calls = []
+    solve, calls = flatllm.FlatLLMStep.solve, []
 
     def solve_or_stop(*args):
         calls.append(args)
@@ -98,7 +105,7 @@ def before_layer_1(happen: Callable[[], None]) -> None:
             happen()
         return solve(*args)
 
-    prune.solve_layer = solve_or_stop
+    flatllm.FlatLLMStep.solve = solve_or_stop
 
 
 def interrupt():
@@ -110,90 +117,65 @@ def kill_one(rank: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-stop_at_layer_1 = functools.partial(before_layer_1, interrupt)
-
-
 @pytest.mark.parametrize("rank", ["0", "1"])
-def test_a_group_of_which_one_is_killed_ends_and_goes_on_to_the_same_bytes(run, copied, rank):
-    argv = [*OUT, "--nsamples", "7", "--out_of_core"]
-    straight = run("straight", 2, "--nsamples", "7", "--out_of_core")
-    folder = copied("killed")
+def test_a_group_of_which_one_is_killed_ends_and_goes_on_to_the_same_bytes(straight, copied, rank):
+    folder, argv = copied("killed"), [*OUT, *["--out_of_core"] * int(rank)]
     kill = functools.partial(before_layer_1, functools.partial(kill_one, rank))
     statuses, errors = process_groups.run_group(2, argv, folder, kill)
     assert sorted(statuses) == [-signal.SIGKILL, 2]
     assert statuses[int(rank)] == -signal.SIGKILL
-    assert rank == "0" or errors.startswith("error: another process ended")
+    assert errors.startswith("error: another process ended")
     assert process_groups.run_group(2, argv, folder) == ([0, 0], "")
-    assert bytes_in(folder / "out") == bytes_in(straight / "out")
+    assert shards(folder) == straight
 
 
-@pytest.mark.parametrize("flags", [(), ("--out_of_core",)], ids=["memory", "disk"])
-def test_a_stopped_group_goes_on_to_the_same_bytes(run, copied, flags):
-    argv = [*OUT, "--nsamples", "7", *flags]
-    straight = run("straight", 2, "--nsamples", "7", *flags)
+@pytest.mark.parametrize("is_own", [True, False])
+def test_where_the_process_that_counts_failures_has_ended_own_ones_are_told(monkeypatch, capsys, is_own):
+    class LostStore:
+        def add(self, *_args: object) -> int:
+            raise RuntimeError("Connection reset by peer")
+
+    monkeypatch.setattr(processes, "_store", LostStore())
+    assert main.complain_once("layer 1 gives NaN", is_own) == 2
+    assert capsys.readouterr().err == "error: layer 1 gives NaN\n" * is_own
+
+
+def test_a_stopped_group_goes_on_to_the_same_bytes(straight, copied):
+    """As many processes do; another number of them is another request."""
     folder = copied("stopped")
-    statuses, errors = process_groups.run_group(2, argv, folder, stop_at_layer_1)
+    statuses, errors = process_groups.run_group(2, OUT, folder, functools.partial(before_layer_1, interrupt))
     assert statuses == [2, 2]
     assert "interrupted" in errors
-    assert f"go on with: torchrun --nproc_per_node 2 main.py {shlex.join(argv)}" in errors
+    assert f"go on with: torchrun --nproc_per_node 2 main.py {shlex.join(OUT)}" in errors
     assert (folder / "out.partial").is_dir()
-    assert process_groups.run_group(2, argv, folder) == ([0, 0], "")
-    assert bytes_in(folder / "out") == bytes_in(straight / "out")
-    assert process_groups.run_group(1, [*argv, "--overwrite"], folder) == ([0], "")
-
-
-def test_another_number_of_processes_does_not_go_on_from_there(copied):
-    folder = copied("stopped")
-    argv = [*OUT, "--nsamples", "7"]
-    process_groups.run_group(2, argv, folder, stop_at_layer_1)
-    statuses, errors = process_groups.run_group(1, argv, folder)
+    statuses, errors = process_groups.run_group(1, OUT, folder)
     assert statuses == [2]
     assert "another request (processes 1, not 2)" in errors
+    assert process_groups.run_group(2, OUT, folder) == ([0, 0], "")
+    assert shards(folder) == straight
+    assert process_groups.run_group(1, [*OUT, "--overwrite"], folder) == ([0], "")
 
 
 def fail_in_the_second():
-    checked = hidden_states.checked
+    check = walk.check_finite
 
-    def fail(outputs, index):
+    def fail(index, activations):
         if os.environ["RANK"] == "1" and index == 1:
             raise InputError("layer 1 gives NaN or infinite activations")
-        return checked(outputs, index)
+        check(index, activations)
 
-    hidden_states.checked = fail
-
-
-def test_one_failure_ends_all_and_is_told_once(copied):
-    folder = copied("failing")
-    statuses, errors = process_groups.run_group(3, [*OUT, "--nsamples", "7"], folder, fail_in_the_second)
-    assert statuses == [2, 2, 2]
-    assert errors == "error: layer 1 gives NaN or infinite activations\n"
-    assert {path.name for path in folder.iterdir() if "stderr" not in path.name} <= {"dense", "text", "logs"}
+    walk.check_finite = fail
 
 
 def fail_to_solve_in_the_second():
-    select = prune.select_channels
+    select = flatllm.select_channels
 
     def fail(*args):
         if os.environ["RANK"] == "1":
             raise ArithmeticError("the MLP moment is not finite")
         return select(*args)
 
-    prune.select_channels = fail
-
-
-def test_a_solve_that_fails_in_one_process_ends_all_and_is_told_once(copied):
-    folder = copied("failing")
-    statuses, errors = process_groups.run_group(2, [*OUT, "--nsamples", "7"], folder, fail_to_solve_in_the_second)
-    assert statuses == [2, 2]
-    assert errors == "error: layer 0 cannot be compressed: the MLP moment is not finite\n"
-
-
-@pytest.mark.parametrize("device", ["moon", "cuda:0"])
-def test_a_device_that_several_processes_cannot_use_is_told_once(copied, device):
-    folder = copied("refused")
-    statuses, errors = process_groups.run_group(2, [*OUT, "--device", device], folder)
-    assert (statuses, errors.count("\n")) == ([2, 2], 1)
-    assert device in errors
+    flatllm.select_channels = fail
 
 
 def other_weights_in_the_second():
@@ -201,28 +183,36 @@ def other_weights_in_the_second():
     CheckpointSource.fingerprint = lambda source: fingerprint(source) + os.environ["RANK"]
 
 
-def test_processes_that_see_other_weights_are_refused(copied):
-    folder = copied("refused")
-    statuses, errors = process_groups.run_group(2, [*OUT, "--nsamples", "7"], folder, other_weights_in_the_second)
+@pytest.mark.parametrize(
+    ("patch", "flags", "reason"),
+    [
+        (fail_in_the_second, [], "layer 1 gives NaN or infinite activations\n"),
+        (fail_to_solve_in_the_second, [], "layer 0 cannot be compressed: the MLP moment is not finite\n"),
+        (other_weights_in_the_second, [], "dense has other weights here than where the first process runs\n"),
+        (None, ["--device", "moon"], "--device is 'moon'"),
+        (None, ["--device", "cuda:0"], "device 'cuda:0' is not usable here"),
+        (None, ["--nsamples", "0"], "--nsamples is 0; accepted"),
+    ],
+)
+def test_one_failure_ends_all_and_is_told_once(copied, patch, flags, reason):
+    if "cuda:0" in flags and torch.cuda.is_available():
+        reason = "one GPU"
+    folder = copied("failing")
+    statuses, errors = process_groups.run_group(2, [*OUT, *flags], folder, patch)
     assert statuses == [2, 2]
-    assert errors == "error: dense has other weights here than where the first process runs\n"
-
-
-def test_unusable_input_is_told_once(copied):
-    folder = copied("refused")
-    statuses, errors = process_groups.run_group(2, [*OUT, "--nsamples", "0"], folder)
-    assert statuses == [2, 2]
-    assert errors.startswith("error: --nsamples 0 is out of range")
+    assert errors.startswith(f"error: {reason}")
     assert errors.count("\n") == 1
+    assert not (folder / "out").exists()
 
 
 def test_the_launcher_of_accelerate_starts_a_group(copied):
     folder = copied("launched")
     launch = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-    main = str(Path(__file__).parents[1] / "main.py")
-    command = [sys.executable, "-m", *launch, main, *OUT, "--nsamples", "7"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
+    launch += ["--main_process_port", "0"]  # one that is free
+    program = str(Path(__file__).parents[1] / "main.py")
+    command = [sys.executable, "-m", *launch, program, *OUT]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "on cpu and 1 more" in done.stdout
+    assert "on 2 x cpu" in done.stdout
     assert done.stdout.count("compressed model is in out") == 1
     assert (folder / "out/config.json").exists()

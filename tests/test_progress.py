@@ -18,8 +18,9 @@ from transformers import AutoTokenizer
 
 import main
 from flatllmbench import speed
-from flatllmcore.utils.data_utils import TextDataset, consecutive_windows, load_text, sample_documents
+from flatllmcore.utils.data_utils import consecutive_windows, sample_documents
 from flatllmcore.utils.progress import progress
+from flatllmcore.utils.text_sources import TextDataset, load_text
 
 ROOT = Path(__file__).resolve().parents[1]
 EMBEDDED = ROOT / "models" / "pydocs-llama"

@@ -11,7 +11,7 @@ import pytest
 
 from flatllmcore.errors import InputError
 from flatllmcore.utils import text_sources
-from flatllmcore.utils.data_utils import has_test_split, load_text
+from flatllmcore.utils.text_sources import has_test_split, load_text
 
 ROOT = Path(__file__).resolve().parents[1]
 

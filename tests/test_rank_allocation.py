@@ -10,20 +10,15 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from flatllmbench.published_models import PUBLISHED_MODELS
-from flatllmcore.core.rank_allocation import (
-    ImportancePreservingRankSelector,
-    RankAllocation,
-    allocate_keep_ratios,
-    check_sparsity_ratio,
-    default_rank_multiple,
-    prunable_keep_ratio,
-    published_floors,
-    ranks_from_keep_ratios,
-)
-from flatllmcore.core.rank_rounding import largest_remainder, width_step
+from common import PUBLISHED as PUBLISHED_MODELS
+from conftest import ranks_of, widths_of
+from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector, RankAllocation, allocate_keep_ratios
+from flatllmcore.core.rank_files import load_ranks, save_ranks
+from flatllmcore.core.rank_rounding import _width_step as width_step
+from flatllmcore.core.rank_rounding import largest_remainder
 from flatllmcore.errors import InputError
-from flatllmcore.utils.layer_utils import ModelDimensions, dimensions_from_config
+from flatllmcore.utils.dimensions import ModelDimensions
+from flatllmcore.utils.layer_utils import dimensions_from_config
 
 NAMES = ("llama-2-7b", "llama-2-13b", "llama-2-70b", "llama-3-8b", "mistral-7b")
 PUBLISHED = [dimensions_from_config(PUBLISHED_MODELS[name]()) for name in NAMES]
@@ -63,7 +58,7 @@ def counted_parameters(allocation: RankAllocation) -> int:
     """Count the weights from the shapes of the matrices themselves."""
     sizes = allocation.dimensions
     total = 0
-    for r, k in zip(allocation.value_rank, allocation.mlp_width, strict=True):
+    for r, k in zip(ranks_of(allocation), widths_of(allocation), strict=True):
         shapes = [(sizes.num_kv_heads * r, sizes.hidden_size), (sizes.hidden_size, sizes.num_heads * r)]
         shapes += [(k, sizes.hidden_size), (k, sizes.hidden_size), (sizes.hidden_size, k)]
         for heads in (sizes.num_heads, sizes.num_kv_heads):
@@ -146,19 +141,22 @@ class TestBudget:
     @staticmethod
     def percentages(name: str) -> list[int]:
         dimensions = dimensions_from_config(PUBLISHED_MODELS[name]())
-        return [int(100 * prunable_keep_ratio(dimensions, 1 - p / 100, False)) for p in (10, 20, 30, 40, 50)]
+        return [
+            int(100 * ImportancePreservingRankSelector(dimensions).prunable_keep_ratio(1 - p / 100))
+            for p in (10, 20, 30, 40, 50)
+        ]
 
     def test_pruned_q_and_k_leave_the_keep_ratio_as_it_is(self):
-        assert prunable_keep_ratio(TINY, 0.3, prune_qk=True) == pytest.approx(0.3)
+        assert ImportancePreservingRankSelector(TINY, prune_qk=True).prunable_keep_ratio(0.3) == pytest.approx(0.3)
 
     @pytest.mark.parametrize("dimensions", [*PUBLISHED, TINY])
     def test_the_largest_target_that_the_error_names_is_possible_and_the_next_is_not(self, dimensions):
         with pytest.raises(InputError, match="largest possible target is") as caught:
-            prunable_keep_ratio(dimensions, 0.0, prune_qk=False)
+            ImportancePreservingRankSelector(dimensions).prunable_keep_ratio(0.0)
         largest = int(str(caught.value).split()[-2])
-        assert prunable_keep_ratio(dimensions, 1 - largest / 100, prune_qk=False) > 0
+        assert ImportancePreservingRankSelector(dimensions).prunable_keep_ratio(1 - largest / 100) > 0
         with pytest.raises(InputError):
-            prunable_keep_ratio(dimensions, 1 - (largest + 1) / 100, prune_qk=False)
+            ImportancePreservingRankSelector(dimensions).prunable_keep_ratio(1 - (largest + 1) / 100)
 
     @pytest.mark.parametrize(
         ("dimensions", "floors", "multiples"),
@@ -173,35 +171,26 @@ class TestBudget:
                 select(dimensions, most + 1, rank_multiple=rank_multiple)
         assert select(dimensions, 90, prune_qk=True).achieved_sparsity_percent == pytest.approx(90, abs=0.1)
 
-    @pytest.mark.parametrize("percent", [0, 96, -5])
-    def test_a_ratio_out_of_range_is_refused(self, percent):
-        with pytest.raises(InputError, match="1 to 95"):
-            check_sparsity_ratio(percent)
-
-    @pytest.mark.parametrize("percent", [1, 95])
-    def test_the_ends_of_the_range_are_accepted(self, percent):
-        check_sparsity_ratio(percent)
-
 
 class TestPublishedFloors:
     def test_seven_tenths_of_ten_is_seven(self):
-        sizes = replace(TINY, head_dim=100, intermediate_size=10)
+        selector = ImportancePreservingRankSelector(replace(TINY, head_dim=100, intermediate_size=10))
         assert math.floor(0.29 * 100) == 28  # what the guard is for
-        assert published_floors(sizes, [0.29, 0.7]) == ([29, 70], [2, 7])
+        assert [(kept.value_rank, kept.mlp_width) for kept in map(selector.floored, (0.29, 0.7))] == [(29, 2), (70, 7)]
 
-    @given(st.lists(st.integers(1, 1000), min_size=1, max_size=20), model_dimensions())
-    def test_ranks_and_widths_are_exact_floors_and_at_least_one(self, thousandths, dimensions):
-        ranks, widths = published_floors(dimensions, [n / 1000 for n in thousandths])
-        assert ranks == [max(1, n * dimensions.head_dim // 1000) for n in thousandths]
-        assert widths == [max(1, n * dimensions.intermediate_size // 1000) for n in thousandths]
+    @given(st.integers(1, 1000), st.integers(1, 1000), model_dimensions())
+    def test_ranks_and_widths_are_exact_floors_and_at_least_one(self, n, of_values, dimensions):
+        kept = ImportancePreservingRankSelector(dimensions).floored(n / 1000, of_values / 1000)
+        assert kept.value_rank == max(1, of_values * dimensions.head_dim // 1000)
+        assert kept.mlp_width == max(1, n * dimensions.intermediate_size // 1000)
 
     @pytest.mark.parametrize("dimensions", [*PUBLISHED, TINY])
     def test_at_a_multiple_of_1_ranks_are_the_floors_of_the_shares_where_q_and_k_stay_whole(self, dimensions):
         """Oracle: r = ⌊w·d⌋ and k = ⌊w·F⌋ as published."""
         allocation = select(dimensions, 23, rank_multiple=1)
         d, F = dimensions.head_dim, dimensions.intermediate_size
-        assert allocation.value_rank == tuple(int(w * d) for w in allocation.keep)
-        assert allocation.mlp_width == tuple(int(w * F) for w in allocation.keep)
+        assert ranks_of(allocation) == tuple(int(kept.keep * d) for kept in allocation.layers)
+        assert widths_of(allocation) == tuple(int(kept.keep * F) for kept in allocation.layers)
 
     def test_floors_remove_at_least_the_target(self):
         for percent in range(1, 80):
@@ -209,19 +198,22 @@ class TestPublishedFloors:
             assert percent - 1e-9 <= allocation.achieved_sparsity_percent < percent + 1
 
     def test_given_shares_state_what_their_floors_remove(self):
-        keep = [0.9, 0.5, 1.0, 0.25, 0.8]
-        allocation = ranks_from_keep_ratios(TINY, keep)
-        assert (allocation.value_rank, allocation.mlp_width) == ((7, 4, 8, 2, 6), (154, 86, 172, 43, 137))
+        allocation = floors_of([0.9, 0.5, 1.0, 0.25, 0.8])
+        assert (ranks_of(allocation), widths_of(allocation)) == ((7, 4, 8, 2, 6), (154, 86, 172, 43, 137))
         removed = 1 - counted_parameters(allocation) / allocation.parameters_before
-        assert allocation.sparsity_ratio == allocation.achieved_sparsity_percent == pytest.approx(100 * removed)
+        assert allocation.achieved_sparsity_percent == pytest.approx(100 * removed)
+        assert allocation.sparsity_percent == pytest.approx(100 * removed)
 
-    def test_shares_for_another_number_of_layers_are_refused(self):
-        with pytest.raises(InputError, match="'keep' has 2 entries; the model has 5 layers"):
-            ranks_from_keep_ratios(TINY, [0.5, 0.5])
+
+def floors_of(keep, prune_qk: bool = False) -> RankAllocation:
+    selector = ImportancePreservingRankSelector(TINY, prune_qk=prune_qk)
+    return RankAllocation.of_layers(TINY, map(selector.floored, keep), prune_qk=prune_qk)
 
 
 def select(dimensions: ModelDimensions, percent: float, seed: int = 0, **options) -> RankAllocation:
-    return ImportancePreservingRankSelector(dimensions, **options).allocate(scores_for(dimensions, seed), percent)
+    return ImportancePreservingRankSelector(dimensions, **options).allocate(
+        scores_for(dimensions, seed), 1 - percent / 100
+    )
 
 
 class TestRoundedRanks:
@@ -229,16 +221,16 @@ class TestRoundedRanks:
         """Check bounds, steps, order and the error bound of one allocation."""
         sizes, multiple = allocation.dimensions, allocation.rank_multiple
         step = width_step(sizes, multiple)
-        for w, r, k in zip(allocation.keep, allocation.value_rank, allocation.mlp_width, strict=True):
+        for w, r, k in ((kept.keep, kept.value_rank, kept.mlp_width) for kept in allocation.layers):
             if w == 1:
                 assert (r, k) == (sizes.head_dim, sizes.intermediate_size)
             else:
                 assert r in range(multiple, sizes.head_dim + 1, multiple)
                 assert k in range(step, sizes.intermediate_size + 1, step)
-        for values in (allocation.value_rank, allocation.mlp_width):
+        for values in (ranks_of(allocation), widths_of(allocation)):
             ordered = [value for _, value in sorted(zip(scores, values, strict=True))]
             assert ordered == sorted(ordered)
-        asked = allocation.sparsity_ratio / 100 * allocation.parameters_before
+        asked = (1 - allocation.keep_ratio) * allocation.parameters_before
         removed = allocation.parameters_before - counted_parameters(allocation)
         assert abs(removed - asked) <= allowed_error(sizes, asked, multiple) + 1e-6
 
@@ -289,7 +281,7 @@ class TestRoundedRanks:
         assume(keep_ratio * dimensions.layer_parameters > dimensions.qk_parameters)
         selector = ImportancePreservingRankSelector(dimensions, rank_multiple=multiple)
         try:
-            allocation = selector.allocate(scores, percent)
+            allocation = selector.allocate(scores, 1 - percent / 100)
         except InputError:
             assert self.nearest_miss(dimensions, scores, percent, multiple) > 0
         else:
@@ -298,13 +290,15 @@ class TestRoundedRanks:
     @staticmethod
     def nearest_miss(dimensions: ModelDimensions, scores: list[float], percent: int, multiple: int) -> float:
         """Return by how much the best totals overstep the allowed error, trying all of them."""
-        keep = allocate_keep_ratios(scores, prunable_keep_ratio(dimensions, 1 - percent / 100, prune_qk=False))
+        keep = allocate_keep_ratios(
+            scores, ImportancePreservingRankSelector(dimensions).prunable_keep_ratio(1 - percent / 100)
+        )
         n = sum(w < 1 for w in keep)
         step = width_step(dimensions, multiple)
         asked = percent / 100 * dimensions.num_layers * dimensions.layer_parameters
         rank_cost = multiple * dimensions.rank_parameters
         width_cost = step * dimensions.width_parameters
-        pruned = n * (dimensions.vo_parameters + dimensions.mlp_parameters)
+        pruned = n * (dimensions.layer_parameters - dimensions.qk_parameters)
         best = math.inf
         for ranks in range(n, n * (dimensions.head_dim // multiple) + 1):
             widths = (pruned - asked - ranks * rank_cost) / width_cost
@@ -330,7 +324,7 @@ class TestRoundedRanks:
     def test_a_keep_ratio_of_one_leaves_every_layer_whole(self):
         allocation = select(TINY, 0, rank_multiple=8)
         assert allocation.parameters_after == allocation.parameters_before
-        assert set(allocation.mlp_width) == {172}
+        assert set(widths_of(allocation)) == {172}
 
     def test_widths_move_by_64_only_where_that_is_cheap(self):
         assert [width_step(dimensions, 8) for dimensions in PUBLISHED] == [64] * 5
@@ -352,12 +346,12 @@ class TestRoundedRanks:
 
 class TestSelector:
     def test_the_default_multiple_is_8_for_heads_64_wide_and_1_below(self):
-        assert default_rank_multiple(replace(TINY, head_dim=64)) == 8
-        assert default_rank_multiple(replace(TINY, head_dim=63)) == 1
+        assert ImportancePreservingRankSelector(replace(TINY, head_dim=64)).rank_multiple == 8
+        assert ImportancePreservingRankSelector(replace(TINY, head_dim=63)).rank_multiple == 1
 
     def test_scores_for_another_number_of_layers_are_refused(self):
         with pytest.raises(InputError, match="'scores' has 3 entries; the model has 5 layers"):
-            ImportancePreservingRankSelector(TINY).allocate([0.1, 0.2, 0.3], 20)
+            ImportancePreservingRankSelector(TINY).allocate([0.1, 0.2, 0.3], 0.8)
 
     @pytest.mark.parametrize("multiple", [0, -8, 9])
     def test_a_multiple_that_does_not_fit_a_head_is_refused(self, multiple):
@@ -366,9 +360,9 @@ class TestSelector:
 
     def test_factors_that_cost_more_than_q_and_k_leave_them_whole(self):
         """At rank 8 of 8 the factors of a (8, 64) head are 576 weights, the head itself 512."""
-        whole = ranks_from_keep_ratios(TINY, [1.0] * 5, prune_qk=True)
+        whole = floors_of([1.0] * 5, prune_qk=True)
         assert whole.parameters_after == whole.parameters_before
-        halved = ranks_from_keep_ratios(TINY, [0.5] * 5, prune_qk=True)
+        halved = floors_of([0.5] * 5, prune_qk=True)
         assert halved.parameters_after == 5 * (12 * 4 * (64 + 8) + 12 * 4 * 64 + 3 * 64 * 86)
 
 
@@ -378,11 +372,11 @@ class TestRanksFile:
         return replace(select(TINY, 20), importance_sha256="ab" * 32)
 
     def test_a_saved_allocation_comes_back_equal(self, allocation, tmp_path):
-        allocation.save(tmp_path / "new" / "ranks_20.json")
-        assert RankAllocation.load(tmp_path / "new" / "ranks_20.json") == allocation
+        save_ranks(allocation, tmp_path / "new" / "ranks_20.json")
+        assert load_ranks(tmp_path / "new" / "ranks_20.json") == allocation
 
     def test_the_file_states_target_ranks_and_parameters(self, allocation, tmp_path):
-        allocation.save(tmp_path / "ranks_20.json")
+        save_ranks(allocation, tmp_path / "ranks_20.json")
         content = json.loads((tmp_path / "ranks_20.json").read_text())
         assert content["sparsity_ratio"] == 20
         assert content["prune_qk"] is False
@@ -396,43 +390,46 @@ class TestRanksFile:
         [
             ({"value_rank": [1, 2]}, r"'value_rank' has 2 entries; the model has 5 layers"),
             ({"value_rank": [8, 9, 8, 8, 8]}, r"'value_rank' of layer 1 is 9; accepted: 1 to 8"),
-            ({"value_rank": [8, 8, 8, 8, 2.5]}, r"'value_rank\[4\]' is 2.5; expected int"),
+            ({"value_rank": [8, 8, 8, 8, 2.5]}, r"Expected `int`, got `float` - at `\$\.value_rank\[4\]`"),
             ({"mlp_width": [172, 172, 0, 172, 172]}, r"'mlp_width' of layer 2 is 0; accepted: 1 to 172"),
             ({"mlp_width": [173, 172, 1, 172, 172]}, r"'mlp_width' of layer 0 is 173; accepted: 1 to 172"),
             ({"keep": [1, 1, 1, 1, 1.5]}, r"'keep' of layer 4 is 1.5; accepted: more than 0, at most 1"),
-            ({"keep": [1, 1, 1, 1, math.nan]}, r"'keep\[4\]' is nan; expected a finite number"),
-            ({"prune_qk": 1}, r"'prune_qk' is 1; expected bool"),
-            ({"rank_multiple": True}, r"'rank_multiple' is True; expected int"),
-            ({"sparsity_ratio": "20"}, r"'sparsity_ratio' is '20'; expected a finite number"),
+            ({"keep": [1, 1, 1, 1, math.nan]}, "is not JSON"),
+            ({"prune_qk": 1}, r"Expected `bool`, got `int` - at `\$\.prune_qk`"),
+            ({"rank_multiple": True}, r"Expected `int`, got `bool` - at `\$\.rank_multiple`"),
+            ({"sparsity_ratio": "20"}, r"Expected `float`, got `str` - at `\$\.sparsity_ratio`"),
             ({"parameters_after": 1}, r"'parameters_after' is 1, but the ranks and widths add up to \d+"),
-            ({"dimensions": {"architecture": "llama"}}, r"'num_layers' is missing"),
-            ({"mlp_width": None}, r"'mlp_width' is None; expected list"),
+            ({"dimensions": {"architecture": "llama"}}, r"missing required field `num_layers` - at `\$\.dimensions`"),
+            ({"mlp_width": None}, r"Expected `array`, got `null` - at `\$\.mlp_width`"),
         ],
     )
     def test_a_damaged_field_is_refused_by_file_and_name(self, allocation, tmp_path, change, complaint):
         path = tmp_path / "ranks_20.json"
-        path.write_text(json.dumps(allocation.to_json() | change))
+        save_ranks(allocation, path)
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
         with pytest.raises(InputError, match=complaint) as caught:
-            RankAllocation.load(path)
+            load_ranks(path)
         assert str(caught.value).startswith(f"{path}: ")
         assert "\n" not in str(caught.value)
 
     @pytest.mark.parametrize("name", ["keep", "value_rank", "mlp_width", "dimensions", "prune_qk", "parameters_before"])
     def test_a_missing_field_is_named(self, allocation, tmp_path, name):
-        content = allocation.to_json()
+        save_ranks(allocation, tmp_path / "r.json")
+        content = json.loads((tmp_path / "r.json").read_text())
         del content[name]
         (tmp_path / "r.json").write_text(json.dumps(content))
-        with pytest.raises(InputError, match=f"r.json: the field '{name}' is missing"):
-            RankAllocation.load(tmp_path / "r.json")
+        with pytest.raises(InputError, match=f"r.json: Object missing required field `{name}`"):
+            load_ranks(tmp_path / "r.json")
 
     @pytest.mark.parametrize(
-        ("content", "complaint"), [(b"{", "is not JSON"), (b"\xff\xfe", "is not JSON"), (b"[]", "list")]
+        ("content", "complaint"),
+        [(b"{", "is not JSON"), (b"\xff\xfe", "is not JSON"), (b"[]", "Expected `object`, got `array`")],
     )
     def test_a_file_that_is_no_json_object_is_refused(self, tmp_path, content, complaint):
         (tmp_path / "r.json").write_bytes(content)
         with pytest.raises(InputError, match=complaint):
-            RankAllocation.load(tmp_path / "r.json")
+            load_ranks(tmp_path / "r.json")
 
     def test_a_missing_file_is_refused(self, tmp_path):
         with pytest.raises(InputError, match=r"cannot read .*none\.json: No such file"):
-            RankAllocation.load(tmp_path / "none.json")
+            load_ranks(tmp_path / "none.json")

@@ -1,16 +1,19 @@
 """Which file of a folder decides the ranks, and which files are refused."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from flatllmcore.core.importance_scores import ImportanceScores
+from conftest import ranks_of, widths_of
+from flatllmcore.core.importance import ImportanceScores
 from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector, RankAllocation
-from flatllmcore.core.rank_files import find_ranks, ranks_file
+from flatllmcore.core.rank_files import find_ranks, load_ranks, ranks_file, save_ranks
 from flatllmcore.errors import InputError
-from flatllmcore.utils.layer_utils import ModelDimensions
+from flatllmcore.utils.dimensions import ModelDimensions
+from flatllmcore.utils.files import digest, to_json_bytes, write_json
 
 DIMENSIONS = ModelDimensions("llama", 2, 64, 4, 2, 16, 128)
 SELECTOR = ImportancePreservingRankSelector(DIMENSIONS)
@@ -25,15 +28,24 @@ def scores(*values: float, **fields: object) -> ImportanceScores:
 
 
 def found(place: Path, percent: int = 20, selector: ImportancePreservingRankSelector = SELECTOR):
-    return find_ranks(place, selector, WEIGHTS, percent)
+    return find(place, selector, WEIGHTS, percent)
+
+
+def find(place: Path, selector: ImportancePreservingRankSelector, fingerprint: str, percent: int):
+    keep_ratio = 1 - percent / 100
+
+    def allocate(scores, sha256):
+        return replace(selector.allocate(scores, keep_ratio), importance_sha256=sha256)
+
+    return find_ranks(place, selector, fingerprint, keep_ratio, allocate)
 
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
     """Scores, and the ranks made of them, for 20 % removed."""
-    scores(0.1, 0.2).save(tmp_path / "importance.json")
-    digest = scores(0.1, 0.2).sha256()
-    SELECTOR.allocate([0.1, 0.2], 20, digest).save(tmp_path / "ranks_20.json")
+    write_json(tmp_path / "importance.json", scores(0.1, 0.2))
+    sha256 = digest(to_json_bytes(scores(0.1, 0.2)))
+    save_ranks(replace(SELECTOR.allocate([0.1, 0.2], 0.8), importance_sha256=sha256), tmp_path / "ranks_20.json")
     return tmp_path
 
 
@@ -44,48 +56,48 @@ def edit(path: Path, **fields: object) -> None:
 def test_the_most_specific_file_of_a_folder_decides(tmp_path):
     """Each file holds other scores, so what was used can be told from the ranks."""
     by_file = {
-        "ranks_20.json": SELECTOR.allocate([0.1, 0.2], 20),
-        "importance.json": SELECTOR.allocate([0.2, 0.1], 20),
+        "ranks_20.json": SELECTOR.allocate([0.1, 0.2], 0.8),
+        "importance.json": SELECTOR.allocate([0.2, 0.1], 0.8),
         AUTHORS_KEPT: [0.625, 0.875],
-        "bi_score.pt": SELECTOR.allocate([0.15, 0.16], 20),
+        "bi_score.pt": SELECTOR.allocate([0.15, 0.16], 0.8),
     }
-    by_file["ranks_20.json"].save(tmp_path / "ranks_20.json")
-    SELECTOR.allocate([0.3, 0.1], 30).save(tmp_path / "ranks_30.json")
-    scores(0.2, 0.1).save(tmp_path / "importance.json")
+    save_ranks(by_file["ranks_20.json"], tmp_path / "ranks_20.json")
+    save_ranks(SELECTOR.allocate([0.3, 0.1], 0.7), tmp_path / "ranks_30.json")
+    write_json(tmp_path / "importance.json", scores(0.2, 0.1))
     torch.save(by_file[AUTHORS_KEPT], tmp_path / AUTHORS_KEPT)
     torch.save([0.15, 0.16], tmp_path / "bi_score.pt")
     for name, expected in by_file.items():
-        ranks = expected.value_rank if isinstance(expected, RankAllocation) else (10, 14)
-        assert found(tmp_path).value_rank == ranks, name
+        ranks = ranks_of(expected) if isinstance(expected, RankAllocation) else (10, 14)
+        assert ranks_of(found(tmp_path)) == ranks, name
         (tmp_path / name).unlink()
     assert found(tmp_path) is None
 
 
 def test_a_file_given_by_name_is_used_whatever_stands_beside_it(folder):
     torch.save([0.625, 0.875], folder / AUTHORS_KEPT)
-    assert found(folder / AUTHORS_KEPT).keep == (0.625, 0.875)
-    scores(0.3, 0.1).save(folder / "of_yesterday.json")
-    assert found(folder / "of_yesterday.json").keep == SELECTOR.allocate([0.3, 0.1], 20).keep
+    assert [kept.keep for kept in found(folder / AUTHORS_KEPT).layers] == [0.625, 0.875]
+    write_json(folder / "of_yesterday.json", scores(0.3, 0.1))
+    assert found(folder / "of_yesterday.json").layers == SELECTOR.allocate([0.3, 0.1], 0.8).layers
 
 
 def test_the_authors_shares_are_used_as_they_are(tmp_path):
     torch.save([0.5, 1.0], tmp_path / AUTHORS_KEPT)
     allocation = found(tmp_path)
-    assert allocation.value_rank == (8, 16)
-    assert allocation.mlp_width == (64, 128)
-    assert allocation.sparsity_ratio == pytest.approx(100 * 0.5 * 30720 / (2 * 36864))
+    assert ranks_of(allocation) == (8, 16)
+    assert widths_of(allocation) == (64, 128)
+    assert allocation.sparsity_percent == pytest.approx(100 * 0.5 * 30720 / (2 * 36864))
 
 
 def test_a_folder_that_is_not_there_or_holds_other_targets_has_no_ranks(tmp_path):
     assert found(tmp_path / "nosuch") is None
-    SELECTOR.allocate([0.1, 0.2], 30).save(tmp_path / ranks_file(30))
+    save_ranks(SELECTOR.allocate([0.1, 0.2], 0.7), tmp_path / ranks_file(30))
     assert found(tmp_path) is None
-    assert found(tmp_path, 30).sparsity_ratio == 30
+    assert found(tmp_path, 30).sparsity_percent == 30
 
 
 def test_ranks_made_of_other_scores_than_those_beside_them_are_refused(folder):
-    assert found(folder) == RankAllocation.load(folder / "ranks_20.json")
-    scores(0.1, 0.3).save(folder / "importance.json")
+    assert found(folder) == load_ranks(folder / "ranks_20.json")
+    write_json(folder / "importance.json", scores(0.1, 0.3))
     with pytest.raises(InputError, match=r"ranks_20\.json: .*other scores than .*importance\.json"):
         found(folder)
     (folder / "importance.json").unlink()
@@ -96,14 +108,14 @@ def test_scores_formatted_by_another_program_keep_their_ranks(folder):
     """The digest is of the file, as compute_rank.py takes it."""
     edit(folder / "importance.json")
     fresh = found(folder / "importance.json")
-    fresh.save(folder / "ranks_20.json")
+    save_ranks(fresh, folder / "ranks_20.json")
     assert found(folder) == fresh
 
 
 @pytest.mark.parametrize("name", ["ranks_20.json", "importance.json"])
 def test_other_weights_of_the_same_sizes_are_refused(folder, name):
     with pytest.raises(InputError, match=rf"{name}: .*other weights"):
-        find_ranks(folder / name, SELECTOR, "f" * 16, 20)
+        find(folder / name, SELECTOR, "f" * 16, 20)
 
 
 @pytest.mark.parametrize("name", ["ranks_20.json", "importance.json"])
@@ -115,7 +127,7 @@ def test_another_model_is_refused_with_the_sizes_that_differ(folder, name):
 
 def test_ranks_for_pruned_queries_and_keys_do_not_fit_a_run_that_keeps_them(tmp_path):
     pruning = ImportancePreservingRankSelector(DIMENSIONS, prune_qk=True)
-    pruning.allocate([0.1, 0.2], 20).save(tmp_path / "ranks_20.json")
+    save_ranks(pruning.allocate([0.1, 0.2], 0.8), tmp_path / "ranks_20.json")
     with pytest.raises(InputError, match=r"ranks_20\.json: .*pruned Q and K, which are whole here"):
         found(tmp_path)
     assert found(tmp_path, selector=pruning).prune_qk

@@ -55,7 +55,8 @@ class TestRecords:
     )
     def test_a_record_that_cannot_be_used_is_named_with_its_field(self, tmp_path, change, reason):
         path = saved(tmp_path, "a", COMPRESSION, **change)
-        assert refused(path).startswith(f"{path} {reason}")
+        assert refused(path).startswith(str(path))
+        assert reason in refused(path)
 
     def test_a_path_that_is_not_there_and_a_folder_without_records_are_refused(self, tmp_path):
         assert refused(tmp_path / "none.json") == f"cannot read {tmp_path / 'none.json'}: No such file or directory"

@@ -158,9 +158,7 @@ def model(request):
     return {
         "dense": lambda: dense,
         "compressed": lambda: compress(dense),
-        "Q and K too": lambda: AutoModelForCausalLM.from_config(
-            compressed_config(dense.config, kept(qk=(None, 6, 3)))
-        ),
+        "Q and K too": lambda: AutoModelForCausalLM.from_config(compressed_config(dense.config, kept(qk=(None, 6, 3)))),
         "biases and a head_dim of its own": lambda: compress(dense_model_of("llama", attention_bias=True, head_dim=24)),
         "tied": lambda: compress(dense_model_of("llama", tie_word_embeddings=True)),
     }[request.param]()

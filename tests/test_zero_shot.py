@@ -27,8 +27,9 @@ from flatllmbench.zero_shot import zero_shot
 from flatllmcore import FlatLLMPruner, InputError
 from flatllmcore.engine.memory import ModelInMemory
 from flatllmcore.engine.perplexity import perplexity
-from flatllmcore.utils.data_utils import TextDataset, consecutive_windows
+from flatllmcore.utils.data_utils import consecutive_windows
 from flatllmcore.utils.loading import load_model, load_tokenizer
+from flatllmcore.utils.text_sources import TextDataset
 from python_process import BLOCKED, run_python
 from tasks.generate import questions
 from tiny_text import word_tokenizer

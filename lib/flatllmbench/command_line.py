@@ -19,9 +19,9 @@ from flatllmcore.core.importance import IMPORTANCE_FILE
 from flatllmcore.errors import InputError
 from flatllmcore.methods import METHODS
 from flatllmcore.utils.checkpoint import check_output_folder
-from flatllmcore.utils.data_utils import has_test_split
 from flatllmcore.utils.layer_utils import model_name
 from flatllmcore.utils.processes import is_rank_0, local_world_size
+from flatllmcore.utils.text_sources import has_test_split
 
 # What a user can mend about a place that cannot be written to.
 UNUSABLE_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOTDIR, errno.EEXIST)

@@ -18,7 +18,7 @@ from .engine.taps import tapped
 from .errors import InputError
 from .methods.flatllm import FlatLLMStep
 from .pipeline import Pipeline
-from .utils.calibration_windows import check_token_ids, padding_ids_of, real_tokens, token_rows, windows_of_rows
+from .utils.data_utils import check_token_ids, padding_ids_of, real_rows, windows_of_rows
 from .utils.devices import parse_device
 from .utils.dimensions import Kept
 from .utils.dispatch import dispatch_hooks_lifted
@@ -80,8 +80,7 @@ class AbsorptionCompressor:
             if not 0 <= layer_idx < self.dimensions.num_layers:
                 last = self.dimensions.num_layers - 1
                 raise InputError(f"there is no layer {layer_idx}; the model has layers 0 to {last}")
-        padding_ids = padding_ids_of(self.model.config)
-        rows = [real_tokens(*row, padding_ids) for row in token_rows(calibration_input_ids, attention_mask)]
+        rows = real_rows(calibration_input_ids, attention_mask, padding_ids_of(self.model.config))
         longest = max(len(row) for row in rows)
         windows = windows_of_rows(rows, min(longest, self.model.config.max_position_embeddings))
         check_token_ids(windows, self.model.config.vocab_size)

@@ -25,14 +25,14 @@ from .engine.perplexity import Perplexity, perplexity
 from .engine.storage import StatesStorage
 from .errors import InputError
 from .pipeline import Pipeline
-from .utils.calibration_windows import check_token_ids
-from .utils.data_utils import consecutive_windows, load_text
+from .utils.data_utils import check_token_ids, consecutive_windows
 from .utils.devices import GIB, free_host_memory, parse_device
 from .utils.files import check_disk_space, digest, to_json_bytes, write_json
 from .utils.layer_utils import count_parameters, dimensions_from_config, load_config
 from .utils.loading import generation_config_file, load_tokenizer
 from .utils.processes import broadcast_object, is_rank_0, local_world_size, world_size
 from .utils.stopwatch import stage
+from .utils.text_sources import load_text
 
 logger = logging.getLogger(__name__)
 

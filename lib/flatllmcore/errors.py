@@ -4,5 +4,6 @@
 class InputError(ValueError):
     """What the caller gave cannot be used.
 
-    The message is one line: what was wrong, what was given, what is accepted.
+    The message is one line: what was wrong, what was given, what is accepted. Whatever takes input may raise it;
+    docstrings mention it where it is not plain that it does.
     """

@@ -20,10 +20,10 @@ from .engine.protocols import LayerRecord, LayerSink, LayerSource
 from .engine.walk import default_batch_size
 from .errors import InputError
 from .methods import METHODS
-from .utils import calibration_windows, data_utils
-from .utils.data_utils import TextDataset
+from .utils import data_utils
 from .utils.layer_utils import dimensions_from_config
 from .utils.stopwatch import stage
+from .utils.text_sources import TextDataset
 
 logger = logging.getLogger(__name__)
 
@@ -91,15 +91,15 @@ class Pipeline:
     @property
     def seqlen(self) -> int:
         """Tokens per window."""
-        return calibration_windows.window_length(self.config.seqlen, self.model_config.max_position_embeddings)
+        return data_utils.window_length(self.config.seqlen, self.model_config.max_position_embeddings)
 
     @cached_property
     def _data(self) -> TextDataset | list[Tensor]:
         config = self.config
-        return calibration_windows.read_calibration_data(
+        return data_utils.read_calibration_data(
             config.cal_dataset,
             nsamples=config.cal_nsamples or TO_COMPRESS,
-            padding_ids=calibration_windows.padding_ids_of(self.model_config, self.tokenizer),
+            padding_ids=data_utils.padding_ids_of(self.model_config, self.tokenizer),
             dataset_root=config.dataset_root,
             cache_dir=config.cache_dir,
         )
@@ -117,7 +117,7 @@ class Pipeline:
             else:
                 if config.seqlen is None:
                     seqlen = min(seqlen, max(len(row) for row in data))
-                windows = calibration_windows.windows_of_rows(data, seqlen)[:nsamples]
-            calibration_windows.check_token_ids(windows, self.model_config.vocab_size)
+                windows = data_utils.windows_of_rows(data, seqlen)[:nsamples]
+            data_utils.check_token_ids(windows, self.model_config.vocab_size)
         logger.info("calibration data: %s", data_utils.calibration_statistics(windows))
         return windows

@@ -21,8 +21,7 @@ from flatllmcore.engine.memory import ModelInMemory, layer_arguments
 from flatllmcore.engine.perplexity import perplexity
 from flatllmcore.layers import FAMILIES, family_of
 from flatllmcore.methods import METHODS
-from flatllmcore.utils.layer_utils import dimensions_from_config, load_config
-from flatllmcore.utils.model_families import FAMILY_NAMES
+from flatllmcore.utils.layer_utils import FAMILY_NAMES, dimensions_from_config, load_config
 
 from .published import PUBLISHED
 from .tiny_models import generate, random_model

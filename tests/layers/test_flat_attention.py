@@ -6,8 +6,8 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from flatllmcore.layers import attention_value_width, flat_attention
-from flatllmcore.layers.flat_attention import one_token_attention
+from flatllmcore.layers import flat_attention
+from flatllmcore.layers.flat_attention import attention_value_width, one_token_attention
 
 from .tiny_models import RANKS, SIZES, compress, dense_model_of, generate, project_in_full_size
 

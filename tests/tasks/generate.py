@@ -11,7 +11,7 @@ import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from flatllmcore.utils.data_utils import load_text
+from flatllmcore.utils.text_sources import load_text
 
 PLACE = Path(__file__).with_name("pydocs.jsonl")
 

@@ -11,17 +11,10 @@ from torch import Tensor
 
 
 def headwise_pca(second_moment: Tensor, name: str = "value") -> tuple[Tensor, Tensor]:
-    """Return eigenvalues and principal directions of each head, largest first.
-
-    Args:
-        second_moment: Sum of ``v vᵀ`` over calibration tokens, float64, (G, d, d).
-        name: Whose moment it is, for the error message.
-
-    Returns:
-        Eigenvalues (G, d), falling, and orthonormal columns (G, d, d), both float64.
+    """Return eigenvalues, falling, (G, d), and their orthonormal columns, (G, d, d), of ``Σ v vᵀ``, float64, (G, d, d).
 
     Raises:
-        ArithmeticError: If a moment is not finite.
+        ArithmeticError: If a moment is not finite, by ``name`` and heads.
     """
     if not torch.isfinite(second_moment).all():
         heads = (~torch.isfinite(second_moment)).flatten(1).any(1).nonzero().flatten().tolist()
@@ -31,14 +24,9 @@ def headwise_pca(second_moment: Tensor, name: str = "value") -> tuple[Tensor, Te
 
 
 def project_heads(weight: Tensor, bases: Tensor) -> Tensor:
-    """Return ``Q̃_gᵀ W^g`` for every head of a projection.
+    """Return ``Q̃_gᵀ W^g`` of every head, float64, (G·r, D), for a weight (G·d, D) and bases (G, d, r).
 
-    Args:
-        weight: The weight of ``v_proj``, ``q_proj`` or ``k_proj``, (G·d, D), or its bias, (G·d,).
-        bases: Leading directions per head, float64, (G, d, r).
-
-    Returns:
-        float64, (G·r, D) or (G·r,).
+    A bias, (G·d,), becomes (G·r,).
     """
     num_heads, head_dim, _ = bases.shape
     per_head = weight.double().view(num_heads, head_dim, -1)  # (G, d, D or 1)
@@ -46,27 +34,14 @@ def project_heads(weight: Tensor, bases: Tensor) -> Tensor:
 
 
 def project_output(o_weight: Tensor, bases: Tensor) -> Tensor:
-    """Return ``W_o^h Q̃_g`` for every query head ``h`` of group ``g``.
-
-    Args:
-        o_weight: ``o_proj``'s weight, (D, H·d).
-        bases: Leading directions per key/value head, float64, (G, d, r).
-
-    Returns:
-        float64, (D, H·r).
-    """
+    """Return ``W_o^h Q̃_g`` of every query head ``h`` of group ``g``, float64, (D, H·r), for (D, H·d) and (G, d, r)."""
     num_kv_heads, head_dim, _ = bases.shape
     per_head = o_weight.double().view(len(o_weight), num_kv_heads, -1, head_dim)  # (D, G, n, d)
     return torch.einsum("DGnd,Gdr->DGnr", per_head, bases).flatten(1)
 
 
 def rank_for_mass(eigenvalues: Tensor, tolerance: float) -> float:
-    """Return the mean over heads of the smallest rank that keeps ``tolerance`` of the eigenvalue mass.
-
-    Args:
-        eigenvalues: Per head, falling, (G, d).
-        tolerance: Share of the sum to keep, in (0, 1].
-    """
+    """Return the mean over heads of the smallest rank that keeps ``tolerance`` of the eigenvalues, falling, (G, d)."""
     mass = eigenvalues.clamp(min=0).cumsum(-1)
     # A head whose values are all zero needs no direction at all; the comparison counts none for it.
     short = mass < tolerance * mass[:, -1:] * (1 - 1e-12)  # the last sum may round below its own share

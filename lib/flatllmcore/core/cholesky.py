@@ -7,7 +7,7 @@ costs shrinks or grows along the matrix, so blocks are dealt out there and back.
 import torch
 from torch import Tensor
 
-from ..utils.processes import all_reduce, broadcast_by_turn, is_own_turn, own_turns
+from ..utils.processes import all_reduce, broadcast, is_own_turn, own_turns
 
 BLOCK = 256  # columns
 
@@ -25,7 +25,7 @@ def cholesky(matrix: Tensor) -> Tensor | None:
         panel = factor[start:, start : start + BLOCK]
         if is_own_turn(turn):
             _factorise(panel)
-        panel.copy_(broadcast_by_turn(panel, turn))
+        broadcast(panel, turn)
         if panel[0, 0].isnan():
             return None
         for later_turn, later in enumerate(starts[turn + 1 :], turn + 1):
@@ -47,15 +47,12 @@ def _factorise(panel: Tensor) -> None:
 
 
 def inverse_column_energies(factor: Tensor) -> Tensor:
-    """Return the squared length of each column of ``L⁻¹``, (n,).
+    """Return the squared length of each column of ``L⁻¹``, (n,); what stands above the diagonal blocks does not count.
 
     Column ``i`` is zero above row ``i``, so a strip of columns needs only the trailing block of ``L``: n³/3 operations,
     and n × ``BLOCK`` numbers of memory.
-
-    Args:
-        factor: ``L``, (n, n); what stands above its diagonal blocks is not looked at.
     """
-    energies = torch.zeros(len(factor), dtype=factor.dtype, device=factor.device)
+    energies = factor.new_zeros(len(factor))
     for start in own_turns(range(0, len(factor), BLOCK)):
         energies[start : start + BLOCK] = _first_columns_of_inverse(factor[start:, start:]).square_().sum(0)
     return all_reduce(energies)
@@ -63,14 +60,10 @@ def inverse_column_energies(factor: Tensor) -> Tensor:
 
 def _first_columns_of_inverse(factor: Tensor) -> Tensor:
     """Return ``BLOCK`` columns, by forward substitution; torch's own would copy a factor that is part of another."""
-    size = len(factor)
-    width = min(BLOCK, size)
-    columns = torch.empty(size, width, dtype=factor.dtype, device=factor.device)
-    for row in range(0, size, BLOCK):
+    columns = torch.eye(len(factor), min(BLOCK, len(factor)), dtype=factor.dtype, device=factor.device)
+    for row in range(0, len(factor), BLOCK):
         rows = slice(row, row + BLOCK)
-        if row == 0:
-            right = torch.eye(width, dtype=factor.dtype, device=factor.device)
-        else:
-            right = (factor[rows, :row] @ columns[:row]).neg_()
-        columns[rows] = torch.linalg.solve_triangular(factor[rows, rows], right, upper=False)
+        if row > 0:
+            columns[rows] = (factor[rows, :row] @ columns[:row]).neg_()
+        columns[rows] = torch.linalg.solve_triangular(factor[rows, rows], columns[rows], upper=False)
     return columns

@@ -17,17 +17,10 @@ _SHARE_ROUNDING = 1e-6  # shares stored in float32 may pass 1 by their last digi
 
 
 def angles_between(inputs: Tensor, outputs: Tensor) -> tuple[Tensor, int]:
-    """Return ``arccos(clamp(cos(x, y), 0, 1)) / π`` of each pair of rows, and how many had no angle.
+    """Return ``arccos(clamp(cos(x, y), 0, 1)) / π``, (...), of rows (..., D), and how many had a zero side: cosine 0.5.
 
     In float64: near cosine 1 the angle is ``√(2(1 - cos))``, and float32 would end at 3e-4. The angles are averaged, as
     the authors' program does; the paper's text takes the angle of the mean cosine.
-
-    Args:
-        inputs: (..., D).
-        outputs: Same shape.
-
-    Returns:
-        Angles, float64, (...), and the number of rows where either side is zero (cosine 0.5 there).
     """
     x, y = inputs.double(), outputs.double()
     lengths = x.norm(dim=-1) * y.norm(dim=-1)
@@ -40,8 +33,7 @@ def angles_between(inputs: Tensor, outputs: Tensor) -> tuple[Tensor, int]:
 class ImportanceScores:
     """The content of ``importance.json``: one score per decoder layer, and all that is needed to compute them again.
 
-    ``fingerprint`` names the weights that were scored; angular scores are mean angles in units of π, 0 to 0.5;
-    ``zero_rows`` counts the tokens whose hidden state was zero and which had no angle.
+    ``fingerprint`` names the weights; angular scores are mean angles in units of π; ``zero_rows`` had no angle.
     """
 
     model_id: str
@@ -61,13 +53,8 @@ class ImportanceScores:
         _check_scores("'scores'", self.scores)
 
     def check_matches(self, dimensions: ModelDimensions, fingerprint: str | None) -> None:
-        """Refuse a model that these scores are not about; None stands for weights that were not read.
-
-        Raises:
-            InputError: Naming the sizes that differ, or the weights.
-        """
-        differences = self.dimensions.differences_from(dimensions)
-        if differences:
+        """Refuse a model that these scores are not about; None stands for weights that were not read."""
+        if differences := self.dimensions.differences_from(dimensions):
             raise InputError(f"the scores belong to another model, {self.model_id}: {differences}")
         if fingerprint not in (None, self.fingerprint):
             raise InputError(
@@ -77,11 +64,7 @@ class ImportanceScores:
 
 
 def read_author_scores(path: Path) -> list[float]:
-    """Return the importance of each layer from the authors' ``bi_score.pt``, which is never executed.
-
-    Raises:
-        InputError: If the file holds anything but one-dimensional finite numbers >= 0.
-    """
+    """Return each layer's importance from the authors' ``bi_score.pt``, never executed; InputError unless all >= 0."""
     scores = _read_numbers(path)
     _check_scores(str(path), scores)
     return scores
@@ -90,11 +73,8 @@ def read_author_scores(path: Path) -> list[float]:
 def read_author_keep_ratios(path: Path) -> list[float]:
     """Return the share kept of each layer from the authors' ``sparsity_score_88%.pt``, which is never executed.
 
-    Their "sparsity" is the share of V, O and MLP that is *kept*, and so is the percentage in the file's name: 88
+    Their "sparsity" is the share of V, O and MLP that is *kept*, in (0, 1], and so is the percentage in the name: 88
     goes with ``--sparsity_ratio 10`` here.
-
-    Raises:
-        InputError: If the file holds anything but one-dimensional shares in (0, 1].
     """
     shares = _read_numbers(path)
     for index, share in enumerate(shares):
@@ -131,10 +111,8 @@ def _numpy_globals() -> list[Any]:
     import numpy as np
 
     rebuild_array, rebuild_scalar = np.zeros(0).__reduce__()[0], np.float64(0).__reduce__()[0]
-    renamed = [
-        (function, f"{package}.multiarray.{name}")
-        for package in ("numpy.core", "numpy._core")
-        for function, name in ((rebuild_array, "_reconstruct"), (rebuild_scalar, "scalar"))
-    ]
+    functions = ((rebuild_array, "_reconstruct"), (rebuild_scalar, "scalar"))
+    modules = ("numpy.core.multiarray", "numpy._core.multiarray")
+    renamed = [(function, f"{module}.{name}") for module in modules for function, name in functions]
     number_types = [type(np.dtype(name)) for name in ("float16", "float32", "float64", "int64")]
     return [*renamed, np.ndarray, np.dtype, *number_types]

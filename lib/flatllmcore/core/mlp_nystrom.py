@@ -16,35 +16,26 @@ from .cholesky import cholesky, inverse_column_energies
 logger = logging.getLogger(__name__)
 
 RIDGE = 1.0  # λ of the leverage scores, on the unnormalised sum
-# Jitter tried in turn, where none is not enough, on the correlation matrix of the kept channels. Its diagonal
-# is 1, so jitter is relative to each channel's own energy.
+# Tried in turn, where none is not enough, on the kept channels' correlation matrix: relative to each one's own energy.
 JITTERS = (1e-10, 1e-8, 1e-6, 1e-4, 1e-2)
-# With few tokens per channel an exact solve fits the noise of the tokens it has, worst where the kept channels
-# are about as many as the tokens. A tenth of each channel's energy mends that (benchmarks/few_tokens.py); it is
-# faded out, so that more tokens never do worse, and from four tokens per channel on the solve is exact.
+# With few tokens per channel an exact solve fits their noise, worst where the kept channels are about as many as the
+# tokens. A tenth of each channel's energy mends that (benchmarks/few_tokens.py); it is faded out, so that more tokens
+# never do worse, and from four tokens per channel on the solve is exact.
 FEW_TOKENS_JITTER = 0.1
 ENOUGH_TOKENS_PER_CHANNEL = 4
-# A squared pivot is the share of a channel's energy that earlier channels do not explain; below this,
-# float64 has lost it and the factor is no basis for a solve.
+# A squared pivot is the share of a channel's energy that earlier ones do not explain; float64 has lost it below this.
 SMALLEST_PIVOT = 1e-11
 _ROWS = 1024  # of down_proj at a time
 
 
 def select_channels(second_moment: Tensor, width: int) -> Tensor:
-    """Return the indices of the ``width`` channels with the highest ridge leverage score, rising.
+    """Return the indices, rising, of the ``width`` channels with the highest ridge leverage score in ``C = Σ z zᵀ``.
 
     The score ``s_i = 1 - λ [(C + λI)⁻¹]_ii`` crowds against 1, so channels are ranked by the diagonal
     of the inverse, smallest first. Ties go to the lower index. A dead channel scores 0, the least there is.
 
-    Args:
-        second_moment: ``C = Σ z zᵀ``, float64, (F, F).
-        width: ``1 <= width <= F``.
-
-    Returns:
-        int64, (width,).
-
     Raises:
-        ArithmeticError: If ``C`` is not finite.
+        ArithmeticError: If ``C``, float64, (F, F), is not finite.
         ValueError: If ``width`` is out of range.
     """
     channels = len(second_moment)
@@ -52,18 +43,14 @@ def select_channels(second_moment: Tensor, width: int) -> Tensor:
         raise ValueError(f"an MLP width between 1 and {channels} can be kept, not {width}")
     if not torch.isfinite(second_moment).all():
         raise ArithmeticError("the MLP moment is not finite")
-    diagonal = diagonal_of_ridge_inverse(second_moment)
-    return diagonal.argsort(stable=True)[:width].sort().values
+    return diagonal_of_ridge_inverse(second_moment).argsort(stable=True)[:width].sort().values
 
 
 def diagonal_of_ridge_inverse(second_moment: Tensor, ridge: float = RIDGE) -> Tensor:
-    """Return the diagonal of ``(C + λI)⁻¹``, float64, (F,).
+    """Return the diagonal of ``(C + λI)⁻¹``, (F,); an ArithmeticError if ``C`` is not positive semidefinite.
 
     With ``C + λI = L Lᵀ`` entry ``i`` is the squared length of column ``i`` of ``L⁻¹``. A ridge that would be lost to
     rounding beside ``C`` is raised to what is not: 8 times the machine's epsilon of the trace.
-
-    Raises:
-        ArithmeticError: If ``C`` is not positive semidefinite.
     """
     diagonal = second_moment.diagonal().clone()
     smallest = 8 * torch.finfo(diagonal.dtype).eps * second_moment.trace().item()
@@ -83,38 +70,25 @@ def few_tokens_jitter(tokens: int, channels: int) -> float:
 def reconstruct_down_projection(
     down_weight: Tensor, second_moment: Tensor, kept: Tensor, *, jitter: float = 0.0
 ) -> Tensor:
-    """Return ``W_down C[:, I] C[I, I]⁻¹``, the least-squares fit of ``down_proj`` on the kept channels.
+    """Return ``W_down C[:, I] C[I, I]⁻¹``, the least-squares fit of ``down_proj`` on kept channels, float64, (D, k).
 
     Written as ``W_down[:, I] + W_down[:, J] C[J, I] C[I, I]⁻¹`` with the dropped channels ``J``: cheaper,
     exact when nothing is dropped, and where ``C[I, I]`` is singular the part that the data does not
-    determine stays what it was. A kept channel that is dead keeps its own weights in the same way.
-
-    Args:
-        down_weight: (D, F); its rows have nothing to do with each other, and processes share them out.
-        second_moment: ``C``, float64, (F, F).
-        kept: Rising indices ``I``, (k,).
-        jitter: Share of each kept channel's energy to add to it before the solve. Where that is not enough
-            for a sound factor, ``JITTERS`` above it are tried in turn.
-
-    Returns:
-        float64, (D, k).
-
-    Raises:
-        ArithmeticError: If even the last jitter leaves ``C[I, I]`` without a Cholesky factor.
+    determine stays what it was. A kept channel that is dead keeps its own weights in the same way. Rows of
+    ``down_weight``, (D, F), have nothing to do with each other, and processes share them out.
+    ``jitter`` is the share of each kept channel's energy added to it; where too little, ``JITTERS`` above it are tried,
+    and where even the last leaves ``C[I, I]`` without a Cholesky factor an ArithmeticError says so.
     """
-    is_dropped = torch.ones(len(second_moment), dtype=torch.bool, device=second_moment.device)
-    is_dropped[kept] = False
+    is_dropped = torch.ones_like(second_moment[0], dtype=torch.bool).index_fill_(0, kept, False)
     (dropped,) = is_dropped.nonzero(as_tuple=True)
     energy = second_moment.diagonal()[kept]
     scale = torch.where(energy > 0, energy.rsqrt(), torch.ones_like(energy))
-    # In place, and no name for what is done with: these are large.
-    factor = _cholesky_with_jitter(
-        second_moment[kept[:, None], kept].mul_(scale[:, None]).mul_(scale), jitter
-    )  # (k, k)
+    # In place, and no name for what is done with: these are large. (k, k)
+    factor = _cholesky_with_jitter(second_moment[kept[:, None], kept].mul_(scale[:, None]).mul_(scale), jitter)
     coupling = second_moment[dropped[:, None], kept].mul_(scale)  # (F - k, k)
 
     own_rows = own_share(down_weight)
-    fitted = torch.empty(len(own_rows), len(kept), dtype=torch.float64, device=second_moment.device)
+    fitted = second_moment.new_empty(len(own_rows), len(kept))
     for rows, place in zip(own_rows.split(_ROWS), fitted.split(_ROWS), strict=True):
         weight = rows.double()
         # Two triangular solves are what cholesky_solve does, on a copy of the factor.

@@ -13,23 +13,13 @@ BLOCK = 512
 
 
 def add_head_moments(total: Tensor, outputs: Tensor) -> None:
-    """Add ``Σ v vᵀ`` per head to ``total`` in place.
-
-    Args:
-        total: float64, (G, d, d).
-        outputs: Of ``v_proj``, ``q_proj`` or ``k_proj``, (tokens, G·d).
-    """
+    """Add ``Σ v vᵀ`` of each head to ``total``, float64, (G, d, d), in place; outputs are (tokens, G·d)."""
     heads = outputs.view(len(outputs), *total.shape[:2]).transpose(0, 1)  # (G, tokens, d)
     total += float32_product(heads.mT, heads)
 
 
 def add_moment(total: Tensor, rows: Tensor) -> None:
-    """Add the lower triangle of ``rowsᵀ rows`` to ``total`` in place, strip by strip.
-
-    Args:
-        total: float64, (F, F); what stands above the diagonal strips is left alone.
-        rows: Activations, (tokens, F).
-    """
+    """Add the lower triangle of ``rowsᵀ rows`` to ``total``, float64, (F, F), in place; rows are (tokens, F)."""
     rows = product_operand(rows)
     for start in range(0, rows.shape[1], BLOCK):
         stop = min(start + BLOCK, rows.shape[1])
@@ -38,6 +28,5 @@ def add_moment(total: Tensor, rows: Tensor) -> None:
 
 def mirror_lower_triangle(total: Tensor) -> None:
     """Copy the strips that :func:`add_moment` summed to their mirror images, in place."""
-    for start in range(0, len(total), BLOCK):
-        stop = min(start + BLOCK, len(total))
-        total[:start, start:stop] = total[start:stop, :start].T
+    for start in range(BLOCK, len(total), BLOCK):
+        total[:start, start : start + BLOCK] = total[start : start + BLOCK, :start].T

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..errors import InputError
 from ..utils.dimensions import Kept, ModelDimensions, check_length
@@ -15,14 +15,8 @@ _BINARY_ROUNDING = 1e-9  # 0.29 · 100 is 28.999999999999996 and means 29
 class RankAllocation:
     """What each decoder layer of a model keeps.
 
-    Attributes:
-        keep_ratio: Share of the decoder layers' linear weights asked to stay; :attr:`achieved_sparsity_percent` is what
-            the layers remove.
-        prune_qk: Whether Q and K are pruned too.
-        rank_multiple: Ranks and widths are multiples of it.
-        layers: One entry per layer, in order.
-        dimensions: Sizes of the dense model.
-        importance_sha256: Digest of the file of scores that this was made from.
+    ``keep_ratio`` is the share of the decoder layers' linear weights asked to stay, ``dimensions`` are those of the
+    dense model, and ``importance_sha256`` is the digest of the file of scores that this was made from.
 
     Raises:
         InputError: If there is not one entry per layer, or one is out of the bounds that ``dimensions`` set.
@@ -36,12 +30,10 @@ class RankAllocation:
     importance_sha256: str | None = None
 
     def __post_init__(self) -> None:
-        check_length("layers", self.layers, self.dimensions.num_layers)
+        sizes = self.dimensions
+        check_length("layers", self.layers, sizes.num_layers)
         for index, kept in enumerate(self.layers):
-            for name, most in (
-                ("value_rank", self.dimensions.head_dim),
-                ("mlp_width", self.dimensions.intermediate_size),
-            ):
+            for name, most in (("value_rank", sizes.head_dim), ("mlp_width", sizes.intermediate_size)):
                 if not 1 <= getattr(kept, name) <= most:
                     raise InputError(f"{name!r} of layer {index} is {getattr(kept, name)}; accepted: 1 to {most}")
             if not 0 < kept.keep <= 1:
@@ -50,10 +42,8 @@ class RankAllocation:
     @classmethod
     def of_layers(cls, dimensions: ModelDimensions, layers: Iterable[Kept], *, prune_qk: bool) -> "RankAllocation":
         """Return an allocation of given layers, which asks for what they keep."""
-        layers = tuple(layers)
-        kept = sum(map(dimensions.parameters_of, layers))
-        keep_ratio = kept / (dimensions.num_layers * dimensions.layer_parameters)
-        return cls(keep_ratio, prune_qk, 1, layers, dimensions)
+        made = cls(1.0, prune_qk, 1, tuple(layers), dimensions)
+        return replace(made, keep_ratio=made.parameters_after / made.parameters_before)
 
     @property
     def parameters_before(self) -> int:
@@ -79,24 +69,17 @@ class RankAllocation:
 class ImportancePreservingRankSelector:
     """Allocates ranks to the layers of one model in proportion to their importance.
 
-    Args:
-        dimensions: Sizes of the model.
-        rank_multiple: Ranks and widths are multiples of it, and the parameters removed are within 0.1 % of the target
-            or one step of the smaller kind. 1 gives the published floors where Q and K stay whole, which remove what
-            they cut off beyond the target. None takes 8 where heads are 64 wide or more, else 1.
-        prune_qk: Whether Q and K are pruned with the share of V, O and MLP.
-
-    Raises:
-        InputError: If the multiple is larger than a head or the MLP.
+    Ranks and widths are multiples of ``rank_multiple``, and the parameters removed are within 0.1 % of the target or
+    one step of the smaller kind. 1 gives the published floors where Q and K stay whole, which remove what they cut off
+    beyond the target. None takes 8 where heads are 64 wide or more, else 1. An InputError names one that does not fit.
     """
 
     def __init__(
         self, dimensions: ModelDimensions, *, rank_multiple: int | None = None, prune_qk: bool = False
     ) -> None:
-        self.dimensions = dimensions
+        self.dimensions, self.prune_qk = dimensions, prune_qk
         default = 8 if dimensions.head_dim >= 64 else 1
         self.rank_multiple = default if rank_multiple is None else rank_multiple
-        self.prune_qk = prune_qk
         largest = min(dimensions.head_dim, dimensions.intermediate_size)
         if not 1 <= self.rank_multiple <= largest:
             raise InputError(f"rank multiple {self.rank_multiple} does not fit this model; accepted: 1 to {largest}")
@@ -104,8 +87,7 @@ class ImportancePreservingRankSelector:
     def prunable_keep_ratio(self, keep_ratio: float) -> float:
         """Return the share of the pruned projections to keep so that ``keep_ratio`` of all projections stays.
 
-        Raises:
-            InputError: If Q and K, which stay whole unless they are pruned, are more than what may stay.
+        An InputError names the largest target where Q and K, whole unless they are pruned, are more than may stay.
         """
         total = self.dimensions.layer_parameters
         fixed = 0 if self.prune_qk else self.dimensions.qk_parameters
@@ -120,11 +102,7 @@ class ImportancePreservingRankSelector:
         return ratio
 
     def allocate(self, scores: Sequence[float], keep_ratio: float) -> RankAllocation:
-        """Return the ranks that keep ``keep_ratio`` of the decoder layers' linear weights.
-
-        Raises:
-            InputError: If the scores do not fit the model or the target cannot be met.
-        """
+        """Return the ranks that keep ``keep_ratio`` of the linear weights; InputError if there are none."""
         check_length("scores", scores, self.dimensions.num_layers)
         keep = allocate_keep_ratios(scores, self.prunable_keep_ratio(keep_ratio))
         # Floors of narrow heads would miss the target where the factors of Q and K are no smaller than these: they stay
@@ -136,12 +114,7 @@ class ImportancePreservingRankSelector:
         return RankAllocation(keep_ratio, self.prune_qk, self.rank_multiple, tuple(layers), self.dimensions)
 
     def floored(self, keep: float, keep_of_values: float | None = None) -> Kept:
-        """Return the published floors of a layer, ⌊w·d⌋ and ⌊w·F⌋, each at least 1.
-
-        Args:
-            keep: Share ``w`` of the layer.
-            keep_of_values: That of the value heads where it is another.
-        """
+        """Return a layer's published floors, ⌊w·d⌋ and ⌊w·F⌋, at least 1; ``keep_of_values`` may be another w for d."""
         sizes = self.dimensions
         rank = _floor((keep if keep_of_values is None else keep_of_values) * sizes.head_dim)
         query_key_rank = sizes.query_key_rank(rank) if self.prune_qk else None
@@ -153,10 +126,7 @@ def allocate_keep_ratios(scores: Sequence[float], keep_ratio: float) -> list[flo
 
     Layers whose proportional share passes 1 are set to 1 and the rest of the budget is shared anew. The most
     important layer goes first, one at a time: the same set as capping all at once, since a capped layer
-    only raises the shares of the others, and the budget left can never round to 0.
-
-    Raises:
-        InputError: If a score is not positive and finite, or ``keep_ratio`` is outside (0, 1].
+    only raises the shares of the others, and the budget left can never round to 0. InputError for unusable numbers.
     """
     if not 0 < keep_ratio <= 1:
         raise InputError(f"keep ratio {keep_ratio} is out of range; accepted: more than 0, at most 1")

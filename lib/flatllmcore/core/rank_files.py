@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -14,8 +14,8 @@ from .rank_allocation import ImportancePreservingRankSelector, RankAllocation
 
 logger = logging.getLogger(__name__)
 
-# What makes ranks of scores, and of the digest of their file.
-Allocate: TypeAlias = Callable[[Sequence[float], str | None], RankAllocation]
+_PER_LAYER = ("keep", "value_rank", "mlp_width")  # the last fields of RanksFile
+Allocate: TypeAlias = Callable[[Sequence[float], str | None], RankAllocation]  # of scores, and their file's digest
 
 
 def ranks_file(sparsity_percent: float) -> str:
@@ -42,31 +42,23 @@ class RanksFile:
 
 def save_ranks(allocation: RankAllocation, path: Path) -> None:
     """Write an allocation to a file that :func:`load_ranks` reads."""
-    file = RanksFile(
-        allocation.sparsity_percent,
-        allocation.achieved_sparsity_percent,
-        allocation.prune_qk,
-        allocation.rank_multiple,
-        allocation.parameters_before,
-        allocation.parameters_after,
-        allocation.importance_sha256,
-        allocation.dimensions,
-        keep=[kept.keep for kept in allocation.layers],
-        value_rank=[kept.value_rank for kept in allocation.layers],
-        mlp_width=[kept.mlp_width for kept in allocation.layers],
-    )
-    write_json(path, file)
+    per_layer: dict[str, Any] = {name: [getattr(kept, name) for kept in allocation.layers] for name in _PER_LAYER}
+    others = {field.name: getattr(allocation, field.name) for field in fields(RanksFile)[1 : -len(_PER_LAYER)]}
+    write_json(path, RanksFile(allocation.sparsity_percent, **others, **per_layer))
 
 
 def load_ranks(path: Path) -> RankAllocation:
-    """Return the allocation that a ``ranks_<percent>.json`` holds.
-
-    Raises:
-        InputError: Naming the field that is missing, of another type, out of bounds, or at odds with the ranks.
-    """
+    """Return the allocation that a ``ranks_<percent>.json`` holds; an InputError names an unusable field."""
     file = read_json(path, RanksFile)
+    try:
+        return _allocation_of(file)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def _allocation_of(file: RanksFile) -> RankAllocation:
     sizes = file.dimensions
-    for name in ("keep", "value_rank", "mlp_width"):
+    for name in _PER_LAYER:
         check_length(name, getattr(file, name), sizes.num_layers)
     layers = tuple(
         Kept(keep, rank, width, sizes.query_key_rank(rank) if file.prune_qk else None)
@@ -82,19 +74,13 @@ def load_ranks(path: Path) -> RankAllocation:
 
 
 def find_ranks(
-    place: Path,
-    selector: ImportancePreservingRankSelector,
-    fingerprint: str,
-    keep_ratio: float,
-    allocate: Allocate,
+    place: Path, selector: ImportancePreservingRankSelector, fingerprint: str, keep_ratio: float, allocate: Allocate
 ) -> RankAllocation | None:
     """Return the ranks that ``place`` holds for a model and a target, or ``None`` if it holds none.
 
     A file is used as it is. In a folder the first of these decides: ``ranks_<percent>.json``, ``importance.json``, the
-    authors' ``sparsity_score_<percent kept of V, O and MLP>%.pt`` and their ``bi_score.pt``.
-
-    Raises:
-        InputError: If a file is damaged, or made for another model or from other scores.
+    authors' ``sparsity_score_<percent kept of V, O and MLP>%.pt`` and their ``bi_score.pt``. An InputError names one
+    that is damaged, or made for another model or from other scores.
     """
     authors = f"sparsity_score_{int(100 * selector.prunable_keep_ratio(keep_ratio) + 1e-9)}%.pt"
     names = (ranks_file(round(100 * (1 - keep_ratio), 9)), IMPORTANCE_FILE, authors, "bi_score.pt")
@@ -104,8 +90,7 @@ def find_ranks(
             try:
                 return _ranks_of(path, selector, fingerprint, allocate)
             except InputError as error:
-                message = str(error)
-                raise InputError(message if str(path) in message else f"{path}: {message}") from error
+                raise InputError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
     return None
 
 
@@ -131,12 +116,10 @@ def _check_ranks(
     allocation: RankAllocation, scores: Path, selector: ImportancePreservingRankSelector, fingerprint: str
 ) -> None:
     """Refuse ranks of another model, or made otherwise or from other scores than those that stand beside them."""
-    differences = allocation.dimensions.differences_from(selector.dimensions)
-    if differences:
+    if differences := allocation.dimensions.differences_from(selector.dimensions):
         raise InputError(f"the ranks belong to another model: {differences}")
     if allocation.prune_qk != selector.prune_qk:
-        made, wanted = ("pruned", "whole") if allocation.prune_qk else ("whole", "pruned")
-        remedy = "give" if allocation.prune_qk else "drop"
+        made, wanted, remedy = ("pruned", "whole", "give") if allocation.prune_qk else ("whole", "pruned", "drop")
         raise InputError(
             f"the ranks are for {made} Q and K, which are {wanted} here; {remedy} --prune_qk, or name other ranks"
         )

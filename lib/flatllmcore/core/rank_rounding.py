@@ -19,37 +19,29 @@ def rounded_layers(
 
     Widths move in steps of 64 channels where that is cheap, else of ``rank_step``. Layers with ``w = 1``
     stay whole; the others keep at least one step and at most as many as fit. The parameters removed are
-    within 0.1 % of the target, or one step of the smaller kind where that is more.
-
-    Raises:
-        InputError: If no whole steps come that near to the target.
+    within 0.1 % of the target, or one step of the smaller kind where that is more; InputError if no steps come there.
     """
     steps = _Steps(dimensions, rank_step, _width_step(dimensions, rank_step), prune_qk)
     pruned = [w for w in keep if w < 1]
-    total = len(keep) * dimensions.layer_parameters
-    whole = (len(keep) - len(pruned)) * dimensions.layer_parameters
-    tolerance = max(RELATIVE_TOLERANCE * (1 - keep_ratio) * total, steps.smallest_parameters)
+    layer = dimensions.layer_parameters
+    total, whole = len(keep) * layer, (len(keep) - len(pruned)) * layer
+    smallest_step = min(rank_step * dimensions.rank_parameters, steps.width_parameters)
+    tolerance = max(RELATIVE_TOLERANCE * (1 - keep_ratio) * total, smallest_step)
     fitting = steps.fit(pruned, keep_ratio * total - whole, tolerance)
     if fitting is None:
-        most, least = steps.kept(0, 1, 1), steps.kept(1, steps.most_ranks, steps.most_widths)
-        reachable = [
-            100 * (1 - (whole + len(pruned) * dimensions.parameters_of(kept)) / total) for kept in (least, most)
-        ]
+        kept = [len(pruned) * steps.parameters(*n) for n in ((steps.most_ranks, steps.most_widths), (1, 1))]
+        least, most = (100 * (1 - (whole + parameters) / total) for parameters in kept)
         raise InputError(
             f"ranks in steps of {steps.rank} and MLP widths in steps of {steps.width} cannot remove "
-            f"{100 * (1 - keep_ratio):g} % of this model; they can remove {reachable[0]:.1f} to {reachable[1]:.1f} %, "
+            f"{100 * (1 - keep_ratio):g} % of this model; they can remove {least:.1f} to {most:.1f} %, "
             "and a smaller rank multiple more"
         )
-    rounded = iter(fitting)
     whole_layer = Kept(1.0, dimensions.head_dim, dimensions.intermediate_size)
-    return [next(rounded) if w < 1 else whole_layer for w in keep]
+    return [fitting.pop(0) if w < 1 else whole_layer for w in keep]
 
 
 def largest_remainder(ideal: Sequence[float], total: int, most: int) -> list[int]:
-    """Return integers in ``1..most`` that sum to ``total``, as nearly proportional to ``ideal`` as they can be.
-
-    ``total`` lies in ``len(ideal) .. len(ideal) · most``.
-    """
+    """Return integers in ``1..most`` that sum to ``total`` and are as nearly proportional to ``ideal`` as can be."""
     scale = total / math.fsum(ideal) if ideal else 1.0
     shares = [share * scale for share in ideal]
     steps = [min(max(math.floor(share), 1), most) for share in shares]
@@ -87,9 +79,8 @@ class _Steps:
     def width_parameters(self) -> int:
         return self.width * self.dimensions.width_parameters
 
-    @property
-    def smallest_parameters(self) -> int:
-        return min(self.rank * self.dimensions.rank_parameters, self.width_parameters)
+    def parameters(self, rank_steps: int, width_steps: int) -> int:
+        return self.dimensions.parameters_of(self.kept(1, rank_steps, width_steps))
 
     def kept(self, keep: float, rank_steps: int, width_steps: int) -> Kept:
         rank = rank_steps * self.rank
@@ -97,17 +88,13 @@ class _Steps:
         return Kept(keep, rank, width_steps * self.width, query_key_rank)
 
     def fit(self, keep: Sequence[float], budget: float, tolerance: float) -> list[Kept] | None:
-        """Return layers of these shares that spend the budget, or None.
-
-        Tries the totals of rank steps from the ideal one outwards, until the widths can take up the rest.
-        """
+        """Return layers that spend the budget: rank steps as near the ideal as leaves what widths can take up."""
         ideal_ranks = [w * self.dimensions.head_dim / self.rank for w in keep]
         totals = range(len(keep), len(keep) * self.most_ranks + 1)
         for rank_total in sorted(totals, key=lambda n: abs(n - math.fsum(ideal_ranks))):
             rank_steps = largest_remainder(ideal_ranks, rank_total, self.most_ranks)
-            rest = budget - sum(self.dimensions.parameters_of(self.kept(1, n, 0)) for n in rank_steps)
-            width_total = round(rest / self.width_parameters)
-            width_total = min(max(width_total, len(keep)), len(keep) * self.most_widths)
+            rest = budget - sum(self.parameters(n, 0) for n in rank_steps)
+            width_total = min(max(round(rest / self.width_parameters), len(keep)), len(keep) * self.most_widths)
             if abs(rest - width_total * self.width_parameters) <= tolerance:
                 width_steps = largest_remainder(keep, width_total, self.most_widths)
                 return [self.kept(*sizes) for sizes in zip(keep, rank_steps, width_steps, strict=True)]

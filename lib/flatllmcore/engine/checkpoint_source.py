@@ -16,8 +16,7 @@ from ..errors import InputError
 from ..layers.replacement import fill_parameters
 from ..utils.devices import pinned
 from ..utils.layer_utils import DecoderModule, load_config
-from ..utils.loading import FINGERPRINT_ROWS, check_weights, empty_causal_lm, weights_fingerprint
-from ..utils.weight_files import WeightFiles
+from ..utils.loading import FINGERPRINT_ROWS, WeightFiles, check_weights, empty_causal_lm, weights_fingerprint
 from .memory import layer_arguments
 from .storage import StatesStorage
 

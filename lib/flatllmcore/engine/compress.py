@@ -14,14 +14,8 @@ from transformers import PretrainedConfig
 from ..core.attention_pca import rank_for_mass
 from ..core.rank_allocation import RankAllocation
 from ..errors import InputError
+from ..layers import replacement
 from ..layers.flat_attention import FlatDecoderLayer
-from ..layers.replacement import (
-    compress_decoder_layer,
-    compressed_config,
-    compressed_part,
-    empty_decoder_layer,
-    fill_parameters,
-)
 from ..utils.layer_utils import DecoderModule
 from ..utils.processes import all_reduce, broadcast
 from ..utils.progress import progress
@@ -49,23 +43,15 @@ def compress_layers(
 
     Layer ``l`` sees what left the already compressed layers before it; its statistics come from its own
     dense weights. Each layer costs one forward pass per step of the method and one of the compressed layer;
-    one that the sink has from an earlier run costs the latter alone. Stages counted: ``read``, ``forward``,
-    ``moments``, ``reduce``, ``solves`` and ``write``.
-
-    Args:
-        source: The dense model.
-        sink: Takes each layer when it is done.
-        windows: Calibration token ids, (N, S).
-        method: What is looked at and solved.
-        allocation: What each layer keeps.
-        batch_size: Windows run at a time; the result depends on it only by rounding.
-        tolerance: Share of eigenvalue mass to monitor, in (0, 1]; changes nothing.
+    one that the sink has from an earlier run costs the latter alone. The result depends on ``batch_size``, windows of
+    ``windows``, (N, S), run at a time, only by rounding, and not on ``tolerance``, the share of eigenvalue mass that is
+    monitored. Stages counted: ``read``, ``forward``, ``moments``, ``reduce``, ``solves`` and ``write``.
 
     Raises:
         InputError: If a layer's activations are not finite, or a layer cannot be solved.
     """
     method.check_calibration(allocation.dimensions, windows.numel())
-    flat_config = compressed_config(source.config, allocation.layers)
+    flat_config = replacement.compressed_config(source.config, allocation.layers)
     unfinished = [index for index in range(source.num_layers) if index not in sink.finished]
     if unfinished:
         loop = _Loop(Walk(source, windows, batch_size), sink, method, allocation, flat_config, tolerance)
@@ -85,9 +71,9 @@ class _Loop:
 
     def skip(self, index: int) -> None:
         """Lead the hidden states through a layer that is finished."""
-        layer = empty_decoder_layer(self.flat_config, index).eval()
-        device = self.walk.source.device
-        fill_parameters(layer, {name: weight.to(device) for name, weight in self.sink.weights(index).items()})
+        layer = replacement.empty_decoder_layer(self.flat_config, index).eval()
+        weights = {name: weight.to(self.walk.source.device) for name, weight in self.sink.weights(index).items()}
+        replacement.fill_parameters(layer, weights)
         self.walk.advance(layer, index)
 
     def compress(self, index: int) -> None:
@@ -105,10 +91,10 @@ class _Loop:
         self._log(record)
 
     def _compressed(self, index: int) -> tuple[FlatDecoderLayer, Tensor | None]:
-        """Return the compressed layer and the eigenvalues that are monitored; the dense one does not outlive this."""
+        """Return the compressed layer and the monitored eigenvalues; the dense one does not outlive this."""
         with lent_layer(self.walk.source, index) as dense:
             weights, eigenvalues = self._solved(index, dense)
-            compressed = compress_decoder_layer(dense, self.flat_config, index, weights)
+            compressed = replacement.compress_decoder_layer(dense, self.flat_config, index, weights)
             for name in weights:  # one solution for all: the signs of eigenvectors are anybody's choice
                 broadcast(compressed.get_parameter(name))
             del weights  # the layer has copies
@@ -128,7 +114,7 @@ class _Loop:
                 weights |= solution.weights
                 eigenvalues = eigenvalues if solution.eigenvalues is None else solution.eigenvalues
                 if step is not steps[-1]:
-                    part = compressed_part(self.flat_config, index, step.part, dense, solution.weights)
+                    part = replacement.compressed_part(self.flat_config, index, step.part, dense, solution.weights)
                     for parameter in part.parameters():
                         broadcast(parameter)
                     parts.enter_context(_standing_in(dense, step.part, part))
@@ -152,18 +138,11 @@ class _Loop:
         sizes, monitored = self.allocation.dimensions, ""
         if record.rank_at_tolerance is not None:
             monitored = f" ({record.rank_at_tolerance:.1f} would keep {self.tolerance:g} of the mass)"
-        values = f"rank {record.value_rank}/{sizes.head_dim}{monitored}"
-        queries = "" if record.query_key_rank is None else f", Q and K {record.query_key_rank}"
-        widths = f"mlp {record.mlp_width}/{sizes.intermediate_size}"
-        logger.info(
-            "layer %d: keep %.3f, %s%s, %s, %.1f s",
-            record.layer,
-            record.keep,
-            values,
-            queries,
-            widths,
-            record.elapsed_s,
-        )
+        parts = f"rank {record.value_rank}/{sizes.head_dim}{monitored}"
+        if record.query_key_rank is not None:
+            parts += f", Q and K {record.query_key_rank}"
+        parts += f", mlp {record.mlp_width}/{sizes.intermediate_size}"
+        logger.info("layer %d: keep %.3f, %s, %.1f s", record.layer, record.keep, parts, record.elapsed_s)
 
 
 @contextmanager

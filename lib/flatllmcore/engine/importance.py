@@ -1,8 +1,4 @@
-"""Step 1 of the method: how much each decoder layer matters.
-
-``angular`` is the method's own: how far a layer turns its input. ``gradient`` is the first-order estimate of what
-the loss would change by if a layer's output were taken away.
-"""
+"""Step 1 of the method: how much each decoder layer matters, by the method's own score or by another."""
 
 import logging
 from dataclasses import dataclass
@@ -24,28 +20,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LayerImportance:
-    """Scores of all layers and the rows that had no angle.
+    """Scores of all layers, and how many rows had no angle."""
 
-    Attributes:
-        scores: One per layer. Angular: mean angle over tokens in units of π, 0 to 0.5.
-        zero_rows: Tokens whose input or output was all zeros; they count as cosine 0.5.
-    """
-
-    scores: tuple[float, ...]
+    scores: tuple[float, ...]  # angular: mean angles in units of π, 0 to 0.5
     zero_rows: int
 
 
 def layer_importance(source: LayerSource, windows: Tensor, batch_size: int, method: str = "angular") -> LayerImportance:
-    """Score every decoder layer, and log the scores. Stages: ``read``, ``forward``, and ``angles`` or ``backward``.
+    """Score every decoder layer on token ids (N, S), and log the scores, which depend on batches only by rounding.
 
-    Args:
-        source: The model, dense.
-        windows: Token ids, (N, S).
-        batch_size: Windows run at a time; the scores depend on it only by rounding.
-        method: ``angular`` or ``gradient``.
-
-    Raises:
-        InputError: If the method is unknown, or a layer's activations are not finite.
+    Stages counted: ``read``, ``forward``, and ``angles`` or ``backward``.
     """
     if method not in IMPORTANCE_METHODS:
         raise InputError(f"importance method {method!r} is unknown; accepted: {', '.join(IMPORTANCE_METHODS)}")
@@ -61,7 +45,7 @@ def layer_importance(source: LayerSource, windows: Tensor, batch_size: int, meth
 def angular_importance(source: LayerSource, windows: Tensor, batch_size: int) -> LayerImportance:
     """Score every layer by the mean angle between its input and its output, residual included."""
     walk = Walk(source, windows, batch_size)
-    scores, zero_rows = [], 0.0
+    sums = []
     for index in progress(range(source.num_layers), "importance", "layer"):
         total, zeros = 0.0, 0
         with lent_layer(source, index) as layer:
@@ -69,28 +53,24 @@ def angular_importance(source: LayerSource, windows: Tensor, batch_size: int) ->
                 outputs = walk.run(layer, index, batch)
                 with stage("angles"):
                     angles, batch_zeros = angles_between(batch.states, outputs)
-                    total += angles.sum().item()
-                    zeros += batch_zeros
+                    total, zeros = total + angles.sum().item(), zeros + batch_zeros
                 batch.replace(outputs)
-        total, layer_zeros = all_reduce_numbers(total, zeros, device=source.device)
-        scores.append(total / windows.numel())
-        zero_rows += layer_zeros
-    return LayerImportance(tuple(scores), int(zero_rows))
+        sums.append(all_reduce_numbers(total, zeros, device=source.device))
+    totals, zero_rows = zip(*sums, strict=True)
+    return LayerImportance(tuple(total / windows.numel() for total in totals), int(sum(zero_rows)))
 
 
 @torch.no_grad()
 def gradient_importance(source: LayerSource, windows: Tensor, batch_size: int) -> LayerImportance:
     """Score every layer by the mean over tokens of ``Σ_d |∂loss/∂h_d · h_d|`` with ``h`` the layer's output.
 
-    This is the first-order Taylor estimate of what taking away each hidden unit does to a window's mean next-token
-    loss. The absolute value is taken per unit: the final norm makes the loss blind to the length of the last
-    layer's output, so there the products of a token sum to zero whatever the layer does.
+    The first-order Taylor estimate of what taking away each hidden unit does to a window's mean next-token loss.
+    Absolute values per unit: the final norm makes the loss blind to the length of the last layer's output, so there the
+    products of a token sum to zero whatever the layer does.
 
     What is kept at a time are one batch's hidden states at every layer boundary, ``(L + 1)·batch·S·D`` numbers on the
     device, and one layer: its forward pass is run again to carry the gradient back through it. So every batch borrows
-    each layer twice (the first, below which nothing is asked, once), where the angular score borrows it once for all
-    windows. Weights that are in host memory cross to the device as often; a larger batch divides that number and
-    multiplies the states.
+    each layer twice, where the angular score borrows it once for all windows.
     """
     arguments = source.layer_arguments(windows.shape[1])
     totals = [0.0] * source.num_layers

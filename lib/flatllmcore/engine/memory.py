@@ -1,11 +1,13 @@
 """A transformers model in memory as source and as sink of the walk."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..layers.flat_attention import FlatDecoderLayer
@@ -16,21 +18,12 @@ from .storage import StatesStorage
 
 
 class ModelInMemory:
-    """A transformers model as source and as sink. The model is unchanged until :meth:`adopt`.
-
-    Args:
-        model: A causal language model, on any one device.
-        device: Where its parts run; weights not there are lent a copy on it, one layer at a time.
-        storage: Where hidden states live between layers.
-    """
+    """A causal language model as source and sink, unchanged until :meth:`adopt`; parts are lent on ``device``."""
 
     def __init__(self, model: PreTrainedModel, device: torch.device, storage: StatesStorage | None = None) -> None:
-        self.model = model
-        self.config = model.config
-        self.device = device
-        self.dtype = model.get_input_embeddings().weight.dtype
-        self.decoder = model.get_decoder()
+        self.model, self.config, self.decoder = model, model.config, model.get_decoder()
         self.num_layers = len(self.decoder.layers)
+        self.device, self.dtype = device, model.get_input_embeddings().weight.dtype
         self.storage = storage or StatesStorage()
         self.finished: dict[int, LayerRecord] = {}
         self._compressed: dict[int, FlatDecoderLayer] = {}
@@ -45,11 +38,9 @@ class ModelInMemory:
         """Return what the model passes to each layer."""
         return layer_arguments(self.decoder, seqlen, self.device)
 
-    @contextmanager
-    def layer(self, index: int) -> Iterator[DecoderModule]:
+    def layer(self, index: int) -> AbstractContextManager[DecoderModule]:
         """Lend decoder layer ``index``."""
-        with _lent(self.decoder.layers[index], self.device) as layer:
-            yield layer
+        return _lent(self.decoder.layers[index], self.device)
 
     @contextmanager
     def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
@@ -60,9 +51,8 @@ class ModelInMemory:
     def put(self, index: int, layer: FlatDecoderLayer, record: LayerRecord) -> None:
         """Keep compressed layer ``index`` at its dense one's home, in its mode."""
         dense = self.decoder.layers[index]
-        home = next(dense.parameters()).device
-        self._compressed[index] = layer.to(home).train(dense.training)  # it was compressed in evaluation mode
-        self.finished[index] = record
+        layer.to(next(dense.parameters()).device).train(dense.training)  # it was compressed in evaluation mode
+        self._compressed[index], self.finished[index] = layer, record
 
     def weights(self, index: int) -> dict[str, Tensor]:
         """Return the parameters of a compressed layer."""
@@ -70,15 +60,14 @@ class ModelInMemory:
 
     def adopt(self, flat_config: PretrainedConfig) -> PreTrainedModel:
         """Put the compressed layers into the model, which becomes the flat class; return the same object."""
-        layers = [self._compressed[index] for index in range(self.num_layers)]
-        return adopt_compressed_layers(self.model, flat_config, layers)
+        return adopt_compressed_layers(self.model, flat_config, [self._compressed[i] for i in range(self.num_layers)])
 
 
 def layer_arguments(decoder: DecoderModule, seqlen: int, device: torch.device) -> list[dict[str, Any]]:
-    """Return the keyword arguments that ``decoder`` passes to each of its layers for one window, on ``device``.
+    """Return the keyword arguments that ``decoder`` passes to each layer for a window; they broadcast over a batch.
 
-    Masks, positions and rotary embeddings are the model's own business, so the model is asked: it runs
-    once on one window of embeddings while its layers only note what they are given. They broadcast over a batch.
+    Masks, positions and rotary embeddings are the model's own business, so it runs once on a window of embeddings
+    while its layers only note what they are given.
     """
     recorded: list[dict[str, Any]] = []
 
@@ -99,7 +88,8 @@ def layer_arguments(decoder: DecoderModule, seqlen: int, device: torch.device) -
             del layer.forward
             if forward is not None:
                 layer.forward = forward
-    return _to_device(recorded, device, {})
+    moved = cache(lambda tensor: tensor.to(device))  # most occur in the arguments of every layer
+    return tree_map_only(Tensor, moved, recorded)
 
 
 @contextmanager
@@ -117,26 +107,12 @@ def evaluation_mode(module: nn.Module) -> Iterator[nn.Module]:
 @contextmanager
 def _lent(module: nn.Module, device: torch.device) -> Iterator[nn.Module]:
     """Lend a module on ``device``, in evaluation mode, without gradients; its own tensors come back untouched."""
-    tensors = [*module.parameters(), *module.buffers()]
-    homes = [tensor.data for tensor in tensors]
+    homes = {tensor: tensor.data for tensor in (*module.parameters(), *module.buffers())}
     try:
-        for tensor in tensors:
-            tensor.data = tensor.data.to(device, non_blocking=True)
+        for tensor, home in homes.items():
+            tensor.data = home.to(device, non_blocking=True)
         with torch.no_grad(), evaluation_mode(module):
             yield module
     finally:
-        for tensor, home in zip(tensors, homes, strict=True):
+        for tensor, home in homes.items():
             tensor.data = home
-
-
-def _to_device(value: Any, device: torch.device, moved: dict[int, Tensor]) -> Any:
-    """Return ``value`` with every tensor in it on ``device``; one that occurs many times is copied once."""
-    if isinstance(value, Tensor):
-        if id(value) not in moved:
-            moved[id(value)] = value.to(device)
-        return moved[id(value)]
-    if isinstance(value, list | tuple):
-        return type(value)(_to_device(part, device, moved) for part in value)
-    if isinstance(value, dict):
-        return {name: _to_device(part, device, moved) for name, part in value.items()}
-    return value

@@ -17,15 +17,10 @@ Sums: TypeAlias = dict[str, Tensor]
 
 
 class Solution(NamedTuple):
-    """New weights of a layer or of a part of it.
+    """New weights of a layer or of a part of it."""
 
-    Attributes:
-        weights: By name within the layer, ``self_attn.v_proj.weight``; what is not named stays.
-        eigenvalues: Of the value heads, falling, (G, d), to be monitored; ``None`` where there are none.
-    """
-
-    weights: dict[str, Tensor]
-    eigenvalues: Tensor | None = None
+    weights: dict[str, Tensor]  # by name within the layer, self_attn.v_proj.weight; what is not named stays
+    eigenvalues: Tensor | None = None  # of the value heads, falling, (G, d), to be monitored
 
 
 class Step(Protocol):
@@ -33,10 +28,7 @@ class Step(Protocol):
 
     @property
     def part(self) -> str:
-        """The submodule that is compressed when the step is done, ``self_attn`` or ``mlp``, or "" for the layer.
-
-        Later steps of the layer look at it compressed.
-        """
+        """What is compressed for later steps to look at, ``self_attn`` or ``mlp``, or "" for the whole layer."""
 
     @property
     def taps(self) -> Sequence[str]:
@@ -49,11 +41,7 @@ class Step(Protocol):
         """Add a batch in place: what passed each tap, (tokens, width)."""
 
     def solve(self, layer: DecoderModule, sums: Sums) -> Solution:
-        """Return what the sums over all tokens make of the layer's weights.
-
-        Raises:
-            ArithmeticError: If they determine none; the engine names the layer.
-        """
+        """Return the layer's new weights; an ArithmeticError, to which the engine adds the layer, if there are none."""
 
 
 class Method(Protocol):
@@ -64,13 +52,7 @@ class Method(Protocol):
     def allocate(
         self, selector: ImportancePreservingRankSelector, scores: Sequence[float], keep_ratio: float
     ) -> RankAllocation:
-        """Return what each layer keeps, so that ``keep_ratio`` of the decoder layers' linear weights stays.
-
-        Args:
-            selector: Knows the model's sizes and the steps that ranks and widths come in.
-            scores: Importance of each layer.
-            keep_ratio: In (0, 1].
-        """
+        """Return what each layer keeps, so that ``keep_ratio``, in (0, 1], of their linear weights stays."""
 
     def check_calibration(self, dimensions: ModelDimensions, tokens: int) -> None:
         """Warn where the calibration tokens are too few to solve layers of these sizes well."""

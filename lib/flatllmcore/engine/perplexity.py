@@ -17,28 +17,19 @@ LOGIT_ROWS = 1024  # a vocabulary of 128,256 makes half a gigabyte of float32 of
 
 @dataclass(frozen=True)
 class Perplexity:
-    """Perplexity and what it was measured on.
+    """Perplexity and what it was measured on."""
 
-    Attributes:
-        value: ``exp(Σ nll / predicted tokens)``.
-        predicted_tokens: Every token of a window but its first.
-    """
-
-    value: float
+    value: float  # exp(Σ nll / predicted tokens)
     windows: int
     seqlen: int
-    predicted_tokens: int
+    predicted_tokens: int  # every one of a window but its first
 
 
 @torch.no_grad()
 def perplexity(source: LayerSource, windows: Tensor, batch_size: int) -> Perplexity:
-    """Return the perplexity of ``source``, dense or compressed, on token ids (N, S).
+    """Return the perplexity of ``source``, dense or compressed, on token ids (N, S), predicted inside each window.
 
-    Predictions are shifted inside each window. Losses are summed in float32 over 1024 of them, in float64 beyond;
-    one too large for ``exp`` gives infinity.
-
-    Raises:
-        InputError: If a layer's activations are not finite.
+    Losses are summed in float32 over 1024 of them, in float64 beyond; one too large for ``exp`` gives infinity.
     """
     with stage("perplexity", is_whole=True):
         walk = Walk(source, windows, batch_size)

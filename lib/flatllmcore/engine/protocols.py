@@ -17,18 +17,11 @@ from .storage import StatesStorage
 
 @dataclass(frozen=True, kw_only=True)
 class LayerRecord(Kept):
-    """What was done to one layer.
-
-    Attributes:
-        layer: Its place in the model.
-        rank_at_tolerance: Mean over heads of the rank that would keep the monitored share of eigenvalue
-            mass; ``None`` for a layer that was left whole, whose moments nobody needs.
-        elapsed_s: ``None`` for a layer that an earlier run finished.
-    """
+    """What was done to one layer."""
 
     layer: int
-    rank_at_tolerance: float | None = None
-    elapsed_s: float | None = None
+    rank_at_tolerance: float | None = None  # would keep the monitored share of eigenvalue mass; None for a whole layer
+    elapsed_s: float | None = None  # None for a layer that an earlier run finished
 
 
 class LayerSource(Protocol):

@@ -20,56 +20,31 @@ _SHARE_OF_DEVICE = 0.25
 _SHARE_OF_HOST = 0.5
 
 
-def states_place(size: int, device_memory: float, host_memory: float) -> str:
-    """Return where hidden states of ``size`` bytes live: ``device``, ``host`` or ``file``.
-
-    The device takes them while they are no more than a quarter of its free memory, then the host while they are no
-    more than half of what may be planned with there, and then a file.
-
-    Args:
-        size: Of the states.
-        device_memory: Bytes free on the device; 0 for one that is the host.
-        host_memory: Bytes that may be planned with.
-    """
-    if 0 < size <= _SHARE_OF_DEVICE * device_memory:
-        return "device"
-    return "host" if size <= _SHARE_OF_HOST * host_memory else "file"
-
-
 @dataclass(frozen=True)
 class StatesStorage:
-    """Keeps hidden states where :func:`states_place` says; a file is mapped to memory, nameless, and ends with us.
+    """Keeps hidden states where :meth:`place` says; a file is mapped to memory, nameless, and ends with us."""
 
-    Attributes:
-        host_memory_bytes: Host memory that may be planned with; ``None`` for what is free.
-        folder: Where the file goes; the system's temporary folder for ``None``.
-    """
-
-    host_memory_bytes: int | None = None
-    folder: Path | None = None
+    host_memory_bytes: int | None = None  # that may be planned with; None for what is free
+    folder: Path | None = None  # of the file; None for the system's temporary folder
 
     def place(self, size: int, device: torch.device) -> str:
-        """Return ``device``, ``host`` or ``file`` for states of ``size`` bytes.
+        """Return where states of ``size`` bytes live, ``device``, ``host`` or ``file``: the first with room for them.
 
-        Raises:
-            InputError: If only a file is large enough and the disk is not.
+        That is a quarter of the device's free memory, and half of the host's; InputError if the disk has none either.
         """
-        device_memory = 0 if device.type == "cpu" else free_device_memory(device)
-        place = states_place(size, device_memory, self.host_memory())
-        if place == "file":
-            check_disk_space(self._folder(), size)
-        return place
+        if device.type != "cpu" and 0 < size <= _SHARE_OF_DEVICE * free_device_memory(device):
+            return "device"
+        if size <= _SHARE_OF_HOST * self.host_memory():
+            return "host"
+        check_disk_space(self._folder(), size)
+        return "file"
 
     def host_memory(self) -> int:
         """Return the bytes of host memory that may be planned with."""
         return free_host_memory() if self.host_memory_bytes is None else self.host_memory_bytes
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Return an uninitialised tensor where hidden states of this shape belong.
-
-        Raises:
-            InputError: If that is a file and the disk is too small.
-        """
+        """Return an uninitialised tensor where hidden states of this shape belong."""
         size = torch.Size(shape).numel() * dtype.itemsize
         place = self.place(size, device)
         where = {"device": device, "host": "host memory", "file": f"a file in {self._folder()}"}[place]

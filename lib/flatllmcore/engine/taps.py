@@ -14,21 +14,14 @@ class _AllSeenError(Exception):
 
 @contextmanager
 def tapped(layer: nn.Module, taps: Sequence[str]) -> Iterator[Callable[[Callable[[], Any]], Mapping[str, Tensor]]]:
-    """Lend a function that runs a forward pass of ``layer`` as far as the last tap, and returns what passed the taps.
+    """Lend a function that runs a forward pass, a call, as far as the last tap, and returns what passed them.
 
-    The layer is as it was when the block ends.
-
-    Args:
-        layer: A decoder layer.
-        taps: A submodule's name and what of it, ``mlp.down_proj.input`` or ``self_attn.v_proj.output``.
-
-    Returns:
-        Takes the pass, as a call without arguments, and gives the tensors by tap, (tokens, width).
+    Taps are a submodule's name and what of it, ``mlp.down_proj.input``, ``self_attn.v_proj.output``: (tokens, width).
     """
     seen: dict[str, Tensor] = {}
 
-    def look(tap: str, tensor: Tensor) -> None:
-        seen[tap] = tensor.flatten(0, -2)
+    def look(tap: str, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor | None = None) -> None:
+        seen[tap] = (inputs[0] if output is None else output).flatten(0, -2)
         if len(seen) == len(taps):
             raise _AllSeenError
 
@@ -43,10 +36,7 @@ def tapped(layer: nn.Module, taps: Sequence[str]) -> Iterator[Callable[[Callable
     with ExitStack() as stack:
         for tap in taps:
             name, _, side = tap.rpartition(".")
-            module, note = layer.get_submodule(name), partial(look, tap)
-            if side == "input":
-                hook = module.register_forward_pre_hook(lambda _, inputs, note=note: note(inputs[0]))
-            else:
-                hook = module.register_forward_hook(lambda _, __, output, note=note: note(output))
-            stack.callback(hook.remove)
+            module: Any = layer.get_submodule(name)
+            register = module.register_forward_pre_hook if side == "input" else module.register_forward_hook
+            stack.callback(register(partial(look, tap)).remove)
         yield run

@@ -1,8 +1,6 @@
-"""The walk every step shares: windows of tokens through the decoder layers, one layer at a time.
+"""The walk every step shares: all windows of tokens through one decoder layer of a source after the other.
 
-A *source* gives the layers of a model one by one; hidden states of all windows are kept between them. Importance,
-compression and perplexity are three visitors of this walk, so what runs on one device is one decoder layer and one
-batch, whatever the size of the model.
+What is on the device is one layer and one batch, whatever the size of the model.
 """
 
 from collections.abc import Iterator
@@ -19,19 +17,17 @@ from ..utils.progress import progress
 from ..utils.stopwatch import stage
 from .protocols import LayerSource
 
-TOKENS_PER_BATCH = 4096
-
 
 def default_batch_size(seqlen: int) -> int:
     """Return how many windows make up about 4096 tokens, at least 1."""
-    return max(1, TOKENS_PER_BATCH // seqlen)
+    return max(1, 4096 // seqlen)
 
 
 @dataclass
 class Batch:
-    """Some windows' hidden states on the device, and the place they came from."""
+    """Some windows' hidden states, (batch, S, D), on the device, and the place they came from."""
 
-    states: Tensor  # (batch, S, D)
+    states: Tensor
     stored: Tensor
 
     def replace(self, outputs: Tensor) -> None:
@@ -40,20 +36,13 @@ class Batch:
 
 
 class Walk:
-    """The hidden states of this process's share of the windows, and the layers they are led through.
+    """The hidden states of this process's share of the windows (N, S) of all, first those that enter layer 0.
 
     Stages counted: ``read``, waiting for a layer to be read or copied, and ``forward``.
-
-    Args:
-        source: The model.
-        windows: Token ids of all processes, (N, S); the states begin as those that enter layer 0.
-        batch_size: Windows run at a time.
     """
 
     def __init__(self, source: LayerSource, windows: Tensor, batch_size: int) -> None:
-        self.source = source
-        self.windows = own_share(windows)
-        self.batch_size = batch_size
+        self.source, self.windows, self.batch_size = source, own_share(windows), batch_size
         shape = (*self.windows.shape, source.config.hidden_size)
         self.states = source.storage.empty(shape, source.dtype, source.device)
         with source.embedding() as embed:
@@ -68,11 +57,7 @@ class Walk:
             yield Batch(stored.to(self.source.device, non_blocking=True), stored)
 
     def run(self, layer: nn.Module, index: int, batch: Batch) -> Tensor:
-        """Return what ``layer``, at place ``index`` in the model, makes of a batch, (batch, S, D).
-
-        Raises:
-            InputError: If the result is not finite.
-        """
+        """Return what ``layer``, at place ``index`` in the model, makes of a batch, (batch, S, D), if it is finite."""
         with stage("forward"):
             outputs = layer(batch.states, **self._arguments[index])
             check_finite(index, outputs)
@@ -96,7 +81,5 @@ def lent_layer(source: LayerSource, index: int) -> Iterator[DecoderModule]:
 def check_finite(index: int, activations: Tensor) -> None:
     """Refuse what layer ``index`` gives if it is not finite."""
     if not torch.isfinite(activations).all():
-        raise InputError(
-            f"layer {index} gives NaN or infinite activations in {activations.dtype}; "
-            "check the checkpoint, or use a wider --dtype (float32, bfloat16)"
-        )
+        remedy = "check the checkpoint, or use a wider --dtype (float32, bfloat16)"
+        raise InputError(f"layer {index} gives NaN or infinite activations in {activations.dtype}; {remedy}")

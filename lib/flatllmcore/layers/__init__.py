@@ -7,25 +7,9 @@ Where two copies of this package are imported, the auto classes load models as t
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .families import FAMILIES, Family, family_of
-from .flat_attention import attention_value_width
-from .flat_llama import FlatLlamaAttention, FlatLlamaConfig, FlatLlamaDecoderLayer, FlatLlamaForCausalLM, FlatLlamaModel
-from .flat_mistral import (
-    FlatMistralAttention,
-    FlatMistralConfig,
-    FlatMistralDecoderLayer,
-    FlatMistralForCausalLM,
-    FlatMistralModel,
-)
-from .flat_qwen2 import FlatQwen2Attention, FlatQwen2Config, FlatQwen2DecoderLayer, FlatQwen2ForCausalLM, FlatQwen2Model
-from .flat_qwen3 import FlatQwen3Attention, FlatQwen3Config, FlatQwen3DecoderLayer, FlatQwen3ForCausalLM, FlatQwen3Model
-from .replacement import (
-    adopt_compressed_layers,
-    compress_decoder_layer,
-    compressed_config,
-    compressed_part,
-    empty_decoder_layer,
-    fill_parameters,
-)
+from .flat_llama import FlatLlamaAttention, FlatLlamaConfig, FlatLlamaDecoderLayer, FlatLlamaForCausalLM
+from .flat_mistral import FlatMistralAttention, FlatMistralConfig, FlatMistralDecoderLayer, FlatMistralForCausalLM
+from .replacement import adopt_compressed_layers, compress_decoder_layer, compressed_config, compressed_part
 
 for _family in FAMILIES.values():
     if _family.config.model_type not in CONFIG_MAPPING:  # else of a copy of this package that was there before

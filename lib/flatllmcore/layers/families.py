@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..utils.model_families import family_name
+from ..utils.layer_utils import family_name
 from . import flat_llama, flat_mistral, flat_qwen2, flat_qwen3
 from .flat_attention import FlatDecoderLayer
 
@@ -36,9 +36,5 @@ FAMILIES = {
 
 
 def family_of(config: PreTrainedConfig) -> Family:
-    """Return the family of a dense or compressed model's config.
-
-    Raises:
-        InputError: If the family is not supported.
-    """
+    """Return the family of a dense or compressed model's config."""
     return FAMILIES[family_name(config)]

@@ -25,23 +25,16 @@ _FEW_KEYS = 2**16
 
 
 def attention_value_width(rank: int, head_dim: int, query_length: int, implementation: str, device_type: str) -> int:
-    """Return the value width to hand to the attention function, ``rank <= width <= head_dim``; zeros fill it.
-
-    Eager attention takes any width. Fused kernels of SDPA restrict it, and what they refuse falls to the path that
-    writes out the whole score matrix:
-
-    - A prompt gets ``head_dim``, for flash. Zeros cost little beside the scores, and transformers shares key/value
-      heads among queries without copying them only at equal widths.
-    - One token reads the whole cache, and padding to ``head_dim`` would cost what the compression saves: the next
-      multiple of 8 on an accelerator, for the memory-efficient kernel; nothing on CPU, which has
-      :func:`one_token_attention`.
-
-    Anything else (flash_attention_*, flex, paged caches) asks for equal widths.
-    """
-    if implementation == "eager":
+    """Return the value width to hand to the attention function, ``rank <= width <= head_dim``; zeros fill it."""
+    if implementation == "eager":  # takes any width
         return rank
+    # Fused kernels restrict it, and what they refuse falls to the path that writes out the whole score matrix. A token
+    # reads the whole cache, and padding to head_dim would cost what the compression saves: so the next multiple of 8
+    # on an accelerator, for the memory-efficient kernel; nothing on CPU, which has one_token_attention.
     if implementation == "sdpa" and query_length == 1:
         return rank if device_type == "cpu" else min(-(-rank // 8) * 8, head_dim)
+    # A prompt, for flash: zeros cost little beside the scores, and transformers shares key/value heads among queries
+    # without copying them only at equal widths. flash_attention_*, flex and paged caches ask for equal widths.
     return head_dim
 
 
@@ -52,12 +45,8 @@ def one_token_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor 
     fused call takes padded values where they are few. Else plain products read the cache as it is, and round scores
     to its dtype as eager attention does. Either way the queries of a group meet their keys in one product.
 
-    Args:
-        query: (B, H, 1, d); of ``key`` (B, G, T, d), of ``value`` (B, G, T, r).
-        mask: True where a key counts, or numbers to add to the scores, (B or 1, 1, 1, T); None where all count.
-
-    Returns:
-        The outputs of all heads side by side, (B, 1, H·r).
+    Of ``query`` (B, H, 1, d), ``key`` (B, G, T, d) and ``value`` (B, G, T, r) it gives the outputs of all heads side by
+    side, (B, 1, H·r); ``mask`` (B or 1, 1, 1, T) is True where a key counts, or numbers to add to the scores.
     """
     batch_size, num_heads, _, head_dim = query.shape
     num_kv_heads, rank = value.shape[1], value.shape[-1]
@@ -80,19 +69,13 @@ def _widened(value: Tensor, width: int) -> Tensor:
 
 @dataclass(kw_only=True, repr=False, eq=False)  # those of PreTrainedConfig
 class FlatConfig:
-    """The fields that a family's compressed config has and its dense one has not; ``None`` leaves a part whole.
-
-    Attributes:
-        value_head_dim: Width of each value head.
-        query_key_rank: Rank of each head's rows in ``q_proj`` and in ``k_proj``, kept as two factors.
-        dense_intermediate_size: MLP width of the dense model.
-    """
+    """The fields that a family's compressed config has and its dense one has not; ``None`` leaves a part whole."""
 
     _auto_class: ClassVar[str] = "AutoConfig"
 
-    value_head_dim: int | None = None
-    query_key_rank: int | None = None
-    dense_intermediate_size: int | None = None
+    value_head_dim: int | None = None  # width of each value head
+    query_key_rank: int | None = None  # of each head's rows in q_proj and in k_proj, kept as two factors
+    dense_intermediate_size: int | None = None  # MLP width of the dense model
 
     def __post_init__(self: Any, **kwargs: Any) -> None:
         """Have a ``head_dim`` always; in some families it is stated only where it is not ``hidden / heads``."""
@@ -132,10 +115,7 @@ class HeadwiseFactoredLinear(nn.Module):
 
 
 class FlatAttention(nn.Module):
-    """Attention whose value heads, and the value half of its cache, have ``value_head_dim`` entries.
-
-    A family names its dense modelling module, and overrides the methods in which it differs.
-    """
+    """Attention whose value heads, and the value half of its cache, have ``value_head_dim`` entries."""
 
     dense: ClassVar[ModuleType]  # whose rotary and eager functions are the family's
 
@@ -233,11 +213,7 @@ class FlatDecoderLayer(nn.Module):
 
 
 class FlatModel(nn.Module):
-    """A dense parent's model over compressed layers.
-
-    The parents build their layers in ``__init__`` from one width for all, which a config with
-    per-layer widths refuses to give. So they build everything else, as for a model of no layers.
-    """
+    """A dense parent's model over compressed layers."""
 
     _auto_class = "AutoModel"
 
@@ -246,6 +222,8 @@ class FlatModel(nn.Module):
     config: PreTrainedConfig
 
     def __init__(self, config: PreTrainedConfig) -> None:
+        # The parent builds its layers from one width for all, which a config of per-layer widths refuses to give. So it
+        # builds everything else, as for a model of no layers.
         num_layers, config.num_hidden_layers = config.num_hidden_layers, 0
         try:
             super().__init__(config)

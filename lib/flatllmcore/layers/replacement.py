@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..utils.dimensions import Kept
-from ..utils.model_families import check_is_dense
+from ..utils.layer_utils import check_is_dense
 from .families import family_of
 from .flat_attention import FlatDecoderLayer
 
@@ -18,12 +18,8 @@ _LOST_IN_CONVERSION = ("model_type", "transformers_version", "architectures", "a
 def compressed_config(config: PreTrainedConfig, kept: Sequence[Kept]) -> PreTrainedConfig:
     """Return the compressed family's config; all else is as in the dense ``config``.
 
-    A width that all layers share becomes the model's; otherwise it stands in ``per_layer_config``.
-
-    Raises:
-        InputError: If the family is not supported, or the model is compressed already.
-        ValueError: If ``kept`` is not one per layer.
-        StrictDataclassClassValidationError: If a rank or width is out of range.
+    A width that all layers share becomes the model's; otherwise it stands in ``per_layer_config``. ValueError if
+    ``kept`` is not one per layer; transformers checks ranks and widths.
     """
     check_is_dense(config)
     if len(kept) != config.num_hidden_layers:
@@ -52,8 +48,7 @@ def empty_decoder_layer(flat_config: PreTrainedConfig, layer_idx: int) -> FlatDe
 def fill_parameters(module: nn.Module, weights: Mapping[str, Tensor], place: str = "") -> None:
     """Put ``weights`` in the place of all the parameters of ``module``, which are on the meta device; no copies.
 
-    Raises:
-        ValueError: If a parameter is missing, or a shape is another; the message begins with ``place``.
+    ValueError, beginning with ``place``, if a parameter is missing or a shape is another.
     """
     _check_shapes(module, weights, place)
     for name, _ in list(module.named_parameters()):
@@ -68,18 +63,10 @@ def compressed_part(
 ) -> nn.Module:
     """Return a part of a compressed layer: ``weights`` where given, else the dense layer's own parameters.
 
-    Parameters taken from the dense layer are the same objects, not copies. New ones take device, dtype and
-    ``requires_grad`` of the dense parameter they stand in for, factors those of the weight they are factors of.
-
-    Args:
-        flat_config: What :func:`compressed_config` returned.
-        layer_idx: Position of the layer in the model.
-        part: A submodule, e.g. ``self_attn`` or ``mlp``; the layer itself for an empty name.
-        dense_layer: The whole decoder layer of the dense model, which is left as it was.
-        weights: New weights of the part by name inside the layer, e.g. ``self_attn.v_proj.weight``.
-
-    Raises:
-        ValueError: If a name is unknown, a factor is missing, or a shape is not the one ``flat_config`` states.
+    The part is a submodule such as ``mlp``, or the whole layer for an empty name; ``weights`` go by their names inside
+    the layer. Parameters taken from the dense layer, which is left as it was, are the same objects, not copies. New
+    ones take device, dtype and ``requires_grad`` of the dense parameter they stand in for, factors those of the weight
+    they are factors of. ValueError if a name is unknown, a factor is missing, or ``flat_config`` states another shape.
     """
     module = empty_decoder_layer(flat_config, layer_idx).get_submodule(part)
     prefix = f"{part}." if part else ""
@@ -114,11 +101,8 @@ def adopt_compressed_layers(
     """Turn a dense causal language model into the compressed one, in place, and return it.
 
     The object, its embeddings, norm, head and generation config stay; its class, its config and its layers change.
-    Nothing is changed when this raises.
-
-    Raises:
-        TypeError: If the model is not of the family of ``flat_config``.
-        ValueError: If the layers are not those that ``flat_config`` states, in order.
+    Nothing is changed when this raises: TypeError if the model is not of the family of ``flat_config``, ValueError if
+    the layers are not those that it states, in order.
     """
     family = family_of(flat_config)
     if type(model) is not family.dense_causal_lm:

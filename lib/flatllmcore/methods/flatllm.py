@@ -43,11 +43,8 @@ class FlatLLM:
         jitter = few_tokens_jitter(tokens, dimensions.intermediate_size)
         if jitter:
             logger.warning(
-                "%d calibration tokens are few for %d MLP channels: the MLP is solved with %.3f of each channel's "
-                "energy added; give more tokens",
-                tokens,
-                dimensions.intermediate_size,
-                jitter,
+                f"{tokens} calibration tokens are few for {dimensions.intermediate_size} MLP channels: the MLP is "
+                f"solved with {jitter:.3f} of each channel's energy added; give more tokens"
             )
 
     def steps(self, dimensions: ModelDimensions, kept: Kept) -> list["FlatLLMStep"]:
@@ -67,9 +64,8 @@ class FlatLLMStep:
     @property
     def heads(self) -> dict[str, int]:
         """The taps whose moments are taken head by head, and how many heads each has."""
-        sizes = self.dimensions
-        queries_and_keys = {QUERIES: sizes.num_heads, KEYS: sizes.num_kv_heads}
-        return {VALUES: sizes.num_kv_heads} | ({} if self.kept.query_key_rank is None else queries_and_keys)
+        heads, kv_heads = self.dimensions.num_heads, self.dimensions.num_kv_heads
+        return {VALUES: kv_heads} | ({} if self.kept.query_key_rank is None else {QUERIES: heads, KEYS: kv_heads})
 
     @property
     def taps(self) -> list[str]:
@@ -79,12 +75,10 @@ class FlatLLMStep:
     def zeros(self, layer: DecoderModule) -> Sums:
         """Return the moments ``Σ v vᵀ`` of each head, (G or H, d, d), and ``Σ z zᵀ`` of the MLP, (F, F)."""
         width, channels = self.dimensions.head_dim, self.dimensions.intermediate_size
-        shapes = {tap: (count, width, width) for tap, count in self.heads.items()}
+        shapes: dict[str, tuple[int, ...]] = {tap: (count, width, width) for tap, count in self.heads.items()}
+        shapes |= {CHANNELS: (channels, channels), TOKENS: ()}
         device = layer.mlp.down_proj.weight.device
-        return {
-            name: torch.zeros(shape, dtype=torch.float64, device=device)
-            for name, shape in (shapes | {CHANNELS: (channels, channels), TOKENS: ()}).items()
-        }
+        return {tap: torch.zeros(shape, dtype=torch.float64, device=device) for tap, shape in shapes.items()}
 
     def add(self, sums: Sums, seen: Mapping[str, Tensor]) -> None:
         """Add a batch's moments; of the MLP's the lower triangle alone."""
@@ -95,46 +89,32 @@ class FlatLLMStep:
 
     def solve(self, layer: DecoderModule, sums: Sums) -> Solution:
         """Return the layer's new weights; a rank or width that is the whole one leaves its part as it is."""
-        eigenvalues, directions = headwise_pca(sums[VALUES])
         weights: dict[str, Tensor] = {}
+        eigenvalues, directions = headwise_pca(sums[VALUES])
         if self.kept.value_rank < self.dimensions.head_dim:
-            weights |= _compress_values(layer.self_attn, directions[..., : self.kept.value_rank])
+            bases = directions[..., : self.kept.value_rank]  # (G, d, r)
+            weights |= _heads_projected(layer.self_attn.v_proj, "self_attn.v_proj", bases)
+            weights["self_attn.o_proj.weight"] = project_output(layer.self_attn.o_proj.weight, bases)
         if self.kept.query_key_rank is not None:
-            for tap in (QUERIES, KEYS):
-                weights |= _factor(layer, tap, sums[tap], self.kept.query_key_rank)
+            for tap in (QUERIES, KEYS):  # into two factors, between whose products the rotary embedding stands
+                name = tap.removesuffix(".output")
+                bases = headwise_pca(sums[tap], name)[1][..., : self.kept.query_key_rank]  # (H or G, d, r)
+                weights |= {f"{name}.up": bases} | _heads_projected(layer.get_submodule(name), f"{name}.down", bases)
         if self.kept.mlp_width < self.dimensions.intermediate_size:
             mirror_lower_triangle(sums[CHANNELS])
             weights |= _compress_mlp(layer.mlp, sums[CHANNELS], self.kept.mlp_width, int(sums[TOKENS]))
         return Solution(weights, eigenvalues)
 
 
-def _compress_values(attention: DecoderModule, bases: Tensor) -> dict[str, Tensor]:
-    weights = {
-        "self_attn.v_proj.weight": project_heads(attention.v_proj.weight, bases),
-        "self_attn.o_proj.weight": project_output(attention.o_proj.weight, bases),
-    }
-    if attention.v_proj.bias is not None:
-        weights["self_attn.v_proj.bias"] = project_heads(attention.v_proj.bias, bases)
-    return weights
-
-
-def _factor(layer: DecoderModule, tap: str, moment: Tensor, rank: int) -> dict[str, Tensor]:
-    """Return the two factors of ``q_proj`` or ``k_proj``, between whose products the rotary embedding stands."""
-    name = tap.removesuffix(".output")
-    projection = layer.get_submodule(name)
-    bases = headwise_pca(moment, name)[1][..., :rank]  # (H or G, d, r)
-    weights = {f"{name}.up": bases, f"{name}.down.weight": project_heads(projection.weight, bases)}
-    if projection.bias is not None:
-        weights[f"{name}.down.bias"] = project_heads(projection.bias, bases)
-    return weights
+def _heads_projected(projection: DecoderModule, name: str, bases: Tensor) -> dict[str, Tensor]:
+    """Return a projection's weight, and its bias if it has one, in terms of ``bases``, as parts of ``name``."""
+    return {f"{name}.{of}": project_heads(parameter, bases) for of, parameter in projection.named_parameters()}
 
 
 def _compress_mlp(mlp: DecoderModule, moment: Tensor, width: int, tokens: int) -> dict[str, Tensor]:
     kept = select_channels(moment, width)
     jitter = few_tokens_jitter(tokens, len(moment))
     weights = {"mlp.down_proj.weight": reconstruct_down_projection(mlp.down_proj.weight, moment, kept, jitter=jitter)}
-    for name, projection in (("gate_proj", mlp.gate_proj), ("up_proj", mlp.up_proj)):
-        weights[f"mlp.{name}.weight"] = projection.weight[kept]
-        if projection.bias is not None:
-            weights[f"mlp.{name}.bias"] = projection.bias[kept]
+    for name in ("gate_proj", "up_proj"):
+        weights |= {f"mlp.{name}.{of}": part[kept] for of, part in mlp.get_submodule(name).named_parameters()}
     return weights

@@ -11,14 +11,43 @@ from huggingface_hub import ModelCardData
 from ..errors import InputError
 from .layer_utils import model_name
 
+_CARD = """\
+---
+{metadata}
+---
+
+# {name}, compressed by FLAT-LLM
+
+{achieved_sparsity_percent:.2f} % of the decoder layers' linear weights were removed, without training: \
+{projections} projections by head-wise PCA, MLPs by Nyström approximation.
+
+| | dense | compressed |
+|---|---:|---:|
+| decoder-layer linear weights | {parameters_before[decoder_linear]:,} | {parameters_after[decoder_linear]:,} |
+| all parameters | {parameters_before[total]:,} | {parameters_after[total]:,} |
+| perplexity{measured_on} | {dense} | {compressed} |
+
+- Removed: {sparsity_ratio:g} % asked, {achieved_sparsity_percent:.3f} % achieved.
+- Calibration: {dataset}, {nsamples} samples of {seqlen} tokens, seed {seed}.
+- Versions: {packages}.
+- Command: `{command}`
+
+## Use
+
+With `flatllmcore` installed (else with `trust_remote_code=True`, by the modelling files in this folder):
+
+```python
+import flatllmcore
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+```
+"""
+
 
 def check_output_folder(folder: Path, overwrite: bool) -> None:
-    """Check that a model may be written to ``folder``; worth calling before the work whose result goes there.
-
-    Raises:
-        InputError: If ``folder`` is a file, or is not empty and ``overwrite`` is not given, or holds something
-            other than a model.
-    """
+    """Refuse a folder that is neither missing nor empty, nor holds a model where ``overwrite`` is given."""
     if not folder.exists():
         return
     if not folder.is_dir():
@@ -34,14 +63,7 @@ def check_output_folder(folder: Path, overwrite: bool) -> None:
 
 
 def model_card(record: Mapping[str, Any]) -> str:
-    """Return the Markdown model card, with YAML front matter, of a compressed model.
-
-    Args:
-        record: How the model was made, as the record of a run has it: ``base_model``, ``sparsity_ratio``,
-            ``achieved_sparsity_percent``, ``prune_qk``, ``parameters_before`` and ``parameters_after`` (as
-            :func:`count_parameters`), ``dataset``, ``nsamples``, ``seqlen``, ``seed``, ``versions``, ``command``, and
-            ``perplexity`` with ``dense``, ``compressed``, ``dataset`` and ``seqlen``, or nothing.
-    """
+    """Return the Markdown model card, with YAML front matter, of a compressed model from the record of its run."""
     base_model = str(record["base_model"])
     is_local = Path(base_model).exists()
     name = model_name(base_model) if is_local else base_model
@@ -51,56 +73,22 @@ def model_card(record: Mapping[str, Any]) -> str:
         base_model=None if is_local else base_model,  # the hub links this name to a repository
         flat_llm={"base_model": name, "sparsity_ratio": record["sparsity_ratio"]},
     )
-    before, after = record["parameters_before"], record["parameters_after"]
-    projections = "query, key, value and output" if record["prune_qk"] else "value and output"
     measured_on, dense, compressed = "", "not run", "not run"
     if perplexity := record.get("perplexity"):
         measured_on = f" ({perplexity['dataset']}, windows of {perplexity['seqlen']} tokens)"
         dense, compressed = (f"{perplexity[which]:.3f}" for which in ("dense", "compressed"))
-    return f"""---
-{data.to_yaml()}
----
-
-# {name}, compressed by FLAT-LLM
-
-{record["achieved_sparsity_percent"]:.2f} % of the decoder layers' linear weights were removed, without training: \
-{projections} projections by head-wise PCA, MLPs by Nyström approximation.
-
-| | dense | compressed |
-|---|---:|---:|
-| decoder-layer linear weights | {before["decoder_linear"]:,} | {after["decoder_linear"]:,} |
-| all parameters | {before["total"]:,} | {after["total"]:,} |
-| perplexity{measured_on} | {dense} | {compressed} |
-
-- Removed: {record["sparsity_ratio"]:g} % asked, {record["achieved_sparsity_percent"]:.3f} % achieved.
-- Calibration: {record["dataset"]}, {record["nsamples"]} samples of {record["seqlen"]} tokens, seed {record["seed"]}.
-- Versions: {", ".join(f"{package} {version}" for package, version in record["versions"].items())}.
-- Command: `{record["command"]}`
-
-{_HOW_TO_LOAD}"""
-
-
-_HOW_TO_LOAD = """\
-## Use
-
-With `flatllmcore` installed:
-
-```python
-import flatllmcore
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
-tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
-```
-
-Without it, by the modelling files in this folder:
-
-```python
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", trust_remote_code=True)
-```
-"""
+    return _CARD.format_map(
+        {
+            **record,
+            "metadata": data.to_yaml(),
+            "name": name,
+            "projections": "query, key, value and output" if record["prune_qk"] else "value and output",
+            "measured_on": measured_on,
+            "dense": dense,
+            "compressed": compressed,
+            "packages": ", ".join(f"{package} {version}" for package, version in record["versions"].items()),
+        }
+    )
 
 
 def put_in_place(complete: Path, folder: Path) -> None:

@@ -5,6 +5,7 @@ import os
 import re
 import resource
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,36 +40,26 @@ def is_device_name(name: Any) -> bool:
 
 
 def parse_device(name: str | None) -> torch.device:
-    """Return the named device, or the best one present for ``None``; ``cuda`` is this process's GPU.
-
-    Raises:
-        InputError: If the name is malformed or the device is not on this machine.
-    """
+    """Return the named device if it is there, or the best one for ``None``; ``cuda`` is this process's GPU."""
     if name is None or (name == "cuda" and torch.cuda.is_available()):
         return best_device()
-    try:
+    with suppress(RuntimeError, AssertionError):  # what torch raises where there is no such device
         device = torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device {name!r} is not usable here; use {DEVICE_NAMES}") from error
-    if device.type not in ("cpu", "cuda"):
-        raise InputError(f"device {name!r} is not supported; use {DEVICE_NAMES}")
-    return device
+        if device.type in ("cpu", "cuda"):
+            return device
+    raise InputError(f"device {name!r} is not usable here; use {DEVICE_NAMES}")
 
 
 def product_operand(x: Tensor) -> Tensor:
-    """Return ``x`` as :func:`float32_product` multiplies it on its device: bf16 and fp16 widened except on CUDA.
-
-    For an operand of several products, so that it is widened once.
-    """
+    """Return ``x`` widened as :func:`float32_product` needs it: once, for an operand of several products."""
     return x.float() if x.dtype in _LOW_PRECISION and not x.is_cuda else x
 
 
 def float32_product(a: Tensor, b: Tensor) -> Tensor:
     """Return ``a @ b`` accumulated in at least float32; leading batch dimensions allowed.
 
-    bf16 and fp16 operands multiply exactly in float32. CUDA's matrix units take them as they are and
-    give the float32 sums out; elsewhere they are widened first. float32 and float64 stay what they are
-    (torch.set_float32_matmul_precision, if it was changed, counts for float32).
+    bf16 and fp16 operands multiply exactly in float32. CUDA's matrix units take them as they are and give the float32
+    sums out; elsewhere they are widened first. float32 and float64 stay (torch.set_float32_matmul_precision counts).
     """
     a, b = product_operand(a), product_operand(b)
     if a.dtype not in _LOW_PRECISION:
@@ -96,19 +87,14 @@ def free_device_memory(device: torch.device) -> int:
 
 def free_host_memory() -> int:
     """Return the bytes of memory that this process may still take, page cache that can be dropped included."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (FileNotFoundError, StopIteration):  # not Linux
+    free = _linux_bytes("meminfo", "MemAvailable")
+    if free is None:
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     return int(min(free, _free_in_container()))
 
 
 def _free_in_container() -> float:
-    """Return what the control groups around this process leave of their limits; infinity without one.
-
-    File pages that a group can drop are not counted as used.
-    """
+    """Return what the control groups around this process leave of their limits, droppable file pages included."""
     try:
         own = Path("/proc/self/cgroup").read_text().strip().rpartition("::")[2].lstrip("/")
     except FileNotFoundError:  # not Linux
@@ -147,12 +133,16 @@ def peak_memory_gib(device: torch.device) -> dict[str, float]:
 
 def _peak_resident_bytes() -> int:
     """Return the peak of this program alone; ``ru_maxrss`` begins with that of the program that started it."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
-    except (FileNotFoundError, StopIteration):  # not Linux
-        unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, else in KiB
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, else in KiB
+    return _linux_bytes("self/status", "VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _linux_bytes(file: str, field: str) -> int | None:
+    """Return a field, kept in KiB, of a file below /proc; None where there is none."""
+    with suppress(FileNotFoundError):
+        found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc", file).read_text(), re.MULTILINE)
+        return int(found[1]) * 1024 if found else None
+    return None
 
 
 def device_name(device: torch.device) -> str:

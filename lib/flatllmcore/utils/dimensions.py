@@ -8,19 +8,12 @@ from ..errors import InputError
 
 @dataclass(frozen=True)
 class Kept:
-    """What one decoder layer keeps.
+    """What one decoder layer keeps."""
 
-    Attributes:
-        keep: Share of V, O and MLP allotted to it (of Q and K too where they are pruned), in (0, 1].
-        value_rank: Directions per value head, ``1..head_dim``.
-        mlp_width: MLP channels, ``1..intermediate_size``.
-        query_key_rank: Rank per head of Q and K; ``None`` where they stay whole.
-    """
-
-    keep: float
-    value_rank: int
-    mlp_width: int
-    query_key_rank: int | None = None
+    keep: float  # share of V, O and MLP allotted to it (of Q and K too where they are pruned), in (0, 1]
+    value_rank: int  # directions per value head, 1..head_dim
+    mlp_width: int  # channels, 1..intermediate_size
+    query_key_rank: int | None = None  # rank per head; None where Q and K stay whole
 
 
 @dataclass(frozen=True)
@@ -34,6 +27,11 @@ class ModelDimensions:
     num_kv_heads: int
     head_dim: int
     intermediate_size: int
+
+    def __post_init__(self) -> None:
+        for name, size in asdict(self).items():
+            if isinstance(size, int) and size < 1:
+                raise InputError(f"{name} is {size}; accepted: 1 or more")
 
     @property
     def qk_parameters(self) -> int:

@@ -3,31 +3,12 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from torch import nn
 from transformers import PreTrainedModel
-
-from ..errors import InputError
 
 
 def is_spread_over_devices(model: PreTrainedModel) -> bool:
     """Tell whether a device map put parts of the model on different devices."""
     return len(set(getattr(model, "hf_device_map", {}).values())) > 1
-
-
-def check_weights_present(model: nn.Module) -> None:
-    """Refuse a model whose weights are not in memory, or not plain floating-point numbers.
-
-    Raises:
-        InputError: Naming the first such weight.
-    """
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta:
-            raise InputError(
-                f"the weight {name} is offloaded and not in memory; load the model without offloading to CPU or disk, "
-                "or on the CPU: layers are sent to the GPU one at a time"
-            )
-        if not parameter.is_floating_point():
-            raise InputError(f"the weight {name} is {parameter.dtype}; accepted: models that are not quantised")
 
 
 @contextmanager

@@ -1,7 +1,4 @@
-"""Files as a whole: atomic writes, typed reading of our JSON, and whether there is room.
-
-A reader sees the old file or the new one, never half of one.
-"""
+"""Files as a whole: atomic writes, typed reading of our JSON, and whether there is room."""
 
 import errno
 import hashlib
@@ -23,10 +20,7 @@ T = TypeVar("T")
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write ``content`` to ``path`` by way of a temporary file, fsync and rename; missing folders are made.
-
-    When anything fails, ``path`` is as it was and the temporary file is gone.
-    """
+    """Write ``content`` to ``path``, which is as it was when anything fails; missing folders are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -56,9 +50,6 @@ def read_json(path: Path, kind: type[T]) -> T:
     """Return what a JSON file holds as ``kind``, a dataclass or ``dict[str, Any]``.
 
     Fields that a dataclass does not have are let be; those with a default may be missing. NaN and infinity are no JSON.
-
-    Raises:
-        InputError: If the file cannot be read or holds something else, naming it and the field.
     """
     import msgspec  # no reader of JSON is needed to compress a model in memory
 
@@ -69,7 +60,7 @@ def read_json(path: Path, kind: type[T]) -> T:
     except msgspec.ValidationError as error:
         raise InputError(f"{path}: {error}") from error
     except (msgspec.DecodeError, RecursionError) as error:
-        raise InputError(f"{path} is not JSON: {error}") from error
+        raise InputError(f"{path}: this is not JSON: {error}") from error
 
 
 def digest(content: bytes) -> str:
@@ -95,11 +86,7 @@ def naming_full_disk(path: Path) -> Iterator[None]:
 
 
 def check_disk_space(folder: Path, needed_bytes: int) -> None:
-    """Refuse a folder, present or still to be made, whose file system has too little room left.
-
-    Raises:
-        InputError: Saying how much is needed and how much is free.
-    """
+    """Refuse a folder, present or still to be made, whose file system has too little room left."""
     existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     free_bytes = shutil.disk_usage(existing).free
     if free_bytes < needed_bytes:

@@ -1,4 +1,7 @@
-"""What a model is made of: its family, its dimensions and where its layers are."""
+"""What a model is made of: its family, its dimensions and where its layers are.
+
+The classes of each family stand in :mod:`flatllmcore.layers.families`; no function here takes a model of another.
+"""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -11,8 +14,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from ..errors import InputError
 from .dimensions import ModelDimensions
-from .dispatch import check_weights_present
-from .model_families import FAMILY_NAMES, check_is_dense, family_name, head_dim_of
+
+FAMILY_NAMES = ("llama", "mistral", "qwen2", "qwen3")  # the ``model_type`` of dense models
+_COMPRESSED = "flat_"  # before it in that of compressed ones
+_SUPPORTED = ", ".join(FAMILY_NAMES)
 
 # A decoder layer or a part of one. torch types a module's members as tensor or module, so their own are lost.
 DecoderModule: TypeAlias = Any
@@ -24,37 +29,39 @@ def model_name(model: str | Path) -> str:
 
 
 def load_config(model: str, cache_dir: Path | None = None) -> PretrainedConfig:
-    """Return the config of a local folder or a hub id; no weight is read.
-
-    Raises:
-        InputError: If there is no such model, or its ``config.json`` cannot be read.
-    """
+    """Return the config of a local folder or a hub id; no weight is read."""
     try:
         return AutoConfig.from_pretrained(model, cache_dir=cache_dir)
     except (OSError, ValueError, TypeError, ZeroDivisionError, StrictDataclassError) as error:
         reason = " ".join(str(error).split("\n")[:2])
         raise InputError(
             f"no usable model config at {model!r} ({reason}); expected a local model folder or a hub id, "
-            f"of one of the families {', '.join(FAMILY_NAMES)}"
+            f"of one of the families {_SUPPORTED}"
         ) from error
 
 
-def dimensions_from_config(config: PretrainedConfig) -> ModelDimensions:
-    """Return the sizes a dense model's config states.
+def family_name(config: PretrainedConfig) -> str:
+    """Return the family of a dense or compressed model's config, one of ``FAMILY_NAMES``."""
+    name = config.model_type.removeprefix(_COMPRESSED)
+    if name not in FAMILY_NAMES:
+        raise InputError(f"model family {config.model_type!r} is not supported; supported: {_SUPPORTED}")
+    return name
 
-    Raises:
-        InputError: If the family is not supported, or the model is compressed already.
-    """
+
+def check_is_dense(config: PretrainedConfig) -> None:
+    """Refuse the config of a model that is compressed already."""
+    if config.model_type != family_name(config):
+        raise InputError(f"the model is compressed already ({config.model_type}); give one of: {_SUPPORTED}")
+
+
+def dimensions_from_config(config: PretrainedConfig) -> ModelDimensions:
+    """Return the sizes a dense model's config states; that of a compressed one is refused."""
     check_is_dense(config)
     return dense_dimensions(config)
 
 
 def dense_dimensions(config: PretrainedConfig) -> ModelDimensions:
-    """Return the sizes of the dense model, from the config of that model or of what it was compressed to.
-
-    Raises:
-        InputError: If the family is not supported.
-    """
+    """Return the sizes of the dense model, from the config of that model or of what it was compressed to."""
     family = family_name(config)
     return ModelDimensions(
         architecture=family,
@@ -62,37 +69,42 @@ def dense_dimensions(config: PretrainedConfig) -> ModelDimensions:
         hidden_size=config.hidden_size,
         num_heads=config.num_attention_heads,
         num_kv_heads=config.num_key_value_heads,
-        head_dim=head_dim_of(config),
+        # Some configs state it only where it is not that quotient.
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         # A config of per-layer widths refuses to give one for all.
         intermediate_size=config.intermediate_size if config.model_type == family else config.dense_intermediate_size,
     )
 
 
 def detect_architecture(model: nn.Module) -> str:
-    """Return the family of a dense or compressed model, ``llama``, ``mistral`` and so on.
-
-    Raises:
-        InputError: If the model is not a transformers model of a supported family.
-    """
+    """Return the family of a dense or compressed transformers model, ``llama``, ``mistral`` and so on."""
     config = getattr(model, "config", None)
     if not isinstance(config, PretrainedConfig):
-        names = ", ".join(FAMILY_NAMES)
-        raise InputError(f"a {type(model).__name__} has no config that names its family; supported: {names}")
+        raise InputError(f"a {type(model).__name__} has no config that names its family; supported: {_SUPPORTED}")
     return family_name(config)
 
 
-def check_causal_lm(model: PreTrainedModel) -> None:
-    """Refuse a model that the method cannot walk through, layer by layer.
+def check_architecture(model: nn.Module, architecture: str | None) -> None:
+    """Refuse a model of another family than ``architecture``, if one is named."""
+    found = detect_architecture(model)
+    if architecture not in (None, found):
+        raise InputError(f"the model is of the family {found!r}, not {architecture!r}")
 
-    Raises:
-        InputError: If it is not a causal language model of a supported family, dense or compressed, or weights are
-            not in memory as floating-point numbers.
-    """
+
+def check_causal_lm(model: PreTrainedModel) -> None:
+    """Refuse what is no causal language model, dense or compressed, with floating-point weights in memory."""
     expected = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[detect_architecture(model)]
     # By name: another copy of this package, or a model folder's own files, have a compressed class of their own.
     if type(model).__name__ not in (expected, f"Flat{expected}"):
         raise InputError(f"the model is a {type(model).__name__}; accepted of this family: {expected}")
-    check_weights_present(model)
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise InputError(
+                f"the weight {name} is offloaded and not in memory; load the model without offloading to CPU or disk, "
+                "or on the CPU: layers are sent to the GPU one at a time"
+            )
+        if not parameter.is_floating_point():
+            raise InputError(f"the weight {name} is {parameter.dtype}; accepted: models that are not quantised")
 
 
 def find_layers(module: nn.Module, kinds: tuple[type[nn.Module], ...] = (nn.Linear,)) -> dict[str, nn.Module]:
@@ -101,11 +113,7 @@ def find_layers(module: nn.Module, kinds: tuple[type[nn.Module], ...] = (nn.Line
 
 
 def find_decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """Return the decoder layers of a dense or compressed model, in order.
-
-    Raises:
-        InputError: If the family is not supported.
-    """
+    """Return the decoder layers of a dense or compressed model, in order."""
     detect_architecture(model)
     return model.base_model.layers
 
@@ -127,47 +135,26 @@ def check_sparsity(model: PreTrainedModel) -> float:
 
     Relative to the dense model: 0 for an ordinary dense model, the zeros of one pruned by a mask, and for a compressed
     model what its smaller weights leave out. Two factors that stand for one weight count as they are.
-
-    Raises:
-        InputError: If the family is not supported.
     """
-    layers = find_decoder_layers(model)
-    weights = [parameter for parameter in layers.parameters() if parameter.ndim > 1]  # norms and biases are vectors
+    weights = [parameter for parameter in find_decoder_layers(model).parameters() if parameter.ndim > 1]
     nonzero = sum(int(weight.count_nonzero()) for weight in weights)
     dimensions = dense_dimensions(model.config)
     return 1 - nonzero / (dimensions.num_layers * dimensions.layer_parameters)
 
 
 def get_layer_dimensions(model: PreTrainedModel, architecture: str | None = None) -> dict[str, Any]:
-    """Return the sizes of the dense model, and what each layer has of them.
+    """Return the sizes of the dense model, and what each layer of this one, dense or compressed, has of them.
 
     Per layer these are ``value_rank``, ``mlp_width`` and ``query_key_rank``, which is ``None`` where Q and K are whole.
-
-    Args:
-        model: Dense or compressed.
-        architecture: The family the model is expected to be of; any for ``None``.
-
-    Raises:
-        InputError: If the model is of another family, or of one that is not supported.
+    A model of another family than ``architecture`` is refused.
     """
     check_architecture(model, architecture)
     dimensions = dense_dimensions(model.config)
     layers: list[DecoderModule] = list(find_decoder_layers(model))
+    queries = [layer.self_attn.q_proj for layer in layers]
     return {
         **asdict(dimensions),
         "value_rank": [layer.self_attn.v_proj.out_features // dimensions.num_kv_heads for layer in layers],
         "mlp_width": [layer.mlp.down_proj.in_features for layer in layers],
-        "query_key_rank": [_rank_of(layer.self_attn.q_proj) for layer in layers],
+        "query_key_rank": [query.up.shape[-1] if hasattr(query, "up") else None for query in queries],
     }
-
-
-def check_architecture(model: nn.Module, architecture: str | None) -> None:
-    """Refuse a model of another family than ``architecture``, if one is named."""
-    found = detect_architecture(model)
-    if architecture not in (None, found):
-        raise InputError(f"the model is of the family {found!r}, not {architecture!r}")
-
-
-def _rank_of(projection: DecoderModule) -> int | None:
-    """Return the rank of a projection's two factors; ``None`` for a whole one."""
-    return projection.up.shape[-1] if hasattr(projection, "up") else None

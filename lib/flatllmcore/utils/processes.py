@@ -2,7 +2,7 @@
 
 Started by ``accelerate launch`` or ``torchrun``, which set the variables that :func:`process_group` reads. Outside its
 block one process is all of them, and every function here leaves its argument as it is: a group that the caller of the
-library has made for other work is not touched.
+library has made for other work is not touched. Collectives raise OtherProcessError where another process has ended.
 """
 
 import os
@@ -32,13 +32,21 @@ class OtherProcessError(RuntimeError):
 
 
 @contextmanager
+def _naming_lost_processes() -> Iterator[None]:
+    """For collectives alone, where backends raise RuntimeErrors of many kinds when they do not reach the others."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise OtherProcessError(f"another process ended, or cannot be reached: {error}") from error
+
+
+@contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """Join the group that the launcher describes, if it started more than one process.
+    """Join the group that the launcher describes, if it started more than one process; each computes on its ``device``.
 
     A process that has failed does not take leave on a GPU, where that waits for the others: its end tells them.
-
-    Args:
-        device: Where this process computes; decides how tensors travel (NCCL between GPUs, gloo between CPUs).
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
@@ -74,18 +82,12 @@ def is_rank_0() -> bool:
     return not _is_group() or dist.get_rank() == 0
 
 
+@_naming_lost_processes()
 def is_first_failure() -> bool:
-    """Note that this process has failed, and tell whether it is the first: one failure is reported, not all.
-
-    Raises:
-        OtherProcessError: If the process that keeps the count has ended.
-    """
+    """Note that this process has failed, and tell whether it is the first: one failure is reported, not all."""
     global _has_failed  # noqa: PLW0603
-    if _store is None:
-        return True
     _has_failed = True
-    with _naming_lost_processes():
-        return _store.add(_FAILURES, 1) == 1
+    return _store is None or _store.add(_FAILURES, 1) == 1
 
 
 def own_share(rows: Tensor) -> Tensor:
@@ -112,15 +114,13 @@ def is_own_turn(turn: int) -> bool:
     return not _is_group() or _rank_of_turn(turn) == dist.get_rank()
 
 
-def broadcast_by_turn(tensor: Tensor, turn: int) -> Tensor:
-    """Return the tensor of the process whose turn it is; the others give one of its shape, which does not count."""
-    return _broadcast(tensor.contiguous(), _rank_of_turn(turn)) if _is_group() else tensor
-
-
-def broadcast(tensor: Tensor) -> None:
-    """Replace what a tensor holds, in place, by what it holds in rank 0."""
+@_naming_lost_processes()
+def broadcast(tensor: Tensor, turn: int = 0) -> None:
+    """Replace what a tensor holds, in place, by what it holds in the process whose turn it is: rank 0 at turn 0."""
     if _is_group():
-        tensor.copy_(_broadcast(tensor.contiguous(), 0))
+        sent = tensor.contiguous()
+        dist.broadcast(sent, src=_rank_of_turn(turn))
+        tensor.copy_(sent)
 
 
 def broadcast_object(make: Callable[[], T]) -> T:
@@ -133,11 +133,11 @@ def broadcast_object(make: Callable[[], T]) -> T:
     return objects[0]  # type: ignore[return-value]
 
 
+@_naming_lost_processes()
 def all_reduce(total: Tensor) -> Tensor:
     """Add up ``total`` over the group in place, and return it."""
     if _is_group():
-        with _naming_lost_processes():
-            dist.all_reduce(total)
+        dist.all_reduce(total)
     return total
 
 
@@ -146,11 +146,11 @@ def all_reduce_numbers(*numbers: float, device: torch.device) -> list[float]:
     return all_reduce(torch.tensor(numbers, dtype=torch.float64, device=device)).tolist()
 
 
+@_naming_lost_processes()
 def barrier() -> None:
     """Wait until every process of the group has come here."""
     if _is_group():
-        with _naming_lost_processes():
-            dist.barrier()
+        dist.barrier()
 
 
 def _is_group() -> bool:
@@ -160,20 +160,3 @@ def _is_group() -> bool:
 def _rank_of_turn(turn: int) -> int:
     place = turn % (2 * world_size())
     return min(place, 2 * world_size() - 1 - place)
-
-
-def _broadcast(tensor: Tensor, rank: int) -> Tensor:
-    with _naming_lost_processes():
-        dist.broadcast(tensor, src=rank)
-    return tensor
-
-
-@contextmanager
-def _naming_lost_processes() -> Iterator[None]:
-    """For collectives alone, where backends raise RuntimeErrors of many kinds when they do not reach the others."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        raise OtherProcessError(f"another process ended, or cannot be reached: {error}") from error

@@ -11,11 +11,7 @@ from .processes import is_rank_0
 def progress(items: Iterable[Any] | None, doing: str, unit: str, total: float | None = None) -> tqdm:
     """Return ``items`` behind a bar that is wiped when done; only rank 0 draws one, and on a terminal.
 
-    Args:
-        items: What to go through, or ``None`` for a bar that is moved by ``update``.
-        doing: What the bar says is done.
-        unit: What is counted; bytes and characters get prefixes (k, M, ...).
-        total: How many units there are, where ``len(items)`` does not say.
+    Without items it is moved by ``update``, up to ``total`` units where that is known.
     """
     return tqdm(
         items,

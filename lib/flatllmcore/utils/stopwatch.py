@@ -1,12 +1,8 @@
-"""Where the time of a run goes, stage by stage.
-
-The stopwatch is ambient: code names its stages by :func:`stage`, and whoever wants to know runs it inside
-:meth:`Stopwatch.running`. Where no stopwatch runs, a stage costs nothing.
-"""
+"""Where the time of a run goes: code names its stages, and whoever wants to know runs it under a stopwatch."""
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 
 import torch
@@ -34,16 +30,17 @@ class Stopwatch:
         finally:
             _running.reset(token)
 
-    def enter(self, name: str, is_whole: bool = False) -> None:
-        """Begin a stage, waiting for queued device work; the stages inside one that is whole count for it."""
+    @contextmanager
+    def counting(self, name: str, is_whole: bool) -> Iterator[None]:
+        """Count the time inside the block, with the device work queued there, as :func:`stage` says."""
         self._settle()
         is_inside_whole = bool(self._stages) and self._stages[-1][1]
         self._stages.append(self._stages[-1] if is_inside_whole else (name, is_whole))
-
-    def leave(self) -> None:
-        """End the innermost stage, waiting for queued device work."""
-        self._settle()
-        self._stages.pop()
+        try:
+            yield
+        finally:
+            self._settle()
+            self._stages.pop()
 
     def _settle(self) -> None:
         synchronize(self.device)
@@ -54,20 +51,10 @@ class Stopwatch:
         self._since = now
 
 
-@contextmanager
-def stage(name: str, *, is_whole: bool = False) -> Iterator[None]:
-    """Count the time inside the block for ``name`` on the stopwatch that runs, if one does.
+def stage(name: str, *, is_whole: bool = False) -> AbstractContextManager[None]:
+    """Return a block whose time counts for ``name`` on the stopwatch that runs, if one does.
 
-    Args:
-        name: Of the stage.
-        is_whole: Whether the stages inside count for this one; by default each counts for itself alone.
+    The stages inside one that is whole count for it; else each counts for itself alone.
     """
     stopwatch = _running.get()
-    if stopwatch is None:
-        yield
-        return
-    stopwatch.enter(name, is_whole)
-    try:
-        yield
-    finally:
-        stopwatch.leave()
+    return nullcontext() if stopwatch is None else stopwatch.counting(name, is_whole)

@@ -4,8 +4,9 @@ import lzma
 import re
 import zlib
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, NamedTuple
@@ -19,11 +20,6 @@ _SUFFIXES = (".txt", ".raw", ".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl
 _LINES = (".txt", ".raw")  # .raw: WikiText's own distribution
 _ACCEPTED = ", ".join(_SUFFIXES)
 _SPLIT_WORDS = {"train": {"train"}, "test": {"test"}, "validation": {"validation", "valid", "val", "dev"}}
-_ALPACA_PROMPT = (
-    "Below is an instruction that describes a task{context}. "
-    "Write a response that appropriately completes the request."
-    "\n\n### Instruction:\n{instruction}{input}\n\n### Response:\n{output}"
-)
 
 
 @dataclass(frozen=True)
@@ -41,7 +37,7 @@ class _HubDataset(NamedTuple):
 
     hub_id: str
     files: dict[str, str]
-    spellings: tuple[str, ...] = ()
+    spellings: Sequence[str] = ()
 
 
 _HUB_DATASETS = {
@@ -66,16 +62,14 @@ def load_text(
 
     The lines of a text file are its documents, and ``"\\n".join`` gives the file back exactly. Elsewhere every record
     is one: its column ``text``, or the Alpaca prompt made of ``instruction``, ``input`` and ``output``. A single file
-    gives all of it as either split; a folder without test files gives its validation files as test split.
+    gives all of it as either split; a folder without test files gives its validation files as test split. ``alpaca`` is
+    split as the literature does, by two seeded shuffles.
 
     Args:
         name_or_path: One of ``DATASET_NAMES``, else a path (``./c4`` for a folder called like a dataset).
-        split: Which part; ``alpaca`` is split as the literature does, by two seeded shuffles.
+        split: Which part.
         dataset_root: Folder with local copies of the named datasets; when given, the hub is not asked.
         cache_dir: Where files from the hub are kept; the hub's own cache by default.
-
-    Raises:
-        InputError: If there is no such text, it cannot be read, or the hub cannot be reached.
     """
     is_alpaca = name_or_path == "alpaca"
     files = _files(name_or_path, "train" if is_alpaca else split, dataset_root, cache_dir)
@@ -86,11 +80,7 @@ def load_text(
 
 
 def has_test_split(name_or_path: str, dataset_root: Path | None = None) -> bool:
-    """Tell whether a text keeps apart a part to evaluate on; a single file does not.
-
-    Raises:
-        InputError: If there is no such text.
-    """
+    """Tell whether a text keeps apart a part to evaluate on; a single file does not."""
     if name_or_path in _HUB_DATASETS and dataset_root is None:
         return True
     splits = _local_splits(name_or_path, dataset_root)
@@ -213,29 +203,26 @@ def _read_records(path: Path) -> list[str]:
 
 def _documents_of(columns: Mapping[str, list[Any]], path: Path) -> list[str]:
     if "text" in columns:
-        return _texts(columns["text"], path)
-    if not {"instruction", "output"} <= columns.keys():
+        parts = [columns["text"]]
+    elif {"instruction", "output"} <= columns.keys():
+        instructions, outputs = columns["instruction"], columns["output"]
+        parts = [instructions, [given or "" for given in columns.get("input", [""] * len(outputs))], outputs]
+    else:
         raise InputError(
             f"{path} has the columns {', '.join(columns)}; expected text, or instruction, input and output"
         )
-    instructions, outputs = _texts(columns["instruction"], path), _texts(columns["output"], path)
-    inputs = _texts([value or "" for value in columns.get("input", [""] * len(outputs))], path)
-    return [
-        _ALPACA_PROMPT.format(
-            context=", paired with an input that provides further context" * bool(given),
-            instruction=instruction,
-            input=f"\n\n### Input:\n{given}" * bool(given),
-            output=output,
-        )
-        for instruction, given, output in zip(instructions, inputs, outputs, strict=True)
-    ]
-
-
-def _texts(values: list[Any], path: Path) -> list[str]:
-    for value in values:
+    for value in chain(*parts):
         if not isinstance(value, str):
             raise InputError(f"{path} has {type(value).__name__} where text was expected")
-    return values
+    return parts[0] if len(parts) == 1 else list(map(_alpaca_prompt, *parts))
+
+
+def _alpaca_prompt(instruction: str, given: str, output: str) -> str:
+    context, asked = "", f"\n\n### Instruction:\n{instruction}"
+    if given:
+        context, asked = ", paired with an input that provides further context", f"{asked}\n\n### Input:\n{given}"
+    task = f"Below is an instruction that describes a task{context}. Write a response that appropriately completes the"
+    return f"{task} request.{asked}\n\n### Response:\n{output}"
 
 
 def _alpaca_split(documents: list[str], split: Split) -> list[str]:
