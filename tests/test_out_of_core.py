@@ -8,7 +8,6 @@ from threading import Semaphore
 
 import pytest
 import torch
-from flatllmcore.utils.weight_files import WeightFiles
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -20,6 +19,7 @@ from flatllmcore.errors import InputError
 from flatllmcore.methods.flatllm import FlatLLMStep
 from flatllmcore.utils import stopwatch
 from flatllmcore.utils.stopwatch import Stopwatch
+from flatllmcore.utils.weight_files import WeightFiles
 from test_stopwatch import Clock
 from tiny_text import word_tokenizer
 
