@@ -10,10 +10,7 @@ from flatllmcore.errors import InputError
 from flatllmcore.utils.devices import best_device, float32_product, parse_device, peak_memory_gib
 from python_process import run_python
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 
-
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("batch", [(), (3,)])
 def test_products_are_accumulated_in_at_least_float32(device, dtype, batch):
@@ -37,21 +34,12 @@ def test_a_device_is_the_named_one_or_the_best():
     assert best_device().type == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def kib(path: str, field: str) -> int:
-    return int(re.search(rf"^{field}:\s+(\d+) kB", Path(path).read_text(), re.MULTILINE).group(1))
-
-
-def test_peak_memory_of_the_host_is_what_the_kernel_says():
-    block = torch.ones(2**26)  # 256 MiB, so that the peak is now
-    assert peak_memory_gib(torch.device("cpu"))["host"] == pytest.approx(
-        kib("/proc/self/status", "VmHWM") / 2**20, abs=0.01
-    )
-    assert block.sum() == 2**26
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="elsewhere a process is told its parent's peak too")
-def test_peak_memory_is_not_that_of_the_process_that_started_this_one():
-    block = torch.ones(2**28)  # 1 GiB; a child process takes less than half of it for its imports
+def test_peak_memory_is_this_process_s_and_not_that_of_the_one_that_started_it():
+    """Oracle: the kernel's own word; a child takes less for its imports than the block of its parent."""
+    block = torch.ones(2**28)  # 1 GiB, so that the peak is now
+    status = Path("/proc/self/status").read_text()
+    peak_kib = int(re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE).group(1))
+    assert peak_memory_gib(torch.device("cpu"))["host"] == pytest.approx(peak_kib / 2**20, abs=0.01)
     code = "import torch; from flatllmcore.utils.devices import peak_memory_gib; "
     printed = run_python(code + "print(peak_memory_gib(torch.device('cpu'))['host'])")
     assert block.sum() == 2**28

@@ -1,15 +1,15 @@
 """Models and tokenizers from a folder: what is read is what is there, and nothing else is asked."""
 
-import copy
 import json
+import re
 import socket
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from checkpoints import on_disk
 from conftest import tiny_model
-from flatllmcore.engine.checkpoint_source import CheckpointSource
 from flatllmcore.errors import InputError
 from flatllmcore.utils.loading import load_model, load_tokenizer
 
@@ -23,14 +23,14 @@ def checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_auto_keeps_the_dtype_of_the_checkpoint(tmp_path, dtype):
-    tiny_model().to(getattr(torch, dtype)).save_pretrained(tmp_path)
-    assert {tensor.dtype for tensor in load_model(str(tmp_path)).parameters()} == {getattr(torch, dtype)}
+def test_weights_are_those_of_the_checkpoint_in_its_dtype_or_the_one_asked_for(checkpoint, dtype, monkeypatch):
+    """Oracle: the tensors of the file, cast. A local folder needs no network."""
 
+    def refuse(*_address: object) -> None:
+        raise AssertionError("the network was used")
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_weights_are_those_of_the_checkpoint_in_the_dtype_asked_for(checkpoint, dtype):
-    """Oracle: the tensors of the file, cast."""
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
     model = load_model(str(checkpoint), dtype=dtype)
     stored = load_file(checkpoint / "model.safetensors")
     loaded = dict(model.named_parameters())
@@ -38,40 +38,40 @@ def test_weights_are_those_of_the_checkpoint_in_the_dtype_asked_for(checkpoint, 
     for name, tensor in stored.items():
         assert torch.equal(loaded[name], tensor.to(getattr(torch, dtype))), name
     assert not model.training
+    model.save_pretrained(checkpoint)
+    assert {tensor.dtype for tensor in load_model(str(checkpoint)).parameters()} == {getattr(torch, dtype)}
 
 
-def test_a_local_folder_needs_no_network(checkpoint, monkeypatch):
-    def refuse(*_address: object) -> None:
-        raise AssertionError("the network was used")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    assert load_model(str(checkpoint)).config.num_hidden_layers == 2
-
-
-def test_missing_weights_are_counted_and_the_first_is_named(checkpoint):
-    tensors = load_file(checkpoint / "model.safetensors")
-    for name in ("model.layers.1.mlp.up_proj.weight", "model.layers.0.self_attn.o_proj.weight"):
-        del tensors[name]
-    save_file(tensors, checkpoint / "model.safetensors", {"format": "pt"})
-    with pytest.raises(InputError, match=r"2 weights are missing, first model\.layers\.0\.self_attn\.o_proj\.weight"):
-        load_model(str(checkpoint))
-
-
-def test_weights_that_the_config_does_not_know_are_refused(checkpoint):
-    """A bias that no one adds would change every result unseen."""
-    tensors = load_file(checkpoint / "model.safetensors")
-    tensors["model.layers.1.self_attn.q_proj.bias"] = torch.ones(48)
-    save_file(tensors, checkpoint / "model.safetensors", {"format": "pt"})
-    with pytest.raises(InputError, match=r"1 weights have no place .* first model\.layers\.1\.self_attn\.q_proj\.bias"):
-        load_model(str(checkpoint))
-
-
-def test_the_rotary_frequencies_that_old_checkpoints_hold_are_no_such_weights(checkpoint):
-    tensors = load_file(checkpoint / "model.safetensors")
-    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(6)
-    save_file(tensors, checkpoint / "model.safetensors", {"format": "pt"})
-    assert load_model(str(checkpoint)).num_parameters() == tiny_model().num_parameters()
+@pytest.mark.parametrize("load", [load_model, on_disk])
+@pytest.mark.parametrize(
+    ("lacks", "has", "config", "complaint"),
+    [
+        (
+            ["1.mlp.up_proj", "0.self_attn.o_proj"],
+            {},
+            {},
+            "2 weights are missing, first model.layers.0.self_attn.o_proj.",
+        ),
+        # A bias that no one adds would change every result unseen.
+        ([], {"1.self_attn.q_proj.bias": (48,)}, {}, "1 weights have no place .* model.layers.1.self_attn.q_proj.bias"),
+        ([], {"0.self_attn.rotary_emb.inv_freq": (6,)}, {}, None),  # as old checkpoints have
+        ([], {}, {"vocab_size": 98}, "2 weights have other shapes .* first lm_head.weight"),
+    ],
+)
+def test_weights_that_do_not_fit_the_config_are_counted_and_the_first_is_named(
+    checkpoint, load, lacks, has, config, complaint
+):
+    path, dense = checkpoint / "model.safetensors", json.loads((checkpoint / "config.json").read_text())
+    weights = load_file(path) | {f"model.layers.{name}": torch.ones(shape) for name, shape in has.items()}
+    for name in lacks:
+        del weights[f"model.layers.{name}.weight"]
+    save_file(weights, path, {"format": "pt"})
+    (checkpoint / "config.json").write_text(json.dumps(dense | config))
+    if complaint is None:
+        load(str(checkpoint))
+        return
+    with pytest.raises(InputError, match=complaint):
+        load(str(checkpoint))
 
 
 def test_tied_embeddings_are_not_missing(tmp_path):
@@ -80,18 +80,12 @@ def test_tied_embeddings_are_not_missing(tmp_path):
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
-def test_weights_of_other_shapes_are_named(checkpoint):
-    config = json.loads((checkpoint / "config.json").read_text())
-    (checkpoint / "config.json").write_text(json.dumps(config | {"vocab_size": 98}))
-    with pytest.raises(InputError, match=r"2 weights have other shapes .* first lm_head\.weight"):
-        load_model(str(checkpoint))
-
-
-def test_pickled_weights_are_not_read(checkpoint):
+@pytest.mark.parametrize("load", [load_model, on_disk])
+def test_pickled_weights_are_not_read(checkpoint, load):
     torch.save(load_file(checkpoint / "model.safetensors"), checkpoint / "pytorch_model.bin")
     (checkpoint / "model.safetensors").unlink()
     with pytest.raises(InputError, match="expected safetensors files"):
-        load_model(str(checkpoint))
+        load(str(checkpoint))
 
 
 def test_a_folder_without_tokenizer_is_refused(checkpoint):
@@ -99,26 +93,14 @@ def test_a_folder_without_tokenizer_is_refused(checkpoint):
         load_tokenizer(str(checkpoint))
 
 
-def fingerprint_of(folder, dtype="auto"):
-    return CheckpointSource(str(folder), torch.device("cpu"), dtype).fingerprint()
-
-
-def test_the_fingerprint_of_a_checkpoint_is_the_same_in_every_dtype(checkpoint):
-    fingerprints = {fingerprint_of(checkpoint, dtype) for dtype in DTYPES}
-    assert len(fingerprints) == 1
-    assert len(fingerprints.pop()) == 16
-
-
-@pytest.mark.parametrize(
-    "matrix", ["embed_tokens", "layers.0.self_attn.q_proj", "layers.1.self_attn.v_proj", "layers.1.mlp.down_proj"]
-)
-def test_the_fingerprint_tells_that_one_matrix_was_trained_on(tmp_path, model, matrix):
+@pytest.mark.parametrize("matrix", ["embed_tokens", "layers.0.self_attn.q_proj", "layers.1.mlp.down_proj"])
+def test_the_fingerprint_tells_that_one_matrix_was_trained_on_and_no_dtype(checkpoint, matrix):
     """A merged adapter changes a few projections and neither embeddings nor norms."""
-    trained = copy.deepcopy(model)
-    weight = trained.model.get_submodule(matrix).weight
+    (dense,) = {on_disk(str(checkpoint), dtype).fingerprint() for dtype in DTYPES}
+    assert re.fullmatch("[0-9a-f]{16}", dense)
+    model = load_model(str(checkpoint))
+    weight = model.model.get_submodule(matrix).weight
     with torch.no_grad():
         weight += 0.05 * weight.std() * torch.randn(weight.shape, generator=torch.Generator().manual_seed(3))
-    for name, saved in (("dense", model), ("trained", trained), ("copy", copy.deepcopy(model))):
-        saved.save_pretrained(tmp_path / name)
-    assert fingerprint_of(tmp_path / "trained") != fingerprint_of(tmp_path / "dense")
-    assert fingerprint_of(tmp_path / "copy") == fingerprint_of(tmp_path / "dense")
+    model.save_pretrained(checkpoint)
+    assert on_disk(str(checkpoint)).fingerprint() != dense

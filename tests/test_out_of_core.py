@@ -8,7 +8,6 @@ from threading import Semaphore
 
 import pytest
 import torch
-from flatllmcore.utils.weight_files import WeightFiles
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
