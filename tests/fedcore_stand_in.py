@@ -12,11 +12,6 @@ REASSEMBLERS = """
 from torch import nn
 
 
-def set_module(root, name, module):
-    parent, _, child = name.rpartition(".")
-    setattr(root.get_submodule(parent), child, module)
-
-
 class Reassembler:
     supported_layers = {nn.Linear: None}
     supported_decomposed_layers = {}
@@ -41,7 +36,10 @@ class Reassembler:
         if len({parameter.device for parameter in model.parameters()}) > 1:
             raise RuntimeError("parameters are on more than one device")
 
-    set_module = staticmethod(set_module)
+    @staticmethod
+    def set_module(root, name, module):
+        parent, _, child = name.rpartition(".")
+        setattr(root.get_submodule(parent), child, module)
 
     @staticmethod
     def get_module(root, name):
@@ -68,16 +66,13 @@ import os
 import sys
 from pathlib import Path
 
-
-def package_folder():
-    if "FLATLLM_PATH" in os.environ:
-        return Path(os.environ["FLATLLM_PATH"])
-    if importlib.util.find_spec("flatllmcore"):
-        return Path(importlib.util.find_spec("flatllmcore").origin).parent
-    return Path(__file__).parent / "external" / "flatllmcore"
-
-
-folder = package_folder()
+installed = importlib.util.find_spec("flatllmcore")
+if "FLATLLM_PATH" in os.environ:
+    folder = Path(os.environ["FLATLLM_PATH"])
+elif installed:
+    folder = Path(installed.origin).parent
+else:
+    folder = Path(__file__).parent / "external" / "flatllmcore"
 sys.path[:0] = [str(folder / "core"), str(folder)]
 from absorption import AbsorptionCompressor, ActivationCollector
 '''

@@ -1,12 +1,11 @@
 """Records of every kind, by hand, in the form the programs write; the figures are made up."""
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
 
 COMMON: dict[str, Any] = {
-    "command": "python main.py --sparsity_ratio 20",
+    "command": "python main.py --model tiny",
     "request": {"dtype": "auto", "save_model": "out/tiny-20"},
     "versions": {"python": "3.11.7", "torch": "2.13.0"},
     "hardware": {"device": "Some GPU", "machine": "x86_64", "system": "Linux"},
@@ -41,19 +40,13 @@ ACCURACIES: dict[str, Any] = {
     "harness": "lm_eval 0.4.13",
 }
 EVALUATION: dict[str, Any] = COMMON | {"kind": "zero_shot", "model": DENSE_MODEL, "zero_shot": ACCURACIES}
-DENSE_CELL: dict[str, Any] = {
+WORKLOAD = {"batch_size": 8, "prompt_length": 512, "new_tokens": 64, "repeats": 9}
+DENSE_CELL: dict[str, Any] = WORKLOAD | {
     "model": 0,
-    "batch_size": 8,
-    "prompt_length": 512,
-    "new_tokens": 64,
-    "repeats": 9,
     "prefill_ms": {"median": 1200.5, "low": 1190.0, "high": 1300.0},
     "decode_ms_per_token": {"median": 12.0, "low": 11.0, "high": 13.0},
     "kv_cache_bytes": 2**29,
     "peak_memory_bytes": 3 * 2**30,
-    "prefill_speedup": None,
-    "decode_speedup": None,
-    "predicted": None,
 }
 SMALL_CELL: dict[str, Any] = DENSE_CELL | {
     "model": 1,
@@ -62,29 +55,18 @@ SMALL_CELL: dict[str, Any] = DENSE_CELL | {
     "decode_speedup": {"median": 1.19, "low": 1.1, "high": 1.25},
     "predicted": {"decode_speedup_bytes": 1.24},
 }
-TIMING: dict[str, Any] = COMMON | {
-    "kind": "speed",
-    "protocol": "grid",
-    "dtype": "bfloat16",
-    "attention": "sdpa",
-    "compiled": False,
-    "static_cache": True,
-    "models": [DENSE_MODEL | {"weight_memory_bytes": 2**31}, SMALL_MODEL | {"weight_memory_bytes": 2**30}],
-    "cells": [DENSE_CELL, SMALL_CELL],
-}
-LLAMA_2_7B: dict[str, Any] = COMPRESSION | {
-    "base_model": "meta-llama/Llama-2-7b-hf",
-    "dataset": "wikitext2",
-    "nsamples": 256,
-    "seqlen": 4096,
-    "rank_multiple": 1,
-    "perplexity": {"dataset": "wikitext2", "seqlen": 4096, "windows": 83, "dense": 5.114, "compressed": 6.735},
-}
+PROTOCOL = {"protocol": "grid", "dtype": "bfloat16", "attention": "sdpa", "compiled": False, "static_cache": True}
+TIMED = [DENSE_MODEL | {"weight_memory_bytes": 2**31}, SMALL_MODEL | {"weight_memory_bytes": 2**30}]
+TIMING: dict[str, Any] = COMMON | PROTOCOL | {"kind": "speed", "models": TIMED, "cells": [DENSE_CELL, SMALL_CELL]}
+WIKITEXT = {"dataset": "wikitext2", "seqlen": 4096}
+LLAMA: dict[str, Any] = {"base_model": "meta-llama/Llama-2-7b-hf", "nsamples": 256, "rank_multiple": 1}
+LLAMA |= {"perplexity": WIKITEXT | {"windows": 83, "dense": 5.114, "compressed": 6.735}}
+LLAMA_2_7B: dict[str, Any] = COMPRESSION | WIKITEXT | LLAMA
 
 
 def saved(folder: Path, name: str, record: dict[str, Any], **changes: Any) -> Path:
     """Write a record, changed so, as ``folder/name.json``."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
-    path.write_text(json.dumps(copy.deepcopy(record) | changes))
+    path.write_text(json.dumps(record | changes))
     return path

@@ -12,11 +12,19 @@ from flatllmbench import command_line, report, speed, zero_shot
 
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = [f"lib/flatllmbench/{name}.py" for name in ("report", "speed", "zero_shot")]
-DOCUMENTS = ("README.md", "INSTALL.md", "results/README.md", "main.py", "compute_rank.py", *MODULES)
+DOCUMENTS = (
+    "README.md",
+    "INSTALL.md",
+    "docs/MEASUREMENTS.md",
+    "results/README.md",
+    "main.py",
+    "compute_rank.py",
+    *MODULES,
+)
 PROGRAM = r"python (?:(main|compute_rank)\.py|-m flatllmbench\.(\w+)) "
 COMMANDS = (re.compile(rf"^\s*{PROGRAM}(.*)$", re.MULTILINE), re.compile(rf"`{PROGRAM}([^`]*)`"))  # in blocks, in lines
 PARSERS = {
-    "main": lambda words: command_line.parse_arguments(words, ""),
+    "main": lambda words: command_line.parse_options(words, ""),
     "compute_rank": compute_rank.parse_arguments,
     "report": report.parse_arguments,
     "speed": speed.parse_arguments,
@@ -49,7 +57,9 @@ def test_the_documents_show_commands_of_every_program():
     assert {program for program, _ in commands()} == PARSERS.keys()
 
 
-@pytest.mark.parametrize("document", ["README.md", "INSTALL.md", "results/README.md"])
+@pytest.mark.parametrize(
+    "document", ["README.md", "INSTALL.md", "docs/MEASUREMENTS.md", "docs/CONTRIBUTING.md", "results/README.md"]
+)
 def test_every_link_leads_to_a_file(document):
     path = ROOT / document
     for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
@@ -63,3 +73,9 @@ def test_help_names_every_flag_and_shows_examples(capsys):
     for flag in FLAGS.split():
         assert re.search(rf"--{flag}\s", shown), flag
     assert "python main.py --model models/pydocs-llama" in shown
+
+
+def test_the_readme_is_one_page_with_the_flags_of_the_table_of_options():
+    readme = (ROOT / "README.md").read_text()
+    assert readme.count("\n") <= 200
+    assert readme.split("<!-- flags -->\n")[1].split("<!-- /flags -->")[0] == command_line.flags_table()

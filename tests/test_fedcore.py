@@ -6,19 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from flatllmcore.core.calibration import ModelInMemory
-from flatllmcore.core.prune import compress_layers
-from flatllmcore.core.stopwatch import Stopwatch
 from transformers import AutoModelForCausalLM
 
 from conftest import tiny_model
 from fedcore_stand_in import REASSEMBLERS, write_fedcore
 from flatllmcore import InputError
 from flatllmcore.core.absorption import AbsorptionCompressor, ActivationCollector
-from flatllmcore.core.moments import collect_moments
 from flatllmcore.core.rank_allocation import RankAllocation
+from flatllmcore.engine.compress import compress_layers
+from flatllmcore.engine.memory import ModelInMemory
+from flatllmcore.methods import METHODS
+from flatllmcore.utils.dimensions import Kept
 from flatllmcore.utils.layer_utils import dimensions_from_config
-from python_process import BLOCKED, LIBRARY, run_python
+from python_process import LIBRARY, run_python
 
 REGISTER_AND_COMPRESS = """
 import sys
@@ -78,12 +78,16 @@ def test_registered_with_fedcore_itself_it_compresses():
     assert run_python(REGISTER_AND_COMPRESS, paths).endswith("done\n")
 
 
-ABSORB_BY_TOP_LEVEL_MODULE = """
+NOT_INSTALLED = """
+import sys
+from pathlib import Path
+sys.path[:] = [path for path in sys.path if not Path(path, "flatllmcore").is_dir()]
+"""
+ABSORB = """
 import sys
 import torch
 from fedcore.flat_llm import AbsorptionCompressor, ActivationCollector
 assert sys.modules["absorption"].__package__ == ""
-print(AbsorptionCompressor.__module__)
 
 from conftest import tiny_model
 model = tiny_model()
@@ -95,101 +99,73 @@ for layer_idx in (0, 1):
     compressor.apply_absorption_mlp(layer_idx=layer_idx, sparsity_ratio=0.5)
     compressor.apply_absorption_attention(layer_idx=layer_idx, sparsity_ratio=0.5)
 compressor.patch_compressed_layers([0, 1])
-print(model.num_parameters() < before)
+assert model.num_parameters() < before
+print(AbsorptionCompressor.__module__, sys.modules[AbsorptionCompressor.__module__].__file__)
 """
-
-
-def test_fedcore_loads_absorption_of_the_installed_package_as_a_module_without_one(tmp_path):
-    printed = run_python(ABSORB_BY_TOP_LEVEL_MODULE, [write_fedcore(tmp_path), LIBRARY])
-    assert printed == "flatllmcore.core.absorption_compressor\nTrue\n"
 
 
 def copied(folder: Path) -> Path:
     return Path(shutil.copytree(LIBRARY / "flatllmcore", folder, ignore=shutil.ignore_patterns("__pycache__")))
 
 
-def test_fedcore_loads_absorption_of_a_named_folder_as_a_module_without_a_package(tmp_path):
-    folder = copied(tmp_path / "elsewhere" / "flat_llm_copy")
-    printed = run_python(ABSORB_BY_TOP_LEVEL_MODULE, [write_fedcore(tmp_path)], FLATLLM_PATH=str(folder))
-    assert printed == "flat_llm_copy.core.absorption_compressor\nTrue\n"
-
-
-WHICH_COPY = """
-import sys
-from pathlib import Path
-print(Path(sys.modules[AbsorptionCompressor.__module__].__file__).parents[1])
-"""
+def test_fedcore_loads_absorption_as_a_module_without_a_package(tmp_path):
+    """Of the package that is installed, and of a folder of any name."""
+    fedcore, copy = write_fedcore(tmp_path), copied(tmp_path / "elsewhere" / "flat_llm_copy")
+    of_package = run_python(ABSORB, [fedcore, LIBRARY]).split()
+    assert of_package == ["flatllmcore.absorption_compressor", f"{LIBRARY}/flatllmcore/absorption_compressor.py"]
+    of_copy = run_python(NOT_INSTALLED + ABSORB, [fedcore], FLATLLM_PATH=str(copy)).split()
+    assert of_copy == ["flat_llm_copy.absorption_compressor", f"{copy}/absorption_compressor.py"]
 
 
 def test_fedcore_loads_absorption_of_the_copy_inside_it_where_no_package_is_installed(tmp_path):
     copy = copied(write_fedcore(tmp_path) / "fedcore" / "external" / "flatllmcore")
-    *printed, place = run_python(BLOCKED + ABSORB_BY_TOP_LEVEL_MODULE + WHICH_COPY, [tmp_path]).splitlines()
-    assert printed[-1] == "True"
-    assert place == str(copy)
+    printed = run_python(NOT_INSTALLED + ABSORB, [tmp_path]).split()
+    assert printed == ["flatllmcore.absorption_compressor", f"{copy}/absorption_compressor.py"]
 
 
 def test_absorption_takes_its_package_as_it_has_been_imported(tmp_path):
-    """Whatever its name is: no class exists twice."""
-    copy = copied(write_fedcore(tmp_path) / "fedcore" / "external" / "flatllmcore")
-    code = """
-from fedcore.external.flatllmcore import FlatLLMPruner
-from fedcore.external.flatllmcore.core.absorption import AbsorptionCompressor as imported_before
-from fedcore.flat_llm import AbsorptionCompressor
-assert AbsorptionCompressor is imported_before
-"""
-    printed = run_python(BLOCKED + code + WHICH_COPY, [tmp_path], FLATLLM_PATH=str(copy))
-    assert printed == f"{copy}\n"
+    """FLATLLM_PATH names another copy of the same name: the one that is there already serves, and nothing is mixed."""
+    copy = copied(tmp_path / "elsewhere" / "flatllmcore")
+    code = "import flatllmcore" + ABSORB + "assert type(model) is flatllmcore.FlatLlamaForCausalLM"
+    printed = run_python(code, [write_fedcore(tmp_path), LIBRARY], FLATLLM_PATH=str(copy)).split()
+    assert printed == ["flatllmcore.absorption_compressor", f"{LIBRARY}/flatllmcore/absorption_compressor.py"]
 
 
-TWO_COPIES = """
-from pathlib import Path
-import flatllmcore
-print(Path(flatllmcore.__file__).parent)
-"""
 IN_TURNS = """
-import importlib
+import fedcore.external.flatllmcore as theirs
+import flatllmcore as ours
 from transformers import AutoModelForCausalLM
-other = importlib.import_module(AbsorptionCompressor.__module__.partition(".")[0])
-ours, theirs = flatllmcore.FlatLlamaForCausalLM, other.FlatLlamaForCausalLM
-assert type(model) is theirs is not ours
+assert type(model) is ours.FlatLlamaForCausalLM is not theirs.FlatLlamaForCausalLM
 
-# The library that was imported first understands what the other one made,
+# Each understands what the other one made,
 options = {"cal_dataset": ids, "device": "cpu"}
-scores = flatllmcore.compute_layer_importance(model, **options)
-assert scores == other.compute_layer_importance(model, **options)
-assert flatllmcore.utils.get_layer_dimensions(model) == other.utils.get_layer_dimensions(model)
+scores = theirs.compute_layer_importance(model, **options)
+assert scores == ours.compute_layer_importance(model, **options)
+assert theirs.utils.get_layer_dimensions(model) == ours.utils.get_layer_dimensions(model)
 try:
-    flatllmcore.apply_flat_llm(model, **options)
-except flatllmcore.InputError as error:
+    theirs.apply_flat_llm(model, **options)
+except theirs.InputError as error:
     assert "compressed already" in str(error)
 else:
     raise AssertionError("compressed twice")
 
-# saved models load as the classes of the first,
+# saved models load, whichever made them,
 model.save_pretrained("{folder}")
 reloaded = AutoModelForCausalLM.from_pretrained("{folder}", dtype=torch.float64)
-assert type(reloaded) is ours
 assert torch.equal(reloaded(ids).logits, model(ids).logits)
 
-# each makes models of its own class from its own config,
-assert type(AutoModelForCausalLM.from_config(reloaded.config)) is ours
-assert type(AutoModelForCausalLM.from_config(model.config)) is theirs
-
-# and takes the other's config.
-config = other.FlatLLMConfig(target_sparsity=0.4, **options)
-by_ours = flatllmcore.FlatLLMReassembler.reassemble(tiny_model(), None, config)
-by_theirs = other.FlatLLMReassembler.reassemble(tiny_model(), None, config)
-assert (type(by_ours), type(by_theirs)) == (ours, theirs)
-assert torch.equal(by_ours(ids).logits, by_theirs(ids).logits)
+# and each makes models of its own class, from either's config.
+for one, other in ((ours, theirs), (theirs, ours)):
+    made = one.FlatLLMReassembler.reassemble(tiny_model(), None, other.FlatLLMConfig(target_sparsity=0.4, **options))
+    assert type(made) is one.FlatLlamaForCausalLM
 """
 
 
 def test_two_copies_in_one_process_do_not_disturb_each_other(tmp_path):
-    """FLATLLM_PATH names one copy while another of the same name has been imported."""
-    copy = copied(tmp_path / "elsewhere" / "flatllmcore")
-    code = TWO_COPIES + ABSORB_BY_TOP_LEVEL_MODULE + WHICH_COPY + IN_TURNS.replace("{folder}", str(tmp_path / "saved"))
-    printed = run_python(code, [write_fedcore(tmp_path), LIBRARY], FLATLLM_PATH=str(copy)).splitlines()
-    assert (printed[0], printed[-1]) == (str(LIBRARY / "flatllmcore"), str(copy))
+    """FedCore's own copy, imported as a part of it, and once more as what FedCore's loader makes of it."""
+    copied(write_fedcore(tmp_path) / "fedcore" / "external" / "flatllmcore")
+    code = "import fedcore.external.flatllmcore\n" + ABSORB + IN_TURNS.replace("{folder}", str(tmp_path / "saved"))
+    run_python(NOT_INSTALLED + code, [tmp_path])
 
 
 def absorb(model, ids, mask=None, layers=(0, 1), of_mlp=0.5, of_attention=0.5):
@@ -205,34 +181,30 @@ def absorb(model, ids, mask=None, layers=(0, 1), of_mlp=0.5, of_attention=0.5):
 def assert_same_weights(one, other):
     found, expected = one.state_dict(), other.state_dict()
     assert found.keys() == expected.keys()
-    assert not [name for name in found if not torch.equal(found[name], expected[name])]
+    assert [name for name in found if not torch.equal(found[name], expected[name])] == []
 
 
 class TestAbsorption:
-    IDS = torch.randint(1, 97, (8, 16), generator=torch.Generator().manual_seed(0))
+    IDS = torch.randint(3, 96, (8, 16), generator=torch.Generator().manual_seed(0))
 
     def test_it_is_the_pipeline_s_compression(self, model):
         """Oracle: compress_layers with these ranks and widths."""
         expected = tiny_model(model.config.model_type)
-        dimensions = dimensions_from_config(expected.config)
-        allocation = RankAllocation(50.0, False, 1, (0.5, 0.5), (6, 6), (28, 28), dimensions)
-        device = torch.device("cpu")
-        source = ModelInMemory(expected, device)
+        kept = [Kept(0.5, 6, 28)] * 2
+        allocation = RankAllocation.of_layers(dimensions_from_config(expected.config), kept, prune_qk=False)
+        source = ModelInMemory(expected, torch.device("cpu"))
         flat_config, _ = compress_layers(
-            source, source, self.IDS, allocation, batch_size=512, tolerance=0.96, stopwatch=Stopwatch(device)
+            source, source, self.IDS, METHODS["flatllm"], allocation, batch_size=512, tolerance=0.96
         )
         source.adopt(flat_config)
         assert absorb(model, self.IDS) is model
         assert_same_weights(model, expected)
 
-    def test_ratios_are_shares_kept(self):
-        model = absorb(tiny_model(), self.IDS, of_mlp=0.75, of_attention=0.25)
-        assert [layer.mlp.down_proj.in_features for layer in model.model.layers] == [42, 42]
-        assert [layer.self_attn.value_head_dim for layer in model.model.layers] == [3, 3]
-
-    def test_without_a_ratio_the_compressor_s_own_is_taken(self):
-        model = absorb(tiny_model(), self.IDS, of_mlp=None, of_attention=None)
-        assert [layer.mlp.down_proj.in_features for layer in model.model.layers] == [16, 16]
+    @pytest.mark.parametrize(("shares", "widths"), [((0.75, 0.25), (42, 3)), ((None, None), (16, 3))])
+    def test_ratios_are_shares_kept(self, shares, widths):
+        """Without one, the compressor's own, 0.3, is taken."""
+        for layer in absorb(tiny_model(), self.IDS, None, (0, 1), *shares).model.layers:
+            assert (layer.mlp.down_proj.in_features, layer.self_attn.value_head_dim) == widths
 
     def test_layers_that_are_not_named_stay_as_they_are(self, tmp_path):
         model, dense = absorb(tiny_model(), self.IDS, layers=[1]), tiny_model()
@@ -243,19 +215,14 @@ class TestAbsorption:
 
     @pytest.mark.parametrize("with_mask", [True, False])
     @pytest.mark.parametrize("side", [0, 1], ids=["left", "right"])
-    def test_padding_counts_for_nothing(self, with_mask, side):
-        """Oracle: the same ids without padding."""
-        padding = torch.zeros(8, 5, dtype=torch.int64)
+    @pytest.mark.parametrize("tokens", [{"pad_token_id": 0}, {"eos_token_id": 96}], ids=str)
+    def test_padding_counts_for_nothing(self, with_mask, side, tokens):
+        """Oracle: the same ids without padding; without a padding id, what ends a text pads."""
+        (token,) = tokens.values()
+        padding = torch.full((8, 5), token)
         ids = torch.cat([self.IDS, padding] if side else [padding, self.IDS], dim=1)
-        model = absorb(tiny_model(pad_token_id=0), ids, (ids != 0).long() if with_mask else None)
-        assert_same_weights(model, absorb(tiny_model(pad_token_id=0), self.IDS))
-
-    def test_a_model_without_padding_id_is_padded_with_what_ends_a_text(self):
-        padded = torch.cat([self.IDS, torch.full((8, 5), 96)], dim=1)
-        ids = self.IDS.where(self.IDS != 96, 95)
-        padded[:, :16] = ids
-        model = absorb(tiny_model(eos_token_id=96), padded)
-        assert_same_weights(model, absorb(tiny_model(eos_token_id=96), ids))
+        model = absorb(tiny_model(**tokens), ids, (ids != token).long() if with_mask else None)
+        assert_same_weights(model, absorb(tiny_model(**tokens), self.IDS))
 
     def test_the_model_is_as_it_was_until_it_is_patched(self):
         model, dense = tiny_model(), tiny_model()
@@ -265,34 +232,36 @@ class TestAbsorption:
         assert type(model) is type(dense)
         assert_same_weights(model, dense)
 
-    @pytest.mark.parametrize("share", [0, 1.5, -1])
-    def test_a_share_out_of_range_is_refused(self, share):
-        with pytest.raises(InputError, match="target_sparsity is"):
-            AbsorptionCompressor(model=tiny_model(), target_sparsity=share)
-        compressor = AbsorptionCompressor(model=tiny_model())
-        compressor.collect_all_activations([0], self.IDS)
-        with pytest.raises(InputError, match="sparsity_ratio is"):
-            compressor.apply_absorption_mlp(0, share)
-
-    def test_layers_that_do_not_exist_or_were_not_collected_are_refused(self):
+    def test_unusable_shares_and_layers_are_refused(self):
         compressor = AbsorptionCompressor(model=tiny_model())
         with pytest.raises(InputError, match="no layer 2"):
             compressor.collect_all_activations([0, 2], self.IDS)
         compressor.collect_all_activations([0], self.IDS)
         with pytest.raises(InputError, match="no activations are collected for layer 1"):
             compressor.apply_absorption_attention(1, 0.5)
+        for share in (0, 1.5, -1):
+            with pytest.raises(InputError, match="target_sparsity is"):
+                AbsorptionCompressor(model=tiny_model(), target_sparsity=share)
+            with pytest.raises(InputError, match="sparsity_ratio is"):
+                compressor.apply_absorption_mlp(0, share)
 
     def test_the_collector_sums_the_layer_s_moments(self):
-        """Oracle: collect_moments."""
+        """Oracle: products of all rows at once, of what hooks see."""
         model = tiny_model()
         layer, states = model.model.layers[0], torch.randn(2, 5, 32, dtype=torch.float64)
         arguments = {"position_embeddings": model.model.rotary_emb(states, torch.arange(5)[None])}
-        with torch.no_grad(), ActivationCollector(layer, num_heads=4, tolerance=0.96, device="cpu") as found:
+        collector = ActivationCollector(layer, num_heads=4, tolerance=0.96, device="cpu")
+        collector.collect(lambda: layer(states, **arguments))
+        seen = []
+        layer.self_attn.v_proj.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+        layer.mlp.down_proj.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
+        with torch.no_grad():
             layer(states, **arguments)
-        expected_of = collect_moments(layer, dimensions_from_config(model.config), Stopwatch(torch.device("cpu")))
-        with torch.no_grad(), expected_of as expected:
-            layer(states, **arguments)
-        assert torch.equal(found.value, expected.value)
-        assert torch.equal(found.mlp, expected.mlp)
+        values, channels = (part.flatten(0, 1) for part in seen)
+        for head in range(2):
+            expected = values[:, 12 * head : 12 * head + 12].T @ values[:, 12 * head : 12 * head + 12]
+            torch.testing.assert_close(collector.sums["self_attn.v_proj.output"][head], expected)
+        found = collector.sums["mlp.down_proj.input"].tril()
+        torch.testing.assert_close(found, (channels.T @ channels).tril())
         with pytest.raises(InputError, match="num_heads is 7"):
             ActivationCollector(layer, num_heads=7)

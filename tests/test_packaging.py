@@ -72,10 +72,7 @@ def test_the_wheel_holds_both_packages_the_licence_and_nothing_else(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     modules = {path.relative_to(LIBRARY).as_posix() for path in LIBRARY.rglob("*.py")}
     information = f"flatllmcore-{PROJECT['version']}.dist-info"
-    assert {name for name in names if not name.startswith(information)} == modules | {
-        "flatllmcore/py.typed",
-        "flatllmbench/page.html",
-    }
+    assert {name for name in names if not name.startswith(information)} == modules | {"flatllmcore/py.typed"}
     assert f"{information}/licenses/LICENSE" in names
 
 

@@ -16,8 +16,14 @@ from conftest import tiny_model
 from flatllmcore import FlatLLMConfig, FlatLLMPruner, InputError, apply_flat_llm, compute_layer_importance
 from flatllmcore.layers import adopt_compressed_layers, compress_decoder_layer, compressed_config
 from flatllmcore.utils import check_sparsity, find_decoder_layers, find_layers, get_layer_dimensions
-from flatllmcore.utils.calibration_windows import padding_ids_of, read_calibration_data, windows_of_rows
-from flatllmcore.utils.data_utils import TextDataset, sample_documents, sample_windows
+from flatllmcore.utils.data_utils import (
+    TextDataset,
+    padding_ids_of,
+    read_calibration_data,
+    sample_documents,
+    sample_windows,
+    windows_of_rows,
+)
 from flatllmcore.utils.dimensions import Kept
 from tiny_text import documents, word_tokenizer, write_texts
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from .runs import Record, dense_model, evaluations, of_kind, settings, timed_cells
+from .runs import Record, dense_model, evaluations, of_kind, settings
 from .tables import NOT_RUN, NOT_THERE, figure, markdown_table
 
 _COMPRESSION = (  # a column's heading, field and form
@@ -82,7 +82,8 @@ def _accuracy_table(runs: list[Record]) -> str:
 
 
 def _speed_table(runs: list[Record]) -> str:
-    rows = ([cell["of.model"], *_cells(cell, _SPEED)] for run in runs for cell in timed_cells(run))
+    cells = (cell | {"of": run["models"][cell["model"]]} for run in runs for cell in run["cells"])
+    rows = ([cell["of"]["model"], *_cells(Record(runs[0].path, cell), _SPEED)] for cell in cells)
     return markdown_table(["model", *(heading for heading, *_ in _SPEED)], rows)
 
 

@@ -1,9 +1,7 @@
 """Pictures of what was measured, as PNGs."""
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from io import BytesIO
-from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +9,7 @@ from flatllmcore.utils.files import write_atomically
 from flatllmcore.utils.layer_utils import model_name
 
 from .measured import grouped
-from .runs import Record, dense_model, of_kind, settings, timed_cells
+from .runs import Record, dense_model, of_kind, settings
 
 if TYPE_CHECKING:  # matplotlib loads where it is used
     from matplotlib.figure import Figure
@@ -58,25 +56,6 @@ def curve(runs: Sequence[Record]) -> list[tuple[float, float]]:
     models = [dense_model(runs[0]), *runs]
     kept = [100 - model.number("achieved_sparsity_percent") for model in models]
     return sorted(zip(kept, (model.number("perplexity.compressed") for model in models), strict=True), reverse=True)
-
-
-def draw_speedup(runs: Sequence[Record]) -> bytes:
-    """Draw medians and quartiles of speed-ups over the share removed, a panel per run."""
-    timed = of_kind(runs, "speed")
-    figure = _figure(3.5 * len(timed), "Dense time / compressed time")
-    for run, axes in zip(timed, figure.subplots(len(timed), squeeze=False)[:, 0], strict=True):
-        points = defaultdict(list)
-        for cell, stage in product(timed_cells(run), ("prefill", "decode")):
-            if cell.get(f"{stage}_speedup") is not None:
-                median, low, high = (cell.number(f"{stage}_speedup.{name}") for name in ("median", "low", "high"))
-                label = f"{stage}, batch {cell['batch_size']}, {cell['prompt_length']} + {cell['new_tokens']} tokens"
-                points[label].append((cell.number("of.achieved_sparsity_percent"), median, median - low, high - median))
-        for label, found in points.items():
-            removed, medians, below, above = zip(*found, strict=True)
-            axes.errorbar(removed, medians, (below, above), label=label, marker="o", linestyle="", capsize=3)
-        axes.set(xlabel="removed, %", title=f"{run['models'][0]['model']}, {run['protocol']}", xlim=(0, None))
-        axes.legend(loc="upper left", frameon=False)
-    return _png(figure)
 
 
 def _figure(height: float, title: str) -> "Figure":

@@ -16,12 +16,13 @@ positive difference in perplexity, or a negative one in accuracy, is a miss. Wha
 `bash scripts/llama_7b.sh` or its siblings, then `scripts/eval.sh` for accuracy.
 
 Outside the table, MoDeGPT (Lin et al., arXiv 2408.09632, 4 to 8 hours of calibration), perplexity at 10 to 50 %:
-Llama-2 7B 5.48, 6.16, 7.51, 8.41, 11.88; 13B 4.83, 5.29, 6.10, 6.95, 8.95.
+Llama-2 7B 5.48, 6.16, 7.51, 8.41, 11.88; 13B 4.83, 5.29, 6.10, 6.95, 8.95. Published minutes of calibration, Llama-2
+13B on one A100: FLAT-LLM 15, SliceGPT 35, SVD-LLM 27, FLAP 10.
 """
 ABOUT_SPEED = """\
 Medians over interleaved repeats, quartiles in brackets; beside the ratios what arithmetic predicts, of prefill by
-operations and of decoding by bytes. Peak memory: of a GPU. Published, decoding Llama-2 7B at 10 to 50 %, batch 128, 256
-tokens, SliceGPT's protocol, A100: 1.04, 1.10, 1.11, 1.17, 1.23 (the middle three read off a plot).
+operations and of decoding by bytes. Peak memory: of a GPU. Published, by SliceGPT's protocol (Llama-2 7B, batch 128,
+256 tokens): decoding 1.04, 1.10, 1.11, 1.17 and 1.23 times as fast at 10 to 50 %, the middle three read off a plot.
 """
 MODELS = ("Llama-2-7b-hf", "Llama-2-13b-hf", "Llama-2-70b-hf", "Mistral-7B-v0.1", "Meta-Llama-3-8B")
 # Perplexity and mean accuracy of MODELS.

@@ -3,7 +3,7 @@
     python -m flatllmbench.report results/records --out results
     python -m flatllmbench.report logs/*.json --out report
 
-Writes `README.md` and its pictures to `--out`, and the tables of compressions to stdout. A folder stands for all
+Writes `README.md` and `perplexity.png` to `--out`, and the tables of compressions to stdout. A folder stands for all
 records below it.
 """
 
@@ -16,14 +16,11 @@ from flatllmcore.utils.files import write_atomically
 
 from .command_line import run_program
 from .measured import accuracy_tables, compression_tables, speed_tables
-from .plots import draw_perplexity, draw_speedup
+from .plots import draw_perplexity
 from .published import ABOUT, ABOUT_SPEED, table_1
 from .runs import Record, of_kind, read_records
 
-_PICTURES = {  # kind of run, how to draw them, caption
-    "perplexity.png": ("flatllm", draw_perplexity, "Perplexity against the share of decoder-layer weights kept"),
-    "speedup.png": ("speed", draw_speedup, "Dense time over compressed time against the share removed"),
-}
+_PICTURE = "![Perplexity against the share of decoder-layer weights kept](perplexity.png)\n\n"
 _REPORT = """\
 # Results
 
@@ -36,7 +33,7 @@ nothing to say. Removed: of the linear weights in decoder layers, Q and K counte
 {table_1}
 ## Compression
 
-{pictures[perplexity.png]}{compressions}
+{picture}{compressions}
 ## Zero-shot and few-shot accuracy
 
 In percent where the metric is an accuracy; ± is the harness's standard error.
@@ -45,7 +42,7 @@ In percent where the metric is an accuracy; ± is the harness's standard error.
 ## Speed
 
 {about_speed}
-{pictures[speedup.png]}{speeds}"""
+{speeds}"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,29 +53,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the arguments of the command line."""
-    parser = argparse.ArgumentParser(description="Make README.md and its pictures from records.")
+    parser = argparse.ArgumentParser(description="Make README.md and its picture from records.")
     parser.add_argument("records", nargs="+", type=Path, metavar="RECORDS", help="records, or folders of them")
     parser.add_argument("--out", type=Path, default=Path("results"), metavar="DIR", help="(default: %(default)s)")
     return parser.parse_args(argv)
 
 
 def write_report(runs: Sequence[Record], out: Path) -> None:
-    """Write README.md and the pictures of records, and print their tables of compressions."""
-    pictures = {name: draw(runs) for name, (kind, draw, _) in _PICTURES.items() if of_kind(runs, kind)}
-    captions = {name: caption for name, (_, _, caption) in _PICTURES.items()}
+    """Write README.md and its picture, and print their tables of compressions."""
+    has_curve = bool(of_kind(runs, "flatllm"))
     markdown = _REPORT.format(
         about=ABOUT,
         table_1=table_1(runs),
-        pictures={name: f"![{captions[name]}]({name})\n\n" if name in pictures else "" for name in captions},
+        picture=_PICTURE if has_curve else "",
         compressions=compression_tables(runs),
         accuracies=accuracy_tables(runs),
         about_speed=ABOUT_SPEED,
         speeds=speed_tables(runs),
     )
-    for name in captions.keys() - pictures.keys():
-        (out / name).unlink(missing_ok=True)  # of an earlier report
-    for name, png in pictures.items():
-        write_atomically(out / name, png)
+    if has_curve:
+        write_atomically(out / "perplexity.png", draw_perplexity(runs))
     write_atomically(out / "README.md", markdown.encode())
     sys.stdout.write(f"{compression_tables(runs)}\nthe report is {out / 'README.md'}\n")
 

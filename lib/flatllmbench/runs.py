@@ -70,13 +70,9 @@ def dense_model(run: Record) -> Record:
     return Record(run.path, content)
 
 
-def evaluations(runs: Iterable[Record]) -> Iterator[Record]:
-    """Yield the evaluations, those at the end of a compression too."""
-    for run in runs:
-        if run["kind"] == "zero_shot":
-            yield run
-        elif run.get("zero_shot"):
-            yield as_evaluation(run)
+def evaluations(runs: Iterable[Record]) -> list[Record]:
+    """Return the evaluations, those at the end of a compression too."""
+    return [run if run["kind"] == "zero_shot" else as_evaluation(run) for run in runs if run.get("zero_shot")]
 
 
 def as_evaluation(run: Record) -> Record:
@@ -86,12 +82,6 @@ def as_evaluation(run: Record) -> Record:
     removed = run.number("achieved_sparsity_percent")
     model = {"model": name, "base_model": base_model, "achieved_sparsity_percent": removed}
     return Record(run.path, run | {"model": model})
-
-
-def timed_cells(run: Record) -> Iterator[Record]:
-    """Yield each measurement of speed, with its model as the object ``of``."""
-    for cell in run["cells"]:
-        yield Record(run.path, cell | {"of": run["models"][cell["model"]]})
 
 
 def _flat(content: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:

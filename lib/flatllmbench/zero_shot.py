@@ -15,7 +15,9 @@ import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, redirect_stderr
 from importlib.metadata import version
+from io import StringIO
 from pathlib import Path
 from statistics import mean
 from types import SimpleNamespace
@@ -23,7 +25,6 @@ from typing import Any
 
 import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
-from transformers import set_seed
 
 from flatllmcore.errors import InputError
 from flatllmcore.utils.devices import parse_device
@@ -66,18 +67,18 @@ def load_tasks(
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise InputError(f"evaluation needs {error.name}; from the repository: pip install '.[eval]'") from error
-    set_seed(0)  # definitions may shuffle their data as they load
     manager = TaskManager(include_path=include_path)
     chosen: dict[str, Any] = {}
     for name in PAPER_TASKS if names is None else dict.fromkeys(names):
         try:
-            found = manager.load([name])
-            for task in found["tasks"].values():
-                defined, shots = task.get_config("num_fewshot"), num_fewshot
-                if shots is None:
-                    shots = PAPER_TASKS[name][0] if name in PAPER_TASKS else defined or 0
-                task.set_config("num_fewshot", 0 if defined == 0 else shots)  # defined with none keeps to that
-                task.build_all_requests(limit=1, rank=0, world_size=1)
+            with _bars_on_terminals_alone():
+                found = manager.load([name])
+                for task in found["tasks"].values():
+                    defined = task.get_config("num_fewshot")
+                    own = PAPER_TASKS[name][0] if name in PAPER_TASKS else defined or 0
+                    shots = own if num_fewshot is None else num_fewshot
+                    task.set_config("num_fewshot", 0 if defined == 0 else shots)  # defined with none keeps to that
+                    task.build_all_requests(limit=1, rank=0, world_size=1)
             group = found["groups"].get(name)
             chosen |= {name: group} if group is not None and group.has_aggregation else found["tasks"]
             manager.load(list(chosen.values()))  # refuses a task that is in two of them
@@ -87,6 +88,11 @@ def load_tasks(
                 "harness's own, whose data must be in the hub's cache where there is no network"
             ) from error
     return chosen
+
+
+def _bars_on_terminals_alone() -> AbstractContextManager[Any]:
+    """Keep out of files the progress bars that the harness always draws."""
+    return nullcontext() if sys.stderr.isatty() else redirect_stderr(StringIO())
 
 
 def evaluate_saved(
@@ -111,13 +117,12 @@ def evaluate_saved(
     tokenizer = load_tokenizer(model, cache_dir=loading.get("cache_dir"))
     loaded = load_model(model, **loading).to(device)
     loaded.register_forward_hook(_refuse_logits_that_are_not_finite)
-    found = simple_evaluate(
-        HFLM(loaded, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32"),
-        tasks=list(tasks.values()),
-        limit=limit,
-        task_manager=TaskManager(include_defaults=False),  # they are loaded
-        log_samples=False,
-    )
+    language_model = HFLM(loaded, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32")
+    known = TaskManager(include_defaults=False)  # they are loaded
+    with _bars_on_terminals_alone():
+        found = simple_evaluate(
+            language_model, tasks=list(tasks.values()), limit=limit, task_manager=known, log_samples=False
+        )
     results = {name: _result(name, task, found) for name, task in tasks.items()}
     paper = [row["value"] for n, row in results.items() if (row["num_fewshot"], row["metric"]) == PAPER_TASKS.get(n)]
     return {

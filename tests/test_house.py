@@ -1,0 +1,137 @@
+"""The house's own rules, read off its sources: who may import whom, how long a function is, what explains it."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from python_process import LIBRARY, run_python
+
+PACKAGE = LIBRARY / "flatllmcore"
+FILES = sorted(LIBRARY.rglob("*.py"))
+# From the ground up: a file imports from its own floor and from those below.
+FLOORS = (
+    {"errors"},
+    {"utils"},
+    {"core", "layers"},
+    {"engine"},
+    {"methods"},
+    {"config", "pipeline", "checkpoint_run"},
+    {"api", "reassembler", "absorption_compressor"},
+    {"flatllmcore"},  # the package's own file
+)
+# The user document has `core` offer FlatLLMPruner, and FedCore finds its adapter there: both look up what stands above.
+UPWARDS = {("core", "api")}
+
+
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(LIBRARY).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_of(path): path for path in FILES}
+
+
+def imports_of(module: str, nodes: Iterator[ast.AST]) -> set[str]:
+    """Return the modules of flatllmcore that import statements of one module name, wherever they stand."""
+    package = module if MODULES[module].name == "__init__.py" else module.rpartition(".")[0]
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom):
+            base = ".".join(package.split(".")[: len(package.split(".")) - node.level + 1]) if node.level else ""
+            name = ".".join(part for part in (base, node.module) if part)
+            found |= {full if (full := f"{name}.{alias.name}") in MODULES else name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return {name for name in found if name.partition(".")[0] == "flatllmcore"}
+
+
+def floor_of(module: str) -> int:
+    room = module.split(".")[1] if "." in module else module
+    return next(height for height, rooms in enumerate(FLOORS) if room in rooms)
+
+
+CORE = [module for module in MODULES if module.startswith("flatllmcore")]
+
+
+@pytest.mark.parametrize("module", CORE)
+def test_imports_point_downwards_or_to_the_same_floor(module):
+    """Those for type checkers alone and those inside functions count as well."""
+    for imported in imports_of(module, ast.walk(tree_of(MODULES[module]))):
+        rooms = tuple(name.split(".")[1] if "." in name else name for name in (module, imported))
+        assert floor_of(imported) <= floor_of(module) or rooms in UPWARDS, f"{module} imports {imported}"
+
+
+def test_no_module_is_imported_by_what_it_imports():
+    graph = {module: imports_of(module, ast.walk(tree_of(MODULES[module]))) - {module} for module in CORE}
+    finished: set[str] = set()
+
+    def visit(module: str, way: tuple[str, ...]) -> None:
+        assert module not in way, " → ".join((*way, module))
+        if module not in finished:
+            for imported in graph[module]:
+                visit(imported, (*way, module))
+            finished.add(module)
+
+    for module in CORE:
+        visit(module, ())
+
+
+def test_imports_inside_the_package_are_relative():
+    """So that a copy works under any name."""
+    absolute = []
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(tree_of(path)):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            absolute += [(path.name, name) for name in names if name.startswith("flatllm") or name == "lib"]
+    assert absolute == []
+
+
+def definitions(path: Path) -> Iterator[tuple[str, ast.AST]]:
+    """Give every class and function of a file with its name, `Class.method`; not those inside functions."""
+    pending = [("", node) for node in tree_of(path).body]
+    while pending:
+        prefix, node = pending.pop()
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield prefix + node.name, node
+        if isinstance(node, ast.ClassDef):
+            pending += [(f"{prefix}{node.name}.", part) for part in node.body]
+
+
+def is_explained(node: ast.AST) -> bool:
+    """Tell whether a definition has a docstring, or is a family's variant of a class that has one."""
+    is_variant = isinstance(node, ast.ClassDef) and any(ast.unparse(base).startswith("Flat") for base in node.bases)
+    return is_variant or ast.get_docstring(node) is not None
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_what_is_public_is_explained_and_nothing_is_long(path):
+    """Every file, public class, function and method has a docstring; a file has 300 lines, a function 60 at most."""
+    source = path.read_text(encoding="utf-8")
+    public = [(name, node) for name, node in definitions(path) if not re.search(r"(^|\.)_", name)]
+    assert [name for name, node in public if not is_explained(node)] == []
+    assert not source or ast.get_docstring(tree_of(path))
+    functions = [node for node in ast.walk(tree_of(path)) if isinstance(node, ast.FunctionDef)]
+    assert [node.name for node in functions if node.end_lineno - node.lineno >= 60] == []
+    assert len(source.splitlines()) <= 300
+
+
+LOADED = "import sys; print(*{{name.partition('.')[0] for name in sys.modules}} & set({heavy}))"
+
+
+def test_importing_the_package_loads_nothing_heavy(tmp_path):
+    """No more than what it is built on loads by itself, and not FedCore, which may not even be importable."""
+    heavy = ("accelerate", "datasets", "fedcore", "hypothesis", "lm_eval", "matplotlib", "msgspec", "pandas", "pyarrow")
+    (tmp_path / "fedcore.py").write_text("raise SystemExit('imported too early')")
+    print_loaded = LOADED.format(heavy=heavy)
+    by_package = run_python(f"import flatllmcore; {print_loaded}", [tmp_path, LIBRARY]).split()
+    ground = run_python(f"from transformers import LlamaForCausalLM; {print_loaded}", [tmp_path, LIBRARY]).split()
+    assert set(by_package) <= set(ground)
+    assert (PACKAGE / "py.typed").is_file()
