@@ -67,7 +67,7 @@ def save_tiny_checkpoint(folder: Path, family: str = "llama", shard_size: str = 
 
 
 def save_inputs(folder: Path, dtype: torch.dtype) -> Path:
-    """Write what a run of main.py takes, a model of three layers in ``dense`` and a ``text``; return the folder."""
+    """Write a model and a text, as a run of main.py takes them; return their folder."""
     tiny_model(num_hidden_layers=3).to(dtype).save_pretrained(folder / "dense")
     word_tokenizer().save_pretrained(folder / "dense")
     write_texts(folder / "text")

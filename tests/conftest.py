@@ -53,13 +53,3 @@ def model(request):
 @pytest.fixture
 def windows():
     return torch.randint(97, (24, 16), generator=torch.Generator().manual_seed(1))
-
-
-def ranks_of(layers) -> tuple[int, ...]:
-    """Return the value rank of each entry of an allocation or of records."""
-    return tuple(kept.value_rank for kept in getattr(layers, "layers", layers))
-
-
-def widths_of(layers) -> tuple[int, ...]:
-    """Return the MLP width of each entry of an allocation or of records."""
-    return tuple(kept.mlp_width for kept in getattr(layers, "layers", layers))

@@ -5,7 +5,6 @@ KILLS=100 pytest tests/test_kills.py
 
 import functools
 import itertools
-import json
 import os
 import random
 import shutil
@@ -76,18 +75,6 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {name: content for name, content in bytes_in(folder).items() if name != ".lock"}
 
 
-def finished_layers(folder: Path) -> set[int]:
-    """Return the layers that the manifest of an unfinished run says are there."""
-    manifest = folder / "out.partial" / "flat_llm.json"
-    return {layer["layer"] for layer in json.loads(manifest.read_text())["layers"]} if manifest.exists() else set()
-
-
-def layers_not_computed(folder: Path) -> set[int]:
-    """Return the layers that the last run took over from an earlier one, as its record says."""
-    record = json.loads((folder / "logs" / "dense_flatllm_30.json").read_text())
-    return {layer["layer"] for layer in record["layers"] if layer["elapsed_s"] is None}
-
-
 @pytest.mark.parametrize("flags", [[], ["--out_of_core"], ["--overwrite"]], ids=["memory", "disk", "overwrite"])
 def test_a_run_killed_at_random_changes_ends_with_the_same_bytes(inputs, tmp_path, flags):
     straight = shutil.copytree(inputs, tmp_path / "straight")
@@ -100,14 +87,10 @@ def test_a_run_killed_at_random_changes_ends_with_the_same_bytes(inputs, tmp_pat
         if flags == ["--overwrite"]:
             save_tiny_checkpoint(folder / "out", "mistral")
         runs += 1
-        is_done = False
-        while not is_done:
-            finished = finished_layers(folder)
-            is_killed = run(folder, flags, moments.randrange(changes)) != 0
-            kills += is_killed
-            # One killed after it had put its model in place is done too.
-            is_done = not is_killed or (flags != ["--overwrite"] and (folder / "out").exists())
-        assert layers_not_computed(folder) == finished
+        while run(folder, flags, moments.randrange(changes)) != 0:
+            kills += 1
+            if flags != ["--overwrite"] and (folder / "out").exists():
+                break  # killed after it had put its model in place
         assert contents(folder / "out") == bytes_in(straight / "out")
         assert not list(folder.glob("*out.*"))
         shutil.rmtree(folder)

@@ -8,7 +8,6 @@ from threading import Semaphore
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from checkpoints import CPU, VARIANTS, bytes_in, compress_to, in_memory, on_disk, save_tiny_checkpoint, weights_in
@@ -27,9 +26,6 @@ from tiny_text import word_tokenizer
 @pytest.fixture
 def checkpoint(tmp_path):
     return save_tiny_checkpoint(tmp_path / "dense")
-
-
-# The source
 
 
 @pytest.mark.parametrize(("family", "overrides"), VARIANTS)
@@ -55,26 +51,16 @@ def test_a_hub_id_is_found_in_the_cache(tmp_path, checkpoint, monkeypatch):
     assert found.shapes == WeightFiles(checkpoint).shapes
 
 
-def test_layers_are_cast_as_the_model_would_be(checkpoint):
-    source, model = on_disk(checkpoint, "bfloat16"), in_memory(checkpoint, "bfloat16").model
-    with source.layer(2) as layer:
-        for name, parameter in layer.named_parameters():
-            assert torch.equal(parameter, model.model.layers[2].get_parameter(name))
-
-
-@pytest.mark.parametrize("is_kept", [False, True])
-def test_one_layer_is_read_ahead_and_no_more(checkpoint, is_kept):
-    source = on_disk(checkpoint)
-    source.is_kept = is_kept
-    asked = []
+def test_one_layer_is_read_ahead_and_no_more(checkpoint):
+    source, asked = on_disk(checkpoint), []
     read_layer = source._read_layer
     source._read_layer = lambda index: asked.append(index) or read_layer(index)
     for index in (0, 1, 2, 3, 0):
         with source.layer(index):
             pass
         source._reader.submit(int).result()  # the reader is done with what it was given
-        assert asked[-1] == (3 if is_kept and len(asked) == 4 else min(index + 1, 3))
-    assert asked == ([0, 1, 2, 3] if is_kept else [0, 1, 2, 3, 0, 1])
+        assert asked[-1] == min(index + 1, 3)
+    assert asked == [0, 1, 2, 3, 0, 1]
 
 
 def test_waiting_for_the_disk_is_a_stage_of_its_own(checkpoint, windows, monkeypatch):
@@ -96,16 +82,6 @@ def test_waiting_for_the_disk_is_a_stage_of_its_own(checkpoint, windows, monkeyp
     assert watch.elapsed_s == {"read": 4, "forward": 0, "angles": 0}
 
 
-def test_buffers_of_old_checkpoints_have_no_meaning(checkpoint, windows):
-    path = next(path for path in os.scandir(checkpoint) if path.name.endswith(".safetensors"))
-    weights = load_file(path.path)
-    save_file(weights | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6)}, path.path, {"format": "pt"})
-    layer_importance(on_disk(checkpoint), windows, 5)
-
-
-# Where hidden states live
-
-
 def test_states_go_to_the_first_place_that_is_large_enough(tmp_path, monkeypatch):
     """A quarter of a GPU's memory, half of the host's, or the disk."""
     monkeypatch.setattr("flatllmcore.engine.storage.free_device_memory", lambda _device: 100)
@@ -124,9 +100,6 @@ def test_states_in_a_file_give_the_same_scores_and_leave_nothing(tmp_path, windo
     assert layer_importance(source, windows, 5) == expected
     assert f"a file in {tmp_path / 'offload'}" in caplog.text
     assert not any((tmp_path / "offload").iterdir())
-
-
-# The sink
 
 
 @pytest.mark.parametrize("prune_qk", [False, True])
@@ -161,9 +134,6 @@ def test_the_folder_holds_what_save_pretrained_writes(tmp_path, windows, checkpo
     assert index["weight_map"].keys() == model.state_dict().keys()
     loaded = AutoTokenizer.from_pretrained(tmp_path / "ours")
     assert loaded("w3 w5")["input_ids"] == word_tokenizer()("w3 w5")["input_ids"]
-
-
-# Going on
 
 
 class StoppedError(Exception):
@@ -255,17 +225,6 @@ def test_two_runs_in_one_folder_are_refused(tmp_path, windows, checkpoint):
 
     compress_to(tmp_path / "out", checkpoint, windows, before_layers=second_run)
     assert (tmp_path / "out" / "config.json").exists()
-
-
-def test_a_model_in_the_way_is_replaced_only_when_asked(tmp_path, windows, checkpoint):
-    compress_to(tmp_path / "out", checkpoint, windows)
-    before = bytes_in(tmp_path / "out")
-    with pytest.raises(InputError, match="is not empty"):
-        compress_to(tmp_path / "out", checkpoint, windows[:12])
-    assert bytes_in(tmp_path / "out") == before
-    compress_to(tmp_path / "out", checkpoint, windows[:12], overwrite=True)
-    assert bytes_in(tmp_path / "out") != before
-    assert {path.name for path in tmp_path.iterdir()} == {"dense", "out"}
 
 
 def test_unusable_input_found_on_the_way_leaves_nothing(tmp_path, windows, checkpoint):

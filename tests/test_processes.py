@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import main
 import process_groups
 from checkpoints import save_inputs, weights_in
 from flatllmcore.core import cholesky
@@ -22,7 +21,6 @@ from flatllmcore.engine import walk
 from flatllmcore.engine.checkpoint_source import CheckpointSource
 from flatllmcore.errors import InputError
 from flatllmcore.methods import flatllm
-from flatllmcore.utils import processes
 
 ARGV = ["--model", "dense", "--dataset", "text", "--sparsity_ratio", "30", "--seqlen", "32", "--device", "cpu"]
 OUT = [*ARGV, "--save_model", "out", "--bi_score", "scores", "--save", "logs", "--nsamples", "7"]
@@ -38,18 +36,6 @@ def inputs(tmp_path_factory):
 def copied(inputs, tmp_path):
     """Copy the inputs to a folder of their own, which is returned."""
     return lambda name: Path(shutil.copytree(inputs, tmp_path / name))
-
-
-@pytest.fixture
-def run(copied):
-    """Run `main.py` in a number of processes, in a folder of their own that is returned."""
-
-    def run_in(name: str, count: int, *argv: str, patch: Callable[[], None] | None = None) -> Path:
-        folder = copied(name)
-        assert process_groups.run_group(count, [*OUT, *argv], folder, patch) == ([0] * count, "")
-        return folder
-
-    return run_in
 
 
 @pytest.fixture(scope="module")
@@ -77,22 +63,25 @@ def solve_by_narrow_blocks():
     [(2, ["--out_of_core", "--prune_qk"]), (3, ["--nsamples", "6"]), (3, ["--nsamples", "2"])],
     ids=["uneven", "even", "empty"],
 )
-def test_a_group_gives_what_one_process_gives(run, count, flags):
+def test_a_group_gives_what_one_process_gives(copied, count, flags):
     """Up to rounding, with shares of all kinds."""
-    group, alone = run("group", count, *flags, patch=solve_by_narrow_blocks), run("alone", 1, *flags)
+    group, alone = copied("group"), copied("alone")
+    for folder, processes in ((group, count), (alone, 1)):
+        assert process_groups.run_group(processes, [*OUT, *flags], folder, solve_by_narrow_blocks) == (
+            [0] * processes,
+            "",
+        )
     found, expected = (read(folder / "scores/importance.json")["scores"] for folder in (group, alone))
     assert found == pytest.approx(expected, rel=1e-9)
     found, expected = (read(folder / RECORD)["perplexity"] for folder in (group, alone))
-    for kind in ("dense", "compressed"):
-        assert found[kind] == pytest.approx(expected[kind], rel=1e-6)
+    assert found == pytest.approx(expected, rel=1e-6)
     found, expected = weights_in(group / "out"), weights_in(alone / "out")
     assert found.keys() == expected.keys()
     for name, weight in found.items():
-        other = expected[name]
         if "gate_proj" in name or "up_proj" in name:  # rows of the dense matrix: the same channels are kept
-            assert torch.equal(weight, other), name
+            assert torch.equal(weight, expected[name]), name
         # an eigenvector's sign is anybody's choice
-        pair = (weight.abs(), other.abs()) if "self_attn" in name else (weight, other)
+        pair = [w.abs() if "self_attn" in name else w for w in (weight, expected[name])]
         torch.testing.assert_close(*pair, rtol=1e-5, atol=1e-8, msg=lambda m, n=name: f"{n}: {m}")
 
 
@@ -127,17 +116,6 @@ def test_a_group_of_which_one_is_killed_ends_and_goes_on_to_the_same_bytes(strai
     assert errors.startswith("error: another process ended")
     assert process_groups.run_group(2, argv, folder) == ([0, 0], "")
     assert shards(folder) == straight
-
-
-@pytest.mark.parametrize("is_own", [True, False])
-def test_where_the_process_that_counts_failures_has_ended_own_ones_are_told(monkeypatch, capsys, is_own):
-    class LostStore:
-        def add(self, *_args: object) -> int:
-            raise RuntimeError("Connection reset by peer")
-
-    monkeypatch.setattr(processes, "_store", LostStore())
-    assert main.complain_once("layer 1 gives NaN", is_own) == 2
-    assert capsys.readouterr().err == "error: layer 1 gives NaN\n" * is_own
 
 
 def test_a_stopped_group_goes_on_to_the_same_bytes(straight, copied):

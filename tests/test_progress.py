@@ -1,7 +1,5 @@
 """Progress bars: drawn for a terminal, with the time left, and nowhere else."""
 
-import gzip
-import json
 import os
 import pty
 import re
@@ -12,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from threading import Thread
 
-import datasets
 import pytest
 from transformers import AutoTokenizer
 
@@ -20,7 +17,7 @@ import main
 from flatllmbench import speed
 from flatllmcore.utils.data_utils import consecutive_windows, sample_documents
 from flatllmcore.utils.progress import progress
-from flatllmcore.utils.text_sources import TextDataset, load_text
+from flatllmcore.utils.text_sources import TextDataset
 
 ROOT = Path(__file__).resolve().parents[1]
 EMBEDDED = ROOT / "models" / "pydocs-llama"
@@ -103,23 +100,10 @@ def test_a_bar_counts_to_its_total_and_is_wiped_and_the_later_processes_of_a_gro
     assert drawn() == ""
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".jsonl.gz", ".parquet"])
-def test_a_bar_counts_the_records_of_a_file(monkeypatch, tmp_path, suffix):
-    bars = watch_bars(monkeypatch, "flatllmcore.utils.text_sources")
-    path = tmp_path / f"text{suffix}"
-    records = [{"text": sentence} for sentence in SENTENCES]
-    if suffix == ".parquet":
-        datasets.Dataset.from_list(records).to_parquet(path)
-    else:
-        written = "\n".join(map(json.dumps, records)) if "l" in suffix else json.dumps(records)
-        path.write_bytes(gzip.compress(written.encode()) if suffix.endswith("gz") else written.encode())
-    with terminal():
-        assert load_text(str(path), "train").documents == SENTENCES
-    assert [(bar.desc, bar.n) for bar in bars] == [(f"reading {path.name}: ", len(SENTENCES))]
-
-
 def test_text_is_tokenised_to_the_end_of_its_bar(monkeypatch):
-    bars = watch_bars(monkeypatch, "flatllmcore.utils.data_utils")
+    made = []
+    watched = lambda *args, **options: made.append(progress(*args, **options)) or made[-1]  # noqa: E731
+    monkeypatch.setattr("flatllmcore.utils.data_utils.progress", watched)
     monkeypatch.setattr("flatllmcore.utils.data_utils._PIECE_CHARACTERS", 1000)
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
     text = TextDataset("some", "test", SENTENCES, "\n\n")
@@ -127,14 +111,5 @@ def test_text_is_tokenised_to_the_end_of_its_bar(monkeypatch):
         consecutive_windows(text, tokenizer, 16)
         sample_documents(text, tokenizer, 3, 16, seed=0)
     characters = len("\n\n".join(SENTENCES))
-    ends = [(bar.desc, bar.n, bar.total) for bar in bars]
+    ends = [(bar.desc, bar.n, bar.total) for bar in made]
     assert ends == [("tokenising text: ", characters, characters), ("sampling text: ", 3, 3)]
-
-
-def watch_bars(monkeypatch, module: str) -> list:
-    """Return a list that will hold a module's bars."""
-    made = []
-    monkeypatch.setattr(
-        f"{module}.progress", lambda *args, **options: made.append(progress(*args, **options)) or made[-1]
-    )
-    return made

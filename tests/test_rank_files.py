@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import ranks_of
 from flatllmcore.core.importance import ImportanceScores
 from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector, RankAllocation
 from flatllmcore.core.rank_files import find_ranks, load_ranks, ranks_file, save_ranks
@@ -18,7 +17,6 @@ from flatllmcore.utils.files import digest, read_json, to_json_bytes, write_json
 DIMENSIONS = ModelDimensions("llama", 2, 64, 4, 2, 16, 128)
 SELECTOR = ImportancePreservingRankSelector(DIMENSIONS)
 PRUNING = ImportancePreservingRankSelector(DIMENSIONS, prune_qk=True)
-OTHER = ImportancePreservingRankSelector(replace(DIMENSIONS, intermediate_size=96))
 WEIGHTS = "0123456789abcdef"
 # Q and K are 6144 of a layer's 36864 weights, so a total of 80 % is (0.8 · 36864 - 6144) / 30720 of the rest: 76 %.
 AUTHORS_KEPT = "sparsity_score_76%.pt"
@@ -78,12 +76,12 @@ def test_the_most_specific_file_of_a_folder_decides(tmp_path):
     torch.save([0.625, 0.875], tmp_path / AUTHORS_KEPT)
     torch.save([0.15, 0.16], tmp_path / "bi_score.pt")
     for name, expected in {
-        "ranks_20.json": ranks_of(SELECTOR.allocate([0.1, 0.2], 0.8)),
-        "importance.json": ranks_of(SELECTOR.allocate([0.2, 0.1], 0.8)),
-        AUTHORS_KEPT: (10, 14),
-        "bi_score.pt": ranks_of(SELECTOR.allocate([0.15, 0.16], 0.8)),
+        "ranks_20.json": SELECTOR.allocate([0.1, 0.2], 0.8).layers,
+        "importance.json": SELECTOR.allocate([0.2, 0.1], 0.8).layers,
+        AUTHORS_KEPT: (SELECTOR.floored(0.625), SELECTOR.floored(0.875)),
+        "bi_score.pt": SELECTOR.allocate([0.15, 0.16], 0.8).layers,
     }.items():
-        assert ranks_of(found(tmp_path)) == expected, name
+        assert found(tmp_path).layers == expected, name
         (tmp_path / name).unlink()
     assert found(tmp_path) is None
     assert found(tmp_path, 30).sparsity_percent == 30
@@ -118,7 +116,7 @@ def test_files_of_another_model_are_refused(folder, name):
     with pytest.raises(InputError, match=rf"{name}: .*other weights"):
         found(folder / name, fingerprint="f" * 16)
     with pytest.raises(InputError, match=rf"{name}: .*another model.*intermediate_size 128, not 96"):
-        found(folder / name, selector=OTHER)
+        found(folder / name, selector=ImportancePreservingRankSelector(replace(DIMENSIONS, intermediate_size=96)))
 
 
 def test_ranks_for_pruned_queries_and_keys_do_not_fit_a_run_that_keeps_them(folder, tmp_path):

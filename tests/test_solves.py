@@ -7,7 +7,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conftest import tiny_model
 from flatllmcore.core import cholesky, moments
 from flatllmcore.core.attention_pca import headwise_pca, project_heads, project_output, rank_for_mass
 from flatllmcore.core.mlp_nystrom import (
@@ -17,15 +16,10 @@ from flatllmcore.core.mlp_nystrom import (
     select_channels,
 )
 from flatllmcore.core.moments import add_head_moments, add_moment, mirror_lower_triangle
-from flatllmcore.engine.taps import tapped
-from flatllmcore.utils import processes
 
 
 def random(*shape, seed=0):
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-# Moments
 
 
 @given(width=st.integers(1, 40), block=st.integers(1, 17), chunks=st.lists(st.integers(1, 9), min_size=1, max_size=5))
@@ -58,22 +52,6 @@ def test_head_moments_are_the_products_of_each_head():
     for head in range(3):
         v = values[:, 4 * head : 4 * head + 4]
         torch.testing.assert_close(total[head], v.T @ v)
-
-
-def test_taps_see_what_passes_and_leave_the_layer_as_it_was():
-    """Oracle: the modules called by hand. A pass that does not come by a tap is refused."""
-    attention, x = tiny_model().model.layers[0].self_attn, random(3, 5, 32)
-    values = attention.v_proj(x)
-    with tapped(attention, ["v_proj.output", "o_proj.input"]) as look:
-        seen = dict(look(lambda: attention.o_proj(attention.v_proj(x).repeat(1, 1, 2))))
-        with pytest.raises(RuntimeError, match=r"does not come by o_proj\.input"):
-            look(lambda: attention.v_proj(x))
-    assert torch.equal(seen["v_proj.output"], values.flatten(0, 1))
-    assert torch.equal(seen["o_proj.input"], values.repeat(1, 1, 2).flatten(0, 1))
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in attention.modules())
-
-
-# Head-wise PCA
 
 
 def test_the_error_of_projected_values_is_the_sum_of_dropped_eigenvalues():
@@ -112,9 +90,6 @@ def test_rank_for_mass_is_the_smallest_sufficient_rank():
     assert rank_for_mass(eigenvalues, 0.81) == (2 + 3) / 2
     assert rank_for_mass(eigenvalues, 1.0) == (3 + 4) / 2
     assert rank_for_mass(torch.zeros(1, 4, dtype=torch.float64), 0.96) == 0
-
-
-# Channels of the MLP
 
 
 @given(st.integers(1, 30), st.integers(1, 40))
@@ -203,9 +178,6 @@ def test_duplicated_channels_are_solved_with_jitter(caplog):
     torch.testing.assert_close(z[:, kept] @ fitted.T, z @ weight.T, rtol=1e-5, atol=1e-5)
 
 
-# Factors shared out over processes
-
-
 @given(size=st.integers(1, 50))
 def test_factor_and_inverse_are_lapack_s(size):
     rows = random(2 * size, size, seed=size)
@@ -223,16 +195,3 @@ def test_a_matrix_that_is_not_positive_definite_is_told(place, monkeypatch):
     matrix = random(60, 30).T @ random(60, 30)
     matrix[place, place] = -1
     assert cholesky.cholesky(matrix) is None
-
-
-@pytest.mark.parametrize("count", [1, 2, 3, 4])
-def test_turns_go_there_and_back_and_every_item_has_one_process(monkeypatch, count):
-    monkeypatch.setattr(processes, "_store", object())
-    monkeypatch.setattr(processes, "world_size", lambda: count)
-    dealt = []
-    for rank in range(count):
-        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
-        dealt.append(processes.own_turns(range(10)))
-    assert sorted(item for own in dealt for item in own) == list(range(10))
-    if count == 3:
-        assert dealt == [[0, 5, 6], [1, 4, 7], [2, 3, 8, 9]]

@@ -29,25 +29,14 @@ def watch(clock):
         yield running
 
 
-def test_an_inner_stage_is_not_counted_for_the_outer_one(watch, clock):
-    with stage("outer"):
-        clock.now += 1
-        with stage("inner"):
-            clock.now += 10
-            with stage("innermost"):
-                clock.now += 100
-        clock.now += 1000
-    assert watch.elapsed_s == {"outer": 1001, "inner": 10, "innermost": 100}
-
-
-def test_a_whole_stage_counts_what_is_inside(watch, clock):
-    with stage("perplexity", is_whole=True):
-        clock.now += 1
-        with stage("forward"), stage("read"):
-            clock.now += 10
-    with stage("forward"):
-        clock.now += 100
-    assert watch.elapsed_s == {"perplexity": 11, "forward": 100}
+def test_an_inner_stage_counts_for_itself_alone_unless_the_outer_one_is_whole(watch, clock):
+    for is_whole in (False, True):
+        with stage("outer", is_whole=is_whole):
+            clock.now += 1
+            with stage("inner"), stage("innermost"):
+                clock.now += 10
+            clock.now += 100
+    assert watch.elapsed_s == {"outer": 101 + 111, "inner": 0, "innermost": 10}
 
 
 def test_stages_add_up_and_what_is_between_or_beside_them_is_not_counted(watch, clock):
@@ -63,14 +52,11 @@ def test_stages_add_up_and_what_is_between_or_beside_them_is_not_counted(watch, 
 
 def test_a_stage_that_fails_is_counted_and_left(watch, clock):
     def fail() -> None:
-        with stage("outer"):
-            clock.now += 1
-            with stage("inner"):
-                clock.now += 2
-                raise KeyError
+        clock.now += 2
+        raise KeyError
 
-    with pytest.raises(KeyError):
+    with pytest.raises(KeyError), stage("outer"), stage("inner"):
         fail()
     with stage("later"):
         clock.now += 4
-    assert watch.elapsed_s == {"outer": 1, "inner": 2, "later": 4}
+    assert watch.elapsed_s == {"outer": 0, "inner": 2, "later": 4}
