@@ -122,11 +122,9 @@ def test_the_folder_holds_what_save_pretrained_writes(tmp_path, windows, checkpo
     model.save_pretrained(tmp_path / "theirs")
     word_tokenizer().save_pretrained(tmp_path / "theirs")
     ours, theirs = bytes_in(tmp_path / "ours"), bytes_in(tmp_path / "theirs")
-    own = {"README.md", "flat_llm.json", "model.safetensors.index.json"}
-    assert {n for n in ours if n not in own and "-of-" not in n} == theirs.keys() - {
-        "model.safetensors",
-        "generation_config.json",  # the dense folder had none
-    }
+    ours_alone = {"README.md", "flat_llm.json", "model.safetensors.index.json"}
+    theirs_alone = {"model.safetensors", "generation_config.json"}  # the dense folder had none of the latter
+    assert {n for n in ours.keys() - ours_alone if "-of-" not in n} == theirs.keys() - theirs_alone
     assert json.loads(ours["config.json"]) == json.loads(theirs["config.json"])
     assert ours["flat_llama.py"] == theirs["flat_llama.py"]
     index = json.loads(ours["model.safetensors.index.json"])
@@ -225,12 +223,3 @@ def test_two_runs_in_one_folder_are_refused(tmp_path, windows, checkpoint):
 
     compress_to(tmp_path / "out", checkpoint, windows, before_layers=second_run)
     assert (tmp_path / "out" / "config.json").exists()
-
-
-def test_unusable_input_found_on_the_way_leaves_nothing(tmp_path, windows, checkpoint):
-    def refuse(sink):
-        raise InputError("layer 2 gives NaN")
-
-    with pytest.raises(InputError, match="NaN"):
-        compress_to(tmp_path / "out", checkpoint, windows, before_layers=refuse)
-    assert {path.name for path in tmp_path.iterdir()} == {"dense"}

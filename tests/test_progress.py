@@ -11,13 +11,10 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
-from transformers import AutoTokenizer
 
 import main
 from flatllmbench import speed
-from flatllmcore.utils.data_utils import consecutive_windows, sample_documents
 from flatllmcore.utils.progress import progress
-from flatllmcore.utils.text_sources import TextDataset
 
 ROOT = Path(__file__).resolve().parents[1]
 EMBEDDED = ROOT / "models" / "pydocs-llama"
@@ -98,18 +95,3 @@ def test_a_bar_counts_to_its_total_and_is_wiped_and_the_later_processes_of_a_gro
             assert "| 0/3 [" in first
             assert last.isspace()
     assert drawn() == ""
-
-
-def test_text_is_tokenised_to_the_end_of_its_bar(monkeypatch):
-    made = []
-    watched = lambda *args, **options: made.append(progress(*args, **options)) or made[-1]  # noqa: E731
-    monkeypatch.setattr("flatllmcore.utils.data_utils.progress", watched)
-    monkeypatch.setattr("flatllmcore.utils.data_utils._PIECE_CHARACTERS", 1000)
-    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
-    text = TextDataset("some", "test", SENTENCES, "\n\n")
-    with terminal():
-        consecutive_windows(text, tokenizer, 16)
-        sample_documents(text, tokenizer, 3, 16, seed=0)
-    characters = len("\n\n".join(SENTENCES))
-    ends = [(bar.desc, bar.n, bar.total) for bar in made]
-    assert ends == [("tokenising text: ", characters, characters), ("sampling text: ", 3, 3)]
