@@ -24,10 +24,10 @@ ROOT = Path(__file__).resolve().parents[1]
 EMBEDDED = ROOT / "models" / "pydocs-llama"
 SENTENCES = ["If the file does not exist, an error is raised. " * 20] * 8
 TIME_LEFT = re.compile(r"\[\d\d:\d\d<(\?|\d\d:\d\d)")  # elapsed < left
-# The bars of main.py while it scores, compresses and measures, that of transformers among them.
+# The bars of main.py while it scores, compresses and measures.
 STAGES = (
     *("sampling text", "tokenising text"),
-    *("Loading weights", "importance", "perplexity", "compress"),
+    *("importance", "perplexity", "compress"),
 )
 
 
