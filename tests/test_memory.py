@@ -1,13 +1,14 @@
 """Peak memory of a run out of core, measured on a process that only had its imports before."""
 
+import torch
 from transformers import LlamaConfig
 
 from python_process import LIBRARY, run_python
 from random_checkpoint import write_random_checkpoint
 from tiny_text import WORDS, documents, word_tokenizer
 
-LAYERS, HIDDEN = 64, 1024
-LAYER_BYTES = 2 * 7 * HIDDEN**2  # of bfloat16
+LAYERS, HIDDEN = 64, 768
+LAYER_BYTES = 4 * 7 * HIDDEN**2
 SOLVE_BYTES = 8 * (4 * HIDDEN**2 + HIDDEN * 256)  # the MLP's moment and at most three matrices as large, and a strip
 
 # What the run adds to the imports: its resident memory before, and the peak after.
@@ -39,11 +40,11 @@ def test_memory_is_bounded_by_a_layer_and_not_by_the_model(tmp_path, monkeypatch
         num_attention_heads=8,
         max_position_embeddings=64,
     )
-    write_random_checkpoint(config, tmp_path / "dense", max_shard_bytes=10 * LAYER_BYTES)
+    write_random_checkpoint(config, tmp_path / "dense", torch.float32, max_shard_bytes=10 * LAYER_BYTES)
     word_tokenizer().save_pretrained(tmp_path / "dense")
-    (tmp_path / "text.txt").write_text("\n".join(documents(10)))
+    (tmp_path / "text.txt").write_text("\n".join(documents(2)))
     flags = ["--model", "dense", "--dataset", "text.txt", "--eval_dataset", "text.txt", "--sparsity_ratio", "20"]
-    flags += ["--seqlen", "64", "--nsamples", "4", "--device", "cpu", "--save_model", "out", "--out_of_core"]
+    flags += ["--seqlen", "16", "--nsamples", "2", "--device", "cpu", "--save_model", "out", "--out_of_core"]
     monkeypatch.chdir(tmp_path)
     paths = (LIBRARY, LIBRARY.parent)
     run_python(PROGRAM.replace("FLAGS", str(flags)), paths, MALLOC_MMAP_THRESHOLD_=str(2**20))
