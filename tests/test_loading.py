@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from checkpoints import on_disk
 from conftest import tiny_model
 from flatllmcore.errors import InputError
-from flatllmcore.utils.loading import load_model, load_tokenizer
+from flatllmcore.utils.loading import load_model
 
 DTYPES = ["float64", "float32", "bfloat16", "float16"]
 
@@ -86,11 +86,6 @@ def test_pickled_weights_are_not_read(checkpoint, load):
     (checkpoint / "model.safetensors").unlink()
     with pytest.raises(InputError, match="expected safetensors files"):
         load(str(checkpoint))
-
-
-def test_a_folder_without_tokenizer_is_refused(checkpoint):
-    with pytest.raises(InputError, match="no usable tokenizer"):
-        load_tokenizer(str(checkpoint))
 
 
 @pytest.mark.parametrize("matrix", ["embed_tokens", "layers.0.self_attn.q_proj", "layers.1.mlp.down_proj"])
