@@ -51,23 +51,6 @@ def wheel(built) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def python_with_wheel(wheel, tmp_path_factory) -> Path:
-    """The interpreter of an environment with the wheel, and with this one's other packages, not downloaded again."""
-    folder = tmp_path_factory.mktemp("installed")
-    venv.create(folder, with_pip=False)
-    python = folder / "bin" / "python"
-    pip = [sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check"]
-    # A PYTHONPATH that leads to an editable installation would have pip find the package installed already.
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    checked_output(*pip, "install", "--no-deps", "--no-index", wheel, env=environment)
-    (site_packages,) = folder.glob("lib/python*/site-packages")
-    # Folders that a .pth file names have their own .pth files left alone, and so an editable installation unseen.
-    others = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
-    (site_packages / "dependencies.pth").write_text("\n".join(others))
-    return python
-
-
 def test_the_wheel_holds_both_packages_the_licence_and_nothing_else(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     modules = {path.relative_to(LIBRARY).as_posix() for path in LIBRARY.rglob("*.py")}
@@ -96,13 +79,27 @@ def test_the_source_distribution_holds_what_the_wheel_is_made_of_and_no_tests(bu
 
 
 @pytest.mark.slow
-def test_the_installed_wheel_runs_the_quick_start(python_with_wheel, tmp_path):
-    """``-I`` hides PYTHONPATH; the assertion on the place shows that no other copy is used."""
+def test_the_installed_wheel_runs_the_quick_start(wheel, tmp_path):
+    """In an environment with the wheel and with this one's other packages, not downloaded again.
+
+    ``-I`` hides PYTHONPATH; the assertion on the place shows that no other copy is used.
+    """
+    folder = tmp_path / "installed"
+    venv.create(folder, with_pip=False)
+    python = folder / "bin" / "python"
+    pip = [sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check"]
+    # A PYTHONPATH that leads to an editable installation would have pip find the package installed already.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    checked_output(*pip, "install", "--no-deps", "--no-index", wheel, env=environment)
+    (site_packages,) = folder.glob("lib/python*/site-packages")
+    # Folders that a .pth file names have their own .pth files left alone, and so an editable installation unseen.
+    others = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
+    (site_packages / "dependencies.pth").write_text("\n".join(others))
     offline = {"env": os.environ | {"HF_HUB_OFFLINE": "1"}, "cwd": tmp_path}
     where = "import flatllmbench, flatllmcore; print(flatllmcore.__file__, flatllmbench.__file__)"
-    for place in checked_output(python_with_wheel, "-I", "-c", where, **offline).split():
-        assert Path(place).is_relative_to(python_with_wheel.parents[1])
-    said = checked_output(python_with_wheel, "-I", ROOT / "scripts" / "quick_start.py", **offline)
+    for place in checked_output(python, "-I", "-c", where, **offline).split():
+        assert Path(place).is_relative_to(folder)
+    said = checked_output(python, "-I", ROOT / "scripts" / "quick_start.py", **offline)
     assert "Reloaded: FlatLlamaForCausalLM" in said
     assert "If the file does not exist, " in said
 

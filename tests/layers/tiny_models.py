@@ -26,9 +26,9 @@ SIZES = {
 }
 
 
-def kept(ranks: Sequence[int] = RANKS, widths: Sequence[int] = WIDTHS, qk: Sequence[int | None] = (None,) * 3) -> Any:
+def kept(ranks: Sequence[int] = RANKS, widths: Sequence[int] = WIDTHS, qk: Sequence[int | None] = ()) -> Any:
     """Return what each layer keeps."""
-    return [Kept(0.5, *sizes) for sizes in zip(ranks, widths, qk, strict=True)]
+    return [Kept(0.5, *sizes) for sizes in zip(ranks, widths, qk or [None] * len(ranks), strict=True)]
 
 
 def dense_model_of(family: str, **fields: object) -> PreTrainedModel:
