@@ -35,8 +35,9 @@ def test_its_perplexity_is_the_stated_one():
     stated = LOG["test_perplexity"]
     windows = consecutive_windows(load_text("pydocs", "test"), load_tokenizer(str(FOLDER)), stated["seqlen"])
     assert len(windows) == stated["windows"]
-    measured = perplexity(ModelInMemory(load_model(str(FOLDER)), torch.device("cpu")), windows, 16).value
-    assert measured == pytest.approx(stated["value"], rel=2e-3)  # bf16 sums in another order
+    model = load_model(str(FOLDER), dtype="float32")  # many processors are slow at bf16; the weights are the same
+    measured = perplexity(ModelInMemory(model, torch.device("cpu")), windows, 16).value
+    assert measured == pytest.approx(stated["value"], rel=1e-3)  # stated of sums in bf16
     assert f"{stated['value']:.2f}" in (ROOT / "README.md").read_text()
 
 
