@@ -333,7 +333,8 @@ def test_a_model_that_is_nowhere_is_refused(refused, model):
 
 def not_a_number(folder: Path, name: str = "model.layers.1.mlp.up_proj.weight") -> None:
     tensors = load_file(folder / "model.safetensors")
-    tensors[name].flatten()[0] = math.nan
+    flat = tensors[name].flatten()
+    flat[0] = math.copysign(math.nan, flat[0])  # of the sign that the fingerprint knows
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
