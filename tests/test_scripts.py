@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from conftest import tiny_model
 from flatllmcore.utils.loading import load_model
 from layers.tiny_models import compress
-from tiny_text import word_tokenizer, write_texts
+from tiny_text import documents, word_tokenizer, write_texts
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = [*sorted(ROOT.glob("scripts/*.sh")), ROOT / ".ci" / "run"]
@@ -49,7 +49,9 @@ def run(script: str, *arguments: str | Path, **settings: str | Path) -> str:
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory) -> Path:
-    return write_texts(tmp_path_factory.mktemp("text"))
+    folder = write_texts(tmp_path_factory.mktemp("text"))
+    (folder / "test.txt").write_text("\n".join(documents(8, seed=1)))  # perplexity is measured twice at each ratio
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -206,8 +208,9 @@ def test_llama_bi_leaves_scores_for_every_model_with_the_record_beside(tiny, tex
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", PUBLISHED)
+@pytest.mark.parametrize("script", ["llama_7b.sh", "llama_70b.sh"])
 def test_each_experiment_compresses_the_embedded_model_by_its_variables(script, text, tmp_path):
+    """Alone and in two processes; that the other experiments run the same commands is tested further up."""
     settings = {"MODEL": EMBEDDED, "DATASET": text, "BI_NSAMPLES": "4", "BI_SCORE": tmp_path / "scores"}
     settings |= {"PROCESSES": "2" if "70b" in script else "1", "RATIOS": "20", "OUT": tmp_path / "out"}
     printed = run(script, SEQLEN="32", NSAMPLES="4", **settings)
@@ -271,7 +274,7 @@ def test_test_speedup_measures_the_embedded_model(tmp_path):
     record = json.loads((tmp_path / f"{EMBEDDED.name}_speed_slicegpt.json").read_text())
     dense, flat = record["cells"]
     assert flat["kv_cache_bytes"] / dense["kv_cache_bytes"] == (32 + 16) / (32 + 32)
-    assert f"{dense['decode_tokens_per_s']:,.1f}" in printed
+    assert all(f"| {cell['kv_cache_bytes']:,} |" in re.sub(" +", " ", printed) for cell in (dense, flat))
 
 
 def test_test_sh_installs_once_and_passes_its_arguments_to_pytest(commands, tmp_path):
