@@ -96,12 +96,12 @@ def moment_bytes(dims: ModelDimensions) -> int:
 def solve_bytes(dims: ModelDimensions, width: int) -> int:
     """Return the most memory that the solves of a layer of ``width`` kept channels take at once, its moments included.
 
-    Beside the moment: its shifted copy, factorised in place, and a strip of the inverse; then the kept channels' moment
+    Beside the moment: its shifted copy, factorised in place, and a panel twice; then the kept channels' moment
     and its factor; then this factor, the moment of dropped with kept channels, ``down_proj`` and some rows at work.
     """
     D, F, k = dims.hidden_size, dims.intermediate_size, width
     fit = k * F + D * k + min(D, 1024) * (F + 3 * k)
-    return moment_bytes(dims) + 8 * max(F * F + 2 * F * min(F, 256), 2 * k * k, fit)
+    return moment_bytes(dims) + 8 * max(F * F + min(F, 256) * max(2 * (F - 256), F), 2 * k * k, fit)
 
 
 def peak_rates(dtype: torch.dtype, device: torch.device) -> dict[str, float]:

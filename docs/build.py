@@ -20,9 +20,8 @@ INHERITED_ANNOTATION = r"Error parsing type annotation .* for flatllmcore\..*Con
 
 def build(folder: Path) -> None:
     """Write the site to ``folder``, one page per module, beginning with ``index.html``."""
-    # Made when they are first asked for; pdoc looks only at what is there.
+    # Made when it is first asked for; pdoc looks only at what is there.
     vars(flatllmcore)["FlatLLMReassembler"] = flatllmcore.FlatLLMReassembler
-    vars(core)["FlatLLMPruner"] = core.FlatLLMPruner
     for names in map(vars, (flatllmcore, core, utils)):
         # pdoc leads only to the modules that __all__ has.
         names["__all__"] += [module.name for module in pkgutil.iter_modules(names["__path__"])]

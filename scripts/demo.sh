@@ -25,4 +25,4 @@ rm -f "$BI_SCORE/importance.json" # an earlier demo's; it may be about another m
 bash scripts/compress.sh
 name="$(basename "$MODEL")"
 "$PYTHON" scripts/generate.py "$MODEL" "$OUT/$name-20" "$OUT/$name-50" --prompt "${PROMPT:-If the file does not exist,}"
-printf '\nTables and pictures: %s/README.md, or %s/index.html in a browser\n' "$OUT" "$OUT"
+printf '\nTables and picture: %s/README.md\n' "$OUT"

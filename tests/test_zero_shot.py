@@ -277,7 +277,7 @@ def test_the_program_writes_a_record_and_the_results_to_the_log(folders, tmp_pat
     [
         (("--tasks", "nosuch"), "task 'nosuch' cannot be set up"),
         (("--tasks", "piqa", "--include_path", "."), "task 'piqa' cannot be set up"),
-        (("--limit", "0"), "--limit 0 is out of range; 1 or more"),
+        (("--limit", "0"), "--limit is 0; accepted: "),
         (("--include_path", "nosuch"), "--include_path nosuch is no folder"),
         (("--device", "cuda:99"), "device 'cuda:99' is not usable"),
     ],
@@ -334,7 +334,7 @@ def test_main_evaluates_what_it_compressed(compress, tmp_path):
     ],
 )
 def test_main_refuses_unusable_tasks_before_any_weight_is_read(compress, tmp_path, monkeypatch, capsys, argv, reason):
-    monkeypatch.setattr("flatllmbench.setup.load_model", None)
+    monkeypatch.setattr("flatllmcore.checkpoint_run.CheckpointRun.compressed", None)
     assert compress(*argv) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert reason in line

@@ -26,7 +26,7 @@ SIZES = {
 }
 
 
-def kept(ranks: Sequence[int] = RANKS, widths: Sequence[int] = WIDTHS, qk: Sequence[int | None] = ()) -> Any:
+def kept(ranks: Sequence[int] = RANKS, widths: Sequence[int] = WIDTHS, qk: Sequence[int | None] | None = None) -> Any:
     """Return what each layer keeps."""
     return [Kept(0.5, *sizes) for sizes in zip(ranks, widths, qk or [None] * len(ranks), strict=True)]
 

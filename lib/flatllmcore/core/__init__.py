@@ -4,7 +4,7 @@ from typing import Any
 
 from .rank_allocation import ImportancePreservingRankSelector, RankAllocation
 
-__all__ = ["FlatLLMPruner", "ImportancePreservingRankSelector", "RankAllocation"]
+__all__ = ["ImportancePreservingRankSelector", "RankAllocation"]
 
 
 def __getattr__(name: str) -> Any:  # the user document imports FlatLLMPruner from here, which stands above this folder
