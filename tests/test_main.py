@@ -221,12 +221,14 @@ def test_a_rank_multiple_other_than_that_of_the_ranks_found_is_refused(here, ref
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_does_not(here):
-    expected = shards(MODEL)
+    """With ``--overwrite`` the other model takes the place of the first, and its scores those that are there."""
+    old_scores, expected = Path(SCORES).read_bytes(), shards(MODEL)
     assert run("--save_model", "same") == 0
     assert shards("same") == expected
-    assert run("--save_model", "other", "--seed", "43", "--bi_score", "other_ranks") == 0
-    assert shards("other") != expected
-    assert read("other_ranks/importance.json")["scores"] != read(SCORES)["scores"]
+    assert run("--prune_method", "bi", "--seed", "43", "--overwrite") == 0
+    assert Path(SCORES).read_bytes() != old_scores
+    assert run("--bi_score", SCORES, "--save_model", MODEL, "--seed", "43", "--overwrite") == 0
+    assert shards(MODEL) != expected
 
 
 def test_tol_changes_what_is_monitored_and_nothing_else(here):
@@ -258,15 +260,6 @@ def test_windows_are_as_many_and_as_long_as_asked(here, flags, seqlen):
         assert (found["nsamples"], found["seqlen"]) == (3, seqlen)
     assert record["perplexity"]["dataset"] == "other.txt"
     assert record["perplexity"]["windows"] == len(Path("other.txt").read_text().split()) // seqlen
-
-
-def test_overwrite_replaces_scores_and_model(here):
-    argv = ("--seed", "7", "--overwrite")
-    old_scores, old_model = Path(SCORES).read_bytes(), shards(MODEL)
-    assert run("--prune_method", "bi", *argv) == 0
-    assert Path(SCORES).read_bytes() != old_scores
-    assert run("--bi_score", SCORES, "--save_model", MODEL, *argv) == 0
-    assert shards(MODEL) != old_model
 
 
 # Bad input: the command line
@@ -346,17 +339,12 @@ def not_a_number(folder: Path, name: str = "model.layers.1.mlp.up_proj.weight") 
         ({"head_dim": "wide"}, "Field 'head_dim'"),
         ({"num_attention_heads": 0}, "no usable model config at 'llama'"),
         ({"num_hidden_layers": 4}, "9 weights are missing, first model.layers.3"),
-        ({"num_hidden_layers": 2}, "9 weights have no place in the model"),
-        ({"intermediate_size": 40}, "9 weights have other shapes"),
         ({"hidden_act": "nosuch"}, "config asks for 'nosuch'"),
         (lambda folder: (folder / "config.json").write_text("{"), "no usable model config at 'llama'"),
-        (lambda folder: (folder / "config.json").unlink(), "no usable model config at 'llama'"),
         (lambda folder: os.truncate(folder / "model.safetensors", 9999), "checkpoint 'llama' is missing or damaged"),
-        (lambda folder: os.truncate(folder / "model.safetensors", 0), "checkpoint 'llama' is missing or damaged"),
         (lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"), "expected safetensors"),
         (not_a_number, "layer 1 gives NaN or infinite activations in torch.float32"),
         (lambda folder: not_a_number(folder, "lm_head.weight"), "perplexity is nan; check the final norm and lm_head"),
-        (lambda folder: (folder / "tokenizer.json").unlink(), "no usable tokenizer at 'llama'"),
         (lambda folder: (folder / "tokenizer.json").write_text("{}"), "no usable tokenizer at 'llama'"),
     ],
 )

@@ -8,9 +8,6 @@ from pathlib import Path
 
 import pytest
 from safetensors import safe_open
-from transformers import AutoTokenizer
-
-from conftest import tiny_model
 
 ROOT = Path(__file__).resolve().parents[1]
 EMBEDDED = ROOT / "models" / "pydocs-llama"
@@ -37,16 +34,6 @@ def test_it_compresses_saves_reloads_and_writes(tmp_path):
     assert text.startswith(PROMPT)
     assert len(re.findall(r"[a-z]{2,}", text.removeprefix(PROMPT))) >= 5
     assert list(tmp_path.iterdir()) == []
-
-
-def test_it_takes_the_folder_of_another_model(tmp_path):
-    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
-    model = tiny_model("mistral", vocab_size=len(tokenizer), max_position_embeddings=256).float()
-    model.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    done = quick_start(tmp_path, "model")
-    assert done.returncode == 0, done.stderr
-    assert "Reloaded: FlatMistralForCausalLM" in done.stdout
 
 
 def test_what_is_no_folder_is_refused(tmp_path):

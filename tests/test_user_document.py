@@ -214,9 +214,8 @@ SMALL = {"cal_nsamples": 24, "seqlen": 32, "device": "cpu", "cal_dataset": docum
 
 @pytest.fixture(scope="module", params=["llama", "mistral"])
 def pair(request):
-    """A dense model whose heads are 12 wide (not 32 / 4), with biases where the family has them, and it compressed."""
-    biases = {"attention_bias": True, "mlp_bias": True} if request.param == "llama" else {"sliding_window": 6}
-    dense = tiny_model(request.param, pad_token_id=0, **biases)
+    """A dense model whose heads are 12 wide (not 32 / 4), and it compressed; tests/layers has one with biases."""
+    dense = tiny_model(request.param, pad_token_id=0, **{"sliding_window": 6} if request.param == "mistral" else {})
     compressed = apply_flat_llm(copy.deepcopy(dense), TOKENIZER, target_sparsity=0.4, **SMALL)
     return dense, compressed
 
@@ -260,7 +259,7 @@ class TestTraps:
     def test_queries_and_keys_are_bitwise_the_dense_ones(self, pair):
         dense, compressed = (model.state_dict() for model in pair)
         kept = [name for name in dense if "q_proj" in name or "k_proj" in name]
-        assert len(kept) == 2 * 2 * (2 if "model.layers.0.self_attn.q_proj.bias" in dense else 1)
+        assert len(kept) == 2 * 2
         assert [name for name in kept if not torch.equal(compressed[name], dense[name])] == []
 
     def test_calibration_data_decide_the_weights(self):
@@ -294,20 +293,3 @@ class TestTraps:
         assert model.config._attn_implementation == "sdpa"
         torch.testing.assert_close(model(IDS).logits[:, :-1], model(changed).logits[:, :-1])
         assert not torch.allclose(model(IDS).logits[:, -1], model(changed).logits[:, -1])
-
-    @pytest.mark.parametrize("pair", ["llama"], indirect=True)
-    def test_biases_go_the_way_of_their_weights(self, pair):
-        """Oracle: the map from old rows to new, recovered from the weights; heads are 12 wide, not 32 / 4."""
-        for before, after in zip(pair[0].model.layers, pair[1].model.layers, strict=True):
-            dense, flat = before.self_attn, after.self_attn
-            W, b = dense.v_proj.weight.view(2, 12, 32), dense.v_proj.bias.view(2, 12, 1)
-            Q_T = flat.v_proj.weight.view(2, -1, 32) @ torch.linalg.pinv(W)  # (G, r, d)
-            torch.testing.assert_close(Q_T @ Q_T.mT, torch.eye(flat.value_head_dim).double().expand(2, -1, -1))
-            torch.testing.assert_close(flat.v_proj.bias, (Q_T @ b).flatten())
-            for name in ("gate_proj", "up_proj"):
-                dense, flat = before.mlp.get_submodule(name), after.mlp.get_submodule(name)
-                kept = (flat.weight[:, None] == dense.weight).all(-1).nonzero()[:, 1]
-                assert len(kept) == flat.out_features
-                assert torch.equal(flat.bias, dense.bias[kept])
-            for name in ("self_attn.o_proj.bias", "mlp.down_proj.bias"):
-                assert torch.equal(after.get_parameter(name), before.get_parameter(name))
