@@ -14,7 +14,6 @@ import main
 import oracle
 from conftest import tiny_model
 from flatllmcore import FlatLLMConfig, FlatLLMPruner, InputError, apply_flat_llm, compute_layer_importance
-from flatllmcore.layers import adopt_compressed_layers, compress_decoder_layer, compressed_config
 from flatllmcore.utils import check_sparsity, find_decoder_layers, find_layers, get_layer_dimensions
 from flatllmcore.utils.data_utils import (
     TextDataset,
@@ -24,7 +23,7 @@ from flatllmcore.utils.data_utils import (
     sample_windows,
     windows_of_rows,
 )
-from flatllmcore.utils.dimensions import Kept
+from layers.tiny_models import compress, dense_model_of
 from tiny_text import documents, word_tokenizer, write_texts
 
 TOKENIZER = word_tokenizer()
@@ -313,23 +312,15 @@ class TestLayerUtils:
         dense = sum(p.numel() for p in model.model.layers.parameters() if p.ndim > 1)
         assert check_sparsity(model) == pytest.approx(56 * 32 / dense)
 
-    @pytest.mark.parametrize("widths", [(20, 20), (20, 31)])
-    def test_sparsity_of_a_compressed_model_is_relative_to_the_dense_one(self, model, widths, tmp_path):
+    @pytest.mark.parametrize("widths", [(40, 40, 40), (96, 40, 33)])
+    def test_sparsity_of_a_compressed_model_is_relative_to_the_dense_one(self, widths, tmp_path):
         """Equal widths become the config's own, so that the dense width must be remembered elsewhere."""
-        layers, dense = model.model.layers, sum(p.numel() for p in model.model.layers.parameters() if p.ndim > 1)
-        config = compressed_config(model.config, [Kept(0.5, 12, width) for width in widths])
-        new = []
-        for index, (layer, width) in enumerate(zip(layers, widths, strict=True)):
-            weights = {f"mlp.{name}.weight": layer.mlp.get_submodule(name).weight for name in ("gate_proj", "up_proj")}
-            weights = {name: weight[:width] for name, weight in weights.items()}
-            weights["mlp.down_proj.weight"] = layer.mlp.down_proj.weight[:, :width]
-            new.append(compress_decoder_layer(layer, config, index, weights))
-        adopt_compressed_layers(model, config, new)
-        expected = 3 * 32 * (112 - sum(widths)) / dense
-        assert check_sparsity(model) == pytest.approx(expected)
-        model.save_pretrained(tmp_path)
-        assert check_sparsity(AutoModelForCausalLM.from_pretrained(tmp_path)) == pytest.approx(expected)
-        assert get_layer_dimensions(model)["intermediate_size"] == 56
+        model = dense_model_of("llama")
+        dense = sum(p.numel() for p in model.model.layers.parameters() if p.ndim > 1)
+        compress(model, (16, 16, 16), widths).save_pretrained(tmp_path)
+        expected = pytest.approx(3 * 64 * (3 * 96 - sum(widths)) / dense)
+        assert check_sparsity(model) == check_sparsity(AutoModelForCausalLM.from_pretrained(tmp_path)) == expected
+        assert get_layer_dimensions(model)["intermediate_size"] == 96
 
     def test_dimensions_say_what_the_config_says(self):
         sizes = {"hidden_size": 32, "num_heads": 4, "num_kv_heads": 2, "head_dim": 12, "intermediate_size": 56}
