@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -42,24 +43,6 @@ def ranks_at(folder: Path, percent: int, *argv: str) -> RankAllocation:
     """Allocate ranks for one target, and return what was written."""
     assert compute_rank.main(["--sparsity_ratio", str(percent), "--no-plot", *argv]) == 0
     return load_ranks(folder / f"ranks_{percent}.json")
-
-
-@pytest.fixture
-def refused(tmp_path, monkeypatch, capsys):
-    """Run, check status 2, nothing on stdout and no file changed, and return the one line on stderr."""
-    monkeypatch.chdir(tmp_path)
-
-    def run_refused(*argv: str) -> str:
-        before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-        assert compute_rank.main(argv) == 2
-        captured = capsys.readouterr()
-        assert captured.out == ""
-        assert captured.err.startswith("error: ")
-        assert captured.err.count("\n") == 1
-        assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
-        return captured.err
-
-    return run_refused
 
 
 def test_without_arguments_every_file_under_ranks_gets_five_targets_and_a_plot(folder, capsys):
@@ -117,48 +100,50 @@ def test_the_authors_scores_give_the_same_ranks_as_ours(folder, tmp_path):
     assert ours == theirs
 
 
-def test_the_authors_scores_need_a_model(tmp_path, refused):
-    torch.save(SCORES, tmp_path / "bi_score.pt")
-    assert "--model" in refused("--bi_score", str(tmp_path))
+def unknown_model(ranks: Path) -> None:
+    (ranks / "tiny" / "importance.json").unlink()
+    torch.save(SCORES, ranks / "tiny" / "bi_score.pt")
 
 
-def test_scores_of_another_model_are_refused(folder, tmp_path, refused):
-    LlamaConfig(**(CONFIG.to_dict() | {"num_hidden_layers": 5})).save_pretrained(tmp_path / "model")
-    assert "num_layers 4, not 5" in refused("--model", "model")
+def other_model(ranks: Path) -> None:
+    LlamaConfig(**(CONFIG.to_dict() | {"num_hidden_layers": 5})).save_pretrained(ranks.parent / "model")
 
 
-def test_two_importance_files_in_one_folder_are_refused(folder, refused):
-    torch.save(SCORES, folder / "bi_score.pt")
-    assert "holds bi_score.pt and importance.json" in refused()
+def damaged_file(ranks: Path) -> None:
+    (ranks / "zzz").mkdir()
+    (ranks / "zzz" / "importance.json").write_text("{}")
 
 
-def test_one_impossible_target_among_several_leaves_nothing_written(folder, refused):
-    line = refused("--sparsity_ratio", "10", "90")
-    assert "largest possible target is" in line
-    assert str(Path("ranks/tiny/importance.json")) in line
-
-
-@pytest.mark.parametrize("percent", ["0", "96"])
-def test_a_ratio_out_of_range_is_refused(folder, refused, percent):
-    line = refused("--sparsity_ratio", "10", percent)
-    assert line == f"error: --sparsity_ratio is {percent}; accepted: an integer, 1 to 95\n"
-
-
-def test_a_damaged_file_among_several_leaves_nothing_written(folder, refused):
-    (folder.parent / "zzz").mkdir()
-    (folder.parent / "zzz" / "importance.json").write_text("{}")
-    assert "zzz" in refused()
-
-
-def test_an_empty_ranks_folder_is_one_clear_line(refused):
-    assert "no importance.json or bi_score.pt at ranks" in refused()
-
-
-def test_a_full_disk_is_one_clear_line_and_keeps_earlier_ranks(folder, refused, monkeypatch):
-    (folder / "ranks_20.json").write_text("earlier")
-
-    def fail(descriptor: int) -> None:
+@pytest.mark.parametrize(
+    ("prepare", "argv", "message"),
+    [
+        (unknown_model, "", "name it by --model"),
+        (other_model, "--model model", "num_layers 4, not 5"),
+        (damaged_file, "", "zzz/importance.json: Object missing required field `model_id`"),
+        (lambda ranks: torch.save(SCORES, ranks / "tiny" / "bi_score.pt"), "", "holds bi_score.pt and importance.json"),
+        (lambda ranks: shutil.rmtree(ranks / "tiny"), "", "no importance.json or bi_score.pt at ranks"),
+        (None, "--sparsity_ratio 10 90", "ranks/tiny/importance.json: removing 90 % of this model is impossible"),
+        (None, "--sparsity_ratio 10 0", "--sparsity_ratio is 0; accepted: an integer, 1 to 95"),
+        (None, "--sparsity_ratio 10 96", "--sparsity_ratio is 96; accepted: an integer, 1 to 95"),
+        ("full disk", "--sparsity_ratio 20", "No space left on device: ranks/tiny/ranks_20.json"),
+    ],
+)
+def test_what_cannot_be_used_is_one_line_and_leaves_every_file_as_it_was(
+    folder, capsys, monkeypatch, prepare, argv, message
+):
+    def fill_up(_descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("os.fsync", fail)
-    assert "No space left on device" in refused("--sparsity_ratio", "20")
+    (folder / "ranks_20.json").write_text("earlier")
+    if callable(prepare):
+        prepare(folder.parent)
+    elif prepare:
+        monkeypatch.setattr("os.fsync", fill_up)
+    before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+    assert compute_rank.main(argv.split()) == 2
+    out, error = capsys.readouterr()
+    assert out == ""
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert message in error
+    assert {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()} == before

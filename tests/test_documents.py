@@ -11,17 +11,9 @@ import main
 from flatllmbench import command_line, report, speed, zero_shot
 
 ROOT = Path(__file__).resolve().parents[1]
-MODULES = [f"lib/flatllmbench/{name}.py" for name in ("report", "speed", "zero_shot")]
-DOCUMENTS = (
-    "README.md",
-    "INSTALL.md",
-    "docs/MEASUREMENTS.md",
-    "results/README.md",
-    "main.py",
-    "compute_rank.py",
-    *MODULES,
-)
-PROGRAM = r"python (?:(main|compute_rank)\.py|-m flatllmbench\.(\w+)) "
+DOCUMENTS = ("README.md", "INSTALL.md", "docs/MEASUREMENTS.md", "docs/CONTRIBUTING.md", "results/README.md")
+PROGRAMS = ("main.py", "compute_rank.py", *(f"lib/flatllmbench/{name}.py" for name in ("report", "speed", "zero_shot")))
+PROGRAM = r"(?:python|torchrun|accelerate launch)(?: --\w+ \d+)* (?:(main|compute_rank)\.py|-m flatllmbench\.(\w+)) "
 COMMANDS = (re.compile(rf"^\s*{PROGRAM}(.*)$", re.MULTILINE), re.compile(rf"`{PROGRAM}([^`]*)`"))  # in blocks, in lines
 PARSERS = {
     "main": lambda words: command_line.parse_options(words, ""),
@@ -31,15 +23,11 @@ PARSERS = {
     "zero_shot": zero_shot.parse_arguments,
 }
 CONTINUED = re.compile(r"\\+\n\s*")  # in a docstring the backslash is doubled
-FLAGS = (
-    "model dataset cache_dir prune_method sparsity_ratio tol bi_score seed nsamples save save_model "
-    "seqlen batch_size device dtype eval_dataset overwrite"
-)
 
 
 def commands() -> list[tuple[str, list[str]]]:
     found = []
-    for document in DOCUMENTS:
+    for document in (*DOCUMENTS, *PROGRAMS):
         text = CONTINUED.sub(" ", (ROOT / document).read_text())
         for program, module, arguments in (match for pattern in COMMANDS for match in pattern.findall(text)):
             words = shlex.split(arguments, comments=True)
@@ -57,20 +45,23 @@ def test_the_documents_show_commands_of_every_program():
     assert {program for program, _ in commands()} == PARSERS.keys()
 
 
-@pytest.mark.parametrize(
-    "document", ["README.md", "INSTALL.md", "docs/MEASUREMENTS.md", "docs/CONTRIBUTING.md", "results/README.md"]
-)
-def test_every_link_leads_to_a_file(document):
+@pytest.mark.parametrize("document", [*DOCUMENTS, "docs/PROMISES.md"])
+def test_every_link_and_every_path_leads_to_a_file(document):
+    """Links, and what stands in ticks or in a command and is in a folder of this repository."""
     path = ROOT / document
-    for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
-        assert target.startswith("https://") or (path.parent / target).exists(), target
+    text = path.read_text()
+    links = [target for target in re.findall(r"\]\(([^)#]+)\)", text) if not target.startswith("https://")]
+    assert [target for target in links if not (path.parent / target).exists()] == []
+    named = re.findall(r"(?m)(?:(?<=[ `])|^)(?:scripts|benchmarks|docs|tests|lib|\.ci)/[\w./-]*\w(?![\w<])", text)
+    assert [name for name in named if not (ROOT / name).exists()] == []
 
 
 def test_help_names_every_flag_and_shows_examples(capsys):
     with pytest.raises(SystemExit):
         main.main(["--help"])
     shown = capsys.readouterr().out
-    for flag in FLAGS.split():
+    promised = "model dataset cache_dir prune_method sparsity_ratio tol bi_score seed nsamples save save_model"
+    for flag in {*promised.split(), *command_line.FLAGS.values()}:
         assert re.search(rf"--{flag}\s", shown), flag
     assert "python main.py --model models/pydocs-llama" in shown
 

@@ -1,8 +1,8 @@
 """The model in the repository, and the script that trained it."""
 
 import argparse
-import importlib.util
 import json
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -21,14 +21,6 @@ FOLDER = ROOT / "models" / "pydocs-llama"
 LOG = json.loads((FOLDER / "training_log.json").read_text())
 
 
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("train_embedded", ROOT / "scripts" / "train_embedded.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_it_is_small_grouped_and_in_bf16():
     model = load_model(str(FOLDER))
     assert sum(path.stat().st_size for path in FOLDER.iterdir()) <= 8_000_000
@@ -43,46 +35,45 @@ def test_its_perplexity_is_the_stated_one():
     stated = LOG["test_perplexity"]
     windows = consecutive_windows(load_text("pydocs", "test"), load_tokenizer(str(FOLDER)), stated["seqlen"])
     assert len(windows) == stated["windows"]
-    measured = perplexity(ModelInMemory(load_model(str(FOLDER)), torch.device("cpu")), windows, 16).value
-    assert measured == pytest.approx(stated["value"], rel=2e-3)  # bf16 sums in another order
+    model = load_model(str(FOLDER), dtype="float32")  # many processors are slow at bf16; the weights are the same
+    measured = perplexity(ModelInMemory(model, torch.device("cpu")), windows, 16).value
+    assert measured == pytest.approx(stated["value"], rel=1e-3)  # stated of sums in bf16
     assert f"{stated['value']:.2f}" in (ROOT / "README.md").read_text()
 
 
-def test_an_interrupted_training_goes_on_where_it_was(script, tmp_path, monkeypatch):
+def test_an_interrupted_training_goes_on_where_it_was(tmp_path, monkeypatch):
     """Oracle: the steps that are run, each one's windows a function of its number."""
-    steps = []
-    batch, training_step = script.batch_of_windows, script.training_step
-    monkeypatch.setattr(
-        script, "batch_of_windows", lambda tokens, step, args: steps.append(step) or batch(tokens, step, args)
-    )
-    monkeypatch.setattr(script, "SAVE_EVERY_S", 0)
+    script = runpy.run_path(str(ROOT / "scripts" / "train_embedded.py"))
+    names = script["train"].__globals__
+    batch, training_step, steps = names["batch_of_windows"], names["training_step"], []
     tokens = np.random.default_rng(0).integers(50, size=500).astype(np.int16)
     args = argparse.Namespace(minutes=1, batch_size=2, seqlen=8, lr=1e-3, device="cpu", work_dir=tmp_path)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 
-    def tiny() -> LlamaForCausalLM:
-        sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-        return LlamaForCausalLM(LlamaConfig(vocab_size=50, **sizes))
+    def noted_batch(tokens, step, args):
+        steps.append(step)
+        return batch(tokens, step, args)
 
-    def interrupted_at(last):
-        def step(model, optimizer, ids):
+    def train_until(last: int) -> LlamaForCausalLM:
+        def interrupted_step(*arguments):
             if len(steps) == last:
                 raise KeyboardInterrupt
-            return training_step(model, optimizer, ids)
+            return training_step(*arguments)
 
-        return step
+        steps.clear()
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=50, **sizes))
+        replaced = {"SAVE_EVERY_S": 0, "batch_of_windows": noted_batch, "training_step": interrupted_step}
+        for name, value in replaced.items():
+            monkeypatch.setitem(names, name, value)
+        with pytest.raises(KeyboardInterrupt):
+            names["train"](model, tokens, args)
+        return model
 
-    monkeypatch.setattr(script, "training_step", interrupted_at(6))
-    with pytest.raises(KeyboardInterrupt):
-        script.train(tiny(), tokens, args)
+    train_until(6)
     assert steps == [0, 1, 2, 3, 4, 5]
     saved = torch.load(tmp_path / "state.pt", weights_only=True)
     assert saved["step"] == 5  # the sixth did not finish
-
-    steps.clear()
-    resumed = tiny()
-    monkeypatch.setattr(script, "training_step", interrupted_at(1))
-    with pytest.raises(KeyboardInterrupt):
-        script.train(resumed, tokens, args)
+    resumed = train_until(1)
     assert steps == [5]
     for name, tensor in resumed.state_dict().items():
         assert torch.equal(tensor, saved["model"][name]), name

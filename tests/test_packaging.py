@@ -14,8 +14,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 import flatllmcore
+from conftest import tiny_model
 from flatllmcore import core, utils
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,8 +34,8 @@ def checked_output(*command: str | Path, **options) -> str:
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory) -> Path:
-    """The folder with a source distribution and the wheel made of it, from a copy of the sources."""
+def built(tmp_path_factory) -> tuple[Path, Path]:
+    """A source distribution and the wheel made of it, from a copy of the sources."""
     copy = tmp_path_factory.mktemp("sources")
     for name in SOURCES:
         if (ROOT / name).is_dir():
@@ -42,42 +44,20 @@ def built(tmp_path_factory) -> Path:
             shutil.copy(ROOT / name, copy)
     said = checked_output(sys.executable, "-m", "build", "--no-isolation", cwd=copy)
     assert "deprecat" not in said.lower()
-    return copy / "dist"
+    (source,), (wheel,) = (copy.glob(f"dist/*.{suffix}") for suffix in ("tar.gz", "whl"))
+    return source, wheel
 
 
-@pytest.fixture(scope="module")
-def wheel(built) -> Path:
-    (path,) = built.glob("*.whl")
-    return path
-
-
-@pytest.fixture(scope="module")
-def python_with_wheel(wheel, tmp_path_factory) -> Path:
-    """The interpreter of an environment with the wheel, and with this one's other packages, not downloaded again."""
-    folder = tmp_path_factory.mktemp("installed")
-    venv.create(folder, with_pip=False)
-    python = folder / "bin" / "python"
-    pip = [sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check"]
-    # A PYTHONPATH that leads to an editable installation would have pip find the package installed already.
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    checked_output(*pip, "install", "--no-deps", "--no-index", wheel, env=environment)
-    (site_packages,) = folder.glob("lib/python*/site-packages")
-    # Folders that a .pth file names have their own .pth files left alone, and so an editable installation unseen.
-    others = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
-    (site_packages / "dependencies.pth").write_text("\n".join(others))
-    return python
-
-
-def test_the_wheel_holds_both_packages_the_licence_and_nothing_else(wheel):
-    names = set(zipfile.ZipFile(wheel).namelist())
+def test_the_wheel_holds_both_packages_the_licence_and_nothing_else(built):
+    names = set(zipfile.ZipFile(built[1]).namelist())
     modules = {path.relative_to(LIBRARY).as_posix() for path in LIBRARY.rglob("*.py")}
     information = f"flatllmcore-{PROJECT['version']}.dist-info"
     assert {name for name in names if not name.startswith(information)} == modules | {"flatllmcore/py.typed"}
     assert f"{information}/licenses/LICENSE" in names
 
 
-def test_the_wheel_states_what_it_needs(wheel):
-    with zipfile.ZipFile(wheel) as file:
+def test_the_wheel_states_what_it_needs(built):
+    with zipfile.ZipFile(built[1]) as file:
         (name,) = (name for name in file.namelist() if name.endswith("/METADATA"))
         metadata = email.message_from_bytes(file.read(name))
     assert metadata["License-Expression"] == "MIT"
@@ -87,8 +67,7 @@ def test_the_wheel_states_what_it_needs(wheel):
 
 
 def test_the_source_distribution_holds_what_the_wheel_is_made_of_and_no_tests(built):
-    (path,) = built.glob("*.tar.gz")
-    with tarfile.open(path) as file:
+    with tarfile.open(built[0]) as file:
         names = {name.partition("/")[2] for name in file.getnames()}
     modules = {f"lib/{path.relative_to(LIBRARY).as_posix()}" for path in LIBRARY.rglob("*.py")}
     assert names >= modules | {"lib/flatllmcore/py.typed", "pyproject.toml", "README.md", "LICENSE"}
@@ -96,15 +75,32 @@ def test_the_source_distribution_holds_what_the_wheel_is_made_of_and_no_tests(bu
 
 
 @pytest.mark.slow
-def test_the_installed_wheel_runs_the_quick_start(python_with_wheel, tmp_path):
-    """``-I`` hides PYTHONPATH; the assertion on the place shows that no other copy is used."""
+def test_the_installed_wheel_runs_the_quick_start(built, tmp_path):
+    """In an environment with the wheel and with this one's other packages, not downloaded again.
+
+    ``-I`` hides PYTHONPATH; the assertion on the place shows that no other copy is used.
+    """
+    folder = tmp_path / "installed"
+    venv.create(folder, with_pip=False)
+    python = folder / "bin" / "python"
+    pip = [sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check"]
+    # A PYTHONPATH that leads to an editable installation would have pip find the package installed already.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    checked_output(*pip, "install", "--no-deps", "--no-index", built[1], env=environment)
+    (site_packages,) = folder.glob("lib/python*/site-packages")
+    # Folders that a .pth file names have their own .pth files left alone, and so an editable installation unseen.
+    others = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
+    (site_packages / "dependencies.pth").write_text("\n".join(others))
     offline = {"env": os.environ | {"HF_HUB_OFFLINE": "1"}, "cwd": tmp_path}
     where = "import flatllmbench, flatllmcore; print(flatllmcore.__file__, flatllmbench.__file__)"
-    for place in checked_output(python_with_wheel, "-I", "-c", where, **offline).split():
-        assert Path(place).is_relative_to(python_with_wheel.parents[1])
-    said = checked_output(python_with_wheel, "-I", ROOT / "scripts" / "quick_start.py", **offline)
+    for place in checked_output(python, "-I", "-c", where, **offline).split():
+        assert Path(place).is_relative_to(folder)
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "models" / "pydocs-llama")
+    tokenizer.save_pretrained(tmp_path / "model")
+    dense = tiny_model(vocab_size=len(tokenizer), max_position_embeddings=256).float()
+    dense.save_pretrained(tmp_path / "model")
+    said = checked_output(python, "-I", ROOT / "scripts" / "quick_start.py", "model", **offline)
     assert "Reloaded: FlatLlamaForCausalLM" in said
-    assert "If the file does not exist, " in said
 
 
 def imported_packages(package: str, top_level_only: bool) -> set[str]:

@@ -4,8 +4,6 @@ import ast
 import re
 from pathlib import Path
 
-import pytest
-
 from markdown_tables import tables
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,11 +34,3 @@ def test_every_test_named_exists():
 def test_every_promise_has_a_test_or_the_reason_why_it_was_not_run():
     assert len(PROOFS) > 50
     assert [promise for promise, proof in PROOFS.items() if not re.search(r"tests/.*::test_|^not run: .", proof)] == []
-
-
-@pytest.mark.parametrize(
-    "name", ["test_promises.py::test_nothing", "test_nothing.py::test_it", "test_promises.py::ROOT"]
-)
-def test_a_test_that_is_not_there_is_noticed(name):
-    assert exists("tests/test_promises.py::test_a_test_that_is_not_there_is_noticed")
-    assert not exists(f"tests/{name}")

@@ -14,7 +14,6 @@ import main
 import oracle
 from conftest import tiny_model
 from flatllmcore import FlatLLMConfig, FlatLLMPruner, InputError, apply_flat_llm, compute_layer_importance
-from flatllmcore.layers import adopt_compressed_layers, compress_decoder_layer, compressed_config
 from flatllmcore.utils import check_sparsity, find_decoder_layers, find_layers, get_layer_dimensions
 from flatllmcore.utils.data_utils import (
     TextDataset,
@@ -24,7 +23,7 @@ from flatllmcore.utils.data_utils import (
     sample_windows,
     windows_of_rows,
 )
-from flatllmcore.utils.dimensions import Kept
+from layers.tiny_models import compress, dense_model_of
 from tiny_text import documents, word_tokenizer, write_texts
 
 TOKENIZER = word_tokenizer()
@@ -212,17 +211,15 @@ class TestCalibrationData:
 
     def test_the_padding_id_is_the_tokenizers_then_the_models_then_what_ends_a_text(self):
         config = tiny_model(pad_token_id=4, eos_token_id=[7, 8]).config
-        assert padding_ids_of(config, word_tokenizer(pad_token="[PAD]")) == (0,)
-        assert padding_ids_of(config, TOKENIZER) == (4,)
+        assert [padding_ids_of(config, word_tokenizer(**pad)) for pad in ({"pad_token": "[PAD]"}, {})] == [(0,), (4,)]
         config.pad_token_id = None
         assert padding_ids_of(config) == (7, 8)
 
     def test_the_test_split_is_not_calibration_data(self, texts, tmp_path):
-        with_test, without_test = tiny_model(), tiny_model()
-        apply_flat_llm(with_test, TOKENIZER, cal_dataset=texts, **SMALL)
+        model, expected = tiny_model(), apply_flat_llm(tiny_model(), TOKENIZER, cal_dataset=texts, **SMALL)
         (tmp_path / "texts" / "test.txt").unlink()
-        apply_flat_llm(without_test, TOKENIZER, cal_dataset=texts, **SMALL)
-        assert_same_weights(weights_of(with_test), weights_of(without_test))
+        apply_flat_llm(model, TOKENIZER, cal_dataset=texts, **SMALL)
+        assert_same_weights(weights_of(model), weights_of(expected))
 
     @pytest.mark.parametrize(
         ("data", "message"),
@@ -249,11 +246,9 @@ class TestCalibrationData:
         with pytest.raises(InputError, match=message):
             apply_flat_llm(tiny_model(pad_token_id=0), TOKENIZER, cal_dataset=data, device="cpu")
 
-    def test_windows_longer_than_the_model_takes_are_refused(self):
+    def test_too_long_windows_and_a_missing_tokenizer_are_refused(self):
         with pytest.raises(InputError, match="takes 2 to 64"):
             apply_flat_llm(tiny_model(), TOKENIZER, cal_dataset=self.ROWS, seqlen=65)
-
-    def test_text_needs_a_tokenizer(self):
         with pytest.raises(InputError, match="a tokenizer is needed"):
             apply_flat_llm(tiny_model(), cal_dataset=documents(60))
 
@@ -261,28 +256,21 @@ class TestCalibrationData:
 PARTS = ("model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head")
 
 
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (
-            lambda _: GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=97)),
-            "'gpt2' is not supported; supported: llama, mistral",
-        ),
-        (lambda _: torch.nn.Linear(2, 2), "a Linear has no config"),
-        (lambda _: tiny_model().model, r"accepted of this family: \w+ForCausalLM"),
-        (
-            lambda folder: accelerate.dispatch_model(
-                tiny_model(), dict.fromkeys(PARTS, "cpu") | {PARTS[2]: "disk"}, offload_dir=folder
-            ),
-            r"layers\.1\..* is offloaded",
-        ),
-        (lambda _: apply_flat_llm(tiny_model(), TOKENIZER, 0.5, documents(60), **SMALL), "compressed already"),
-    ],
-    ids=["family", "module", "headless", "offloaded", "compressed"],
-)
-def test_a_model_that_cannot_be_compressed_is_refused(make, message, texts, tmp_path):
+MAKERS = {
+    "'gpt2' is not supported; supported: llama, mistral": lambda _: GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2)),
+    "a Linear has no config": lambda _: torch.nn.Linear(2, 2),
+    r"accepted of this family: \w+ForCausalLM": lambda _: tiny_model().model,
+    r"layers\.1\..* is offloaded": lambda folder: accelerate.dispatch_model(
+        tiny_model(), dict.fromkeys(PARTS, "cpu") | {PARTS[2]: "disk"}, offload_dir=folder
+    ),
+    "compressed already": lambda _: apply_flat_llm(tiny_model(), TOKENIZER, 0.5, documents(60), **SMALL),
+}
+
+
+@pytest.mark.parametrize("message", MAKERS)
+def test_a_model_that_cannot_be_compressed_is_refused(message, texts, tmp_path):
     with pytest.raises(InputError, match=message):
-        apply_flat_llm(make(str(tmp_path)), TOKENIZER, cal_dataset=texts, **SMALL)
+        apply_flat_llm(MAKERS[message](str(tmp_path)), TOKENIZER, cal_dataset=texts, **SMALL)
 
 
 def hooked(model):
@@ -324,23 +312,15 @@ class TestLayerUtils:
         dense = sum(p.numel() for p in model.model.layers.parameters() if p.ndim > 1)
         assert check_sparsity(model) == pytest.approx(56 * 32 / dense)
 
-    @pytest.mark.parametrize("widths", [(20, 20), (20, 31)])
-    def test_sparsity_of_a_compressed_model_is_relative_to_the_dense_one(self, model, widths, tmp_path):
+    @pytest.mark.parametrize("widths", [(40, 40, 40), (96, 40, 33)])
+    def test_sparsity_of_a_compressed_model_is_relative_to_the_dense_one(self, widths, tmp_path):
         """Equal widths become the config's own, so that the dense width must be remembered elsewhere."""
-        layers, dense = model.model.layers, sum(p.numel() for p in model.model.layers.parameters() if p.ndim > 1)
-        config = compressed_config(model.config, [Kept(0.5, 12, width) for width in widths])
-        new = []
-        for index, (layer, width) in enumerate(zip(layers, widths, strict=True)):
-            weights = {f"mlp.{name}.weight": layer.mlp.get_submodule(name).weight for name in ("gate_proj", "up_proj")}
-            weights = {name: weight[:width] for name, weight in weights.items()}
-            weights["mlp.down_proj.weight"] = layer.mlp.down_proj.weight[:, :width]
-            new.append(compress_decoder_layer(layer, config, index, weights))
-        adopt_compressed_layers(model, config, new)
-        expected = 3 * 32 * (112 - sum(widths)) / dense
-        assert check_sparsity(model) == pytest.approx(expected)
-        model.save_pretrained(tmp_path)
-        assert check_sparsity(AutoModelForCausalLM.from_pretrained(tmp_path)) == pytest.approx(expected)
-        assert get_layer_dimensions(model)["intermediate_size"] == 56
+        model = dense_model_of("llama")
+        dense = sum(p.numel() for p in model.model.layers.parameters() if p.ndim > 1)
+        compress(model, (16, 16, 16), widths).save_pretrained(tmp_path)
+        expected = pytest.approx(3 * 64 * (3 * 96 - sum(widths)) / dense)
+        assert check_sparsity(model) == check_sparsity(AutoModelForCausalLM.from_pretrained(tmp_path)) == expected
+        assert get_layer_dimensions(model)["intermediate_size"] == 96
 
     def test_dimensions_say_what_the_config_says(self):
         sizes = {"hidden_size": 32, "num_heads": 4, "num_kv_heads": 2, "head_dim": 12, "intermediate_size": 56}

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import nn
 
-import flatllmcore
 from conftest import tiny_model
 from flatllmcore import FlatLLMConfig, FlatLLMReassembler, InputError, apply_flat_llm
 from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector
@@ -87,11 +86,6 @@ def test_scores_computed_apart_lead_to_the_same_ranks(model, expected):
     allocation = ImportancePreservingRankSelector(dimensions_from_config(model.config)).allocate(scores, 0.6)
     ranks = [layer.self_attn.value_head_dim for layer in expected.model.layers]
     assert [layer.value_rank for layer in allocation.layers] == ranks
-
-
-def test_a_name_that_the_package_does_not_make_when_asked_is_missing():
-    with pytest.raises(AttributeError, match="no attribute 'FlatLLMReassembly'"):
-        _ = flatllmcore.FlatLLMReassembly
 
 
 def test_a_model_on_two_devices_is_refused(model):
