@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
-from flatllmbench import speed, timing
-from flatllmbench.timing import Timing, Workload
+from flatllmbench import speed
+from flatllmbench.speed import Timing, Workload
 from flatllmcore.layers import compressed_config
 from flatllmcore.layers.flat_attention import HeadwiseFactoredLinear
 from layers.tiny_models import RANKS, SIZES, compress, dense_model_of, kept
@@ -62,8 +62,8 @@ def tokens_of(workload: Workload) -> torch.Tensor:
 def test_every_model_is_warmed_up_and_then_they_take_turns(monkeypatch):
     models = [SimpleNamespace(name=name, config=SimpleNamespace(vocab_size=9), device="cpu") for name in "ABC"]
     order, done = [], []
-    monkeypatch.setattr(timing, "run", lambda model, *_: order.append(model.name) or len(order))
-    timings = timing.measure(models, Workload(1, 2, 1), 2, lambda: done.append(len(order)))
+    monkeypatch.setattr(speed, "run", lambda model, *_: order.append(model.name) or len(order))
+    timings = speed.measure(models, Workload(1, 2, 1), 2, lambda: done.append(len(order)))
     assert "".join(order) == 3 * "ABC"
     assert timings == [[4, 7], [5, 8], [6, 9]]
     assert done == list(range(1, 10))
@@ -75,8 +75,8 @@ def clock(monkeypatch):
 
     def readings(*seconds: float) -> None:
         ready, left = [], iter(seconds)
-        monkeypatch.setattr(timing, "synchronize", ready.append)
-        monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: ready.pop() and next(left)))
+        monkeypatch.setattr(speed, "synchronize", ready.append)
+        monkeypatch.setattr(speed, "time", SimpleNamespace(perf_counter=lambda: ready.pop() and next(left)))
 
     return readings
 
@@ -85,14 +85,14 @@ def test_seconds_are_differences_of_the_clock(clock):
     """It is read before the prompt, at the first token and at the end."""
     clock(10, 14, 26)
     workload = Workload(2, 5, 4)
-    found = timing.run(dense_model_of("llama"), workload, tokens_of(workload))
+    found = speed.run(dense_model_of("llama"), workload, tokens_of(workload))
     assert (found.prefill_s, found.decode_s) == (4, 3)  # 12 for 4
 
 
 def test_without_a_prompt_the_median_step_counts(clock):
     clock(*itertools.accumulate([0, 1, 5, 2, 5, 9]))  # steps of 1, 2 and 9, and pauses of 5
     workload = Workload(2, 0, 3)
-    found = timing.run(dense_model_of("llama"), workload, tokens_of(workload))
+    found = speed.run(dense_model_of("llama"), workload, tokens_of(workload))
     assert (found.prefill_s, found.decode_s) == (0, 2)
 
 
@@ -114,7 +114,7 @@ def test_every_run_starts_with_an_empty_cache(workload, expected, monkeypatch):
 
     monkeypatch.setattr(model, "forward", recording)
     for _ in range(2):
-        timing.run(model, workload, tokens_of(workload))
+        speed.run(model, workload, tokens_of(workload))
     assert steps == 2 * expected
 
 
@@ -124,10 +124,10 @@ def test_memory_is_that_of_the_model_and_its_cache(prompt_length, monkeypatch):
 
     The peak is of this model alone: what other models had allocated before does not count.
     """
-    monkeypatch.setattr(timing, "reset_peak_allocated", lambda device: 1_000_000)
-    monkeypatch.setattr(timing, "peak_allocated_bytes", lambda device: 1_000_700)
+    monkeypatch.setattr(speed, "reset_peak_allocated", lambda device: 1_000_000)
+    monkeypatch.setattr(speed, "peak_allocated_bytes", lambda device: 1_000_700)
     workload, model = Workload(3, prompt_length, 4), compress(dense_model_of("llama", tie_word_embeddings=True))
-    found = timing.run(model, workload, tokens_of(workload))
+    found = speed.run(model, workload, tokens_of(workload))
     widths = sum(SIZES["head_dim"] + rank for rank in RANKS)
     assert found.kv_cache_bytes == 3 * (prompt_length + 4) * SIZES["num_key_value_heads"] * widths * 4
     buffers = sum(buffer.nbytes for buffer in model.buffers())
@@ -142,7 +142,7 @@ def test_speedups_compare_runs_of_the_same_repeat():
     dense = [Timing(d, 64, p, 700) for p, d in ((3, 2), (2, 4), (8, 8))]
     flat = [Timing(d, 48, p, peak) for p, d, peak in ((1, 1, 500), (2, 1, 600), (4, 4, 550))]
     models = [dense_model_of("llama"), compress(dense_model_of("llama"))]
-    first, second = timing.figures(models, Workload(8, 5, 3), [dense, flat])
+    first, second = speed.figures(models, Workload(8, 5, 3), [dense, flat])
     assert first["predicted"] is None
     assert not {"prefill_speedup", "decode_speedup"} & first.keys()
     assert second["decode_speedup"] == {"median": 2, "low": 2, "high": 3}
@@ -178,8 +178,8 @@ def test_predictions_are_the_operations_of_the_weights_and_the_bytes_that_steps_
     cached = []
     for _ in range(4):
         model(torch.ones(3, 1, dtype=torch.long), past_key_values=cache)
-        cached.append(timing.kv_cache_bytes(cache))
-    needs = timing._needs(model, workload, cached[-1])
+        cached.append(sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers))
+    needs = speed._needs(model, workload, cached[-1])
     assert needs["bytes"] == sum(weight.nbytes for weight in weights_of(model)) + sum(cached) / 4
     attentions = [layer.self_attn for layer in model.base_model.layers]
     widths = sum(SIZES["num_attention_heads"] * each.head_dim + each.o_proj.in_features for each in attentions)

@@ -3,16 +3,13 @@
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from flatllmcore.utils.files import write_atomically
 from flatllmcore.utils.layer_utils import model_name
 
-from .measured import grouped
-from .runs import Record, dense_model, of_kind, settings
-
-if TYPE_CHECKING:  # matplotlib loads where it is used
-    from matplotlib.figure import Figure
+from .records import Record, dense_model, of_kind, settings
+from .tables import grouped
 
 
 def plot_ranks(scores: Sequence[float], keep_by_target: Mapping[int, Sequence[float]], title: str, path: Path) -> None:
@@ -35,7 +32,7 @@ def plot_ranks(scores: Sequence[float], keep_by_target: Mapping[int, Sequence[fl
 
 def draw_perplexity(runs: Sequence[Record]) -> bytes:
     """Draw perplexity over the dense model's against weights kept, a line per model and settings."""
-    groups = list(grouped(of_kind(runs, "flatllm")).values())
+    groups = grouped(of_kind(runs, "flatllm")).values()
     figure = _figure(5 + 0.25 * len(groups), "Perplexity against size")
     axes = figure.subplots()
     for i, group in enumerate(groups):
@@ -53,20 +50,19 @@ def draw_perplexity(runs: Sequence[Record]) -> bytes:
 
 def curve(runs: Sequence[Record]) -> list[tuple[float, float]]:
     """Return percent of decoder-layer weights kept and perplexity, the dense model's first, then by falling size."""
-    models = [dense_model(runs[0]), *runs]
-    kept = [100 - model.number("achieved_sparsity_percent") for model in models]
-    return sorted(zip(kept, (model.number("perplexity.compressed") for model in models), strict=True), reverse=True)
+    models = (dense_model(runs[0]), *runs)
+    return sorted(((100 - m["achieved_sparsity_percent"], m["perplexity.compressed"]) for m in models), reverse=True)
 
 
-def _figure(height: float, title: str) -> "Figure":
-    from matplotlib.figure import Figure
+def _figure(height: float, title: str) -> Any:
+    from matplotlib.figure import Figure  # here, as above: it is an extra
 
     figure = Figure(figsize=(9, height), layout="constrained")  # not pyplot: no global state, and Agg for a PNG
     figure.suptitle(title, fontweight="bold", parse_math=False)
     return figure
 
 
-def _png(figure: "Figure") -> bytes:
+def _png(figure: Any) -> bytes:
     for axes in figure.axes:
         axes.grid(color="0.9")
         axes.set_axisbelow(True)

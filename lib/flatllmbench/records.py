@@ -1,21 +1,30 @@
-"""What JSON records of runs say of models, versions and hardware."""
+"""JSON records of runs: what they say of models, versions and hardware, how they are written, and read."""
 
 import platform
+import shlex
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
+from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import PretrainedConfig
 from transformers.utils.hub import cached_file
 
 from flatllmcore.engine.checkpoint_sink import MANIFEST, Manifest
 from flatllmcore.layers import FAMILIES
 from flatllmcore.utils.devices import device_name
-from flatllmcore.utils.files import read_json
+from flatllmcore.utils.files import read_json, write_json
 from flatllmcore.utils.layer_utils import count_parameters, dense_dimensions, load_config, model_name
 from flatllmcore.utils.loading import empty_causal_lm
 
+from .command_line import as_given, logging_to
+
+Record: TypeAlias = dict[str, Any]
 _PACKAGES = ("flatllmcore", "torch", "transformers", "datasets", "accelerate", "numpy", "safetensors", "tokenizers")
 
 
@@ -35,33 +44,74 @@ def hardware(device: torch.device) -> dict[str, str]:
     return {"device": device_name(device), "machine": platform.machine(), "system": platform.system()}
 
 
-def describe_model(model: str | Path, cache_dir: Path | None = None) -> dict[str, Any]:
-    """Return what records say of a model in a folder or at a hub id, as :func:`describe_config`; no weight is read."""
-    config = load_config(str(model), cache_dir)
-    base_model = None if config.model_type in FAMILIES else _base_model(str(model), cache_dir)
-    return describe_config(config, model_name(model), base_model)
+def describe_model(model: str, cache_dir: Path | None = None) -> dict[str, Any]:
+    """Return what :func:`describe_config` does, of a model in a folder or at a hub id; no weight is read."""
+    config, base_model = load_config(model, cache_dir), None
+    if config.model_type not in FAMILIES:
+        manifest = cached_file(model, MANIFEST, cache_dir=cache_dir, _raise_exceptions_for_missing_entries=False)
+        base_model = manifest and read_json(Path(manifest), Manifest).request["base_model"]
+    return describe_config(config, model, base_model)
 
 
-def describe_config(config: PretrainedConfig, name: str, base_model: str | None) -> dict[str, Any]:
-    """Return a model's name, that of the model it was compressed from, if known, its parameters and their share gone.
-
-    ``parameters`` are ``total``, tied ones once, and ``decoder_layers``, the linear weights in decoder layers;
-    ``achieved_sparsity_percent`` is the percentage of the latter that the dense model had more.
-    """
+def describe_config(config: PretrainedConfig, model: str, base_model: str | None) -> dict[str, Any]:
+    """Return names of a model, its parameters, all and the decoder layers' linear ones, and the share of these gone."""
     dense = dense_dimensions(config)
     counted = count_parameters(empty_causal_lm(config))
     kept = counted["decoder_linear"] / (dense.num_layers * dense.layer_parameters)
     return {
-        "model": name,
-        "base_model": base_model,
+        "model": model_name(model),
+        "base_model": base_model and model_name(base_model),
         "achieved_sparsity_percent": 100 * (1 - kept),
         "parameters": {"total": counted["total"], "decoder_layers": counted["decoder_linear"]},
     }
 
 
-def _base_model(model: str, cache_dir: Path | None) -> str | None:
-    """Return the name of the model that a compressed one was made from, as the manifest beside its weights says."""
-    manifest = cached_file(model, MANIFEST, cache_dir=cache_dir, _raise_exceptions_for_missing_entries=False)
-    if manifest is None:
-        return None
-    return model_name(read_json(Path(manifest), Manifest).request["base_model"])
+def keep_record(
+    kind: str, args: Namespace, argv: Sequence[str] | None, name: str, measure: Callable[[], Record]
+) -> tuple[Path, Record]:
+    """Measure, with a log, and write the record of this run of ``flatllmbench.<kind>``; return its place and itself."""
+    started = time.perf_counter()
+    command = ["python", "-m", f"flatllmbench.{kind}", *(sys.argv[1:] if argv is None else argv)]
+    path = args.save / f"{name}.json"
+    record = {"kind": kind, "command": shlex.join(command), "request": as_given(args), "versions": versions()}
+    with logging_to(path.with_suffix(".log")), logging_redirect_tqdm():
+        record |= measure() | {"elapsed_s": round(time.perf_counter() - started, 3)}
+        write_json(path, record)
+    return path, record
+
+
+def flat(content: Record) -> Record:
+    """Return the fields of a record, and those of the objects in it also by names like ``perplexity.dense``."""
+    fields = dict(content)
+    for name, value in content.items():
+        if isinstance(value, dict):
+            fields |= {f"{name}.{below}": found for below, found in flat(value).items()}
+    return fields
+
+
+def of_kind(runs: Iterable[Record], kind: str) -> list[Record]:
+    """Return the records of one kind, in their order; evaluations at the end of compressions are ``zero_shot`` too."""
+    if kind == "zero_shot":
+        return [as_evaluation(run) for run in runs if run.get("zero_shot")]
+    return [run for run in runs if run["kind"] == kind]
+
+
+def as_evaluation(run: Record) -> Record:
+    """Return an evaluation's record as it is, a compression's as one of an evaluation of the folder that it saved."""
+    if run["kind"] == "zero_shot":
+        return run
+    folder = run.get("request.save_model") or f"{run['base_model']}, {run['sparsity_ratio']:g} %"
+    model = {"model": model_name(folder), "base_model": model_name(run["base_model"])}
+    return flat(run | {"model": model | {"achieved_sparsity_percent": run["achieved_sparsity_percent"]}})
+
+
+def dense_model(run: Record) -> Record:
+    """Return what a compression says of the model it began with, as if that were one too."""
+    dense = {"sparsity_ratio": 0, "achieved_sparsity_percent": 0, "parameters_after": run["parameters_before"]}
+    return flat(dense | {"perplexity": {"compressed": run["perplexity.dense"]}})
+
+
+def settings(run: Record) -> str:
+    """Return what a compression depends on beside its model and the share removed."""
+    windows = f"{run['dataset']}, {run['nsamples']} × {run['seqlen']} tokens, seed {run['seed']}"
+    return f"{windows}, multiples of {run['rank_multiple']}{', Q and K pruned' if run['prune_qk'] else ''}"

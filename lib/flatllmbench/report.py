@@ -3,24 +3,25 @@
     python -m flatllmbench.report results/records --out results
     python -m flatllmbench.report logs/*.json --out report
 
-Writes `README.md` and `perplexity.png` to `--out`, and the tables of compressions to stdout. A folder stands for all
-records below it.
+Writes `README.md` and `perplexity.png` to `--out`, and the tables of compressions to stdout.
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
+from typing import Any
 
-from flatllmcore.utils.files import write_atomically
+from flatllmcore.errors import InputError
+from flatllmcore.utils.files import read_json, write_atomically
+from flatllmcore.utils.layer_utils import model_name
 
 from .command_line import run_program
-from .measured import accuracy_tables, compression_tables, speed_tables
 from .plots import draw_perplexity
-from .published import ABOUT, ABOUT_SPEED, table_1
-from .runs import Record, of_kind, read_records
+from .records import Record, as_evaluation, flat, of_kind, settings
+from .tables import KINDS, NOT_RUN, NOT_THERE, figure, markdown_table, measured_tables
 
-_PICTURE = "![Perplexity against the share of decoder-layer weights kept](perplexity.png)\n\n"
 _REPORT = """\
 # Results
 
@@ -29,7 +30,16 @@ nothing to say. Removed: of the linear weights in decoder layers, Q and K counte
 
 ## Table 1 of the paper, and ours
 
-{about}
+20 % of the decoder layers' linear weights removed; WikiText-2 perplexity at length 4096; accuracy in percent, mean of
+MMLU (5-shot) and PIQA, WinoGrande, HellaSwag, ARC-e, ARC-c, OpenBookQA (0-shot). Published: Tian et al., arXiv
+2505.23966, Table 1. A run stands here when model, share removed, length and text are these, whatever came out: a
+positive difference in perplexity, or a negative one in accuracy, is a miss. What was not run takes the weights and
+`bash scripts/llama_7b.sh` or its siblings, then `scripts/eval.sh` for accuracy.
+
+Outside the table, MoDeGPT (Lin et al., arXiv 2408.09632, 4 to 8 hours of calibration), perplexity at 10 to 50 %:
+Llama-2 7B 5.48, 6.16, 7.51, 8.41, 11.88; 13B 4.83, 5.29, 6.10, 6.95, 8.95. Published minutes of calibration, Llama-2
+13B on one A100: FLAT-LLM 15, SliceGPT 35, SVD-LLM 27, FLAP 10.
+
 {table_1}
 ## Compression
 
@@ -41,8 +51,23 @@ In percent where the metric is an accuracy; ± is the harness's standard error.
 {accuracies}
 ## Speed
 
-{about_speed}
+Medians over interleaved repeats, quartiles in brackets; beside the ratios what arithmetic predicts, of prefill by
+operations and of decoding by bytes. Peak memory: of a GPU. Published, by SliceGPT's protocol (Llama-2 7B, batch 128,
+256 tokens): decoding 1.04, 1.10, 1.11, 1.17 and 1.23 times as fast at 10 to 50 %, the middle three read off a plot.
+
 {speeds}"""
+_PICTURE = "![Perplexity against the share of decoder-layer weights kept](perplexity.png)\n\n"
+# Published perplexity and mean accuracy, a column for each of MODELS.
+MODELS = ("Llama-2-7b-hf", "Llama-2-13b-hf", "Llama-2-70b-hf", "Mistral-7B-v0.1", "Meta-Llama-3-8B")
+TABLE_1: dict[str, tuple[tuple[float, float] | None, ...]] = {
+    "dense": ((5.11, 62.14), (4.57, 65.70), (3.12, 71.38), (4.92, 68.14), (5.75, 68.14)),
+    "LLM-Pruner": ((10.55, 53.89), (9.67, 55.45), None, None, None),
+    "FLAP": ((6.76, 53.07), (5.90, 57.00), (8.76, 48.29), (7.11, 48.29), (8.42, 54.42)),
+    "SliceGPT": ((8.24, 46.26), (7.10, 50.58), (5.76, 57.40), (9.06, 43.18), (16.62, 41.28)),
+    "SVD-LLM": ((7.84, 52.32), (7.37, 55.86), (5.96, 61.07), (9.29, 50.23), (17.17, 47.06)),
+    "FLAT-LLM": ((6.70, 55.16), (5.55, 63.00), (4.33, 67.98), (6.11, 58.54), (8.15, 61.47)),
+}
+_OURS = {"dense": "perplexity.dense", "FLAT-LLM": "perplexity.compressed"}  # rows that our runs stand in
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,22 +84,76 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def read_records(paths: Sequence[Path]) -> list[Record]:
+    """Return the records of files, each once; a folder stands for all ``*.json`` files below it."""
+    files: list[Path] = []
+    for path in paths:
+        files += sorted(path.rglob("*.json")) if path.is_dir() else [path]
+    if not files:
+        raise InputError(f"no records in {', '.join(map(str, paths))}: expected *.json files")
+    records = {path: flat(read_json(path, dict[str, Any])) for path in files}
+    for path, record in records.items():
+        try:
+            for kind in KINDS:
+                measured_tables([record], kind)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:  # fields are missing or of other types
+            problem = f"the field {error} is missing" if isinstance(error, KeyError) else error
+            raise InputError(f"{path} is not usable: {problem}") from error
+    return list(records.values())
+
+
 def write_report(runs: Sequence[Record], out: Path) -> None:
     """Write README.md and its picture, and print their tables of compressions."""
-    has_curve = bool(of_kind(runs, "flatllm"))
+    compressions, has_curve = measured_tables(runs, "flatllm"), bool(of_kind(runs, "flatllm"))
     markdown = _REPORT.format(
-        about=ABOUT,
         table_1=table_1(runs),
         picture=_PICTURE if has_curve else "",
-        compressions=compression_tables(runs),
-        accuracies=accuracy_tables(runs),
-        about_speed=ABOUT_SPEED,
-        speeds=speed_tables(runs),
+        compressions=compressions,
+        accuracies=measured_tables(runs, "zero_shot"),
+        speeds=measured_tables(runs, "speed"),
     )
     if has_curve:
         write_atomically(out / "perplexity.png", draw_perplexity(runs))
     write_atomically(out / "README.md", markdown.encode())
-    sys.stdout.write(f"{compression_tables(runs)}\nthe report is {out / 'README.md'}\n")
+    sys.stdout.write(f"{compressions}\nthe report is {out / 'README.md'}\n")
+
+
+def table_1(runs: Sequence[Record]) -> str:
+    """Return the paper's Table 1 with our runs in it: a row per model and method, and where we have some, per run."""
+    header = ("model", "method", "perplexity", "here", "difference", "accuracy", "here", "difference", "settings here")
+    whole = (run for run in of_kind(runs, "zero_shot") if run.get("zero_shot.mean_accuracy") is not None)
+    accuracies: dict[Any, float] = {_identity(run): run["zero_shot.mean_accuracy"] for run in whole}
+    rows: list[Sequence[str]] = []
+    for (place, model), (method, published) in product(enumerate(MODELS), TABLE_1.items()):
+        if (theirs := published[place]) is None:
+            continue
+        perplexity, accuracy = theirs
+        if method not in _OURS:
+            rows.append((model, method, figure(perplexity), *2 * [NOT_THERE], figure(accuracy), *3 * [NOT_THERE]))
+            continue
+        ours: list[Record | None] = [run for run in of_kind(runs, "flatllm") if _is_as_published(run, model)]
+        for run in ours or [None]:
+            compressed = _identity(as_evaluation(run)) if run else None
+            found = accuracies.get((model, None, 0.0) if method == "dense" else compressed)
+            cells = _beside(perplexity, run[_OURS[method]] if run else None) + _beside(accuracy, found)
+            rows.append((model, method, *cells, settings(run) if run else NOT_RUN))
+    return markdown_table(header, rows)
+
+
+def _beside(theirs: float, ours: float | None) -> tuple[str, str, str]:
+    """Return a published figure, ours and the difference."""
+    difference = None if ours is None else round(round(ours, 2) - theirs, 2) + 0.0  # no -0.00
+    return figure(theirs), figure(ours), figure(difference, "+.2f")
+
+
+def _is_as_published(run: Record, model: str) -> bool:
+    texts = run["dataset"], run["seqlen"], run["perplexity.dataset"], run["perplexity.seqlen"]
+    return (model_name(run["base_model"]), run["sparsity_ratio"], *texts) == (model, 20, *2 * ("wikitext2", 4096))
+
+
+def _identity(run: Record) -> tuple[str, str | None, float]:
+    """Return what tells an evaluated model from others: its name, its origin and the percent removed."""
+    return run["model.model"], run.get("model.base_model"), round(run["model.achieved_sparsity_percent"], 6)
 
 
 if __name__ == "__main__":

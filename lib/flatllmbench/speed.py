@@ -4,50 +4,68 @@
     python -m flatllmbench.speed /models/Llama-2-7b-hf out/llama-2-7b-20 --protocol slicegpt
     python -m flatllmbench.speed --shape benchmarks/shapes/llama-2-7b --ratios 20,50 --rank_multiple 1,8
 
-The others are compared with the first, dense model, repeat by repeat; the record has medians with the 25th and 75th
-percentiles. `--shape` takes a folder with a `config.json`, and measures random weights, dense and compressed.
-
-`--protocol grid` reads random prompts and decodes after them, prompt and decoding timed apart; beside the speed-ups
-stand those that operations (of a prompt) and bytes (of a decoding step) would give if nothing else took time.
+The others are compared with the first, dense model, repeat by repeat; the record has medians and quartiles, and the
+speed-ups that operations (of a prompt) and bytes (of a decoding step) would give if nothing else took time. `--shape`
+measures random weights, dense and compressed. `--protocol grid` times prompts and the decoding after them apart;
 `--protocol slicegpt` is SliceGPT's benchmark: one token per step for a large batch, the median step.
 """
 
 import argparse
-import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
-from typing import Any
+from statistics import median
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from tqdm.contrib.logging import logging_redirect_tqdm
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from torch import Tensor
+from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedModel
 
 from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector
 from flatllmcore.errors import InputError
 from flatllmcore.layers import compressed_config
-from flatllmcore.utils.devices import parse_device
-from flatllmcore.utils.files import write_json
-from flatllmcore.utils.layer_utils import dense_dimensions, dimensions_from_config, load_config, model_name
+from flatllmcore.utils.devices import parse_device, peak_allocated_bytes, reset_peak_allocated, synchronize
+from flatllmcore.utils.layer_utils import (
+    count_parameters,
+    dense_dimensions,
+    dimensions_from_config,
+    load_config,
+    model_name,
+)
 from flatllmcore.utils.loading import load_model
 from flatllmcore.utils.progress import progress
 
-from .command_line import add_flags, as_given, logging_to, read_flags, run_program
-from .measured import speed_tables
-from .records import describe_config, hardware, versions
-from .runs import Record
-from .timing import Workload, figures, measure
+from .command_line import add_flags, read_flags, run_program
+from .records import describe_config, flat, hardware, keep_record
+from .tables import measured_tables
 
 FLAGS = {name: name for name in ("device", "dtype", "save", "cache_dir")}
 DEFAULTS = {"grid": ([1, 8], [128, 512], 32), "slicegpt": ([128], [0], 256)}  # batch sizes, prompts, new tokens
 
 
+class Workload(NamedTuple):
+    """A batch of prompts and the tokens decoded after them; without prompts these tokens are given."""
+
+    batch_size: int
+    prompt_length: int
+    new_tokens: int
+
+
+class Timing(NamedTuple):
+    """Seconds and bytes of one run."""
+
+    decode_s: float  # a step, one token for every sequence: the mean after a prompt, the median without one
+    kv_cache_bytes: int  # of the keys and values at the end
+    prefill_s: float = 0.0  # from a batch of prompts to the first tokens after them
+    peak_memory_bytes: int | None = None  # this model's weights counted and others' not; None on a CPU
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; return its exit status: 0, or 2 after one line on stderr about unusable input."""
     args = parse_arguments(argv)
-    command = shlex.join(["python", "-m", "flatllmbench.speed", *(sys.argv[1:] if argv is None else argv)])
-    return run_program(lambda: keep_measurement(args, command), args.save)
+    return run_program(lambda: keep_measurement(args, argv), args.save)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -86,28 +104,18 @@ def _numbers(text: str) -> list[int]:
     return [_number(number) for number in text.split(",")]
 
 
-def keep_measurement(args: argparse.Namespace, command: str) -> None:
+def keep_measurement(args: argparse.Namespace, argv: Sequence[str] | None) -> None:
     """Measure the models, write the record and print its tables."""
-    started = time.perf_counter()
     read_flags(args, FLAGS)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    configs = dict(read_configs(args))
-    protocol = "" if args.protocol == "grid" else f"_{args.protocol}"
-    place = args.save / f"{model_name(next(iter(configs)))}_speed{protocol}.json"
-    record: dict[str, Any] = {"kind": "speed", "command": command, "request": as_given(args), "versions": versions()}
-    with logging_to(place.with_suffix(".log")), logging_redirect_tqdm():
-        record |= measure_models(args, configs) | {"elapsed_s": round(time.perf_counter() - started, 3)}
-        write_json(place, record)
-    sys.stdout.write(f"record: {place}\n\n{speed_tables([Record(place, record)])}")
+    name = f"{model_name(args.shape or args.models[0])}_speed{'' if args.protocol == 'grid' else f'_{args.protocol}'}"
+    path, record = keep_record("speed", args, argv, name, lambda: measure_models(args, dict(read_configs(args))))
+    sys.stdout.write(f"record: {path}\n\n{measured_tables([flat(record)], 'speed')}")
 
 
 def read_configs(args: argparse.Namespace) -> Iterator[tuple[str, PretrainedConfig]]:
-    """Yield what each model is called and its config, the dense one's first.
-
-    A shape's importance falls to the middle of the model by less than a quarter, about as in trained ones: with equal
-    scores all layers would have one rank, which might happen to suit the hardware.
-    """
+    """Yield what each model is called and its config, the dense one's first."""
     first, *others = args.models or [args.shape]
     dense = load_config(first, args.cache_dir)
     dimensions = dimensions_from_config(dense)
@@ -117,33 +125,30 @@ def read_configs(args: argparse.Namespace) -> Iterator[tuple[str, PretrainedConf
         if differences := dense_dimensions(config).differences_from(dimensions):
             raise InputError(f"{name} was not compressed from {first}: {differences}")
         yield name, config
+    # Falling to the middle, about as in trained models: ranks that are all the same might happen to suit the hardware.
     last = max(dimensions.num_layers - 1, 1)
     scores = [1 + 0.3 * abs(2 * index / last - 1) for index in range(dimensions.num_layers)]
     for percent, multiple in product(args.ratios, args.rank_multiple) if args.shape else ():
         selector = ImportancePreservingRankSelector(dimensions, rank_multiple=multiple)
+        allocation = selector.allocate(scores, 1 - percent / 100)
         suffix = f"-m{multiple}" if len(args.rank_multiple) > 1 else ""
-        yield (
-            f"{first}-{percent}{suffix}",
-            compressed_config(dense, selector.allocate(scores, 1 - percent / 100).layers),
-        )
+        yield f"{first}-{percent}{suffix}", compressed_config(dense, allocation.layers)
 
 
 def measure_models(args: argparse.Namespace, configs: dict[str, PretrainedConfig]) -> dict[str, Any]:
     """Measure every model at every cell of the grid; return what the record says about it."""
     device, first = parse_device(args.device), next(iter(configs))
-    dtype = (configs[first].dtype or torch.float32) if args.dtype == "auto" else getattr(torch, args.dtype)
-    base = model_name(first)
-    described = [describe_config(each, model_name(n), None if n == first else base) for n, each in configs.items()]
+    dtype = str(configs[first].dtype or torch.float32).removeprefix("torch.") if args.dtype == "auto" else args.dtype
+    models, described = [], []
     torch.manual_seed(0)
-    name_of_dtype = str(dtype).removeprefix("torch.")
-    models = []
-    for (name, config), about in zip(progress(configs.items(), "loading", "model"), described, strict=True):
+    for name, config in progress(configs.items(), "loading", "model"):
         if args.shape:
             with torch.device(device):
-                models.append(AutoModelForCausalLM.from_config(config, dtype=dtype).eval())
+                models.append(AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval())
         else:
-            models.append(load_model(name, dtype=name_of_dtype, cache_dir=args.cache_dir).to(device))
-        about["weight_memory_bytes"] = models[-1].get_memory_footprint()
+            models.append(load_model(name, dtype=dtype, cache_dir=args.cache_dir).to(device))
+        about = describe_config(config, name, None if name == first else first)
+        described.append(about | {"weight_memory_bytes": models[-1].get_memory_footprint()})
     grid = [Workload(size, length, args.new_tokens) for size, length in product(args.batch_size, args.prompt_length)]
     cells: list[dict[str, Any]] = []
     with progress(None, "speed", "run", len(grid) * len(models) * (1 + args.repeats)) as bar:
@@ -152,12 +157,94 @@ def measure_models(args: argparse.Namespace, configs: dict[str, PretrainedConfig
     return {
         "hardware": hardware(device),
         "protocol": args.protocol,
-        "dtype": name_of_dtype,
+        "dtype": dtype,
         "attention": models[0].config._attn_implementation,
         "compiled": False,
         "static_cache": False,
         "models": described,
         "cells": cells,
+    }
+
+
+def measure(
+    models: Sequence[PreTrainedModel], workload: Workload, repeats: int, done: Callable[[], object]
+) -> list[list[Timing]]:
+    """Return the timings of each model, one per repeat; ``done`` is called after every run.
+
+    Every model runs once untimed, then they take turns, A B C A B C: whatever else the machine does meets all of them.
+    """
+    shape = (workload.batch_size, workload.prompt_length or workload.new_tokens)
+    token_ids = torch.randint(models[0].config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
+    found: list[list[Timing]] = [[] for _ in models]
+    for _ in range(1 + repeats):
+        for model, own in zip(models, found, strict=True):
+            own.append(run(model, workload, token_ids.to(model.device)))
+            done()
+    return [own[1:] for own in found]
+
+
+@torch.no_grad()
+def run(model: PreTrainedModel, workload: Workload, token_ids: Tensor) -> Timing:
+    """Return the timing of one run on the workload's tokens, (B, S), which are on the model's device."""
+
+    def now() -> float:
+        synchronize(model.device)
+        return time.perf_counter()
+
+    before, cache, prefill_s = reset_peak_allocated(model.device), DynamicCache(config=model.config), 0.0
+    if workload.prompt_length:
+        started = now()
+        tokens = model(token_ids, past_key_values=cache, logits_to_keep=1).logits.argmax(-1)  # (B, 1)
+        read = now()
+        for _ in range(workload.new_tokens):
+            tokens = model(tokens, past_key_values=cache, logits_to_keep=1).logits.argmax(-1)
+        prefill_s, decode_s = read - started, (now() - read) / workload.new_tokens
+    else:
+        steps_s = []
+        for tokens in token_ids.split(1, dim=1):
+            started = now()
+            model(tokens, past_key_values=cache)
+            steps_s.append(now() - started)
+        decode_s = median(steps_s)
+    peak = peak_allocated_bytes(model.device)
+    own = None if before is None or peak is None else model.get_memory_footprint() + peak - before
+    return Timing(decode_s, sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers), prefill_s, own)
+
+
+def figures(models: Sequence[PreTrainedModel], workload: Workload, found: Sequence[Sequence[Timing]]) -> Iterator[dict]:
+    """Yield each model's figures as records have them; speed-ups over the first compare the runs of the same repeat."""
+    needs = [_needs(model, workload, own[0].kv_cache_bytes) for model, own in zip(models, found, strict=True)]
+    stages = [("decode", "decode_ms_per_token", 1, "bytes"), ("prefill", "prefill_ms", workload.prompt_length, "flops")]
+    for index, own in enumerate(found):
+        cell: dict[str, Any] = {"model": index, **workload._asdict(), "repeats": len(own)}
+        cell["kv_cache_bytes"] = own[0].kv_cache_bytes
+        cell["peak_memory_bytes"] = max(timing.peak_memory_bytes or 0 for timing in own) or None
+        cell["predicted"] = {} if index else None
+        for stage, milliseconds, tokens, need in stages if workload.prompt_length else stages[:1]:
+            seconds, dense_seconds = ([getattr(timing, f"{stage}_s") for timing in each] for each in (own, found[0]))
+            cell[milliseconds] = _spread([1000 * each for each in seconds])
+            cell[f"{stage}_tokens_per_s"] = workload.batch_size * tokens / median(seconds)
+            if index:
+                cell[f"{stage}_speedup"] = _spread([a / b for a, b in zip(dense_seconds, seconds, strict=True)])
+                cell["predicted"][f"{stage}_speedup_{need}"] = needs[0][need] / needs[index][need]
+        cell["time_to_first_token_ms"] = cell["prefill_ms"]["median"] if workload.prompt_length else None
+        yield cell
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    return dict(zip(("median", "low", "high"), np.quantile(values, [0.5, 0.25, 0.75]).tolist(), strict=True))
+
+
+def _needs(model: PreTrainedModel, workload: Workload, cache_bytes: int) -> dict[str, float]:
+    """Return the operations of reading a prompt, as if all pairs of tokens attended, and a step's bytes on average."""
+    linear, head = count_parameters(model)["decoder_linear"], model.lm_head.weight.numel()
+    attentions = [layer.self_attn for layer in model.base_model.layers]
+    heads = sum(model.config.num_attention_heads * each.head_dim + each.o_proj.in_features for each in attentions)
+    length = workload.prompt_length
+    mean_length = length + (workload.new_tokens + 1) / 2
+    return {
+        "flops": 2 * (length * linear + head + length**2 * heads),
+        "bytes": (linear + head) * model.dtype.itemsize + cache_bytes * mean_length / (length + workload.new_tokens),
     }
 
 

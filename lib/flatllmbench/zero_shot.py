@@ -11,56 +11,41 @@ type of the weights, log-likelihoods are sums of float32 log-probabilities, as t
 
 import argparse
 import logging
-import shlex
 import sys
-import time
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, redirect_stderr
+from contextlib import redirect_stderr
 from importlib.metadata import version
 from io import StringIO
 from pathlib import Path
 from statistics import mean
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from flatllmcore.errors import InputError
 from flatllmcore.utils.devices import parse_device
-from flatllmcore.utils.files import write_json
 from flatllmcore.utils.layer_utils import model_name
 from flatllmcore.utils.loading import load_model, load_tokenizer
 
-from . import command_line
-from .records import describe_model, hardware, versions
+from .command_line import add_flags, check_include_path, read_flags, run_program
+from .records import describe_model, hardware, keep_record
 
 # Examples before every question, and the metric that is reported.
 PAPER_TASKS = dict.fromkeys(
     ("mmlu", "piqa", "winogrande", "hellaswag", "arc_easy", "arc_challenge", "openbookqa"), (0, "acc_norm")
 ) | {"mmlu": (5, "acc"), "winogrande": (0, "acc")}
-FLAGS = {name: command_line.FLAGS[name] for name in ("tasks", "num_fewshot", "limit", "include_path")}
-FLAGS |= {
-    "eval_batch_size": "batch_size",
-    "device": "device",
-    "dtype": "dtype",
-    "save": "save",
-    "cache_dir": "cache_dir",
-}
+_FIELDS = ("tasks", "num_fewshot", "limit", "include_path", "eval_batch_size", "device", "dtype", "save", "cache_dir")
+FLAGS = {field: field.removeprefix("eval_") for field in _FIELDS}
 logger = logging.getLogger("flatllmbench.zero_shot")  # also where this file is the program
 
 
 def load_tasks(
     names: Sequence[str] | None = None, num_fewshot: int | None = None, include_path: Path | None = None
 ) -> dict[str, Any]:
-    """Return the harness's tasks, and its groups that have a score, with their data, by name.
+    """Return the harness's tasks, and its groups that have a score, with their data, by name; see the flags' help.
 
-    One question of each is put together: what does not work is an InputError before a model is touched.
-
-    Args:
-        names: Tasks, groups or tags; the paper's seven tasks for ``None``.
-        num_fewshot: Examples before every question; by default the paper's, and for other tasks as they are defined.
-        include_path: Folder of definitions beside the harness's own, which they replace where names are equal.
+    One question of each is put together: what does not work is an InputError before a model is touched. Definitions in
+    ``include_path`` replace the harness's own where names are equal.
     """
     try:
         import accelerate  # noqa: F401 (needed with the model, which is too late to say so)
@@ -83,31 +68,22 @@ def load_tasks(
             chosen |= {name: group} if group is not None and group.has_aggregation else found["tasks"]
             manager.load(list(chosen.values()))  # refuses a task that is in two of them
         except Exception as error:  # a definition is its author's templates and code, and data come from anywhere
-            raise InputError(
-                f"task {name!r} cannot be set up ({type(error).__name__}: {error}); `lm_eval ls tasks` lists the "
-                "harness's own, whose data must be in the hub's cache where there is no network"
-            ) from error
+            raise InputError(f"task {name!r} cannot be set up ({type(error).__name__}: {error})") from error
     return chosen
 
 
-def _bars_on_terminals_alone() -> AbstractContextManager[Any]:
+def _bars_on_terminals_alone() -> redirect_stderr[Any]:
     """Keep out of files the progress bars that the harness always draws."""
-    return nullcontext() if sys.stderr.isatty() else redirect_stderr(StringIO())
+    return redirect_stderr(sys.stderr if sys.stderr.isatty() else StringIO())
 
 
 def evaluate_saved(
     model: str, tasks: Mapping[str, Any], device: torch.device, batch_size: int, limit: int | None, **loading: Any
 ) -> dict[str, Any]:
-    """Return the results of the model, dense or compressed, in a local folder or at a hub id.
+    """Return the results of a model in a folder or at a hub id, which is loaded by ``load_model(model, **loading)``.
 
-    Its ``mean_accuracy`` is in percent, ``None`` unless the paper's tasks all ran in full under the paper's protocol.
-
-    Args:
-        limit: The first so many questions of every task; all for ``None``.
-        loading: ``dtype`` and ``cache_dir``, see ``load_model``.
-
-    Raises:
-        InputError: If model or tokenizer cannot be used, or the logits are not finite.
+    ``limit`` is a number of questions of every task. ``mean_accuracy`` is in percent, ``None`` unless the paper's tasks
+    all ran in full under the paper's protocol. A model whose logits are not finite is refused.
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -117,12 +93,10 @@ def evaluate_saved(
     tokenizer = load_tokenizer(model, cache_dir=loading.get("cache_dir"))
     loaded = load_model(model, **loading).to(device)
     loaded.register_forward_hook(_refuse_logits_that_are_not_finite)
-    language_model = HFLM(loaded, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32")
+    harnessed = HFLM(loaded, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32")
     known = TaskManager(include_defaults=False)  # they are loaded
     with _bars_on_terminals_alone():
-        found = simple_evaluate(
-            language_model, tasks=list(tasks.values()), limit=limit, task_manager=known, log_samples=False
-        )
+        found = simple_evaluate(harnessed, tasks=[*tasks.values()], limit=limit, task_manager=known, log_samples=False)
     results = {name: _result(name, task, found) for name, task in tasks.items()}
     paper = [row["value"] for n, row in results.items() if (row["num_fewshot"], row["metric"]) == PAPER_TASKS.get(n)]
     return {
@@ -143,15 +117,16 @@ def _result(name: str, task: Any, found: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the harness found of a task or group: the metric reported, and all with their standard errors."""
     row = found["results"][name]
     metrics = {key.removesuffix(",none"): value for key, value in row.items() if "," in key and value != "N/A"}
-    wanted = PAPER_TASKS[name][1] if name in PAPER_TASKS else "acc_norm"
+    _, wanted = PAPER_TASKS.get(name, (0, "acc_norm"))
     metric = wanted if wanted in metrics else next(iter(metrics))
+    measure, comma, filtered = metric.partition(",")
     members = task.get_all_tasks() if hasattr(task, "get_all_tasks") else [task]
     shots = {member.get_config("num_fewshot") for member in members}
     logger.info("%s: %s %.4f on %d samples", name, metric, metrics[metric], row["sample_len"])
     return {
         "metric": metric,
         "value": metrics[metric],
-        "stderr": metrics.get(metric.replace(",", "_stderr,") if "," in metric else f"{metric}_stderr"),
+        "stderr": metrics.get(f"{measure}_stderr{comma}{filtered}"),
         "metrics": metrics,
         "samples": row["sample_len"],
         "num_fewshot": shots.pop() if len(shots) == 1 else None,  # those of a group may differ
@@ -162,8 +137,7 @@ def _result(name: str, task: Any, found: Mapping[str, Any]) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; return its exit status: 0, or 2 after one line on stderr about unusable input."""
     args = parse_arguments(argv)
-    command = shlex.join(["python", "-m", "flatllmbench.zero_shot", *(sys.argv[1:] if argv is None else argv)])
-    return command_line.run_program(lambda: keep_evaluation(args, command), args.save)
+    return run_program(lambda: keep_evaluation(args, argv), args.save)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -171,26 +145,25 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m flatllmbench.zero_shot", description=__doc__, formatter_class=layout)
     parser.add_argument("model", metavar="FOLDER", help="dense or compressed model: a local folder or a hub id")
-    command_line.add_flags(parser, FLAGS)
+    add_flags(parser, FLAGS)
     return parser.parse_args(argv)
 
 
-def keep_evaluation(args: argparse.Namespace, command: str) -> None:
+def keep_evaluation(args: argparse.Namespace, argv: Sequence[str] | None) -> None:
     """Evaluate the model and write the record, named by model and tasks so that a trial leaves others alone."""
-    asked = SimpleNamespace(**command_line.read_flags(args, FLAGS))
-    command_line.check_include_path(asked.include_path)
-    started = time.perf_counter()
-    marks = [model_name(args.model), "zero_shot", "+".join(asked.tasks or ())[:100]]
-    marks += [f"{name}-{getattr(asked, name)}" for name in ("num_fewshot", "limit") if getattr(asked, name) is not None]
-    place = asked.save / f"{'_'.join(filter(None, marks))}.json"
-    with command_line.logging_to(place.with_suffix(".log")), logging_redirect_tqdm():
-        device, described = parse_device(asked.device), describe_model(args.model, asked.cache_dir)
-        tasks = load_tasks(asked.tasks, asked.num_fewshot, asked.include_path)
-        loading = {"dtype": asked.dtype, "cache_dir": asked.cache_dir}
-        found = evaluate_saved(args.model, tasks, device, asked.eval_batch_size, asked.limit, **loading)
-        record = {"kind": "zero_shot", "command": command, "request": command_line.as_given(args)}
-        record |= {"versions": versions(), "hardware": hardware(device), "model": described, "zero_shot": found}
-        write_json(place, record | {"elapsed_s": round(time.perf_counter() - started, 3)})
+    asked = read_flags(args, FLAGS)
+    check_include_path(asked["include_path"])
+
+    def evaluate() -> dict[str, Any]:
+        device, described = parse_device(asked["device"]), describe_model(args.model, asked["cache_dir"])
+        tasks = load_tasks(asked["tasks"], asked["num_fewshot"], asked["include_path"])
+        loading = {name: asked[name] for name in ("dtype", "cache_dir")}
+        found = evaluate_saved(args.model, tasks, device, asked["eval_batch_size"], asked["limit"], **loading)
+        return {"hardware": hardware(device), "model": described, "zero_shot": found}
+
+    marks = [model_name(args.model), "zero_shot", "+".join(asked["tasks"] or ())[:100]]
+    marks += [f"{name}-{asked[name]}" for name in ("num_fewshot", "limit") if asked[name] is not None]
+    keep_record("zero_shot", args, argv, "_".join(filter(None, marks)), evaluate)
 
 
 if __name__ == "__main__":
