@@ -55,7 +55,7 @@ SMALL_CELL: dict[str, Any] = DENSE_CELL | {
     "decode_speedup": {"median": 1.19, "low": 1.1, "high": 1.25},
     "predicted": {"decode_speedup_bytes": 1.24},
 }
-PROTOCOL = {"protocol": "grid", "dtype": "bfloat16", "attention": "sdpa", "compiled": False, "static_cache": True}
+PROTOCOL = {"protocol": "grid", "dtype": "bfloat16", "attention": "sdpa"}
 TIMED = [DENSE_MODEL | {"weight_memory_bytes": 2**31}, SMALL_MODEL | {"weight_memory_bytes": 2**30}]
 TIMING: dict[str, Any] = COMMON | PROTOCOL | {"kind": "speed", "models": TIMED, "cells": [DENSE_CELL, SMALL_CELL]}
 WIKITEXT = {"dataset": "wikitext2", "seqlen": 4096}

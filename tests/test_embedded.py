@@ -43,37 +43,32 @@ def test_its_perplexity_is_the_stated_one():
 
 def test_an_interrupted_training_goes_on_where_it_was(tmp_path, monkeypatch):
     """Oracle: the steps that are run, each one's windows a function of its number."""
-    script = runpy.run_path(str(ROOT / "scripts" / "train_embedded.py"))
-    names = script["train"].__globals__
-    batch, training_step, steps = names["batch_of_windows"], names["training_step"], []
+    names = runpy.run_path(str(ROOT / "scripts" / "train_embedded.py"))["train"].__globals__
+    batch, steps = names["batch_of_windows"], []
     tokens = np.random.default_rng(0).integers(50, size=500).astype(np.int16)
     args = argparse.Namespace(minutes=1, batch_size=2, seqlen=8, lr=1e-3, device="cpu", work_dir=tmp_path)
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    monkeypatch.setitem(names, "SAVE_EVERY_S", 0)
 
-    def noted_batch(tokens, step, args):
-        steps.append(step)
-        return batch(tokens, step, args)
-
-    def train_until(last: int) -> LlamaForCausalLM:
-        def interrupted_step(*arguments):
-            if len(steps) == last:
+    def train_until(count: int) -> LlamaForCausalLM:
+        def interrupted_batch(tokens, step, args):
+            steps.append(step)
+            if len(steps) > count:
                 raise KeyboardInterrupt
-            return training_step(*arguments)
+            return batch(tokens, step, args)
 
         steps.clear()
+        monkeypatch.setitem(names, "batch_of_windows", interrupted_batch)
         model = LlamaForCausalLM(LlamaConfig(vocab_size=50, **sizes))
-        replaced = {"SAVE_EVERY_S": 0, "batch_of_windows": noted_batch, "training_step": interrupted_step}
-        for name, value in replaced.items():
-            monkeypatch.setitem(names, name, value)
         with pytest.raises(KeyboardInterrupt):
             names["train"](model, tokens, args)
         return model
 
-    train_until(6)
+    train_until(5)
     assert steps == [0, 1, 2, 3, 4, 5]
     saved = torch.load(tmp_path / "state.pt", weights_only=True)
     assert saved["step"] == 5  # the sixth did not finish
-    resumed = train_until(1)
+    resumed = train_until(0)
     assert steps == [5]
     for name, tensor in resumed.state_dict().items():
         assert torch.equal(tensor, saved["model"][name]), name

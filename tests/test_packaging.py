@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tarfile
 import tomllib
 import venv
 import zipfile
@@ -34,8 +33,8 @@ def checked_output(*command: str | Path, **options) -> str:
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory) -> tuple[Path, Path]:
-    """A source distribution and the wheel made of it, from a copy of the sources."""
+def wheel(tmp_path_factory) -> Path:
+    """The wheel, made of the source distribution that is made of a copy of the sources."""
     copy = tmp_path_factory.mktemp("sources")
     for name in SOURCES:
         if (ROOT / name).is_dir():
@@ -44,20 +43,20 @@ def built(tmp_path_factory) -> tuple[Path, Path]:
             shutil.copy(ROOT / name, copy)
     said = checked_output(sys.executable, "-m", "build", "--no-isolation", cwd=copy)
     assert "deprecat" not in said.lower()
-    (source,), (wheel,) = (copy.glob(f"dist/*.{suffix}") for suffix in ("tar.gz", "whl"))
-    return source, wheel
+    (wheel,) = copy.glob("dist/*.whl")
+    return wheel
 
 
-def test_the_wheel_holds_both_packages_the_licence_and_nothing_else(built):
-    names = set(zipfile.ZipFile(built[1]).namelist())
+def test_the_wheel_holds_both_packages_the_licence_and_nothing_else(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
     modules = {path.relative_to(LIBRARY).as_posix() for path in LIBRARY.rglob("*.py")}
     information = f"flatllmcore-{PROJECT['version']}.dist-info"
     assert {name for name in names if not name.startswith(information)} == modules | {"flatllmcore/py.typed"}
     assert f"{information}/licenses/LICENSE" in names
 
 
-def test_the_wheel_states_what_it_needs(built):
-    with zipfile.ZipFile(built[1]) as file:
+def test_the_wheel_states_what_it_needs(wheel):
+    with zipfile.ZipFile(wheel) as file:
         (name,) = (name for name in file.namelist() if name.endswith("/METADATA"))
         metadata = email.message_from_bytes(file.read(name))
     assert metadata["License-Expression"] == "MIT"
@@ -66,16 +65,8 @@ def test_the_wheel_states_what_it_needs(built):
     assert needed == PROJECT["dependencies"]
 
 
-def test_the_source_distribution_holds_what_the_wheel_is_made_of_and_no_tests(built):
-    with tarfile.open(built[0]) as file:
-        names = {name.partition("/")[2] for name in file.getnames()}
-    modules = {f"lib/{path.relative_to(LIBRARY).as_posix()}" for path in LIBRARY.rglob("*.py")}
-    assert names >= modules | {"lib/flatllmcore/py.typed", "pyproject.toml", "README.md", "LICENSE"}
-    assert not {name for name in names if name.startswith(("tests", "models"))}
-
-
 @pytest.mark.slow
-def test_the_installed_wheel_runs_the_quick_start(built, tmp_path):
+def test_the_installed_wheel_runs_the_quick_start(wheel, tmp_path):
     """In an environment with the wheel and with this one's other packages, not downloaded again.
 
     ``-I`` hides PYTHONPATH; the assertion on the place shows that no other copy is used.
@@ -86,7 +77,7 @@ def test_the_installed_wheel_runs_the_quick_start(built, tmp_path):
     pip = [sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check"]
     # A PYTHONPATH that leads to an editable installation would have pip find the package installed already.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    checked_output(*pip, "install", "--no-deps", "--no-index", built[1], env=environment)
+    checked_output(*pip, "install", "--no-deps", "--no-index", wheel, env=environment)
     (site_packages,) = folder.glob("lib/python*/site-packages")
     # Folders that a .pth file names have their own .pth files left alone, and so an editable installation unseen.
     others = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]

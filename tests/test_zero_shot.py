@@ -241,9 +241,8 @@ def test_a_group_with_a_score_is_reported_as_one_and_others_by_their_tasks(tmp_p
 )
 def test_a_definition_that_does_not_work_is_refused_by_name(tmp_path, fields, reason):
     write_endings(tmp_path, "broken", **fields)
-    with pytest.raises(InputError) as refused:
+    with pytest.raises(InputError, match=rf"task 'broken' cannot be set up \({reason}"):
         load_tasks(["broken"], include_path=tmp_path)
-    assert f"task 'broken' cannot be set up ({reason}" in str(refused.value)
 
 
 @pytest.mark.parametrize("package", ["lm_eval.tasks", "accelerate"])
@@ -290,18 +289,14 @@ def test_unusable_arguments_are_one_line(tmp_path, capsys, argv, reason):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("spoil", ["config.json", "tokenizer.json", "model.safetensors", "logits"])
-def test_a_folder_that_is_no_model_is_one_line(folders, tmp_path, capsys, spoil):
+def test_a_model_that_gives_no_numbers_is_refused_in_one_line(folders, tmp_path, capsys):
     shutil.copytree(folders["compressed"], tmp_path / "model")
-    if spoil == "logits":
-        model = load_model(folders["compressed"])
-        model.model.norm.weight.data.fill_(torch.nan)
-        model.save_pretrained(tmp_path / "model")
-    else:
-        (tmp_path / "model" / spoil).unlink()
+    model = load_model(folders["compressed"])
+    model.model.norm.weight.data.fill_(torch.nan)
+    model.save_pretrained(tmp_path / "model")
     assert program.main([str(tmp_path / "model"), *LOCAL, "--limit", "1", "--save", str(tmp_path / "logs")]) == 2
     (error,) = capsys.readouterr().err.splitlines()
-    assert ("NaN or infinite logits in torch.bfloat16" if spoil == "logits" else "error: ") in error
+    assert "NaN or infinite logits in torch.bfloat16" in error
     assert not (tmp_path / "logs").exists()
 
 

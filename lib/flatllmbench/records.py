@@ -6,6 +6,7 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -32,10 +33,8 @@ def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages a result depends on, where installed."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):  # a copy of the package without its metadata, or an optional one
             found[package] = version(package)
-        except PackageNotFoundError:  # a copy of the package without its metadata, or an optional one
-            continue
     return found
 
 
@@ -67,12 +66,12 @@ def describe_config(config: PretrainedConfig, model: str, base_model: str | None
 
 
 def keep_record(
-    kind: str, args: Namespace, argv: Sequence[str] | None, name: str, measure: Callable[[], Record]
+    kind: str, args: Namespace, argv: Sequence[str] | None, model: str, marks: str, measure: Callable[[], Record]
 ) -> tuple[Path, Record]:
     """Measure, with a log, and write the record of this run of ``flatllmbench.<kind>``; return its place and itself."""
     started = time.perf_counter()
     command = ["python", "-m", f"flatllmbench.{kind}", *(sys.argv[1:] if argv is None else argv)]
-    path = args.save / f"{name}.json"
+    path = args.save / f"{model_name(model)}_{kind}{marks}.json"
     record = {"kind": kind, "command": shlex.join(command), "request": as_given(args), "versions": versions()}
     with logging_to(path.with_suffix(".log")), logging_redirect_tqdm():
         record |= measure() | {"elapsed_s": round(time.perf_counter() - started, 3)}

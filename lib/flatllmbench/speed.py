@@ -27,13 +27,7 @@ from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector
 from flatllmcore.errors import InputError
 from flatllmcore.layers import compressed_config
 from flatllmcore.utils.devices import parse_device, peak_allocated_bytes, reset_peak_allocated, synchronize
-from flatllmcore.utils.layer_utils import (
-    count_parameters,
-    dense_dimensions,
-    dimensions_from_config,
-    load_config,
-    model_name,
-)
+from flatllmcore.utils.layer_utils import count_parameters, dense_dimensions, dimensions_from_config, load_config
 from flatllmcore.utils.loading import load_model
 from flatllmcore.utils.progress import progress
 
@@ -107,11 +101,10 @@ def _numbers(text: str) -> list[int]:
 def keep_measurement(args: argparse.Namespace, argv: Sequence[str] | None) -> None:
     """Measure the models, write the record and print its tables."""
     read_flags(args, FLAGS)
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-    name = f"{model_name(args.shape or args.models[0])}_speed{'' if args.protocol == 'grid' else f'_{args.protocol}'}"
-    path, record = keep_record("speed", args, argv, name, lambda: measure_models(args, dict(read_configs(args))))
-    sys.stdout.write(f"record: {path}\n\n{measured_tables([flat(record)], 'speed')}")
+    torch.set_num_threads(args.threads or torch.get_num_threads())
+    model, marks = args.shape or args.models[0], "" if args.protocol == "grid" else f"_{args.protocol}"
+    path, found = keep_record("speed", args, argv, model, marks, lambda: measure_models(args, dict(read_configs(args))))
+    sys.stdout.write(f"record: {path}\n\n{measured_tables([flat(found)], 'speed')}")
 
 
 def read_configs(args: argparse.Namespace) -> Iterator[tuple[str, PretrainedConfig]]:

@@ -24,7 +24,6 @@ import torch
 
 from flatllmcore.errors import InputError
 from flatllmcore.utils.devices import parse_device
-from flatllmcore.utils.layer_utils import model_name
 from flatllmcore.utils.loading import load_model, load_tokenizer
 
 from .command_line import add_flags, check_include_path, read_flags, run_program
@@ -119,14 +118,13 @@ def _result(name: str, task: Any, found: Mapping[str, Any]) -> dict[str, Any]:
     metrics = {key.removesuffix(",none"): value for key, value in row.items() if "," in key and value != "N/A"}
     _, wanted = PAPER_TASKS.get(name, (0, "acc_norm"))
     metric = wanted if wanted in metrics else next(iter(metrics))
-    measure, comma, filtered = metric.partition(",")
     members = task.get_all_tasks() if hasattr(task, "get_all_tasks") else [task]
     shots = {member.get_config("num_fewshot") for member in members}
     logger.info("%s: %s %.4f on %d samples", name, metric, metrics[metric], row["sample_len"])
     return {
         "metric": metric,
         "value": metrics[metric],
-        "stderr": metrics.get(f"{measure}_stderr{comma}{filtered}"),
+        "stderr": metrics.get(metric.replace(",", "_stderr,") if "," in metric else f"{metric}_stderr"),
         "metrics": metrics,
         "samples": row["sample_len"],
         "num_fewshot": shots.pop() if len(shots) == 1 else None,  # those of a group may differ
@@ -161,9 +159,9 @@ def keep_evaluation(args: argparse.Namespace, argv: Sequence[str] | None) -> Non
         found = evaluate_saved(args.model, tasks, device, asked["eval_batch_size"], asked["limit"], **loading)
         return {"hardware": hardware(device), "model": described, "zero_shot": found}
 
-    marks = [model_name(args.model), "zero_shot", "+".join(asked["tasks"] or ())[:100]]
-    marks += [f"{name}-{asked[name]}" for name in ("num_fewshot", "limit") if asked[name] is not None]
-    keep_record("zero_shot", args, argv, "_".join(filter(None, marks)), evaluate)
+    marks = [f"_{'+'.join(asked['tasks'])[:100]}"] if asked["tasks"] else []
+    marks += [f"_{name}-{asked[name]}" for name in ("num_fewshot", "limit") if asked[name] is not None]
+    keep_record("zero_shot", args, argv, args.model, "".join(marks), evaluate)
 
 
 if __name__ == "__main__":
