@@ -1,7 +1,6 @@
 """The report of measured runs beside published figures, made from the records that the programs write.
 
     python -m flatllmbench.report results/records --out results
-    python -m flatllmbench.report logs/*.json --out report
 
 Writes `README.md` and `perplexity.png` to `--out`, and the tables of compressions to stdout.
 """

@@ -90,8 +90,7 @@ def _compression_table(runs: list[Record]) -> str:
 
 
 def _speed_table(runs: list[Record]) -> str:
-    cells = (flat(cell | {"of": run["models"][cell["model"]]}) for run in runs for cell in run["cells"])
-    return _table(_SPEED, cells)
+    return _table(_SPEED, (flat(cell | {"of": run["models"][cell["model"]]}) for run in runs for cell in run["cells"]))
 
 
 def _accuracy_table(runs: list[Record]) -> str:
