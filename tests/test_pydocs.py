@@ -7,9 +7,6 @@ import re
 import sys
 from pathlib import Path
 
-import pytest
-
-from flatllmcore.errors import InputError
 from flatllmcore.utils import text_sources
 from flatllmcore.utils.text_sources import has_test_split, load_text
 
@@ -27,15 +24,6 @@ def test_the_text_is_found_by_its_name_and_no_paragraph_stands_in_it_twice():
     stated = re.findall(r"jsonl.xz` \| (\d+) \| ([\d,]+)", readme)
     assert [(str(len(text.documents)), f"{sum(map(len, text.documents)):,}") for text in texts] == stated
     assert has_test_split("pydocs")
-
-
-def test_a_local_copy_goes_before_it_and_without_either_the_path_is_asked_for(tmp_path, monkeypatch):
-    monkeypatch.setattr(text_sources, "EMBEDDED_TEXT", tmp_path / "nowhere")
-    with pytest.raises(InputError, match=r"installed without the repository; give the path of its models/pydocs-llama"):
-        load_text("pydocs", "test", dataset_root=tmp_path)
-    (tmp_path / "pydocs").mkdir()
-    (tmp_path / "pydocs" / "test.txt").write_text("mine")
-    assert load_text("pydocs", "test", dataset_root=tmp_path).documents == ["mine"]
 
 
 def test_the_script_takes_the_prose_of_docstrings(tmp_path, monkeypatch):

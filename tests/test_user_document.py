@@ -57,10 +57,10 @@ def wikitext2(tmp_path, monkeypatch):
     path = tmp_path / "wikitext2-train.txt"
     path.write_text("\n".join(documents(400)))
 
-    def download(hub, pattern, cache_dir):
+    def download(hub, split, cache_dir):
         assert "wikitext" in hub.hub_id
-        assert "train" in pattern
-        return [path]
+        assert split == "train"
+        return path
 
     monkeypatch.setattr(text_sources, "_download", download)
 
@@ -101,7 +101,7 @@ from conftest import tiny_model
 from tiny_text import word_tokenizer
 from flatllmcore import FlatLLMReassembler
 from flatllmcore.utils import text_sources
-text_sources._download = lambda *_: [Path({str(tmp_path / "text.txt")!r})]
+text_sources._download = lambda *_: Path({str(tmp_path / "text.txt")!r})
 from fedcore.algorithm.low_rank.reassembly.core_reassemblers import REASSEMBLERS, Reassembler
 model, tokenizer = tiny_model(), word_tokenizer()
 {SAMPLES["Integration with FedCore"]}
@@ -170,7 +170,7 @@ class TestComponents:
     def test_utilities(self, tmp_path):
         """Calibration data are prepared and described."""
         (tmp_path / "text.txt").write_text("\n".join(documents(30)))
-        text = data_utils.load_text(str(tmp_path / "text.txt"), "train")
+        text = text_sources.load_text(str(tmp_path / "text.txt"), "train")
         windows = data_utils.sample_documents(text, TOKENIZER, 6, 16, seed=1)
         running_text = " ".join(documents(30) * 2)  # the last document is followed by the first
         assert all(TOKENIZER.decode(window) in running_text for window in windows)

@@ -1,12 +1,12 @@
 """The one order of things: windows → importance → allocation → compression → saving.
 
-:class:`Pipeline` has the steps in that order over any source and sink; the library and the FedCore adapters run it on a
-model in memory, ``checkpoint_run.py`` from a checkpoint on disk to another, for ``main.py``.
+The library and the FedCore adapters run it on a model in memory, ``checkpoint_run.py`` from a checkpoint on disk to
+another, for ``main.py``.
 """
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from torch import Tensor
@@ -23,27 +23,20 @@ from .methods import METHODS
 from .utils import data_utils
 from .utils.layer_utils import dimensions_from_config
 from .utils.stopwatch import stage
-from .utils.text_sources import TextDataset
+from .utils.text_sources import TextDataset, load_text
 
 logger = logging.getLogger(__name__)
 
 TO_SCORE, TO_COMPRESS = 128, 256  # windows in the published setting
-Sampler = Callable[[TextDataset, PreTrainedTokenizerBase, int, int, int], Tensor]
 
 
+@dataclass
 class Pipeline:
-    """The steps of one compression.
+    """The steps of one compression; no tokenizer is needed where the calibration data are token ids."""
 
-    Args:
-        model_config: Of the model; dense to be compressed, any to be scored.
-        config: What is asked.
-        tokenizer: The model's; not needed where the calibration data are token ids.
-    """
-
-    def __init__(
-        self, model_config: PretrainedConfig, config: FlatLLMConfig, tokenizer: PreTrainedTokenizerBase | None = None
-    ) -> None:
-        self.model_config, self.config, self.tokenizer = model_config, config, tokenizer
+    model_config: PretrainedConfig
+    config: FlatLLMConfig
+    tokenizer: PreTrainedTokenizerBase | None = None
 
     @cached_property
     def selector(self) -> ImportancePreservingRankSelector:
@@ -96,28 +89,24 @@ class Pipeline:
     @cached_property
     def _data(self) -> TextDataset | list[Tensor]:
         config = self.config
-        return data_utils.read_calibration_data(
-            config.cal_dataset,
-            nsamples=config.cal_nsamples or TO_COMPRESS,
-            padding_ids=data_utils.padding_ids_of(self.model_config, self.tokenizer),
-            dataset_root=config.dataset_root,
-            cache_dir=config.cache_dir,
-        )
+        if isinstance(config.cal_dataset, str):
+            return load_text(config.cal_dataset, "train", dataset_root=config.dataset_root, cache_dir=config.cache_dir)
+        padding_ids = data_utils.padding_ids_of(self.model_config, self.tokenizer)
+        return data_utils.read_calibration_data(config.cal_dataset, config.cal_nsamples or TO_COMPRESS, padding_ids)
 
-    def _windows(self, sample: Sampler, published: int) -> Tensor:
+    def _windows(self, sample: Callable[..., Tensor], published: int) -> Tensor:
         """Return calibration windows, (N, S): sampled from a text, or the token ids given."""
         config, seqlen = self.config, self.seqlen
         nsamples = config.cal_nsamples or published
         with stage("data"):
             data = self._data
-            if isinstance(data, TextDataset):
-                if self.tokenizer is None:
-                    raise InputError(f"a tokenizer is needed to calibrate on {data.name}; give one, or give token ids")
-                windows = sample(data, self.tokenizer, nsamples, seqlen, config.seed)
+            if not isinstance(data, TextDataset):
+                longest = max(map(len, data)) if config.seqlen is None else seqlen
+                windows = data_utils.windows_of_rows(data, min(seqlen, longest))[:nsamples]
+            elif self.tokenizer is None:
+                raise InputError(f"a tokenizer is needed to calibrate on {data.name}; give one, or give token ids")
             else:
-                if config.seqlen is None:
-                    seqlen = min(seqlen, max(len(row) for row in data))
-                windows = data_utils.windows_of_rows(data, seqlen)[:nsamples]
+                windows = sample(data, self.tokenizer, nsamples, seqlen, config.seed)
             data_utils.check_token_ids(windows, self.model_config.vocab_size)
         logger.info("calibration data: %s", data_utils.calibration_statistics(windows))
         return windows

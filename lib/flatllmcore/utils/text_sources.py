@@ -1,12 +1,12 @@
 """Where text comes from: a named dataset (the hub's, a local copy of it, or pydocs), or a file or folder."""
 
+import glob
 import lzma
 import re
 import zlib
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, NamedTuple
@@ -19,7 +19,8 @@ EMBEDDED_TEXT = Path(__file__).resolve().parents[3] / "models" / "pydocs-llama" 
 _SUFFIXES = (".txt", ".raw", ".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.xz", ".parquet")
 _LINES = (".txt", ".raw")  # .raw: WikiText's own distribution
 _ACCEPTED = ", ".join(_SUFFIXES)
-_SPLIT_WORDS = {"train": {"train"}, "test": {"test"}, "validation": {"validation", "valid", "val", "dev"}}
+_VALIDATION = ("validation", "valid", "val", "dev")
+_SPLIT_WORDS = re.compile(f"(?<![a-z])(?:train|test|{'|'.join(_VALIDATION)})(?![a-z])")
 
 
 @dataclass(frozen=True)
@@ -33,24 +34,24 @@ class TextDataset:
 
 
 class _HubDataset(NamedTuple):
-    """A dataset on the hub: which files hold each split, and other names its local copies go by."""
+    """A dataset on the hub: which file holds each split, and other folders that local copies are in."""
 
     hub_id: str
     files: dict[str, str]
-    spellings: Sequence[str] = ()
+    folders: tuple[str, ...] = ()
 
 
 _HUB_DATASETS = {
     "wikitext2": _HubDataset(
         "Salesforce/wikitext",
-        {split: f"wikitext-2-raw-v1/{split}-*.parquet" for split in ("train", "test")},
-        ("wikitext-2-raw-v1", "wikitext-2-raw", "wikitext-2"),
+        {split: f"wikitext-2-raw-v1/{split}-00000-of-00001.parquet" for split in ("train", "test")},
+        ("wikitext", "wikitext-2-raw-v1"),
     ),
     "c4": _HubDataset(
         "allenai/c4",
         {"train": "en/c4-train.00000-of-01024.json.gz", "test": "en/c4-validation.00000-of-00008.json.gz"},
     ),
-    "alpaca": _HubDataset("tatsu-lab/alpaca", {"train": "data/train-*.parquet"}),
+    "alpaca": _HubDataset("tatsu-lab/alpaca", {"train": "data/train-00000-of-00001-a09b74b3ef9c3b56.parquet"}),
 }
 DATASET_NAMES = ("pydocs", *_HUB_DATASETS)
 
@@ -62,8 +63,7 @@ def load_text(
 
     The lines of a text file are its documents, and ``"\\n".join`` gives the file back exactly. Elsewhere every record
     is one: its column ``text``, or the Alpaca prompt made of ``instruction``, ``input`` and ``output``. A single file
-    gives all of it as either split; a folder without test files gives its validation files as test split. ``alpaca`` is
-    split as the literature does, by two seeded shuffles.
+    gives all of it as either split; a folder without test files gives its validation files as test split.
 
     Args:
         name_or_path: One of ``DATASET_NAMES``, else a path (``./c4`` for a folder called like a dataset).
@@ -83,138 +83,101 @@ def has_test_split(name_or_path: str, dataset_root: Path | None = None) -> bool:
     """Tell whether a text keeps apart a part to evaluate on; a single file does not."""
     if name_or_path in _HUB_DATASETS and dataset_root is None:
         return True
-    splits = _local_splits(name_or_path, dataset_root)
-    return name_or_path == "alpaca" or not {"test", "validation"}.isdisjoint(splits)
+    place = _location(name_or_path, dataset_root)
+    return name_or_path == "alpaca" or (place.is_dir() and bool(_files_in(place, name_or_path, "test")))
 
 
 def _files(name: str, split: Split, dataset_root: Path | None, cache_dir: Path | None) -> list[Path]:
-    hub = _HUB_DATASETS.get(name)
-    if hub and dataset_root is None:
-        return _download(hub, hub.files[split], cache_dir)
-    splits = _local_splits(name, dataset_root)
-    files = splits.get("any") or splits.get(split) or (splits.get("validation") if split == "test" else None)
-    if not files:
-        raise InputError(
-            f"no {split} text in {_location(name, dataset_root)}; expected {_ACCEPTED} files with the split in their "
-            f"name, found {', '.join(sorted(splits)) or 'none'}"
-        )
-    if len({(path.parent, path.suffix) for path in files}) > 1:
-        names = ", ".join(map(str, files[:4]))
-        raise InputError(f"several texts are called {split} ({names}...); give the folder or file of one")
-    return files
-
-
-def _local_splits(name: str, dataset_root: Path | None) -> dict[str, list[Path]]:
-    """Return the files of a local text by split: train, test and validation of a folder, "any" of a single file.
-
-    A split is read off the words of a file's name, else of the folders it is in. As on the Hugging Face Hub, files
-    are all train when no name tells a split.
-    """
+    if name in _HUB_DATASETS and dataset_root is None:
+        return [_download(_HUB_DATASETS[name], split, cache_dir)]
     place = _location(name, dataset_root)
-    if place.is_file():
-        return {"any": [place]}
-    splits = defaultdict(list)
-    for path in sorted(place.rglob("*")):
-        parts = path.relative_to(place).parts
-        if path.is_file() and _ends(path, _SUFFIXES) and not any(part.startswith(".") for part in parts):
-            words = (set(re.findall("[a-z]+", part.lower())) for part in reversed(parts))
-            told = (split for found in words for split, names in _SPLIT_WORDS.items() if found & names)
-            splits[next(told, "unnamed")].append(path)
-    unnamed = splits.pop("unnamed", [])
-    if unnamed and not splits:
-        splits["train"] = unnamed
-    hub = _HUB_DATASETS.get(name)
-    published = {split: sorted(place.glob(pattern)) for split, pattern in hub.files.items()} if hub else {}
-    # A clone may hold other configurations and shards.
-    return splits | {split: files for split, files in published.items() if files}
+    files = [place] if place.is_file() else _files_in(place, name, split)
+    if not files:
+        raise InputError(f"no {split} text in {place}; expected {_ACCEPTED} files with the split in their name")
+    if len({(path.parent, path.suffix) for path in files}) > 1:
+        raise InputError(f"several texts are called {split}: {files[0]}, {files[-1]}; give the folder or file of one")
+    return files
 
 
 def _location(name: str, dataset_root: Path | None) -> Path:
     """Return the file or folder that a name or path stands for, where the hub is not asked."""
     hub = _HUB_DATASETS.get(name)
     if hub and dataset_root:
-        candidates = dict.fromkeys([name, hub.hub_id, hub.hub_id.split("/")[1], *hub.spellings])
-        folders = [dataset_root / candidate for candidate in candidates if (dataset_root / candidate).is_dir()]
-        files = [path for path in sorted(dataset_root.glob(f"{name}*")) if path.is_file() and _ends(path, _SUFFIXES)]
-        if folders or len(files) == 1:
-            return (folders or files)[0]
-        raise InputError(
-            f"no local copy of {name!r} in {dataset_root}; expected one of the folders {', '.join(candidates)} or "
-            f"one file {name}* ({_ACCEPTED}), found {', '.join(path.name for path in files) or 'none'}"
-        )
-    path, advice = Path(name).expanduser(), f"known datasets: {', '.join(DATASET_NAMES)}; or a file or folder"
-    if name == "pydocs":
-        copy = dataset_root and dataset_root / name
-        path = copy if copy and copy.is_dir() else EMBEDDED_TEXT
-        advice = "this package is installed without the repository; give the path of its models/pydocs-llama/text"
-    if not path.exists():
-        raise InputError(f"no dataset or path called {name!r}; {advice}")
-    return path
+        places = [dataset_root / folder for folder in (name, hub.hub_id, *hub.folders)]
+    else:
+        places = [EMBEDDED_TEXT if name == "pydocs" else Path(name).expanduser()]
+    for place in places:
+        if place.exists():
+            return place
+    raise InputError(
+        f"no dataset or path called {name!r}; known datasets: {', '.join(DATASET_NAMES)}; "
+        f"looked for {', '.join(map(str, places))}"
+    )
 
 
-def _download(hub: _HubDataset, pattern: str, cache_dir: Path | None) -> list[Path]:
-    """Return files of the hub's cache, got if need be; ``load_dataset(hub_id)`` asks the hub even for what is there."""
-    from huggingface_hub import snapshot_download
+def _files_in(folder: Path, name: str, split: Split) -> list[Path]:
+    """Return the files of one split, which is the last word in a file's path that names one.
+
+    As on the Hugging Face Hub, files are all train when no path names a split.
+    """
+    if name in _HUB_DATASETS:  # a clone may hold other configurations and shards
+        published = folder / _HUB_DATASETS[name].files[split]
+        if published.is_file():
+            return [published]
+    splits = defaultdict(list)
+    for path in sorted(folder.rglob("[!.]*")):
+        if _ends(path, _SUFFIXES):
+            words = _SPLIT_WORDS.findall(str(path.relative_to(folder)).lower())
+            splits[words[-1] if words else "unnamed"].append(path)
+    if split == "test":
+        return splits["test"] or [path for word in _VALIDATION for path in splits[word]]
+    return splits["unnamed"] if splits.keys() == {"unnamed"} else splits["train"]
+
+
+def _download(hub: _HubDataset, split: Split, cache_dir: Path | None) -> Path:
+    """Return a file in the hub's cache; ``load_dataset(hub_id)`` would ask the hub even for what is there."""
+    from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HTTPError
 
     try:
-        folder = snapshot_download(
-            hub.hub_id, repo_type="dataset", allow_patterns=pattern, cache_dir=cache_dir, etag_timeout=10
-        )
-        files = sorted(Path(folder).glob(pattern))
-        if not files:  # an earlier download left a snapshot without these files, and there is no network now
-            raise FileNotFoundError(f"no {pattern} in {folder}")
+        return Path(hf_hub_download(hub.hub_id, hub.files[split], repo_type="dataset", cache_dir=cache_dir))
     except (OSError, HTTPError) as error:
+        reason = str(error).splitlines()[0]
         raise InputError(
-            f"could not get {hub.hub_id} from the Hugging Face Hub ({_first_line(error)}); "
+            f"could not get {hub.hub_id} from the Hugging Face Hub ({reason}); "
             "without a network give --dataset_root DIR with a local copy, or a path as the dataset"
         ) from error
-    return files
 
 
 def _read_documents(path: Path) -> list[str]:
-    if not _ends(path, _SUFFIXES):
-        raise InputError(f"{path} is not a kind of text file known here; accepted: {_ACCEPTED}")
     try:
         if _ends(path, _LINES):  # not by load_dataset("text"), which makes line feeds of carriage returns
             return path.read_bytes().decode().split("\n")
-        return _read_records(path)
-    except InputError:
-        raise
+        from datasets import load_dataset
+
+        builder = "parquet" if _ends(path, (".parquet",)) else "json"
+        file = glob.escape(str(path.absolute()))
+        # Streaming makes no copy of the text; all that the cache gets is a lock.
+        with TemporaryDirectory() as cache:
+            rows = load_dataset(builder, data_files=file, split="train", streaming=True, cache_dir=cache)
+            return [_document(row) for row in progress(rows, f"reading {path.name}", "row")]
     except (OSError, ValueError, EOFError, StopIteration, zlib.error, lzma.LZMAError) as error:
-        raise InputError(f"{path} is damaged or not what its name says ({_first_line(error)})") from error
+        reason = (str(error) or repr(error)).splitlines()[0]
+        raise InputError(f"cannot read text from {path} ({reason}); accepted: {_ACCEPTED}") from error
 
 
-def _read_records(path: Path) -> list[str]:
-    from datasets import load_dataset
-
-    builder = "parquet" if _ends(path, (".parquet",)) else "json"
-    pattern = re.sub(r"([*?[])", r"[\1]", str(path.absolute()))  # these characters would match others
-    documents: list[str] = []
-    # Streaming makes no copy of the text; all that the cache gets is a lock.
-    with TemporaryDirectory() as cache, progress(None, f"reading {path.name}", "row") as bar:
-        dataset = load_dataset(builder, data_files=pattern, split="train", streaming=True, cache_dir=cache)
-        for columns in dataset.iter(1000):
-            found = _documents_of(columns, path)
-            documents += found
-            bar.update(len(found))
-    return documents
-
-
-def _documents_of(columns: Mapping[str, list[Any]], path: Path) -> list[str]:
-    if "text" in columns:
-        parts = [columns["text"]]
-    elif {"instruction", "output"} <= columns.keys():
-        instructions, outputs = columns["instruction"], columns["output"]
-        parts = [instructions, [given or "" for given in columns.get("input", [""] * len(outputs))], outputs]
+def _document(row: Mapping[str, Any]) -> str:
+    """Return the text of a record, or the Alpaca prompt made of it."""
+    if "text" in row:
+        parts = [row["text"]]
+    elif {"instruction", "output"} <= row.keys():
+        parts = [row["instruction"], row.get("input") or "", row["output"]]
     else:
-        raise InputError(
-            f"{path} has the columns {', '.join(columns)}; expected text, or instruction, input and output"
-        )
-    for value in chain(*parts):
-        if not isinstance(value, str):
-            raise InputError(f"{path} has {type(value).__name__} where text was expected")
-    return parts[0] if len(parts) == 1 else list(map(_alpaca_prompt, *parts))
+        raise ValueError(f"columns {', '.join(row)} where text, or instruction, input and output were expected")
+    for part in parts:
+        if not isinstance(part, str):
+            raise ValueError(f"{type(part).__name__} where text was expected")
+    return parts[0] if len(parts) == 1 else _alpaca_prompt(*parts)
 
 
 def _alpaca_prompt(instruction: str, given: str, output: str) -> str:
@@ -236,7 +199,3 @@ def _alpaca_split(documents: list[str], split: Split) -> list[str]:
 
 def _ends(path: Path, suffixes: tuple[str, ...]) -> bool:
     return path.name.lower().endswith(suffixes)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
