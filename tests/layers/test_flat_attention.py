@@ -7,7 +7,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from flatllmcore.layers import flat_attention
-from flatllmcore.layers.flat_attention import attention_value_width, one_token_attention
+from flatllmcore.layers.flat_attention import one_token_attention, padded_values
 
 from .tiny_models import RANKS, SIZES, compress, dense_model_of, generate, project_in_full_size
 
@@ -28,10 +28,11 @@ from .tiny_models import RANKS, SIZES, compress, dense_model_of, generate, proje
 def test_values_are_as_wide_as_the_attention_function_asks(
     implementations, query_length, device_type, width_of, head_dim, data
 ):
-    rank = data.draw(st.integers(1, head_dim))
+    value = torch.ones(3, data.draw(st.integers(1, head_dim)))
     for implementation in implementations.split():
-        found = attention_value_width(rank, head_dim, query_length, implementation, device_type)
-        assert found == width_of(rank, head_dim)
+        padded = padded_values(value, head_dim, query_length, implementation, device_type)
+        assert padded.shape == (3, width_of(value.shape[1], head_dim))
+        assert padded.sum() == value.numel()
 
 
 MASKS = {
@@ -114,8 +115,7 @@ def test_values_padded_in_the_cache_give_the_same_tokens(flat_model, tokens, mon
     """As on an accelerator, which this pretends to be on by its widths."""
     model = flat_model()
     expected = generate(model, tokens)
-    on_accelerator = flat_attention.attention_value_width
-    monkeypatch.setattr(flat_attention, "attention_value_width", lambda *args: on_accelerator(*args[:4], "cuda"))
+    monkeypatch.setattr(flat_attention, "padded_values", lambda *args: padded_values(*args[:4], "cuda"))
     monkeypatch.setattr(flat_attention.FlatAttention, "_takes_one_token_attention", lambda *_: False)
     cache = DynamicCache(config=model.config)
     assert torch.equal(generate(model, tokens, past_key_values=cache), expected)

@@ -5,9 +5,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, PreTrainedModel, Qwen2Config, Qwen3Config
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
 
-from flatllmcore.layers import FAMILIES, adopt_compressed_layers, compress_decoder_layer, compressed_config
+from flatllmcore.layers import adopt_compressed_layers, compress_decoder_layer, compressed_config
 from flatllmcore.utils.dimensions import Kept
 
 DENSE = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
@@ -41,7 +49,7 @@ def random_model(config: PreTrainedConfig) -> PreTrainedModel:
     """Return a random dense model of ``config``, which loses its end-of-text token."""
     torch.manual_seed(0)
     config.eos_token_id = None  # greedy decoding that never ends early compares the most tokens
-    model = FAMILIES[config.model_type].dense_causal_lm(config).eval()
+    model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).eval()
     for name, parameter in model.named_parameters():
         if name.endswith(("bias", "norm.weight")):  # transformers starts them as constants: one left out would hide
             parameter.add_(0.5 * torch.randn_like(parameter))
