@@ -110,7 +110,8 @@ def test_save_load_generate_and_save_again_are_bit_exact(published, prune_qk, tm
     tokens = random_windows(4, 3)[:, :9]
     compressed.save_pretrained(tmp_path / "first")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "first")
-    assert type(loaded) is type(compressed)
+    trusted = AutoModelForCausalLM.from_pretrained(tmp_path / "first", trust_remote_code=True)
+    assert type(loaded) is type(trusted) is type(compressed)
     assert [layer.self_attn.value_head_dim for layer in loaded.model.layers] == [
         kept.value_rank for kept in ranks.layers
     ]

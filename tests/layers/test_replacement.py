@@ -6,7 +6,7 @@ import torch
 from flatllmcore import InputError
 from flatllmcore.layers import FAMILIES, adopt_compressed_layers, compress_decoder_layer, compressed_config
 
-from .tiny_models import RANKS, WIDTHS, compress, compressed_layers, dense_model_of, kept, projected_weights
+from .tiny_models import RANKS, WIDTHS, compress, dense_model_of, kept, projected_weights
 
 
 def test_the_config_keeps_everything_else(dense_model):
@@ -105,15 +105,6 @@ def test_adoption_keeps_the_object_and_its_parts(dense_model, family, tokens):
     outputs = model(tokens, output_hidden_states=True, output_attentions=True)
     assert len(outputs.hidden_states) == 4
     assert len(outputs.attentions) == 3
-
-
-def test_adopted_layers_follow_the_model_though_made_under_an_equal_config(dense_model):
-    model = dense_model()
-    config = compressed_config(model.config, kept())
-    layers = compressed_layers(model, config)
-    model.set_attn_implementation("eager")
-    adopt_compressed_layers(model, copy.deepcopy(config), layers)
-    assert {layer.self_attn.config._attn_implementation for layer in layers} == {"eager"}
 
 
 def test_adoption_refuses_a_model_of_another_family():

@@ -102,6 +102,4 @@ def adopt_compressed_layers(
     for module in model.modules():
         if getattr(module, "config", None) is dense_config:
             module.config = flat_config
-    for layer in layers:
-        layer.self_attn.config = flat_config
     return model
