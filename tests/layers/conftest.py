@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from flatllmcore.utils.layer_utils import load_config
+from flatllmcore.utils.layer_utils import FAMILY_NAMES, load_config
 
 from .published import COMMON, PUBLISHED
-from .tiny_models import DENSE, SIZES, compress, dense_model_of, random_model
+from .tiny_models import SIZES, compress, dense_model_of, random_model
 
 
-@pytest.fixture(params=DENSE)
+@pytest.fixture(params=FAMILY_NAMES)
 def family(request: pytest.FixtureRequest) -> str:
     return request.param
 

@@ -27,7 +27,7 @@ LLAMA_3 = {
     },
 }
 QWEN_2 = {"model_type": "qwen2", "rope_theta": 1000000.0}
-QWEN_3 = {"model_type": "qwen3", "rope_theta": 1000000, "rope_scaling": None}
+QWEN_3 = {"model_type": "qwen3", "attention_bias": False, "rope_theta": 1000000, "rope_scaling": None}
 
 
 def shape(*sizes: int) -> dict[str, int]:
@@ -44,27 +44,13 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "Llama-3.1-8B": {**LLAMA_3, "attention_bias": False, "eos_token_id": [2, 3], **shape(4, 1, 48, 72)},
     "Llama-3.2-1B": {**LLAMA_3, "head_dim": 8, "tie_word_embeddings": True, **shape(4, 2, 32, 56)},
     "Llama with biases": {"model_type": "llama", "attention_bias": True, "mlp_bias": True, **shape(4, 2, 32, 56)},
-    "SmolLM2-135M": {
-        "model_type": "llama",
-        "is_llama_config": True,
-        "rope_interleaved": False,
-        "rope_theta": 100000,
-        "tie_word_embeddings": True,
-        **shape(9, 3, 72, 96),
-    },
+    "SmolLM2-135M": {"model_type": "llama", "is_llama_config": True, "rope_theta": 100000, **shape(9, 3, 72, 96)},
     "Mistral-7B-v0.1": {"model_type": "mistral", "sliding_window": 5, "rope_theta": 10000.0, **shape(4, 1, 32, 56)},
     "Mistral-Nemo": {"model_type": "mistral", "head_dim": 8, "sliding_window": None, **shape(4, 1, 40, 56)},
     "Qwen2-7B": {**QWEN_2, "tie_word_embeddings": False, **qwen_windows(False, 128, 3), **shape(7, 1, 56, 72)},
     "Qwen2.5-0.5B": {**QWEN_2, "tie_word_embeddings": True, **qwen_windows(False, 128, 3), **shape(14, 2, 56, 72)},
     "Qwen2 with windows": {**QWEN_2, **qwen_windows(True, 5, 1), **shape(4, 2, 32, 56)},
-    "Qwen3-0.6B": {
-        **QWEN_3,
-        "attention_bias": False,
-        "head_dim": 16,
-        "tie_word_embeddings": True,
-        **qwen_windows(False, None, 3),
-        **shape(4, 2, 32, 56),
-    },
+    "Qwen3-0.6B": {**QWEN_3, "head_dim": 16, "tie_word_embeddings": True, **shape(4, 2, 32, 56)},
     "Qwen3 with biases and windows": {
         **QWEN_3,
         "attention_bias": True,

@@ -7,16 +7,15 @@ from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from flatllmcore.layers import flat_attention
-from flatllmcore.layers.flat_attention import attention_value_width, one_token_attention
+from flatllmcore.layers.flat_attention import one_token_attention, padded_values
 
-from .tiny_models import RANKS, SIZES, compress, dense_model_of, generate, project_in_full_size
+from .tiny_models import SIZES, compress, dense_model_of, generate, project_in_full_size
 
 
 @pytest.mark.parametrize(
     ("implementations", "query_length", "device_type", "width_of"),
     [
-        ("eager", 1, "cuda", lambda rank, _: rank),
-        ("eager", 7, "cpu", lambda rank, _: rank),
+        ("eager", 7, "cuda", lambda rank, _: rank),
         ("sdpa flash_attention_2 flex_attention paged|sdpa", 7, "cpu", lambda _, head_dim: head_dim),
         ("sdpa flash_attention_2 flex_attention paged|sdpa", 7, "cuda", lambda _, head_dim: head_dim),
         ("flash_attention_2 flash_attention_3 flex_attention paged|eager", 1, "cuda", lambda _, head_dim: head_dim),
@@ -28,10 +27,11 @@ from .tiny_models import RANKS, SIZES, compress, dense_model_of, generate, proje
 def test_values_are_as_wide_as_the_attention_function_asks(
     implementations, query_length, device_type, width_of, head_dim, data
 ):
-    rank = data.draw(st.integers(1, head_dim))
+    value = torch.ones(3, data.draw(st.integers(1, head_dim)))
     for implementation in implementations.split():
-        found = attention_value_width(rank, head_dim, query_length, implementation, device_type)
-        assert found == width_of(rank, head_dim)
+        padded = padded_values(value, head_dim, query_length, implementation, device_type)
+        assert padded.shape == (3, width_of(value.shape[1], head_dim))
+        assert padded.sum() == value.numel()
 
 
 MASKS = {
@@ -82,7 +82,7 @@ def test_prompt_and_decoding_on_cpu_avoid_the_unfused_path(few_keys, monkeypatch
 
 
 def test_what_one_token_attention_does_not_take_goes_to_the_attention_function(flat_model, tokens, monkeypatch):
-    """A mask per head, then dropout; the last line shows that a step without either would have been taken."""
+    """A mask per head, then dropout, in training alone; the last line shows that other steps would have been taken."""
     model = flat_model(attention_dropout=0.5)
     monkeypatch.setattr(flat_attention, "one_token_attention", None)
     cache = DynamicCache(config=model.config)
@@ -93,6 +93,7 @@ def test_what_one_token_attention_does_not_take_goes_to_the_attention_function(f
     logits = model(tokens[:, -1:], attention_mask=mask, past_key_values=cache).logits[:, -1]
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
     model.train()(tokens[:, -1:], past_key_values=cache)
+    assert not torch.equal(model(tokens).logits, model(tokens).logits)
     model.eval()
     with pytest.raises(TypeError, match="not callable"):
         model(tokens[:, -1:], past_key_values=cache)
@@ -114,21 +115,12 @@ def test_values_padded_in_the_cache_give_the_same_tokens(flat_model, tokens, mon
     """As on an accelerator, which this pretends to be on by its widths."""
     model = flat_model()
     expected = generate(model, tokens)
-    on_accelerator = flat_attention.attention_value_width
-    monkeypatch.setattr(flat_attention, "attention_value_width", lambda *args: on_accelerator(*args[:4], "cuda"))
+    monkeypatch.setattr(flat_attention, "padded_values", lambda *args: padded_values(*args[:4], "cuda"))
     monkeypatch.setattr(flat_attention.FlatAttention, "_takes_one_token_attention", lambda *_: False)
     cache = DynamicCache(config=model.config)
     assert torch.equal(generate(model, tokens, past_key_values=cache), expected)
     assert [layer.values.shape[-1] for layer in cache.layers] == [8, 16, 16]
     assert torch.equal(generate(model, tokens, cache_implementation="static"), expected)
-
-
-def test_cached_values_are_as_wide_as_the_rank(flat_model, tokens):
-    model = flat_model()
-    cache = DynamicCache(config=model.config)
-    model(tokens, past_key_values=cache)
-    assert [layer.values.shape[-1] for layer in cache.layers] == list(RANKS)
-    assert [layer.keys.shape[-1] for layer in cache.layers] == [SIZES["head_dim"]] * len(RANKS)
 
 
 @pytest.mark.parametrize("is_adopted", [True, False], ids=["adopted", "built anew"])
@@ -168,10 +160,3 @@ def test_attention_weights_and_hidden_states_equal_those_of_the_projected_model(
     assert len(outputs[0].hidden_states) == 4
     torch.testing.assert_close(outputs[0].attentions, outputs[1].attentions, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(outputs[0].hidden_states, outputs[1].hidden_states, rtol=1e-3, atol=1e-4)
-
-
-def test_attention_dropout_acts_in_training_only(flat_model, tokens):
-    model = flat_model(attention_dropout=0.5)
-    assert torch.equal(model(tokens).logits, model(tokens).logits)
-    model.train()
-    assert not torch.equal(model(tokens).logits, model(tokens).logits)

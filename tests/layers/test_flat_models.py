@@ -6,9 +6,9 @@ import textwrap
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
-from .tiny_models import RANKS, SIZES, WIDTHS, compress, dense_model_of, generate, project_in_full_size
+from .tiny_models import RANKS, SIZES, compress, dense_model_of, generate, project_in_full_size
 
 
 def contents(folder):
@@ -39,18 +39,6 @@ def test_a_uniform_model_needs_no_per_layer_config(dense_model, tokens, tmp_path
     model.save_pretrained(tmp_path)
     assert "per_layer_config" not in (tmp_path / "config.json").read_text()
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(tokens).logits, model(tokens).logits)
-
-
-def test_auto_classes_load_with_the_package(flat_model, family, tokens, tmp_path):
-    model = flat_model()
-    model.save_pretrained(tmp_path)
-    config = AutoConfig.from_pretrained(tmp_path)
-    assert config.model_type == f"flat_{family}"
-    assert [layer.intermediate_size for layer in config.per_layer_config] == list(WIDTHS)
-    trusted = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
-    assert type(trusted) is type(model)
-    headless = AutoModel.from_pretrained(tmp_path)
-    assert torch.equal(headless(tokens).last_hidden_state, model.model(tokens).last_hidden_state)
 
 
 def test_the_folder_loads_where_the_package_is_not_installed(flat_model, tokens, tmp_path):

@@ -5,12 +5,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, PreTrainedModel, Qwen2Config, Qwen3Config
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 
-from flatllmcore.layers import FAMILIES, adopt_compressed_layers, compress_decoder_layer, compressed_config
+from flatllmcore.layers import adopt_compressed_layers, compress_decoder_layer, compressed_config
 from flatllmcore.utils.dimensions import Kept
 
-DENSE = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 RANKS, WIDTHS = (5, 16, 11), (96, 40, 33)
 SIZES = {
     "hidden_size": 64,
@@ -33,7 +32,7 @@ def kept(ranks: Sequence[int] = RANKS, widths: Sequence[int] = WIDTHS, qk: Seque
 
 def dense_model_of(family: str, **fields: object) -> PreTrainedModel:
     """Return a random dense model; ``fields`` replace those of its config."""
-    return random_model(DENSE[family](**SIZES | fields))
+    return random_model(CONFIG_MAPPING[family](**SIZES | fields))
 
 
 @torch.no_grad()
@@ -41,7 +40,7 @@ def random_model(config: PreTrainedConfig) -> PreTrainedModel:
     """Return a random dense model of ``config``, which loses its end-of-text token."""
     torch.manual_seed(0)
     config.eos_token_id = None  # greedy decoding that never ends early compares the most tokens
-    model = FAMILIES[config.model_type].dense_causal_lm(config).eval()
+    model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).eval()
     for name, parameter in model.named_parameters():
         if name.endswith(("bias", "norm.weight")):  # transformers starts them as constants: one left out would hide
             parameter.add_(0.5 * torch.randn_like(parameter))

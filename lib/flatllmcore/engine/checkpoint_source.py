@@ -14,7 +14,6 @@ from torch.nn import functional as F
 
 from ..errors import InputError
 from ..layers.replacement import fill_parameters
-from ..utils.devices import pinned
 from ..utils.layer_utils import DecoderModule, load_config
 from ..utils.loading import FINGERPRINT_ROWS, WeightFiles, check_weights, empty_causal_lm, weights_fingerprint
 from .memory import layer_arguments
@@ -145,7 +144,9 @@ class CheckpointSource:
 
     def _read_layer(self, index: int) -> dict[str, Tensor]:
         weights = self._read_part(f"{self._prefix}layers.{index}.")
-        return {name: pinned(weight, self.device) for name, weight in weights.items()}
+        if self.device.type == "cuda":  # which fetches pinned memory while it computes
+            return {name: weight.pin_memory() for name, weight in weights.items()}
+        return weights
 
     def _read_part(self, prefix: str) -> dict[str, Tensor]:
         """Return the parameters of a part of the model by their names within it."""

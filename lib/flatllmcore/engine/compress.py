@@ -114,7 +114,9 @@ class _Loop:
                 weights |= solution.weights
                 eigenvalues = eigenvalues if solution.eigenvalues is None else solution.eigenvalues
                 if step is not steps[-1]:
-                    part = replacement.compressed_part(self.flat_config, index, step.part, dense, solution.weights)
+                    part = replacement.compress_decoder_layer(
+                        dense, self.flat_config, index, solution.weights, step.part
+                    )
                     for parameter in part.parameters():
                         broadcast(parameter)
                     parts.enter_context(_standing_in(dense, step.part, part))

@@ -4,15 +4,15 @@ Where two copies of this package are imported, the auto classes load models as t
 """
 # ruff: noqa: F401 - what is imported is what this package offers
 
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
-from .families import FAMILIES, Family, family_of
+from .families import FAMILIES, family_of
 from .flat_llama import FlatLlamaAttention, FlatLlamaConfig, FlatLlamaDecoderLayer, FlatLlamaForCausalLM
 from .flat_mistral import FlatMistralAttention, FlatMistralConfig, FlatMistralDecoderLayer, FlatMistralForCausalLM
-from .replacement import adopt_compressed_layers, compress_decoder_layer, compressed_config, compressed_part
+from .replacement import adopt_compressed_layers, compress_decoder_layer, compressed_config
 
-for _family in FAMILIES.values():
-    if _family.config.model_type not in CONFIG_MAPPING:  # else of a copy of this package that was there before
-        AutoConfig.register(_family.config.model_type, _family.config)
-    AutoModel.register(_family.config, _family.model)
-    AutoModelForCausalLM.register(_family.config, _family.causal_lm)
+for _causal_lm in FAMILIES.values():
+    _config = _causal_lm.config_class
+    if _config.model_type not in CONFIG_MAPPING:  # else of a copy of this package that was there before
+        AutoConfig.register(_config.model_type, _config)
+    AutoModelForCausalLM.register(_config, _causal_lm)

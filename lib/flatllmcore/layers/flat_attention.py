@@ -4,16 +4,16 @@ Every decoder layer has its own value width (``value_head_dim``, per head), its 
 and, where queries and keys are compressed too, their rank (``query_key_rank``, per head); all stand in the config's
 ``per_layer_config``. A family mixes these classes with its dense parents, in a file of its own.
 
-``save_pretrained`` puts this file and the family's beside the weights, and their classes in the config's ``auto_map``,
-for ``trust_remote_code=True``. So files named ``flat_*`` import torch, transformers and each other only.
+``save_pretrained`` puts this file and the family's beside the weights, for ``trust_remote_code=True``. So files named
+``flat_*`` import torch, transformers with what it is built on, and each other only.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, ClassVar
 
 import torch
+from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -24,26 +24,29 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 _FEW_KEYS = 2**16
 
 
-def attention_value_width(rank: int, head_dim: int, query_length: int, implementation: str, device_type: str) -> int:
-    """Return the value width to hand to the attention function, ``rank <= width <= head_dim``; zeros fill it."""
-    if implementation == "eager":  # takes any width
-        return rank
-    # Fused kernels restrict it, and what they refuse falls to the path that writes out the whole score matrix. A token
-    # reads the whole cache, and padding to head_dim would cost what the compression saves: so the next multiple of 8
-    # on an accelerator, for the memory-efficient kernel; nothing on CPU, which has one_token_attention.
-    if implementation == "sdpa" and query_length == 1:
-        return rank if device_type == "cpu" else min(-(-rank // 8) * 8, head_dim)
-    # A prompt, for flash: zeros cost little beside the scores, and transformers shares key/value heads among queries
-    # without copying them only at equal widths. flash_attention_*, flex and paged caches ask for equal widths.
-    return head_dim
+def padded_values(value: Tensor, head_dim: int, query_length: int, implementation: str, device_type: str) -> Tensor:
+    """Return values (..., r), padded with zeros up to ``head_dim`` at most, as the attention function takes them."""
+    rank = value.shape[-1]
+    # Fused kernels restrict the width, and what they refuse falls to the path that writes out the whole score matrix.
+    if implementation == "eager":
+        width = rank
+    elif implementation == "sdpa" and query_length == 1:
+        # A token reads the whole cache, and padding to head_dim would cost what the compression saves: so the next
+        # multiple of 8, for the memory-efficient kernel; nothing on a CPU, which has one_token_attention.
+        width = rank if device_type == "cpu" else min(-(-rank // 8) * 8, head_dim)
+    else:
+        # A prompt, for flash: zeros cost little beside the scores, and transformers shares key/value heads among
+        # queries without copying them only at equal widths. flash_attention_*, flex and paged caches ask for these.
+        width = head_dim
+    return F.pad(value, (0, width - rank)) if width > rank else value
 
 
 def one_token_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
     """Return the attention of each sequence's newest token on a CPU, whatever the width of the values.
 
     ``scaled_dot_product_attention`` answers unequal widths there by copies of keys and values in float32. Here one
-    fused call takes padded values where they are few. Else plain products read the cache as it is, and round scores
-    to its dtype as eager attention does. Either way the queries of a group meet their keys in one product.
+    fused call takes padded values where they are few; else plain products read the cache as it is, and round scores
+    to its dtype as eager attention does.
 
     Of ``query`` (B, H, 1, d), ``key`` (B, G, T, d) and ``value`` (B, G, T, r) it gives the outputs of all heads side by
     side, (B, 1, H·r); ``mask`` (B or 1, 1, 1, T) is True where a key counts, or numbers to add to the scores.
@@ -63,10 +66,6 @@ def one_token_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor 
     return output.reshape(batch_size, 1, num_heads * rank)
 
 
-def _widened(value: Tensor, width: int) -> Tensor:
-    return F.pad(value, (0, width - value.shape[-1])) if width > value.shape[-1] else value
-
-
 @dataclass(kw_only=True, repr=False, eq=False)  # those of PreTrainedConfig
 class FlatConfig:
     """The fields that a family's compressed config has and its dense one has not; ``None`` leaves a part whole."""
@@ -77,6 +76,10 @@ class FlatConfig:
     query_key_rank: int | None = None  # of each head's rows in q_proj and in k_proj, kept as two factors
     dense_intermediate_size: int | None = None  # MLP width of the dense model
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        strict(cls)  # calls every method named validate_* when a config has been made
+
     def __post_init__(self: Any, **kwargs: Any) -> None:
         """Have a ``head_dim`` always; in some families it is stated only where it is not ``hidden / heads``."""
         if not hasattr(type(self), "head_dim"):
@@ -84,7 +87,7 @@ class FlatConfig:
         super().__post_init__(**kwargs)  # type: ignore[misc]
 
     def validate_widths(self: Any) -> None:
-        """Refuse a rank or width that the dense model has not; transformers calls this on creation."""
+        """Refuse a rank or width that the dense model has not."""
         largest = {"value_head_dim": self.head_dim, "query_key_rank": self.head_dim}
         if self.dense_intermediate_size is not None:
             largest["intermediate_size"] = self.dense_intermediate_size
@@ -102,9 +105,10 @@ class HeadwiseFactoredLinear(nn.Module):
     each head. Rotary embeddings turn what comes out, so the factors of queries and keys cannot be merged.
     """
 
-    def __init__(self, in_features: int, num_heads: int, head_dim: int, rank: int, bias: bool) -> None:
+    def __init__(self, whole: nn.Linear, head_dim: int, rank: int) -> None:
         super().__init__()
-        self.down = nn.Linear(in_features, num_heads * rank, bias=bias)
+        num_heads = whole.out_features // head_dim
+        self.down = nn.Linear(whole.in_features, num_heads * rank, bias=whole.bias is not None)
         self.up = nn.Parameter(torch.eye(head_dim, rank).repeat(num_heads, 1, 1))  # orthonormal columns, as solved
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -124,8 +128,8 @@ class FlatAttention(nn.Module):
     head_dim: int
     scaling: float
     attention_dropout: float
-    q_proj: nn.Linear | HeadwiseFactoredLinear
-    k_proj: nn.Linear | HeadwiseFactoredLinear
+    q_proj: Any  # a linear layer, or a HeadwiseFactoredLinear
+    k_proj: Any
     v_proj: nn.Linear
     o_proj: nn.Linear
 
@@ -133,19 +137,16 @@ class FlatAttention(nn.Module):
         # The whole model's config, not the layer's copy: set_attn_implementation changes the former.
         super().__init__(config, layer_idx)
         layer_config = config.per_layer_config[layer_idx]
+        rank = self.value_head_dim = layer_config.value_head_dim or self.head_dim
         if not hasattr(self, "sliding_window"):  # the same in all layers, if it is a field of the family's config
             self.sliding_window = config.sliding_window if hasattr(type(config), "sliding_window") else None
-        self.value_head_dim: int = layer_config.value_head_dim or self.head_dim
         num_kv_heads = self.v_proj.out_features // self.head_dim
         num_heads = self.o_proj.in_features // self.head_dim
-        has_bias = self.v_proj.bias is not None, self.o_proj.bias is not None
-        self.v_proj = nn.Linear(self.v_proj.in_features, num_kv_heads * self.value_head_dim, bias=has_bias[0])
-        self.o_proj = nn.Linear(num_heads * self.value_head_dim, self.o_proj.out_features, bias=has_bias[1])
+        self.v_proj = nn.Linear(self.v_proj.in_features, num_kv_heads * rank, bias=self.v_proj.bias is not None)
+        self.o_proj = nn.Linear(num_heads * rank, self.o_proj.out_features, bias=self.o_proj.bias is not None)
         if layer_config.query_key_rank is not None:
-            for name, heads in (("q_proj", num_heads), ("k_proj", num_kv_heads)):
-                whole = getattr(self, name)
-                shape = (whole.in_features, heads, self.head_dim, layer_config.query_key_rank)
-                setattr(self, name, HeadwiseFactoredLinear(*shape, bias=whole.bias is not None))
+            self.q_proj = HeadwiseFactoredLinear(self.q_proj, self.head_dim, layer_config.query_key_rank)
+            self.k_proj = HeadwiseFactoredLinear(self.k_proj, self.head_dim, layer_config.query_key_rank)
 
     def project_queries_and_keys(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """Return queries (B, T, H, d) and keys (B, T, G, d) before their rotation."""
@@ -169,17 +170,16 @@ class FlatAttention(nn.Module):
         implementation, device_type = self.config._attn_implementation, query.device.type
         if past_key_values is not None:
             if implementation == "sdpa":  # padded here once; padded when read, the cache is copied for every token
-                value = _widened(value, attention_value_width(rank, self.head_dim, 1, implementation, device_type))
+                value = padded_values(value, self.head_dim, 1, implementation, device_type)
             key, value = past_key_values.update(key, value, self.layer_idx)
         if self._takes_one_token_attention(query, attention_mask, implementation):
             return self.o_proj(one_token_attention(query, key, value, attention_mask, self.scaling)), None
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, self.dense.eager_attention_forward)
-        width = attention_value_width(rank, self.head_dim, query.shape[2], implementation, device_type)
         output, weights = attend(
             self,
             query,
             key,
-            _widened(value, width),
+            padded_values(value, self.head_dim, query.shape[2], implementation, device_type),
             attention_mask,
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
@@ -189,12 +189,11 @@ class FlatAttention(nn.Module):
         return self.o_proj(output[..., :rank].reshape(*input_shape, -1)), weights  # from (B, T, H, r)
 
     def _takes_one_token_attention(self, query: Tensor, mask: Tensor | None, implementation: str) -> bool:
-        """Tell whether this step has a faster way than the attention function; a layer left whole keeps the latter."""
         return (
             implementation == "sdpa"
             and query.device.type == "cpu"
             and query.shape[2] == 1
-            and self.value_head_dim < self.head_dim
+            and self.value_head_dim < self.head_dim  # a layer left whole decodes bit by bit as the dense one
             and not (self.training and self.attention_dropout)
             and (mask is None or mask.shape[1] == 1)
         )
@@ -212,14 +211,12 @@ class FlatDecoderLayer(nn.Module):
         self.self_attn = self.attention_class(config, layer_idx)
 
 
-class FlatModel(nn.Module):
-    """A dense parent's model over compressed layers."""
+class FlatCausalLM(PreTrainedModel):
+    """A dense parent's causal language model over compressed layers."""
 
-    _auto_class = "AutoModel"
+    _auto_class = "AutoModelForCausalLM"
 
     decoder_layer_class: ClassVar[type[FlatDecoderLayer]]
-
-    config: PreTrainedConfig
 
     def __init__(self, config: PreTrainedConfig) -> None:
         # The parent builds its layers from one width for all, which a config of per-layer widths refuses to give. So it
@@ -229,32 +226,9 @@ class FlatModel(nn.Module):
             super().__init__(config)
         finally:
             config.num_hidden_layers = num_layers
-        self.layers = nn.ModuleList(self.decoder_layer_class(config, i) for i in range(num_layers))
-        self._no_split_modules = [self.decoder_layer_class.__name__]
+        self.model.layers = nn.ModuleList(self.decoder_layer_class(config, i) for i in range(num_layers))
         self.post_init()
-
-    def post_init(self) -> None:
-        """Do what the parents do when all is built; they say so themselves while the layers are still missing."""
-        if self.config.num_hidden_layers:
-            super().post_init()  # type: ignore[misc]
-
-
-class FlatCausalLM(nn.Module):
-    """A dense parent's causal language model over a :class:`FlatModel`."""
-
-    _auto_class = "AutoModelForCausalLM"
-    _no_split_modules: list[str] = []  # those of the model in it are added
-
-    model_class: ClassVar[type[FlatModel]]
-
-    post_init: Callable[[], None]
-
-    def __init__(self, config: PreTrainedConfig) -> None:
-        PreTrainedModel.__init__(self, config)
-        self.model = self.model_class(config)
-        self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
+        self._no_split_modules.add(self.decoder_layer_class.__name__)
 
     def _get_static_cache_init_shape(self) -> None:
         """Let a static cache take its shapes from the first keys and values: the latter are narrower."""

@@ -1,13 +1,11 @@
 """Llama with its own value width and MLP width in every decoder layer."""
 
-from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig
 from transformers.models.llama import modeling_llama
 
-from .flat_attention import FlatAttention, FlatCausalLM, FlatConfig, FlatDecoderLayer, FlatModel
+from .flat_attention import FlatAttention, FlatCausalLM, FlatConfig, FlatDecoderLayer
 
 
-@strict
 class FlatLlamaConfig(FlatConfig, LlamaConfig):
     model_type = "flat_llama"
 
@@ -20,11 +18,6 @@ class FlatLlamaDecoderLayer(FlatDecoderLayer, modeling_llama.LlamaDecoderLayer):
     attention_class = FlatLlamaAttention
 
 
-class FlatLlamaModel(FlatModel, modeling_llama.LlamaModel):
-    config: FlatLlamaConfig
-    decoder_layer_class = FlatLlamaDecoderLayer
-
-
 class FlatLlamaForCausalLM(FlatCausalLM, modeling_llama.LlamaForCausalLM):
     config: FlatLlamaConfig
-    model_class = FlatLlamaModel
+    decoder_layer_class = FlatLlamaDecoderLayer

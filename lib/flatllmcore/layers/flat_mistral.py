@@ -1,13 +1,11 @@
 """Mistral with its own value width and MLP width in every decoder layer."""
 
-from huggingface_hub.dataclasses import strict
 from transformers import MistralConfig
 from transformers.models.mistral import modeling_mistral
 
-from .flat_attention import FlatAttention, FlatCausalLM, FlatConfig, FlatDecoderLayer, FlatModel
+from .flat_attention import FlatAttention, FlatCausalLM, FlatConfig, FlatDecoderLayer
 
 
-@strict
 class FlatMistralConfig(FlatConfig, MistralConfig):
     model_type = "flat_mistral"
 
@@ -20,11 +18,6 @@ class FlatMistralDecoderLayer(FlatDecoderLayer, modeling_mistral.MistralDecoderL
     attention_class = FlatMistralAttention
 
 
-class FlatMistralModel(FlatModel, modeling_mistral.MistralModel):
-    config: FlatMistralConfig
-    decoder_layer_class = FlatMistralDecoderLayer
-
-
 class FlatMistralForCausalLM(FlatCausalLM, modeling_mistral.MistralForCausalLM):
     config: FlatMistralConfig
-    model_class = FlatMistralModel
+    decoder_layer_class = FlatMistralDecoderLayer

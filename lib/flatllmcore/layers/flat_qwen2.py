@@ -1,13 +1,11 @@
 """Qwen2 with its own value width and MLP width in every decoder layer."""
 
-from huggingface_hub.dataclasses import strict
 from transformers import Qwen2Config
 from transformers.models.qwen2 import modeling_qwen2
 
-from .flat_attention import FlatAttention, FlatCausalLM, FlatConfig, FlatDecoderLayer, FlatModel
+from .flat_attention import FlatAttention, FlatCausalLM, FlatConfig, FlatDecoderLayer
 
 
-@strict
 class FlatQwen2Config(FlatConfig, Qwen2Config):
     model_type = "flat_qwen2"
 
@@ -20,11 +18,6 @@ class FlatQwen2DecoderLayer(FlatDecoderLayer, modeling_qwen2.Qwen2DecoderLayer):
     attention_class = FlatQwen2Attention
 
 
-class FlatQwen2Model(FlatModel, modeling_qwen2.Qwen2Model):
-    config: FlatQwen2Config
-    decoder_layer_class = FlatQwen2DecoderLayer
-
-
 class FlatQwen2ForCausalLM(FlatCausalLM, modeling_qwen2.Qwen2ForCausalLM):
     config: FlatQwen2Config
-    model_class = FlatQwen2Model
+    decoder_layer_class = FlatQwen2DecoderLayer

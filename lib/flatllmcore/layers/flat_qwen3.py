@@ -1,14 +1,12 @@
 """Qwen3 with its own value width and MLP width in every decoder layer."""
 
-from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import Qwen3Config
 from transformers.models.qwen3 import modeling_qwen3
 
-from .flat_attention import FlatAttention, FlatCausalLM, FlatConfig, FlatDecoderLayer, FlatModel
+from .flat_attention import FlatAttention, FlatCausalLM, FlatConfig, FlatDecoderLayer
 
 
-@strict
 class FlatQwen3Config(FlatConfig, Qwen3Config):
     model_type = "flat_qwen3"
 
@@ -29,11 +27,6 @@ class FlatQwen3DecoderLayer(FlatDecoderLayer, modeling_qwen3.Qwen3DecoderLayer):
     attention_class = FlatQwen3Attention
 
 
-class FlatQwen3Model(FlatModel, modeling_qwen3.Qwen3Model):
-    config: FlatQwen3Config
-    decoder_layer_class = FlatQwen3DecoderLayer
-
-
 class FlatQwen3ForCausalLM(FlatCausalLM, modeling_qwen3.Qwen3ForCausalLM):
     config: FlatQwen3Config
-    model_class = FlatQwen3Model
+    decoder_layer_class = FlatQwen3DecoderLayer

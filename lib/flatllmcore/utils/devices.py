@@ -1,4 +1,4 @@
-"""What differs between devices, and the only place that names one."""
+"""What differs between devices."""
 
 import math
 import os
@@ -27,11 +27,6 @@ def best_device() -> torch.device:
     if index >= count:
         raise InputError(f"process {index} of this machine has no GPU of its own: there are {count}; start fewer")
     return torch.device("cuda", index)
-
-
-def collective_backend(device: torch.device) -> str:
-    """Return how processes that compute on ``device`` talk: host memory by gloo, GPUs by NCCL."""
-    return "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
 
 
 def is_device_name(name: Any) -> bool:
@@ -74,11 +69,6 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def pinned(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return ``tensor`` in host memory that a GPU can fetch it from while it computes; as it is for the CPU."""
-    return tensor.pin_memory() if device.type == "cuda" else tensor
-
-
 def free_device_memory(device: torch.device) -> int:
     """Return the bytes that can still be allocated on a GPU, what PyTorch holds in reserve included."""
     reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -87,26 +77,20 @@ def free_device_memory(device: torch.device) -> int:
 
 def free_host_memory() -> int:
     """Return the bytes of memory that this process may still take, page cache that can be dropped included."""
-    free = _linux_bytes("meminfo", "MemAvailable")
-    if free is None:
-        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    free = _linux_bytes("meminfo", "MemAvailable") or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     return int(min(free, _free_in_container()))
 
 
 def _free_in_container() -> float:
     """Return what the control groups around this process leave of their limits, droppable file pages included."""
-    try:
-        own = Path("/proc/self/cgroup").read_text().strip().rpartition("::")[2].lstrip("/")
-    except FileNotFoundError:  # not Linux
-        return math.inf
-    root = Path("/sys/fs/cgroup")
     free = math.inf
-    for group in (root / own, *(root / own).parents):
-        if not (group / "memory.max").exists() or (group / "memory.max").read_text().strip() == "max":
-            continue
-        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        used = int((group / "memory.current").read_text()) - int(statistics["inactive_file"])
-        free = min(free, int((group / "memory.max").read_text()) - used)
+    with suppress(FileNotFoundError):  # not Linux
+        own = Path("/sys/fs/cgroup", Path("/proc/self/cgroup").read_text().strip().rpartition("::/")[2])
+        for limit in (folder / "memory.max" for folder in (own, *own.parents)):
+            if limit.exists() and (most := limit.read_text().strip()) != "max":
+                statistics = dict(line.split() for line in limit.with_name("memory.stat").read_text().splitlines())
+                used = int(limit.with_name("memory.current").read_text()) - int(statistics["inactive_file"])
+                free = min(free, int(most) - used)
     return free
 
 
@@ -125,16 +109,13 @@ def peak_allocated_bytes(device: torch.device) -> int | None:
 
 def peak_memory_gib(device: torch.device) -> dict[str, float]:
     """Return the process's peak resident memory and, on a GPU, the peak allocated there, in GiB."""
-    peaks = {"host": _peak_resident_bytes() / GIB}
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, else in KiB
+    # It begins with the peak of the program that started this one, which the kernel's own figure leaves out.
+    host = _linux_bytes("self/status", "VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    peaks = {"host": host / GIB}
     if device.type == "cuda":
         peaks["device"] = torch.cuda.max_memory_allocated(device) / GIB
     return {name: round(gib, 3) for name, gib in peaks.items()}
-
-
-def _peak_resident_bytes() -> int:
-    """Return the peak of this program alone; ``ru_maxrss`` begins with that of the program that started it."""
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, else in KiB
-    return _linux_bytes("self/status", "VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _linux_bytes(file: str, field: str) -> int | None:

@@ -15,8 +15,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .devices import collective_backend
-
 T = TypeVar("T")
 
 _FAILURES = "failures"  # key in the store
@@ -53,7 +51,8 @@ def process_group(device: torch.device) -> Iterator[None]:
         return
     global _store, _has_failed  # noqa: PLW0603 (torch.distributed's own group is as global)
     _store, rank, size = next(dist.rendezvous("env://"))
-    dist.init_process_group(collective_backend(device), store=_store, rank=rank, world_size=size, timeout=_PATIENCE)
+    backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, store=_store, rank=rank, world_size=size, timeout=_PATIENCE)
     _has_failed = False
     try:
         dist.barrier()  # none may leave, even by an error, while another is still joining
