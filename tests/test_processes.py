@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -17,8 +18,6 @@ import torch
 import process_groups
 from checkpoints import save_inputs, weights_in
 from flatllmcore.core import cholesky
-from flatllmcore.engine import walk
-from flatllmcore.engine.checkpoint_source import CheckpointSource
 from flatllmcore.errors import InputError
 from flatllmcore.methods import flatllm
 
@@ -66,10 +65,8 @@ def test_a_group_gives_what_one_process_gives(copied, count, flags):
     """Up to rounding, with shares of all kinds."""
     group, alone = copied("group"), copied("alone")
     for folder, processes in ((group, count), (alone, 1)):
-        assert process_groups.run_group(processes, [*OUT, *flags], folder, solve_by_narrow_blocks) == (
-            [0] * processes,
-            "",
-        )
+        done = process_groups.run_group(processes, [*OUT, *flags], folder, solve_by_narrow_blocks)
+        assert done == ([0] * processes, "")
     found, expected = (read(folder / "scores/importance.json")["scores"] for folder in (group, alone))
     assert found == pytest.approx(expected, rel=1e-9)
     found, expected = (read(folder / "logs/dense_flatllm_30.json")["perplexity"] for folder in (group, alone))
@@ -134,39 +131,29 @@ def test_a_stopped_group_goes_on_to_the_same_bytes(straight, copied):
     assert process_groups.run_group(1, [*OUT, "--overwrite"], folder) == ([0], "")
 
 
-def fail_in_the_second():
-    check = walk.check_finite
-
-    def fail(index, activations):
-        if os.environ["RANK"] == "1" and index == 1:
-            raise InputError("layer 1 gives NaN or infinite activations")
-        check(index, activations)
-
-    walk.check_finite = fail
+def patch_in_rank_1(target: str, **behaviour: object) -> None:
+    if os.environ["RANK"] == "1":
+        mock.patch(f"flatllmcore.{target}", **behaviour).start()
 
 
-def fail_to_solve_in_the_second():
-    select = flatllm.select_channels
-
-    def fail(*args):
-        if os.environ["RANK"] == "1":
-            raise ArithmeticError("the MLP moment is not finite")
-        return select(*args)
-
-    flatllm.select_channels = fail
-
-
-def other_weights_in_the_second():
-    fingerprint = CheckpointSource.fingerprint
-    CheckpointSource.fingerprint = lambda source: fingerprint(source) + os.environ["RANK"]
+def in_rank_1(target: str, **behaviour: object) -> Callable[[], None]:
+    return functools.partial(patch_in_rank_1, target, **behaviour)
 
 
 @pytest.mark.parametrize(
     ("patch", "flags", "reason"),
     [
-        (fail_in_the_second, [], "layer 1 gives NaN or infinite activations\n"),
-        (fail_to_solve_in_the_second, [], "layer 0 cannot be compressed: the MLP moment is not finite\n"),
-        (other_weights_in_the_second, [], "dense has other weights here than where the first process runs\n"),
+        (in_rank_1("engine.walk.check_finite", side_effect=InputError("layer 0 gives NaN")), [], "layer 0 gives NaN\n"),
+        (
+            in_rank_1("methods.flatllm.select_channels", side_effect=ArithmeticError("not finite")),
+            [],
+            "layer 0 cannot be compressed: not finite\n",
+        ),
+        (
+            in_rank_1("engine.checkpoint_source.CheckpointSource.fingerprint", return_value="other"),
+            [],
+            "dense has other weights here than where the first process runs\n",
+        ),
         (None, ["--device", "moon"], "--device is 'moon'"),
         (None, ["--device", "cuda:0"], "device 'cuda:0' is not usable here"),
         (None, ["--nsamples", "0"], "--nsamples is 0; accepted"),
