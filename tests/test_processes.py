@@ -108,8 +108,7 @@ def test_a_group_of_which_one_is_killed_ends_and_goes_on_to_the_same_bytes(strai
     folder, argv = copied("killed"), [*OUT, *["--out_of_core"] * int(rank)]
     kill = functools.partial(before_layer_1, functools.partial(kill_one, rank))
     statuses, errors = process_groups.run_group(2, argv, folder, kill)
-    assert sorted(statuses) == [-signal.SIGKILL, 2]
-    assert statuses[int(rank)] == -signal.SIGKILL
+    assert statuses == ([-signal.SIGKILL, 2] if rank == "0" else [2, -signal.SIGKILL])
     assert errors.startswith("error: another process ended")
     assert process_groups.run_group(2, argv, folder) == ([0, 0], "")
     assert shards(folder) == straight
@@ -122,13 +121,11 @@ def test_a_stopped_group_goes_on_to_the_same_bytes(straight, copied):
     assert statuses == [2, 2]
     assert "interrupted" in errors
     assert f"go on with: torchrun --nproc_per_node 2 main.py {shlex.join(OUT)}" in errors
-    assert (folder / "out.partial").is_dir()
     statuses, errors = process_groups.run_group(1, OUT, folder)
     assert statuses == [2]
     assert "another request (processes 1, not 2)" in errors
     assert process_groups.run_group(2, OUT, folder) == ([0, 0], "")
     assert shards(folder) == straight
-    assert process_groups.run_group(1, [*OUT, "--overwrite"], folder) == ([0], "")
 
 
 def patch_in_rank_1(target: str, **behaviour: object) -> None:
