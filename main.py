@@ -90,11 +90,7 @@ def complain_once(message: str, is_own: bool = True) -> int:
         message: One line.
         is_own: Whether it is about what this process found; another's end is not this one's to tell.
     """
-    try:
-        is_first = is_first_failure()
-    except OtherProcessError:  # with the process that counts
-        is_first = is_own
-    return complain(message) if is_first else 2
+    return complain(message) if is_first_failure(is_own) else 2
 
 
 @dataclass(frozen=True)

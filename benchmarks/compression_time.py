@@ -25,7 +25,6 @@ from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector
 from flatllmcore.engine.compress import compress_layers
 from flatllmcore.engine.importance import layer_importance
 from flatllmcore.engine.memory import ModelInMemory
-from flatllmcore.engine.walk import default_batch_size
 from flatllmcore.methods import METHODS
 from flatllmcore.utils.data_utils import sample_documents
 from flatllmcore.utils.devices import parse_device, peak_memory_gib
@@ -52,7 +51,7 @@ def main() -> None:
     started = time.perf_counter()
     windows = token_windows(args, config.vocab_size)
     stages = {"data": time.perf_counter() - started}
-    batch_size = args.batch_size or default_batch_size(args.seqlen)
+    batch_size = args.batch_size or max(1, 4096 // args.seqlen)
     scores = falling_scores(dimensions.num_layers)
     allocation = ImportancePreservingRankSelector(dimensions).allocate(scores, 1 - args.sparsity_ratio / 100)
     source = ModelInMemory(model, device)

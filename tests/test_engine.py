@@ -17,7 +17,7 @@ from checkpoints import CPU, VARIANTS, assert_same_up_to_sign, compressed
 from conftest import tiny_model
 from flatllmcore.core.importance import angles_between
 from flatllmcore.engine.importance import layer_importance
-from flatllmcore.engine.memory import ModelInMemory, layer_arguments
+from flatllmcore.engine.memory import ModelInMemory
 from flatllmcore.engine.perplexity import perplexity
 from flatllmcore.errors import InputError
 from flatllmcore.layers.flat_attention import HeadwiseFactoredLinear
@@ -54,12 +54,6 @@ def test_the_perplexity_of_a_compressed_model_equals_the_oracle(
     assert measured.predicted_tokens == 6 * 15
     assert measured.value == pytest.approx(expected(prune_qk), rel=1e-5)
     assert not prune_qk or measured.value != pytest.approx(expected(False), rel=1e-3)
-
-
-def test_perplexity_equals_the_parent_class_loss(model, windows):
-    loss = torch.stack([model(ids[None], labels=ids[None]).loss for ids in windows]).mean()
-    measured = perplexity(ModelInMemory(model, CPU), windows, 7)
-    assert measured.value == pytest.approx(math.exp(loss.item()), rel=1e-6)
 
 
 @pytest.mark.parametrize("prune_qk", [False, True])
@@ -113,9 +107,11 @@ def test_a_layer_runs_once_for_its_statistics_and_once_compressed(windows, monke
 
 
 def test_a_failed_compression_leaves_the_model_as_it_was(model, windows):
-    """The last layer's weights are spoiled, so the first has been compressed when the walk fails."""
+    """The last layer's weights are spoiled, so the first, with a user's forward, is compressed when the walk fails."""
+    first, last = model.model.layers
     with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight[0, 0] = math.nan
+        last.mlp.up_proj.weight[0, 0] = math.nan
+    first.forward = own = first.forward
     model.train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(InputError, match="layer 1"):
@@ -126,7 +122,7 @@ def test_a_failed_compression_leaves_the_model_as_it_was(model, windows):
     assert model.training
     assert type(model).__name__ in {"LlamaForCausalLM", "MistralForCausalLM"}
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-    assert not any("forward" in module.__dict__ for module in model.modules())
+    assert [vars(module)["forward"] for module in model.modules() if "forward" in vars(module)] == [own]
 
 
 def test_few_calibration_tokens_are_warned_of_and_do_not_blow_up(model, windows, caplog):
@@ -145,25 +141,13 @@ def test_infinite_activations_name_their_layer(model, windows, method):
         layer_importance(ModelInMemory(model, CPU), windows, 8, method)
 
 
-def test_a_forward_that_a_user_put_on_a_layer_stays():
-    first, second = (model := tiny_model()).model.layers
-    first.forward = own = first.forward
-    layer_arguments(model.model, 16, CPU)
-    assert first.__dict__["forward"] is own
-    assert "forward" not in second.__dict__
-
-
 def test_angles_of_rows_known_beforehand():
     """Opposite rows count as a right angle, a row of zeros as cosine one half; an identity block has no angle."""
-    x = torch.tensor([[1.0, 0], [1, 0], [0, 0], [1, 0]])
-    y = torch.tensor([[-1.0, 0], [0, 1], [1, 0], [1, 1]])
+    x = torch.tensor([[1.0, 0], [1, 0], [0, 0], [1, 0], [0.6, 0.8]])
+    y = torch.tensor([[-1.0, 0], [0, 1], [1, 0], [1, 1], [1.8, 2.4]])
     angles, zeros = angles_between(x, y)
-    assert angles.tolist() == pytest.approx([0.5, 0.5, 1 / 3, 0.25])
+    assert angles.tolist() == pytest.approx([0.5, 0.5, 1 / 3, 0.25, 0], abs=1e-7)
     assert zeros == 1
-    x = torch.randn(50, 9)
-    angles, zeros = angles_between(x, 3 * x)
-    assert angles.max() < 1e-7
-    assert zeros == 0
 
 
 def test_gradient_importance_equals_finite_differences(model, windows):

@@ -32,14 +32,8 @@ def test_memory_is_bounded_by_a_layer_and_not_by_the_model(tmp_path, monkeypatch
     keeps freed tensors of less than 32 MB for later, which these are and those of a large model are not: it is told
     not to.
     """
-    config = LlamaConfig(
-        vocab_size=len(WORDS),
-        hidden_size=HIDDEN,
-        intermediate_size=HIDDEN,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=8,
-        max_position_embeddings=64,
-    )
+    sizes = {"hidden_size": HIDDEN, "intermediate_size": HIDDEN, "num_hidden_layers": LAYERS, "num_attention_heads": 8}
+    config = LlamaConfig(vocab_size=len(WORDS), max_position_embeddings=64, **sizes)
     write_random_checkpoint(config, tmp_path / "dense", torch.float32, max_shard_bytes=10 * LAYER_BYTES)
     word_tokenizer().save_pretrained(tmp_path / "dense")
     (tmp_path / "text.txt").write_text("\n".join(documents(2)))

@@ -14,7 +14,7 @@ from flatllmcore import FlatLLMPruner, InputError
 from flatllmcore.core.rank_allocation import RankAllocation
 from flatllmcore.engine.compress import compress_layers
 from flatllmcore.engine.memory import ModelInMemory
-from flatllmcore.engine.method import Solution
+from flatllmcore.engine.protocols import Solution
 from flatllmcore.methods import METHODS
 from flatllmcore.utils.dimensions import Kept
 from flatllmcore.utils.layer_utils import dimensions_from_config

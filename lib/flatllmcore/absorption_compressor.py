@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from .config import FlatLLMConfig
 from .core.rank_allocation import ImportancePreservingRankSelector, RankAllocation
 from .engine.memory import ModelInMemory
-from .engine.taps import tapped
+from .engine.walk import tapped
 from .errors import InputError
 from .methods.flatllm import FlatLLMStep
 from .pipeline import Pipeline

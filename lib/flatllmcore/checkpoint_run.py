@@ -65,7 +65,7 @@ class CheckpointRun:
     @cached_property
     def source(self) -> CheckpointSource:
         """The dense model, its weights kept in memory once they are read if they take no more than half of it."""
-        config, host_memory = self.config, self.storage.host_memory()
+        config, host_memory = self.config, self.storage.host_memory_bytes
         source = CheckpointSource(config.model, self.device, config.dtype, config.cache_dir, self.storage)
         own = source.fingerprint()
         if broadcast_object(lambda: own) != own:

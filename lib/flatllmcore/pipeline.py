@@ -17,7 +17,6 @@ from .core.rank_allocation import ImportancePreservingRankSelector, RankAllocati
 from .engine.compress import compress_layers
 from .engine.importance import LayerImportance, layer_importance
 from .engine.protocols import LayerRecord, LayerSink, LayerSource
-from .engine.walk import default_batch_size
 from .errors import InputError
 from .methods import METHODS
 from .utils import data_utils
@@ -79,7 +78,7 @@ class Pipeline:
 
     def batch_size(self, windows: Tensor) -> int:
         """Return how many windows run at a time."""
-        return self.config.batch_size or default_batch_size(windows.shape[1])
+        return self.config.batch_size or max(1, 4096 // windows.shape[1])  # about 4096 tokens
 
     @property
     def seqlen(self) -> int:

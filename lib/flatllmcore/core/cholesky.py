@@ -7,7 +7,7 @@ costs shrinks or grows along the matrix, so blocks are dealt out there and back.
 import torch
 from torch import Tensor
 
-from ..utils.processes import all_reduce, broadcast, is_own_turn, own_turns
+from ..utils.processes import all_reduce, broadcast, is_own_turn
 
 BLOCK = 256  # columns
 
@@ -53,9 +53,11 @@ def inverse_column_energies(factor: Tensor) -> Tensor:
     and n × ``BLOCK`` numbers of memory.
     """
     energies = factor.new_zeros(len(factor))
-    for start in own_turns(range(0, len(factor), BLOCK)):
-        energies[start : start + BLOCK] = _first_columns_of_inverse(factor[start:, start:]).square_().sum(0)
-    return all_reduce(energies)
+    for turn, start in enumerate(range(0, len(factor), BLOCK)):
+        if is_own_turn(turn):
+            energies[start : start + BLOCK] = _first_columns_of_inverse(factor[start:, start:]).square_().sum(0)
+    all_reduce(energies)
+    return energies
 
 
 def _first_columns_of_inverse(factor: Tensor) -> Tensor:

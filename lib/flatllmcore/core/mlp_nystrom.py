@@ -10,7 +10,7 @@ import logging
 import torch
 from torch import Tensor
 
-from ..utils.processes import all_gather_shares, own_share
+from ..utils.processes import all_reduce, own_share
 from .cholesky import cholesky, inverse_column_energies
 
 logger = logging.getLogger(__name__)
@@ -87,15 +87,15 @@ def reconstruct_down_projection(
     factor = _cholesky_with_jitter(second_moment[kept[:, None], kept].mul_(scale[:, None]).mul_(scale), jitter)
     coupling = second_moment[dropped[:, None], kept].mul_(scale)  # (F - k, k)
 
-    own_rows = own_share(down_weight)
-    fitted = second_moment.new_empty(len(own_rows), len(kept))
-    for rows, place in zip(own_rows.split(_ROWS), fitted.split(_ROWS), strict=True):
+    fitted = second_moment.new_zeros(len(down_weight), len(kept))
+    for rows, place in zip(own_share(down_weight).split(_ROWS), own_share(fitted).split(_ROWS), strict=True):
         weight = rows.double()
         # Two triangular solves are what cholesky_solve does, on a copy of the factor.
         halfway = torch.linalg.solve_triangular(factor, (weight[:, dropped] @ coupling).T, upper=False)
         correction = torch.linalg.solve_triangular(factor.mT, halfway, upper=True).T * scale
         torch.add(weight[:, kept], correction, out=place)
-    return all_gather_shares(fitted, len(down_weight))
+    all_reduce(fitted)
+    return fitted
 
 
 def _cholesky_with_jitter(correlation: Tensor, least: float) -> Tensor:

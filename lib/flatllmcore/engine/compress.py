@@ -2,8 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -15,15 +14,12 @@ from ..core.attention_pca import rank_for_mass
 from ..core.rank_allocation import RankAllocation
 from ..errors import InputError
 from ..layers import replacement
-from ..layers.flat_attention import FlatDecoderLayer
 from ..utils.layer_utils import DecoderModule
 from ..utils.processes import all_reduce, broadcast
 from ..utils.progress import progress
 from ..utils.stopwatch import stage
-from .method import Method, Step, Sums
-from .protocols import LayerRecord, LayerSink, LayerSource
-from .taps import tapped
-from .walk import Walk, check_finite, lent_layer
+from .protocols import LayerRecord, LayerSink, LayerSource, Method, Step, Sums
+from .walk import Walk, check_finite, lent_layer, tapped
 
 logger = logging.getLogger(__name__)
 
@@ -41,11 +37,11 @@ def compress_layers(
 ) -> tuple[PretrainedConfig, list[LayerRecord]]:
     """Compress every decoder layer of ``source`` into ``sink``; return the compressed config and a record per layer.
 
-    Layer ``l`` sees what left the already compressed layers before it; its statistics come from its own
-    dense weights. Each layer costs one forward pass per step of the method and one of the compressed layer;
-    one that the sink has from an earlier run costs the latter alone. The result depends on ``batch_size``, windows of
-    ``windows``, (N, S), run at a time, only by rounding, and not on ``tolerance``, the share of eigenvalue mass that is
-    monitored. Stages counted: ``read``, ``forward``, ``moments``, ``reduce``, ``solves`` and ``write``.
+    Each layer sees what left the already compressed ones before it; its statistics come from its own dense weights. It
+    costs one forward pass per step of the method and one compressed; one that the sink has from an earlier run costs
+    the latter alone. The result depends on ``batch_size``, windows of ``windows``, (N, S), run at a time, only by
+    rounding, and not on ``tolerance``, the share of eigenvalue mass that is monitored. Stages counted: ``read``,
+    ``forward``, ``moments``, ``reduce``, ``solves`` and ``write``.
 
     Raises:
         InputError: If a layer's activations are not finite, or a layer cannot be solved.
@@ -79,19 +75,6 @@ class _Loop:
     def compress(self, index: int) -> None:
         """Compress one layer into the sink, and lead the hidden states through it."""
         started = time.perf_counter()
-        compressed, eigenvalues = self._compressed(index)
-        record = LayerRecord(
-            **asdict(self.allocation.layers[index]),
-            layer=index,
-            rank_at_tolerance=None if eigenvalues is None else rank_for_mass(eigenvalues, self.tolerance),
-            elapsed_s=round(time.perf_counter() - started, 3),
-        )
-        with stage("write"):
-            self.sink.put(index, compressed, record)
-        self._log(record)
-
-    def _compressed(self, index: int) -> tuple[FlatDecoderLayer, Tensor | None]:
-        """Return the compressed layer and the monitored eigenvalues; the dense one does not outlive this."""
         with lent_layer(self.walk.source, index) as dense:
             weights, eigenvalues = self._solved(index, dense)
             compressed = replacement.compress_decoder_layer(dense, self.flat_config, index, weights)
@@ -99,7 +82,17 @@ class _Loop:
                 broadcast(compressed.get_parameter(name))
             del weights  # the layer has copies
             self.walk.advance(compressed, index)
-        return compressed, eigenvalues
+        kept, sizes = self.allocation.layers[index], self.allocation.dimensions
+        rank = None if eigenvalues is None else rank_for_mass(eigenvalues, self.tolerance)
+        elapsed_s = round(time.perf_counter() - started, 3)
+        record = LayerRecord(**asdict(kept), layer=index, rank_at_tolerance=rank, elapsed_s=elapsed_s)
+        with stage("write"):
+            self.sink.put(index, compressed, record)
+        monitored = "" if rank is None else f" ({rank:.1f} would keep {self.tolerance:g} of the mass)"
+        query_key = "" if kept.query_key_rank is None else f", Q and K {kept.query_key_rank}"
+        parts = f"rank {kept.value_rank}/{sizes.head_dim}{monitored}{query_key}"
+        parts += f", mlp {kept.mlp_width}/{sizes.intermediate_size}"
+        logger.info("layer %d: keep %.3f, %s, %.1f s", index, kept.keep, parts, elapsed_s)
 
     def _solved(self, index: int, dense: DecoderModule) -> tuple[dict[str, Tensor], Tensor | None]:
         """Return a layer's new weights by name, and the eigenvalues that are monitored."""
@@ -109,25 +102,29 @@ class _Loop:
         with ExitStack() as parts:
             for step in steps:
                 sums = self._summed(index, dense, step)
-                with stage("solves"), _naming_layer(index):
-                    solution = step.solve(dense, sums)
+                try:
+                    with stage("solves"):
+                        solution = step.solve(dense, sums)
+                except (ArithmeticError, torch.linalg.LinAlgError) as error:
+                    raise InputError(f"layer {index} cannot be compressed: {error}") from error
                 weights |= solution.weights
                 eigenvalues = eigenvalues if solution.eigenvalues is None else solution.eigenvalues
-                if step is not steps[-1]:
+                if step is not steps[-1]:  # later ones look at what this one leaves
                     part = replacement.compress_decoder_layer(
                         dense, self.flat_config, index, solution.weights, step.part
                     )
                     for parameter in part.parameters():
                         broadcast(parameter)
-                    parts.enter_context(_standing_in(dense, step.part, part))
+                    parts.callback(dense.set_submodule, step.part, dense.get_submodule(step.part))
+                    dense.set_submodule(step.part, part)
         return weights, eigenvalues
 
     def _summed(self, index: int, layer: DecoderModule, step: Step) -> Sums:
         """Return the sums of a step over the windows of all processes."""
         sums = step.zeros(layer)
         with tapped(layer, step.taps) as look:
-            for batch in self.walk.batches():
-                seen = look(partial(self.walk.run, layer, index, batch))
+            for states, _ in self.walk.batches():
+                seen = look(partial(self.walk.run, layer, index, states))
                 with stage("moments"):
                     step.add(sums, seen)
         with stage("reduce"):
@@ -135,33 +132,3 @@ class _Loop:
                 all_reduce(total)
                 check_finite(index, total)
         return sums
-
-    def _log(self, record: LayerRecord) -> None:
-        sizes, monitored = self.allocation.dimensions, ""
-        if record.rank_at_tolerance is not None:
-            monitored = f" ({record.rank_at_tolerance:.1f} would keep {self.tolerance:g} of the mass)"
-        parts = f"rank {record.value_rank}/{sizes.head_dim}{monitored}"
-        if record.query_key_rank is not None:
-            parts += f", Q and K {record.query_key_rank}"
-        parts += f", mlp {record.mlp_width}/{sizes.intermediate_size}"
-        logger.info("layer %d: keep %.3f, %s, %.1f s", record.layer, record.keep, parts, record.elapsed_s)
-
-
-@contextmanager
-def _standing_in(layer: DecoderModule, part: str, module: DecoderModule) -> Iterator[None]:
-    """Put ``module`` in the place of a part of the layer inside the block."""
-    own = layer.get_submodule(part)
-    layer.set_submodule(part, module)
-    try:
-        yield
-    finally:
-        layer.set_submodule(part, own)
-
-
-@contextmanager
-def _naming_layer(index: int) -> Iterator[None]:
-    """Turn numerical trouble inside the block into an error that names the layer."""
-    try:
-        yield
-    except (ArithmeticError, torch.linalg.LinAlgError) as error:
-        raise InputError(f"layer {index} cannot be compressed: {error}") from error

@@ -8,8 +8,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ..core.importance import angles_between
-from ..errors import InputError
-from ..utils.processes import all_reduce_numbers, own_share
+from ..utils.processes import all_reduce, own_share
 from ..utils.progress import progress
 from ..utils.stopwatch import stage
 from .protocols import LayerSource
@@ -27,12 +26,7 @@ class LayerImportance:
 
 
 def layer_importance(source: LayerSource, windows: Tensor, batch_size: int, method: str = "angular") -> LayerImportance:
-    """Score every decoder layer on token ids (N, S), and log the scores, which depend on batches only by rounding.
-
-    Stages counted: ``read``, ``forward``, and ``angles`` or ``backward``.
-    """
-    if method not in IMPORTANCE_METHODS:
-        raise InputError(f"importance method {method!r} is unknown; accepted: {', '.join(IMPORTANCE_METHODS)}")
+    """Score every decoder layer on token ids (N, S), and log the scores, which depend on batches only by rounding."""
     found = IMPORTANCE_METHODS[method](source, windows, batch_size)
     if found.zero_rows:
         logger.warning("%d rows of zeros have no angle and count as cosine 0.5", found.zero_rows)
@@ -45,19 +39,18 @@ def layer_importance(source: LayerSource, windows: Tensor, batch_size: int, meth
 def angular_importance(source: LayerSource, windows: Tensor, batch_size: int) -> LayerImportance:
     """Score every layer by the mean angle between its input and its output, residual included."""
     walk = Walk(source, windows, batch_size)
-    sums = []
+    sums = torch.zeros(2, source.num_layers, dtype=torch.float64, device=source.device)  # of angles; of rows of zeros
     for index in progress(range(source.num_layers), "importance", "layer"):
-        total, zeros = 0.0, 0
         with lent_layer(source, index) as layer:
-            for batch in walk.batches():
-                outputs = walk.run(layer, index, batch)
+            for states, stored in walk.batches():
+                outputs = walk.run(layer, index, states)
                 with stage("angles"):
-                    angles, batch_zeros = angles_between(batch.states, outputs)
-                    total, zeros = total + angles.sum().item(), zeros + batch_zeros
-                batch.replace(outputs)
-        sums.append(all_reduce_numbers(total, zeros, device=source.device))
-    totals, zero_rows = zip(*sums, strict=True)
-    return LayerImportance(tuple(total / windows.numel() for total in totals), int(sum(zero_rows)))
+                    angles, zero_rows = angles_between(states, outputs)
+                    sums[0, index] += angles.sum()
+                    sums[1, index] += zero_rows
+                stored.copy_(outputs)
+    all_reduce(sums)
+    return LayerImportance(tuple((sums[0] / windows.numel()).tolist()), int(sums[1].sum()))
 
 
 @torch.no_grad()
@@ -68,12 +61,11 @@ def gradient_importance(source: LayerSource, windows: Tensor, batch_size: int) -
     Absolute values per unit: the final norm makes the loss blind to the length of the last layer's output, so there the
     products of a token sum to zero whatever the layer does.
 
-    What is kept at a time are one batch's hidden states at every layer boundary, ``(L + 1)·batch·S·D`` numbers on the
-    device, and one layer: its forward pass is run again to carry the gradient back through it. So every batch borrows
-    each layer twice, where the angular score borrows it once for all windows.
+    On the device are one batch's hidden states at every layer boundary, ``(L + 1)·batch·S·D`` numbers, and one layer,
+    which runs again to carry the gradient back: every batch borrows each layer twice, not all of them together once.
     """
     arguments = source.layer_arguments(windows.shape[1])
-    totals = [0.0] * source.num_layers
+    totals = torch.zeros(source.num_layers, dtype=torch.float64, device=source.device)
     for ids in progress(own_share(windows).split(batch_size), "gradient importance", "batch"):
         with source.embedding() as embed:
             states = [embed(ids)]  # states[l + 1] is the output of layer l
@@ -85,14 +77,14 @@ def gradient_importance(source: LayerSource, windows: Tensor, batch_size: int) -
         with stage("backward"):
             gradient = _loss_gradient(source, states[-1], ids.to(source.device))
             for index in reversed(range(source.num_layers)):
-                totals[index] += (gradient * states[index + 1]).abs().sum(dtype=torch.float64).item()
+                totals[index] += (gradient * states[index + 1]).abs().sum(dtype=torch.float64)
                 if index > 0:
                     with lent_layer(source, index) as layer, torch.enable_grad():
                         inputs = states[index].detach().requires_grad_()
                         outputs = layer(inputs, **arguments[index])
                         (gradient,) = torch.autograd.grad(outputs, inputs, gradient)
-    totals = all_reduce_numbers(*totals, device=source.device)
-    return LayerImportance(tuple(total / windows.numel() for total in totals), zero_rows=0)
+    all_reduce(totals)
+    return LayerImportance(tuple((totals / windows.numel()).tolist()), zero_rows=0)
 
 
 IMPORTANCE_METHODS = {"angular": angular_importance, "gradient": gradient_importance}

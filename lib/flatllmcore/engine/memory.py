@@ -1,9 +1,10 @@
 """A transformers model in memory as source and as sink of the walk."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cache
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +21,11 @@ from .storage import StatesStorage
 class ModelInMemory:
     """A causal language model as source and sink, unchanged until :meth:`adopt`; parts are lent on ``device``."""
 
-    def __init__(self, model: PreTrainedModel, device: torch.device, storage: StatesStorage | None = None) -> None:
+    def __init__(self, model: PreTrainedModel, device: torch.device) -> None:
         self.model, self.config, self.decoder = model, model.config, model.get_decoder()
         self.num_layers = len(self.decoder.layers)
         self.device, self.dtype = device, model.get_input_embeddings().weight.dtype
-        self.storage = storage or StatesStorage()
+        self.storage = StatesStorage()
         self.finished: dict[int, LayerRecord] = {}
         self._compressed: dict[int, FlatDecoderLayer] = {}
 
@@ -76,43 +77,28 @@ def layer_arguments(decoder: DecoderModule, seqlen: int, device: torch.device) -
         return hidden_states
 
     example = decoder.norm.weight  # there even where the embeddings are not
-    window = torch.zeros(1, seqlen, decoder.config.hidden_size, dtype=example.dtype, device=example.device)
-    replaced = {layer: layer.__dict__.get("forward") for layer in decoder.layers}  # one's own is a user's patch
-    try:
-        for layer in decoder.layers:
-            layer.forward = note_arguments
-        with torch.no_grad(), evaluation_mode(decoder):
-            decoder(inputs_embeds=window, use_cache=False)
-    finally:
-        for layer, forward in replaced.items():
-            del layer.forward
-            if forward is not None:
-                layer.forward = forward
+    window = example.new_zeros(1, seqlen, decoder.config.hidden_size)
+    with _lent(decoder), ExitStack() as stack:
+        for layer in decoder.layers:  # a forward that a user or accelerate put on one is put back
+            stack.enter_context(patch.object(layer, "forward", note_arguments))
+        decoder(inputs_embeds=window, use_cache=False)
     moved = cache(lambda tensor: tensor.to(device))  # most occur in the arguments of every layer
     return tree_map_only(Tensor, moved, recorded)
 
 
 @contextmanager
-def evaluation_mode(module: nn.Module) -> Iterator[nn.Module]:
-    """Switch dropout and the like off inside the block; every submodule's mode is restored after it."""
-    modes = {part: part.training for part in module.modules()}
-    module.eval()
-    try:
-        yield module
-    finally:
-        for part, mode in modes.items():
-            part.training = mode
-
-
-@contextmanager
-def _lent(module: nn.Module, device: torch.device) -> Iterator[nn.Module]:
-    """Lend a module on ``device``, in evaluation mode, without gradients; its own tensors come back untouched."""
+def _lent(module: nn.Module, device: torch.device | None = None) -> Iterator[nn.Module]:
+    """Lend a module on ``device``, or where it is, without dropout or gradients; tensors and modes are put back."""
     homes = {tensor: tensor.data for tensor in (*module.parameters(), *module.buffers())}
+    modes = {part: part.training for part in module.modules()}
     try:
+        module.eval()
         for tensor, home in homes.items():
-            tensor.data = home.to(device, non_blocking=True)
-        with torch.no_grad(), evaluation_mode(module):
+            tensor.data = home.to(device=device, non_blocking=True)
+        with torch.no_grad():
             yield module
     finally:
         for tensor, home in homes.items():
             tensor.data = home
+        for part, mode in modes.items():
+            part.training = mode

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from ..utils.processes import all_reduce_numbers
+from ..utils.processes import all_reduce
 from ..utils.progress import progress
 from ..utils.stopwatch import stage
 from .protocols import LayerSource
@@ -36,21 +36,16 @@ def perplexity(source: LayerSource, windows: Tensor, batch_size: int) -> Perplex
         for index in progress(range(source.num_layers), "perplexity", "layer"):
             with lent_layer(source, index) as layer:
                 walk.advance(layer, index)
-        (nll,) = all_reduce_numbers(_nll(walk), device=source.device)
+        nll = torch.zeros((), dtype=torch.float64, device=source.device)
+        with source.head() as logits_of:
+            for (states, _), ids in zip(walk.batches(), walk.windows.split(batch_size), strict=False):
+                rows = states[:, :-1].flatten(0, 1).split(LOGIT_ROWS)
+                targets = ids[:, 1:].flatten().to(source.device).split(LOGIT_ROWS)
+                for inputs, target in zip(rows, targets, strict=True):
+                    logits = logits_of(inputs)
+                    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+                    nll += cross_entropy(logits, target, reduction="sum")
+        all_reduce(nll)
     count, seqlen = windows.shape
     predicted = count * (seqlen - 1)
-    return Perplexity(torch.tensor(nll / predicted, dtype=torch.float64).exp().item(), count, seqlen, predicted)
-
-
-def _nll(walk: Walk) -> float:
-    """Return the sum of negative log-likelihoods of this process's windows, from the last layer's outputs."""
-    nll, source = 0.0, walk.source
-    with source.head() as logits_of:
-        for batch, ids in zip(walk.batches(), walk.windows.split(walk.batch_size), strict=False):
-            rows = batch.states[:, :-1].flatten(0, 1).split(LOGIT_ROWS)
-            targets = ids[:, 1:].flatten().to(source.device).split(LOGIT_ROWS)
-            for states, target in zip(rows, targets, strict=True):
-                logits = logits_of(states)
-                logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-                nll += cross_entropy(logits, target, reduction="sum").item()
-    return nll
+    return Perplexity((nll.cpu() / predicted).exp().item(), count, seqlen, predicted)

@@ -4,7 +4,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ _SHARE_OF_HOST = 0.5
 class StatesStorage:
     """Keeps hidden states where :meth:`place` says; a file is mapped to memory, nameless, and ends with us."""
 
-    host_memory_bytes: int | None = None  # that may be planned with; None for what is free
+    host_memory_bytes: int = field(default_factory=free_host_memory)  # that may be planned with
     folder: Path | None = None  # of the file; None for the system's temporary folder
 
     def place(self, size: int, device: torch.device) -> str:
@@ -34,32 +34,25 @@ class StatesStorage:
         """
         if device.type != "cpu" and 0 < size <= _SHARE_OF_DEVICE * free_device_memory(device):
             return "device"
-        if size <= _SHARE_OF_HOST * self.host_memory():
+        if size <= _SHARE_OF_HOST * self.host_memory_bytes:
             return "host"
         check_disk_space(self._folder(), size)
         return "file"
 
-    def host_memory(self) -> int:
-        """Return the bytes of host memory that may be planned with."""
-        return free_host_memory() if self.host_memory_bytes is None else self.host_memory_bytes
-
     def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
         """Return an uninitialised tensor where hidden states of this shape belong."""
         size = torch.Size(shape).numel() * dtype.itemsize
-        place = self.place(size, device)
-        where = {"device": device, "host": "host memory", "file": f"a file in {self._folder()}"}[place]
+        place, folder = self.place(size, device), self._folder()
+        where = {"device": device, "host": "host memory", "file": f"a file in {folder}"}[place]
         logger.info("hidden states of %d windows: %.2f GiB on %s", shape[0], size / GIB, where)
-        if place == "file":
-            return self._mapped(shape, dtype, size)
-        return torch.empty(*shape, dtype=dtype, device=device if place == "device" else "cpu")
+        if place != "file":
+            return torch.empty(*shape, dtype=dtype, device=device if place == "device" else "cpu")
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(prefix="hidden-states-", dir=folder) as file:
+            with naming_full_disk(folder):
+                os.posix_fallocate(file.fileno(), 0, size)  # a disk that fills up later would end us by SIGBUS
+            flat = torch.from_file(file.name, shared=True, size=torch.Size(shape).numel(), dtype=dtype)
+        return flat.view(*shape)
 
     def _folder(self) -> Path:
         return self.folder or Path(tempfile.gettempdir())
-
-    def _mapped(self, shape: Sequence[int], dtype: torch.dtype, size: int) -> Tensor:
-        self._folder().mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(prefix="hidden-states-", dir=self._folder()) as file:
-            with naming_full_disk(self._folder()):
-                os.posix_fallocate(file.fileno(), 0, size)  # a disk that fills up later would end us by SIGBUS
-            flat = torch.from_file(file.name, shared=True, size=torch.Size(shape).numel(), dtype=dtype)
-            return flat.view(*shape)

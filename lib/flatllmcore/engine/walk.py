@@ -3,9 +3,10 @@
 What is on the device is one layer and one batch, whatever the size of the model.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,28 +19,8 @@ from ..utils.stopwatch import stage
 from .protocols import LayerSource
 
 
-def default_batch_size(seqlen: int) -> int:
-    """Return how many windows make up about 4096 tokens, at least 1."""
-    return max(1, 4096 // seqlen)
-
-
-@dataclass
-class Batch:
-    """Some windows' hidden states, (batch, S, D), on the device, and the place they came from."""
-
-    states: Tensor
-    stored: Tensor
-
-    def replace(self, outputs: Tensor) -> None:
-        """Store ``outputs`` as these windows' hidden states."""
-        self.stored.copy_(outputs)
-
-
 class Walk:
-    """The hidden states of this process's share of the windows (N, S) of all, first those that enter layer 0.
-
-    Stages counted: ``read``, waiting for a layer to be read or copied, and ``forward``.
-    """
+    """The hidden states of this process's share of the windows (N, S) of all, first those that enter layer 0."""
 
     def __init__(self, source: LayerSource, windows: Tensor, batch_size: int) -> None:
         self.source, self.windows, self.batch_size = source, own_share(windows), batch_size
@@ -50,23 +31,23 @@ class Walk:
                 stored.copy_(embed(ids))
         self._arguments = source.layer_arguments(windows.shape[1])
 
-    def batches(self) -> Iterator[Batch]:
-        """Yield the windows in order, ``batch_size`` at a time, on the device."""
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the windows' hidden states in order, (batch, S, D), on the device, each with its place in storage."""
         batches = self.states.split(self.batch_size) if len(self.states) else ()
         for stored in progress(batches, "windows", "batch"):
-            yield Batch(stored.to(self.source.device, non_blocking=True), stored)
+            yield stored.to(self.source.device, non_blocking=True), stored
 
-    def run(self, layer: nn.Module, index: int, batch: Batch) -> Tensor:
+    def run(self, layer: nn.Module, index: int, states: Tensor) -> Tensor:
         """Return what ``layer``, at place ``index`` in the model, makes of a batch, (batch, S, D), if it is finite."""
         with stage("forward"):
-            outputs = layer(batch.states, **self._arguments[index])
+            outputs = layer(states, **self._arguments[index])
             check_finite(index, outputs)
         return outputs
 
     def advance(self, layer: nn.Module, index: int) -> None:
         """Lead all hidden states through ``layer``, at place ``index`` in the model."""
-        for batch in self.batches():
-            batch.replace(self.run(layer, index, batch))
+        for states, stored in self.batches():
+            stored.copy_(self.run(layer, index, states))
 
 
 @contextmanager
@@ -81,5 +62,38 @@ def lent_layer(source: LayerSource, index: int) -> Iterator[DecoderModule]:
 def check_finite(index: int, activations: Tensor) -> None:
     """Refuse what layer ``index`` gives if it is not finite."""
     if not torch.isfinite(activations).all():
-        remedy = "check the checkpoint, or use a wider --dtype (float32, bfloat16)"
-        raise InputError(f"layer {index} gives NaN or infinite activations in {activations.dtype}; {remedy}")
+        raise InputError(f"layer {index} gives NaN or infinite activations in {activations.dtype}; widen --dtype")
+
+
+class _AllSeenError(Exception):
+    """Ends a forward pass whose rest nobody needs."""
+
+
+@contextmanager
+def tapped(layer: nn.Module, taps: Sequence[str]) -> Iterator[Callable[[Callable[[], Any]], Mapping[str, Tensor]]]:
+    """Lend a function that runs a forward pass, a call, as far as the last tap, and returns what passed them.
+
+    Taps are a submodule's name and what of it, ``mlp.down_proj.input``, ``self_attn.v_proj.output``: (tokens, width).
+    """
+    seen: dict[str, Tensor] = {}
+
+    def look(tap: str, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor | None = None) -> None:
+        seen[tap] = (inputs[0] if output is None else output).flatten(0, -2)
+        if len(seen) == len(taps):
+            raise _AllSeenError
+
+    def run(forward: Callable[[], Any]) -> Mapping[str, Tensor]:
+        seen.clear()
+        try:
+            forward()
+        except _AllSeenError:
+            return seen
+        raise RuntimeError(f"the layer's forward pass does not come by {', '.join(set(taps) - seen.keys())}")
+
+    with ExitStack() as stack:
+        for tap in taps:
+            name, _, side = tap.rpartition(".")
+            module: Any = layer.get_submodule(name)
+            register = module.register_forward_pre_hook if side == "input" else module.register_forward_hook
+            stack.callback(register(partial(look, tap)).remove)
+        yield run

@@ -1,10 +1,10 @@
 """The compression methods, by the name that ``--prune_method`` and ``FlatLLMConfig.method`` take.
 
-A method is data about what is looked at and what is solved; ``engine/method.py`` says how the engine asks. A further
+A method is data about what is looked at and what is solved; ``engine/protocols.py`` says how the engine asks. A further
 one is a file here and an entry below.
 """
 
-from ..engine.method import Method
+from ..engine.protocols import Method
 from .flatllm import FlatLLM
 
 METHODS: dict[str, Method] = {method.name: method for method in (FlatLLM(),)}

@@ -15,7 +15,7 @@ from ..core.attention_pca import headwise_pca, project_heads, project_output
 from ..core.mlp_nystrom import few_tokens_jitter, reconstruct_down_projection, select_channels
 from ..core.moments import add_head_moments, add_moment, mirror_lower_triangle
 from ..core.rank_allocation import ImportancePreservingRankSelector, RankAllocation
-from ..engine.method import Solution, Sums
+from ..engine.protocols import Solution, Sums
 from ..utils.dimensions import Kept, ModelDimensions
 from ..utils.layer_utils import DecoderModule
 

@@ -6,154 +6,122 @@ library has made for other work is not touched. Collectives raise OtherProcessEr
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
-_FAILURES = "failures"  # key in the store
-# Longer than a process waits for another at any size, the solves of a layer included.
-_PATIENCE = timedelta(hours=2)
-
-_store: dist.Store | None = None  # the group's, inside the block of process_group
-_has_failed = False  # whether this process has
+_store: dist.Store | None = None  # the group's, inside the block of process_group, until this process fails
 
 
 class OtherProcessError(RuntimeError):
     """Another process of the group ended; it has said why."""
 
 
-@contextmanager
-def _naming_lost_processes() -> Iterator[None]:
-    """For collectives alone, where backends raise RuntimeErrors of many kinds when they do not reach the others."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        raise OtherProcessError(f"another process ended, or cannot be reached: {error}") from error
+def _collective(communicate: Callable[P, object]) -> Callable[P, None]:
+    """Have a collective do nothing outside of a group, and say what the RuntimeErrors of all backends mean."""
+
+    @wraps(communicate)
+    def communicate_in_group(*args: P.args, **kwargs: P.kwargs) -> None:
+        if _store is not None:
+            try:
+                communicate(*args, **kwargs)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                raise OtherProcessError(f"another process ended, or cannot be reached: {error}") from error
+
+    return communicate_in_group
 
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
     """Join the group that the launcher describes, if it started more than one process; each computes on its ``device``.
 
-    A process that has failed does not take leave on a GPU, where that waits for the others: its end tells them.
+    A process that has failed takes no leave, which on a GPU would wait for the others: its end tells them.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
-    global _store, _has_failed  # noqa: PLW0603 (torch.distributed's own group is as global)
+    global _store  # noqa: PLW0603 (torch.distributed's own group is as global)
     _store, rank, size = next(dist.rendezvous("env://"))
+    patience = timedelta(hours=2)  # longer than a process waits for another at any size, a layer's solves included
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, store=_store, rank=rank, world_size=size, timeout=_PATIENCE)
-    _has_failed = False
-    try:
-        dist.barrier()  # none may leave, even by an error, while another is still joining
-        yield
-    except BaseException:
-        _has_failed = True
-        raise
-    finally:
-        if not _has_failed or device.type == "cpu":
-            dist.destroy_process_group()
+    dist.init_process_group(backend, store=_store, rank=rank, world_size=size, timeout=patience)
+    barrier()  # none may leave, even by an error, while another is still joining
+    yield
+    if _store is not None:
+        dist.destroy_process_group()
         _store = None
 
 
 def world_size() -> int:
     """Return how many processes there are."""
-    return dist.get_world_size() if _is_group() else 1
+    return 1 if _store is None else dist.get_world_size()
 
 
 def local_world_size() -> int:
     """Return how many processes of the group share this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if _is_group() else 1
+    return 1 if _store is None else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def is_rank_0() -> bool:
     """Tell whether this is the process that writes and logs."""
-    return not _is_group() or dist.get_rank() == 0
+    return _rank() == 0
 
 
-@_naming_lost_processes()
-def is_first_failure() -> bool:
-    """Note that this process has failed, and tell whether it is the first: one failure is reported, not all."""
-    global _has_failed  # noqa: PLW0603
-    _has_failed = True
-    return _store is None or _store.add(_FAILURES, 1) == 1
+def is_first_failure(is_own: bool) -> bool:
+    """Leave the group as a failed process, and tell whether it is the first: one failure is reported, not all.
+
+    Where the process that counts has ended, the first is taken to be one that ``is_own``, no other process's end.
+    """
+    global _store
+    store, _store = _store, None
+    try:
+        return store is None or store.add("failures", 1) == 1
+    except RuntimeError:
+        return is_own
 
 
 def own_share(rows: Tensor) -> Tensor:
     """Return a view of the rows that this process takes; shares differ by one at most and may be empty."""
-    return rows.tensor_split(world_size())[dist.get_rank()] if _is_group() else rows
-
-
-def all_gather_shares(share: Tensor, length: int) -> Tensor:
-    """Return the ``length`` rows of which :func:`own_share` gave each process its ``share``; the same in all."""
-    if not _is_group():
-        return share
-    rows = share.new_zeros(length, *share.shape[1:])
-    own_share(rows).copy_(share)
-    return all_reduce(rows)
-
-
-def own_turns(items: Sequence[T]) -> list[T]:
-    """Return the items that are this process's turns, when they are dealt out there and back."""
-    return [item for turn, item in enumerate(items) if is_own_turn(turn)]
+    return rows.tensor_split(world_size())[_rank()]
 
 
 def is_own_turn(turn: int) -> bool:
     """Tell whether this process takes an item by its place among those that are dealt out there and back."""
-    return not _is_group() or _rank_of_turn(turn) == dist.get_rank()
+    return _rank_of_turn(turn) == _rank()
 
 
-@_naming_lost_processes()
+all_reduce = _collective(dist.all_reduce)  # adds up a tensor over the group, in place
+barrier = _collective(dist.barrier)
+
+
+@_collective
 def broadcast(tensor: Tensor, turn: int = 0) -> None:
     """Replace what a tensor holds, in place, by what it holds in the process whose turn it is: rank 0 at turn 0."""
-    if _is_group():
-        sent = tensor.contiguous()
-        dist.broadcast(sent, src=_rank_of_turn(turn))
-        tensor.copy_(sent)
+    sent = tensor.contiguous()
+    dist.broadcast(sent, src=_rank_of_turn(turn))
+    tensor.copy_(sent)
 
 
 def broadcast_object(make: Callable[[], T]) -> T:
     """Return what ``make`` gives in rank 0, the only process where it is called."""
-    if not _is_group():
-        return make()
     objects = [make() if is_rank_0() else None]
-    with _naming_lost_processes():
-        dist.broadcast_object_list(objects, device=torch.device("cpu"))
+    _collective(dist.broadcast_object_list)(objects, device=torch.device("cpu"))
     return objects[0]  # type: ignore[return-value]
 
 
-@_naming_lost_processes()
-def all_reduce(total: Tensor) -> Tensor:
-    """Add up ``total`` over the group in place, and return it."""
-    if _is_group():
-        dist.all_reduce(total)
-    return total
-
-
-def all_reduce_numbers(*numbers: float, device: torch.device) -> list[float]:
-    """Return each number summed over the group, in float64."""
-    return all_reduce(torch.tensor(numbers, dtype=torch.float64, device=device)).tolist()
-
-
-@_naming_lost_processes()
-def barrier() -> None:
-    """Wait until every process of the group has come here."""
-    if _is_group():
-        dist.barrier()
-
-
-def _is_group() -> bool:
-    return _store is not None
+def _rank() -> int:
+    return 0 if _store is None else dist.get_rank()
 
 
 def _rank_of_turn(turn: int) -> int:

@@ -13,13 +13,6 @@ def progress(items: Iterable[Any] | None, doing: str, unit: str, total: float | 
 
     Without items it is moved by ``update``, up to ``total`` units where that is known.
     """
-    return tqdm(
-        items,
-        doing,
-        total,
-        unit=unit,
-        unit_scale=unit in ("B", "char"),
-        leave=False,
-        disable=None if is_rank_0() else True,  # None: by the terminal
-        dynamic_ncols=True,
-    )
+    is_hidden = None if is_rank_0() else True  # None: where there is no terminal
+    scaled = unit == "char"
+    return tqdm(items, doing, total, unit=unit, unit_scale=scaled, leave=False, disable=is_hidden, dynamic_ncols=True)

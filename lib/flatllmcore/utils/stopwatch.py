@@ -1,8 +1,9 @@
 """Where the time of a run goes: code names its stages, and whoever wants to know runs it under a stopwatch."""
 
 import time
+from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
@@ -17,8 +18,8 @@ class Stopwatch:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.elapsed_s: dict[str, float] = {}
-        self._stages: list[tuple[str, bool]] = []  # name, and whether stages inside count for it
+        self.elapsed_s: dict[str, float] = defaultdict(float)
+        self._stage: str | None = None
         self._since = 0.0
 
     @contextmanager
@@ -30,31 +31,26 @@ class Stopwatch:
         finally:
             _running.reset(token)
 
-    @contextmanager
-    def counting(self, name: str, is_whole: bool) -> Iterator[None]:
-        """Count the time inside the block, with the device work queued there, as :func:`stage` says."""
-        self._settle()
-        is_inside_whole = bool(self._stages) and self._stages[-1][1]
-        self._stages.append(self._stages[-1] if is_inside_whole else (name, is_whole))
-        try:
-            yield
-        finally:
-            self._settle()
-            self._stages.pop()
-
-    def _settle(self) -> None:
+    def switch(self, stage: str | None) -> str | None:
+        """Begin a stage, or none, when the device work queued is done; return the one that it ends."""
         synchronize(self.device)
-        now = time.perf_counter()
-        if self._stages:
-            name, _ = self._stages[-1]
-            self.elapsed_s[name] = self.elapsed_s.get(name, 0.0) + now - self._since
-        self._since = now
+        now, ended = time.perf_counter(), self._stage
+        if ended is not None:
+            self.elapsed_s[ended] += now - self._since
+        self._stage, self._since = stage, now
+        return ended
 
 
-def stage(name: str, *, is_whole: bool = False) -> AbstractContextManager[None]:
-    """Return a block whose time counts for ``name`` on the stopwatch that runs, if one does.
-
-    The stages inside one that is whole count for it; else each counts for itself alone.
-    """
+@contextmanager
+def stage(name: str, *, is_whole: bool = False) -> Iterator[None]:
+    """Count the block for ``name`` on the stopwatch that runs, if one does; stages inside a whole one count for it."""
     stopwatch = _running.get()
-    return nullcontext() if stopwatch is None else stopwatch.counting(name, is_whole)
+    if stopwatch is None:
+        yield
+        return
+    outer, token = stopwatch.switch(name), _running.set(None if is_whole else stopwatch)
+    try:
+        yield
+    finally:
+        _running.reset(token)
+        stopwatch.switch(outer)
