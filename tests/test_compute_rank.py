@@ -12,8 +12,7 @@ from transformers import LlamaConfig
 import compute_rank
 from flatllmcore.core.importance import ImportanceScores
 from flatllmcore.core.rank_allocation import RankAllocation
-from flatllmcore.core.rank_files import load_ranks
-from flatllmcore.utils.files import write_json
+from flatllmcore.utils.files import read_json, write_json
 from flatllmcore.utils.layer_utils import dimensions_from_config
 
 CONFIG = LlamaConfig(
@@ -42,7 +41,7 @@ def files(folder: Path) -> set[str]:
 def ranks_at(folder: Path, percent: int, *argv: str) -> RankAllocation:
     """Allocate ranks for one target, and return what was written."""
     assert compute_rank.main(["--sparsity_ratio", str(percent), "--no-plot", *argv]) == 0
-    return load_ranks(folder / f"ranks_{percent}.json")
+    return read_json(folder / f"ranks_{percent}.json", RankAllocation)
 
 
 def test_without_arguments_every_file_under_ranks_gets_five_targets_and_a_plot(folder, capsys):
@@ -59,7 +58,7 @@ def test_without_arguments_every_file_under_ranks_gets_five_targets_and_a_plot(f
 def test_written_ranks_meet_the_target_and_carry_the_digest_of_their_scores(folder):
     allocation = ranks_at(folder, 20)
     assert files(folder) == {"importance.json", "ranks_20.json"}
-    assert (allocation.sparsity_percent, allocation.rank_multiple) == (20, 8)
+    assert (allocation.sparsity_ratio, allocation.rank_multiple) == (20, 8)
     step = 8 * 3 * 256
     assert abs(allocation.parameters_after - 0.8 * allocation.parameters_before) <= step
     assert allocation.importance_sha256 == hashlib.sha256((folder / "importance.json").read_bytes()).hexdigest()

@@ -2,19 +2,21 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from ..errors import InputError
-from ..utils.dimensions import Kept, ModelDimensions, check_length
 from ..utils.files import digest, read_json, write_json
-from .importance import IMPORTANCE_FILE, ImportanceScores, read_author_keep_ratios, read_author_scores
+from .importance import IMPORTANCE_FILE, ImportanceScores, read_author_numbers
 from .rank_allocation import ImportancePreservingRankSelector, RankAllocation
 
 logger = logging.getLogger(__name__)
 
-_PER_LAYER = ("keep", "value_rank", "mlp_width")  # the last fields of RanksFile
+RANKS_FIELDS = (
+    *("sparsity_ratio", "achieved_sparsity_percent", "prune_qk", "rank_multiple", "parameters_before"),
+    *("parameters_after", "importance_sha256", "dimensions", "keep", "value_rank", "mlp_width"),
+)
+SHARE_ROUNDING = 1e-6  # the authors' shares, stored in float32, may pass 1 by their last digit
 Allocate: TypeAlias = Callable[[Sequence[float], str | None], RankAllocation]  # of scores, and their file's digest
 
 
@@ -23,54 +25,9 @@ def ranks_file(sparsity_percent: float) -> str:
     return f"ranks_{sparsity_percent:g}.json"
 
 
-@dataclass(frozen=True)
-class RanksFile:
-    """The content of ``ranks_<percent>.json``; lists have one entry per layer."""
-
-    sparsity_ratio: float
-    achieved_sparsity_percent: float
-    prune_qk: bool
-    rank_multiple: int
-    parameters_before: int
-    parameters_after: int
-    importance_sha256: str | None
-    dimensions: ModelDimensions
-    keep: list[float]
-    value_rank: list[int]
-    mlp_width: list[int]
-
-
 def save_ranks(allocation: RankAllocation, path: Path) -> None:
-    """Write an allocation to a file that :func:`load_ranks` reads."""
-    per_layer: dict[str, Any] = {name: [getattr(kept, name) for kept in allocation.layers] for name in _PER_LAYER}
-    others = {field.name: getattr(allocation, field.name) for field in fields(RanksFile)[1 : -len(_PER_LAYER)]}
-    write_json(path, RanksFile(allocation.sparsity_percent, **others, **per_layer))
-
-
-def load_ranks(path: Path) -> RankAllocation:
-    """Return the allocation that a ``ranks_<percent>.json`` holds; an InputError names an unusable field."""
-    file = read_json(path, RanksFile)
-    try:
-        return _allocation_of(file)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
-
-
-def _allocation_of(file: RanksFile) -> RankAllocation:
-    sizes = file.dimensions
-    for name in _PER_LAYER:
-        check_length(name, getattr(file, name), sizes.num_layers)
-    layers = tuple(
-        Kept(keep, rank, width, sizes.query_key_rank(rank) if file.prune_qk else None)
-        for keep, rank, width in zip(file.keep, file.value_rank, file.mlp_width, strict=True)
-    )
-    keep_ratio = 1 - file.sparsity_ratio / 100
-    allocation = RankAllocation(keep_ratio, file.prune_qk, file.rank_multiple, layers, sizes, file.importance_sha256)
-    for name in ("parameters_before", "parameters_after"):
-        stated, counted = getattr(file, name), getattr(allocation, name)
-        if stated != counted:
-            raise InputError(f"{name!r} is {stated}, but the ranks and widths add up to {counted}")
-    return allocation
+    """Write a file that is read as a :class:`RankAllocation`, which takes what is not counted from the rest."""
+    write_json(path, {name: getattr(allocation, name) for name in RANKS_FIELDS})
 
 
 def find_ranks(
@@ -97,33 +54,22 @@ def find_ranks(
 def _ranks_of(
     path: Path, selector: ImportancePreservingRankSelector, fingerprint: str, allocate: Allocate
 ) -> RankAllocation:
-    if path.suffix == ".pt" and path.name.startswith("sparsity_score"):
-        shares = read_author_keep_ratios(path)
-        check_length("keep", shares, selector.dimensions.num_layers)
-        return RankAllocation.of_layers(selector.dimensions, map(selector.floored, shares), prune_qk=selector.prune_qk)
     if path.suffix == ".pt":
-        return allocate(read_author_scores(path), None)
+        numbers = read_author_numbers(path)
+        if not path.name.startswith("sparsity_score"):
+            return allocate(numbers, None)
+        return selector.floored([1.0 if 1 < share < 1 + SHARE_ROUNDING else share for share in numbers])
     if "scores" in read_json(path, dict[str, Any]):
         scores = read_json(path, ImportanceScores)
         scores.check_matches(selector.dimensions, fingerprint)
         return allocate(scores.scores, digest(path.read_bytes()))
-    allocation = load_ranks(path)
-    _check_ranks(allocation, path.with_name(IMPORTANCE_FILE), selector, fingerprint)
-    return allocation
-
-
-def _check_ranks(
-    allocation: RankAllocation, scores: Path, selector: ImportancePreservingRankSelector, fingerprint: str
-) -> None:
-    """Refuse ranks of another model, or made otherwise or from other scores than those that stand beside them."""
+    allocation, scores_file = read_json(path, RankAllocation), path.with_name(IMPORTANCE_FILE)
     if differences := allocation.dimensions.differences_from(selector.dimensions):
         raise InputError(f"the ranks belong to another model: {differences}")
     if allocation.prune_qk != selector.prune_qk:
-        made, wanted, remedy = ("pruned", "whole", "give") if allocation.prune_qk else ("whole", "pruned", "drop")
-        raise InputError(
-            f"the ranks are for {made} Q and K, which are {wanted} here; {remedy} --prune_qk, or name other ranks"
-        )
-    if allocation.importance_sha256 is not None and scores.is_file():
-        if allocation.importance_sha256 != digest(scores.read_bytes()):
-            raise InputError(f"the ranks were made from other scores than {scores}; run compute_rank.py again")
-        read_json(scores, ImportanceScores).check_matches(selector.dimensions, fingerprint)
+        raise InputError(f"the ranks are made with prune_qk {allocation.prune_qk}, and here it is {selector.prune_qk}")
+    if allocation.importance_sha256 is not None and scores_file.is_file():
+        if allocation.importance_sha256 != digest(scores_file.read_bytes()):
+            raise InputError(f"the ranks were made from other scores than {scores_file}; run compute_rank.py again")
+        read_json(scores_file, ImportanceScores).check_matches(selector.dimensions, fingerprint)
+    return allocation
