@@ -282,14 +282,11 @@ class TestRoundedRanks:
         assert largest_remainder([2.5, 3.7, 4.2, 1.6], 12, 10) == [2, 4, 4, 2]  # the largest are rounded up
 
 
-class TestSelector:
-    def test_the_default_multiple_is_8_for_heads_64_wide_and_1_below(self):
-        assert ImportancePreservingRankSelector(replace(TINY, head_dim=64)).rank_multiple == 8
-        assert ImportancePreservingRankSelector(replace(TINY, head_dim=63)).rank_multiple == 1
-
-    @pytest.mark.parametrize("multiple", [0, -8, 9])
-    def test_what_does_not_fit_the_model_is_refused(self, multiple):
-        with pytest.raises(InputError, match=f"rank multiple {multiple} .* 1 to 8"):
-            ImportancePreservingRankSelector(TINY, rank_multiple=multiple)
-        with pytest.raises(InputError, match="'scores' has 3 entries; the model has 5 layers"):
-            ImportancePreservingRankSelector(TINY).allocate([0.1, 0.2, 0.3], 0.8)
+@pytest.mark.parametrize("multiple", [0, -8, 9])
+def test_multiples_and_scores_that_do_not_fit_the_model_are_refused(multiple):
+    with pytest.raises(InputError, match=f"rank multiple {multiple} .* 1 to 8"):
+        ImportancePreservingRankSelector(TINY, rank_multiple=multiple)
+    with pytest.raises(InputError, match="'scores' has 3 entries; the model has 5 layers"):
+        ImportancePreservingRankSelector(TINY).allocate([0.1, 0.2, 0.3], 0.8)
+    defaults = [ImportancePreservingRankSelector(replace(TINY, head_dim=width)).rank_multiple for width in (63, 64)]
+    assert defaults == [1, 8]
