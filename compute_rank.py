@@ -140,7 +140,7 @@ def write_ranks(importance: Importance, allocations: dict[int, RankAllocation], 
     for percent, allocation in allocations.items():
         save_ranks(allocation, folder / ranks_file(percent))
     if is_plotted:
-        keep = {percent: allocation.keep for percent, allocation in allocations.items()}
+        keep = {percent: allocation.per_layer("keep") for percent, allocation in allocations.items()}
         plot_ranks(importance.scores, keep, importance.model_id, folder / "ranks.png")
 
 
@@ -154,8 +154,9 @@ def table(importance: Importance, allocations: dict[int, RankAllocation]) -> str
         f"{'asked %':>8}{'achieved %':>12}{'V/O/MLP kept %':>16}{'rank':>14}{'MLP width':>18}",
     ]
     for percent, allocation in allocations.items():
-        kept = 100 * sum(allocation.keep) / sizes.num_layers
-        rank, width = (f"{min(found)}-{max(found)}" for found in (allocation.value_rank, allocation.mlp_width))
+        kept = 100 * sum(allocation.per_layer("keep")) / sizes.num_layers
+        ranges = (allocation.per_layer(name) for name in ("value_rank", "mlp_width"))
+        rank, width = (f"{min(found)}-{max(found)}" for found in ranges)
         lines.append(f"{percent:>8}{allocation.achieved_sparsity_percent:>12.3f}{kept:>16.2f}{rank:>14}{width:>18}")
     return "\n".join(lines) + "\n"
 

@@ -13,7 +13,7 @@ from dataclasses import asdict
 import common
 from flatllmbench.tables import markdown_table
 from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector, RankAllocation, allocate_keep_ratios
-from flatllmcore.core.rank_rounding import rounded_sizes
+from flatllmcore.core.rank_rounding import rounded_layers
 from flatllmcore.utils.devices import parse_device
 from flatllmcore.utils.dimensions import ModelDimensions
 from flatllmcore.utils.layer_utils import dimensions_from_config
@@ -61,8 +61,8 @@ def allocate_exactly(
     keep_ratio = 1 - percent / 100
     selector = ImportancePreservingRankSelector(dimensions, rank_multiple=rank_multiple, prune_qk=prune_qk)
     keep = allocate_keep_ratios(scores, selector.prunable_keep_ratio(keep_ratio))
-    ranks, widths = rounded_sizes(dimensions, keep, keep_ratio, rank_multiple, prune_qk)
-    return RankAllocation(percent, prune_qk, rank_multiple, dimensions, keep, ranks, widths)
+    layers = rounded_layers(dimensions, keep, keep_ratio, rank_multiple, prune_qk)
+    return RankAllocation(percent, prune_qk, rank_multiple, dimensions, tuple(layers))
 
 
 if __name__ == "__main__":

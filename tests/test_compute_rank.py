@@ -12,7 +12,8 @@ from transformers import LlamaConfig
 import compute_rank
 from flatllmcore.core.importance import ImportanceScores
 from flatllmcore.core.rank_allocation import RankAllocation
-from flatllmcore.utils.files import read_json, write_json
+from flatllmcore.core.rank_files import read_ranks
+from flatllmcore.utils.files import write_json
 from flatllmcore.utils.layer_utils import dimensions_from_config
 
 CONFIG = LlamaConfig(
@@ -41,7 +42,7 @@ def files(folder: Path) -> set[str]:
 def ranks_at(folder: Path, percent: int, *argv: str) -> RankAllocation:
     """Allocate ranks for one target, and return what was written."""
     assert compute_rank.main(["--sparsity_ratio", str(percent), "--no-plot", *argv]) == 0
-    return read_json(folder / f"ranks_{percent}.json", RankAllocation)
+    return read_ranks(folder / f"ranks_{percent}.json")
 
 
 def test_without_arguments_every_file_under_ranks_gets_five_targets_and_a_plot(folder, capsys):
@@ -68,8 +69,8 @@ def test_the_table_states_asked_and_achieved_ratios_and_ranges(folder, capsys):
     allocation = ranks_at(folder, 20, "--rank_multiple", "1")
     row = capsys.readouterr().out.splitlines()[-1].split()
     removed = 100 * (1 - allocation.parameters_after / allocation.parameters_before)
-    ranges = [f"{min(sizes)}-{max(sizes)}" for sizes in (allocation.value_rank, allocation.mlp_width)]
-    assert row == ["20", f"{removed:.3f}", f"{25 * sum(allocation.keep):.2f}", *ranges]
+    ranges = [f"{min(sizes)}-{max(sizes)}" for sizes in map(allocation.per_layer, ("value_rank", "mlp_width"))]
+    assert row == ["20", f"{removed:.3f}", f"{25 * sum(allocation.per_layer('keep')):.2f}", *ranges]
 
 
 def test_prune_qk_lowers_the_value_ranks_less(folder):

@@ -16,6 +16,7 @@ from flatllmcore.core.rank_allocation import RankAllocation
 from flatllmcore.engine.compress import compress_layers
 from flatllmcore.engine.memory import ModelInMemory
 from flatllmcore.methods import METHODS
+from flatllmcore.utils.dimensions import Kept
 from flatllmcore.utils.layer_utils import dimensions_from_config
 from python_process import LIBRARY, run_python
 
@@ -190,7 +191,7 @@ class TestAbsorption:
         """Oracle: compress_layers with these ranks and widths."""
         expected = tiny_model(model.config.model_type)
         sizes = dimensions_from_config(expected.config)
-        allocation = RankAllocation(50.0, False, 1, sizes, keep=[0.5] * 2, value_rank=[6] * 2, mlp_width=[28] * 2)
+        allocation = RankAllocation(50.0, False, 1, sizes, (Kept(0.5, 6, 28),) * 2)
         source = ModelInMemory(expected, torch.device("cpu"))
         flat_config, _ = compress_layers(
             source, source, self.IDS, METHODS["flatllm"], allocation, batch_size=512, tolerance=0.96

@@ -16,6 +16,7 @@ from flatllmcore.engine.compress import compress_layers
 from flatllmcore.engine.memory import ModelInMemory
 from flatllmcore.engine.method import Solution
 from flatllmcore.methods import METHODS
+from flatllmcore.utils.dimensions import Kept
 from flatllmcore.utils.layer_utils import dimensions_from_config
 
 
@@ -27,8 +28,8 @@ class First:
     def allocate(self, selector, scores, keep_ratio):
         sizes = selector.dimensions
         widths = [int(keep_ratio * sizes.intermediate_size) + layer for layer in range(sizes.num_layers)]
-        keep, ranks = [keep_ratio] * sizes.num_layers, [sizes.head_dim] * sizes.num_layers
-        return RankAllocation(100 * (1 - keep_ratio), False, 1, sizes, keep, ranks, widths)
+        layers = tuple(Kept(keep_ratio, sizes.head_dim, width) for width in widths)
+        return RankAllocation(100 * (1 - keep_ratio), False, 1, sizes, layers)
 
     def check_calibration(self, dimensions, tokens):
         pass
@@ -111,7 +112,7 @@ def test_a_later_step_looks_at_the_compressed_part_and_the_layer_is_as_it_was(wi
     method.steps = lambda _, kept: [FirstDirections(12, "self_attn"), FirstChannels(kept.mlp_width, "mlp", sums)]
     source, before, parts = ModelInMemory(model, CPU), copy.deepcopy(model), list(model.modules())
     sizes = dimensions_from_config(model.config)
-    allocation = RankAllocation(50.0, False, 1, sizes, keep=[0.5] * 2, value_rank=[5] * 2, mlp_width=list(widths))
+    allocation = RankAllocation(50.0, False, 1, sizes, tuple(Kept(0.5, 5, width) for width in widths))
     fails = pytest.raises(InputError, match="layer 1 cannot be compressed: too narrow")
     with fails if min(widths) < 10 else nullcontext():
         compress_layers(source, source, windows, method, allocation, batch_size=5, tolerance=0.96)

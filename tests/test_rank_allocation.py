@@ -172,8 +172,9 @@ class TestPublishedFloors:
         """Oracle: r = ⌊w·d⌋ and k = ⌊w·F⌋ as published, where Q and K stay whole."""
         for percent in range(1, 80):
             allocation = select(dimensions, percent, rank_multiple=1)
-            assert allocation.value_rank == [int(w * dimensions.head_dim) for w in allocation.keep]
-            assert allocation.mlp_width == [int(w * dimensions.intermediate_size) for w in allocation.keep]
+            for kept in allocation.layers:
+                floors = (kept.keep * dimensions.head_dim, kept.keep * dimensions.intermediate_size)
+                assert (kept.value_rank, kept.mlp_width) == tuple(map(int, floors))
             assert percent - 1e-9 <= allocation.achieved_sparsity_percent < percent + 1
 
     @pytest.mark.parametrize("prune_qk", [False, True])
@@ -181,9 +182,9 @@ class TestPublishedFloors:
         """At rank 8 of 8 the factors of a (8, 64) head are 576 weights, the head itself 512: these stay whole."""
         selector = ImportancePreservingRankSelector(TINY, prune_qk=prune_qk)
         allocation = selector.floored([0.9, 0.5, 1.0, 0.25, 0.8])
-        assert (allocation.value_rank, allocation.mlp_width) == ([7, 4, 8, 2, 6], [154, 86, 172, 43, 137])
-        query_key_ranks = [kept.query_key_rank for kept in allocation.layers]
-        assert query_key_ranks == ([7, 4, None, 2, 6] if prune_qk else [None] * 5)
+        assert allocation.per_layer("value_rank") == [7, 4, 8, 2, 6]
+        assert allocation.per_layer("mlp_width") == [154, 86, 172, 43, 137]
+        assert allocation.per_layer("query_key_rank") == ([7, 4, None, 2, 6] if prune_qk else [None] * 5)
         removed = 1 - counted_parameters(allocation) / allocation.parameters_before
         assert allocation.sparsity_ratio == pytest.approx(100 * removed)
         assert allocation.achieved_sparsity_percent == pytest.approx(100 * removed)
@@ -200,7 +201,7 @@ class TestRoundedRanks:
             else:
                 assert kept.value_rank in range(multiple, sizes.head_dim + 1, multiple)
                 assert kept.mlp_width in range(step, sizes.intermediate_size + 1, step)
-        for values in (allocation.value_rank, allocation.mlp_width):
+        for values in map(allocation.per_layer, ("value_rank", "mlp_width")):
             ordered = [value for _, value in sorted(zip(scores, values, strict=True))]
             assert ordered == sorted(ordered)
         assert allocation.parameters_after == counted_parameters(allocation)

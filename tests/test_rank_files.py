@@ -9,9 +9,9 @@ import torch
 
 from flatllmcore.core.importance import ImportanceScores
 from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector, RankAllocation
-from flatllmcore.core.rank_files import find_ranks, ranks_file, save_ranks
+from flatllmcore.core.rank_files import find_ranks, ranks_file, read_ranks, save_ranks
 from flatllmcore.errors import InputError
-from flatllmcore.utils.dimensions import ModelDimensions
+from flatllmcore.utils.dimensions import Kept, ModelDimensions
 from flatllmcore.utils.files import digest, read_json, to_json_bytes, write_json
 
 DIMENSIONS = ModelDimensions("llama", 2, 64, 4, 2, 16, 128)
@@ -53,7 +53,7 @@ def test_what_is_saved_comes_back_equal_to_the_last_bit(tmp_path, selector):
     allocation = replace(selector.allocate([0.1, 0.2], 0.8), importance_sha256="ab" * 32)
     path = tmp_path / "new" / "ranks_20.json"
     save_ranks(allocation, path)
-    assert read_json(path, RankAllocation) == allocation
+    assert read_ranks(path) == allocation
     content = json.loads(path.read_text())
     assert (content["sparsity_ratio"], content["parameters_before"]) == (20, 2 * 36864)
     assert content["parameters_after"] == allocation.parameters_after
@@ -86,14 +86,14 @@ def test_the_most_specific_file_of_a_folder_decides(tmp_path):
 def test_a_file_given_by_name_is_used_as_it_is_whatever_stands_beside_it(folder):
     torch.save([0.5, 1 + 1e-7], folder / AUTHORS_KEPT)  # above 1 by rounding
     allocation = found(folder / AUTHORS_KEPT)
-    assert (allocation.keep, allocation.value_rank, allocation.mlp_width) == ([0.5, 1], [8, 16], [64, 128])
+    assert allocation.layers == (Kept(0.5, 8, 64), Kept(1.0, 16, 128))
     assert allocation.sparsity_ratio == pytest.approx(100 * 0.5 * 30720 / (2 * 36864))
     write_json(folder / "of_yesterday.json", scores(0.3, 0.1))
     assert found(folder / "of_yesterday.json").layers == SELECTOR.allocate([0.3, 0.1], 0.8).layers
 
 
 def test_ranks_made_of_other_scores_than_those_beside_them_are_refused(folder):
-    assert found(folder) == read_json(folder / "ranks_20.json", RankAllocation)
+    assert found(folder) == read_ranks(folder / "ranks_20.json")
     edit(folder / "importance.json")  # formatted by another program: the digest is of the file
     with pytest.raises(InputError, match=r"ranks_20\.json: .*other scores than .*importance\.json"):
         found(folder)
@@ -145,7 +145,7 @@ def test_a_damaged_file_is_named(tmp_path, name, content):
         ("importance.json", {"scores": [0.1]}, "'scores' has 1 entries; the model has 2 layers"),
         ("importance.json", {"scores": [0.1, -0.2]}, "the score of layer 1 is -0.2; accepted: finite"),
         ("importance.json", {"dimensions": {"head_dim": 0}}, r"at `\$\.dimensions`"),
-        (AUTHORS_KEPT, [0.5] * 3, "'keep' has 3 entries; the model has 2 layers"),
+        (AUTHORS_KEPT, [0.5] * 3, "'layers' has 3 entries; the model has 2 layers"),
         (AUTHORS_KEPT, [0.5, 1.01], "'keep' of layer 1 is 1.01; accepted: more than 0, at most 1"),
         (AUTHORS_KEPT, [0.0, 0.5], "'keep' of layer 0 is 0.0; accepted: more than 0, at most 1"),
         ("bi_score.pt", [0.5] * 3, "'scores' has 3 entries; the model has 2 layers"),

@@ -3,45 +3,42 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from ..errors import InputError
 from ..utils.dimensions import Kept, ModelDimensions, check_length
-from .rank_rounding import rounded_sizes
+from .rank_rounding import rounded_layers
 
 _BINARY_ROUNDING = 1e-9  # 0.29 · 100 is 28.999999999999996 and means 29
 
 
 @dataclass(frozen=True)
 class RankAllocation:
-    """What each decoder layer of a model keeps; a file of ranks holds it, and is read as it.
+    """What each decoder layer of a model keeps.
 
     ``sparsity_ratio`` is the percentage of the decoder layers' linear weights asked to be removed, ``dimensions`` are
-    those of the dense model, the lists have one entry per layer as :class:`Kept` has them, and ``importance_sha256`` is
-    the digest of the file of scores that this was made from. An InputError names an entry out of its bounds.
+    those of the dense model, and ``importance_sha256`` is the digest of the file of scores that this was made from. An
+    InputError names an entry out of its bounds.
     """
 
     sparsity_ratio: float
     prune_qk: bool
     rank_multiple: int
     dimensions: ModelDimensions
-    keep: list[float]
-    value_rank: list[int]
-    mlp_width: list[int]
+    layers: tuple[Kept, ...]
     importance_sha256: str | None = None
 
     def __post_init__(self) -> None:
         largest = {"keep": 1, "value_rank": self.dimensions.head_dim, "mlp_width": self.dimensions.intermediate_size}
+        check_length("layers", self.layers, self.dimensions.num_layers)
         for name, most in largest.items():
-            check_length(name, getattr(self, name), self.dimensions.num_layers)
-            for index, value in enumerate(getattr(self, name)):
+            for index, value in enumerate(self.per_layer(name)):
                 if not 0 < value <= most:
                     raise InputError(f"{name!r} of layer {index} is {value}; accepted: more than 0, at most {most}")
 
-    @property
-    def layers(self) -> list[Kept]:
-        """What each layer keeps."""
-        layers = zip(self.keep, self.value_rank, self.mlp_width, strict=True)
-        return [self.dimensions.kept(*sizes, prune_qk=self.prune_qk) for sizes in layers]
+    def per_layer(self, name: str) -> list[Any]:
+        """Return one of the sizes of :class:`Kept`, layer by layer."""
+        return [getattr(kept, name) for kept in self.layers]
 
     @property
     def parameters_before(self) -> int:
@@ -102,15 +99,17 @@ class ImportancePreservingRankSelector:
         # whole then, and the other parts must make up for it.
         if self.rank_multiple == 1 and not self.prune_qk:
             return replace(self.floored(keep), sparsity_ratio=percent)
-        sizes = rounded_sizes(self.dimensions, keep, keep_ratio, self.rank_multiple, self.prune_qk)
-        return RankAllocation(percent, self.prune_qk, self.rank_multiple, self.dimensions, keep, *sizes)
+        layers = rounded_layers(self.dimensions, keep, keep_ratio, self.rank_multiple, self.prune_qk)
+        return RankAllocation(percent, self.prune_qk, self.rank_multiple, self.dimensions, tuple(layers))
 
-    def floored(self, keep: list[float], keep_of_values: list[float] | None = None) -> RankAllocation:
+    def floored(self, keep: Sequence[float], keep_of_values: Sequence[float] | None = None) -> RankAllocation:
         """Return ⌊w·d⌋ and ⌊w·F⌋, at least 1, of given shares, or of others for d; they ask for what they remove."""
         sizes = self.dimensions
-        ranks = [_floor(w * sizes.head_dim) for w in keep_of_values or keep]
-        widths = [_floor(w * sizes.intermediate_size) for w in keep]
-        made = RankAllocation(0.0, self.prune_qk, 1, sizes, keep, ranks, widths)
+        layers = tuple(
+            sizes.kept(w, _floor(of_values * sizes.head_dim), _floor(w * sizes.intermediate_size), self.prune_qk)
+            for w, of_values in zip(keep, keep_of_values or keep, strict=True)
+        )
+        made = RankAllocation(0.0, self.prune_qk, 1, sizes, layers)
         return replace(made, sparsity_ratio=round(made.achieved_sparsity_percent, 9))
 
 

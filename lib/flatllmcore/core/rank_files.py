@@ -2,20 +2,18 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from ..errors import InputError
+from ..utils.dimensions import ModelDimensions, check_length
 from ..utils.files import digest, read_json, write_json
 from .importance import IMPORTANCE_FILE, ImportanceScores, read_author_numbers
 from .rank_allocation import ImportancePreservingRankSelector, RankAllocation
 
 logger = logging.getLogger(__name__)
 
-RANKS_FIELDS = (
-    *("sparsity_ratio", "achieved_sparsity_percent", "prune_qk", "rank_multiple", "parameters_before"),
-    *("parameters_after", "importance_sha256", "dimensions", "keep", "value_rank", "mlp_width"),
-)
 SHARE_ROUNDING = 1e-6  # the authors' shares, stored in float32, may pass 1 by their last digit
 Allocate: TypeAlias = Callable[[Sequence[float], str | None], RankAllocation]  # of scores, and their file's digest
 
@@ -25,9 +23,42 @@ def ranks_file(sparsity_percent: float) -> str:
     return f"ranks_{sparsity_percent:g}.json"
 
 
+@dataclass(frozen=True)
+class RanksFile:
+    """The content of ``ranks_<percent>.json``; lists have one entry per layer."""
+
+    sparsity_ratio: float
+    achieved_sparsity_percent: float
+    prune_qk: bool
+    rank_multiple: int
+    parameters_before: int
+    parameters_after: int
+    importance_sha256: str | None
+    dimensions: ModelDimensions
+    keep: list[float]
+    value_rank: list[int]
+    mlp_width: list[int]
+
+
+_PER_LAYER = ("keep", "value_rank", "mlp_width")
+
+
 def save_ranks(allocation: RankAllocation, path: Path) -> None:
-    """Write a file that is read as a :class:`RankAllocation`, which takes what is not counted from the rest."""
-    write_json(path, {name: getattr(allocation, name) for name in RANKS_FIELDS})
+    """Write an allocation to a file that :func:`read_ranks` reads."""
+    names = [row.name for row in fields(RanksFile) if row.name not in _PER_LAYER]
+    content: dict[str, Any] = {name: getattr(allocation, name) for name in names}
+    write_json(path, content | {name: allocation.per_layer(name) for name in _PER_LAYER})
+
+
+def read_ranks(path: Path) -> RankAllocation:
+    """Return the allocation in a file of ranks; what it says of parameters is counted anew."""
+    file = read_json(path, RanksFile)
+    for name in _PER_LAYER:
+        check_length(name, getattr(file, name), file.dimensions.num_layers)
+    sizes = zip(file.keep, file.value_rank, file.mlp_width, strict=True)
+    layers = tuple(file.dimensions.kept(*layer, file.prune_qk) for layer in sizes)
+    asked = (file.sparsity_ratio, file.prune_qk, file.rank_multiple)
+    return RankAllocation(*asked, file.dimensions, layers, file.importance_sha256)
 
 
 def find_ranks(
@@ -63,7 +94,7 @@ def _ranks_of(
         scores = read_json(path, ImportanceScores)
         scores.check_matches(selector.dimensions, fingerprint)
         return allocate(scores.scores, digest(path.read_bytes()))
-    allocation, scores_file = read_json(path, RankAllocation), path.with_name(IMPORTANCE_FILE)
+    allocation, scores_file = read_ranks(path), path.with_name(IMPORTANCE_FILE)
     if differences := allocation.dimensions.differences_from(selector.dimensions):
         raise InputError(f"the ranks belong to another model: {differences}")
     if allocation.prune_qk != selector.prune_qk:

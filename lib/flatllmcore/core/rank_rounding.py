@@ -4,17 +4,17 @@ import math
 from collections.abc import Sequence
 
 from ..errors import InputError
-from ..utils.dimensions import ModelDimensions
+from ..utils.dimensions import Kept, ModelDimensions
 
 RELATIVE_TOLERANCE = 0.001  # parameters removed, against the target
 WIDE_STEP = 64  # MLP channels that matrix units like best
 WIDE_STEP_SHARE = 0.005  # of a layer's parameters: what a wide step may cost
 
 
-def rounded_sizes(
+def rounded_layers(
     dimensions: ModelDimensions, keep: Sequence[float], keep_ratio: float, rank_step: int, prune_qk: bool
-) -> tuple[list[int], list[int]]:
-    """Return ranks and MLP widths in whole steps that keep ``keep_ratio`` of the linear weights.
+) -> list[Kept]:
+    """Return layers whose ranks and MLP widths are whole steps and which keep ``keep_ratio`` of the linear weights.
 
     Widths move in steps of 64 channels where that is cheap, else of ``rank_step``. Layers with ``w = 1``
     stay whole; the others keep at least one step and at most as many as fit. The parameters removed are
@@ -25,9 +25,9 @@ def rounded_sizes(
     most_ranks, most_widths = dimensions.head_dim // rank_step, dimensions.intermediate_size // width_step
     width_cost = width_step * dimensions.width_parameters
     rank_costs = [
-        dimensions.parameters_of(dimensions.kept(1.0, n * rank_step, 0, prune_qk=prune_qk))
-        for n in range(most_ranks + 1)
+        dimensions.parameters_of(dimensions.kept(1.0, n * rank_step, 0, prune_qk)) for n in range(most_ranks + 1)
     ]
+    whole_layer = Kept(1.0, dimensions.head_dim, dimensions.intermediate_size)
     pruned = [w for w in keep if w < 1]
     total = len(keep) * dimensions.layer_parameters
     whole = total - len(pruned) * dimensions.layer_parameters
@@ -43,10 +43,12 @@ def rounded_sizes(
         width_total = min(max(round(rest / width_cost), len(pruned)), len(pruned) * most_widths)
         if abs(rest - width_total * width_cost) <= tolerance:
             ranks, widths = iter(rank_steps), iter(largest_remainder(pruned, width_total, most_widths))
-            return (
-                [next(ranks) * rank_step if w < 1 else dimensions.head_dim for w in keep],
-                [next(widths) * width_step if w < 1 else dimensions.intermediate_size for w in keep],
-            )
+            return [
+                dimensions.kept(w, next(ranks) * rank_step, next(widths) * width_step, prune_qk)
+                if w < 1
+                else whole_layer
+                for w in keep
+            ]
     costs = (rank_costs[most_ranks] + most_widths * width_cost, rank_costs[1] + width_cost)
     least, most = (100 * (1 - (whole + len(pruned) * cost) / total) for cost in costs)
     raise InputError(

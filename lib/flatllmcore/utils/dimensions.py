@@ -63,7 +63,7 @@ class ModelDimensions:
         qk = self.qk_parameters if kept.query_key_rank is None else kept.query_key_rank * self.factor_parameters
         return qk + kept.value_rank * self.rank_parameters + kept.mlp_width * self.width_parameters
 
-    def kept(self, keep: float, value_rank: int, mlp_width: int, *, prune_qk: bool) -> Kept:
+    def kept(self, keep: float, value_rank: int, mlp_width: int, prune_qk: bool) -> Kept:
         """Return what a layer keeps at these sizes; pruned Q and K stay whole where two factors would be no smaller."""
         is_factored = prune_qk and value_rank * self.factor_parameters < self.qk_parameters
         return Kept(keep, value_rank, mlp_width, value_rank if is_factored else None)
