@@ -16,7 +16,7 @@ from pathlib import Path
 
 from flatllmbench.command_line import ROWS, checked_flag, run_program
 from flatllmbench.plots import plot_ranks
-from flatllmcore.core.importance import IMPORTANCE_FILE, ImportanceScores, read_author_scores
+from flatllmcore.core.importance import IMPORTANCE_FILE, ImportanceScores, read_author_numbers
 from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector, RankAllocation
 from flatllmcore.core.rank_files import ranks_file, save_ranks
 from flatllmcore.errors import InputError
@@ -92,11 +92,7 @@ def allocate_all(args: argparse.Namespace) -> None:
 
 
 def find_importance_files(path: Path) -> list[Path]:
-    """Return the file itself, or every importance file below a folder, at most one in each.
-
-    Raises:
-        InputError: If there is none, or two would write their ranks to one folder.
-    """
+    """Return the file itself, or every importance file below a folder; InputError if there is none, or two in one."""
     if path.is_file():
         return [path]
     files = sorted(file for name in IMPORTANCE_FILES for file in path.rglob(name))
@@ -112,11 +108,7 @@ def find_importance_files(path: Path) -> list[Path]:
 
 
 def read_importance(path: Path, model: str | None, dimensions: ModelDimensions | None) -> Importance:
-    """Return the scores of one file, checked against the dimensions of ``model`` where that is given.
-
-    Raises:
-        InputError: If the file is damaged, belongs to another model, or needs ``--model`` and has none.
-    """
+    """Return the scores of one file, checked against the dimensions of ``model`` where that is given."""
     if path.suffix != ".pt":
         ours = read_json(path, ImportanceScores)
         if dimensions is not None:
@@ -124,16 +116,16 @@ def read_importance(path: Path, model: str | None, dimensions: ModelDimensions |
         return Importance(path, ours.model_id, ours.dimensions, ours.scores)
     if model is None or dimensions is None:
         raise InputError(f"{path} does not say what model it is about; name it by --model, a local folder or a hub id")
-    return Importance(path, model, dimensions, read_author_scores(path))
+    return Importance(path, model, dimensions, read_author_numbers(path))
 
 
 def allocate(importance: Importance, shares: dict[int, float], args: argparse.Namespace) -> dict[int, RankAllocation]:
     """Return the ranks of each percentage removed."""
-    selector = ImportancePreservingRankSelector(
-        importance.dimensions, rank_multiple=args.rank_multiple, prune_qk=args.prune_qk
-    )
     sha256 = digest(importance.path.read_bytes())
     try:
+        selector = ImportancePreservingRankSelector(
+            importance.dimensions, rank_multiple=args.rank_multiple, prune_qk=args.prune_qk
+        )
         return {
             percent: replace(selector.allocate(importance.scores, 1 - share), importance_sha256=sha256)
             for percent, share in shares.items()
@@ -148,28 +140,25 @@ def write_ranks(importance: Importance, allocations: dict[int, RankAllocation], 
     for percent, allocation in allocations.items():
         save_ranks(allocation, folder / ranks_file(percent))
     if is_plotted:
-        keep_by_target = {
-            percent: [kept.keep for kept in allocation.layers] for percent, allocation in allocations.items()
-        }
-        plot_ranks(importance.scores, keep_by_target, importance.model_id, folder / "ranks.png")
+        keep = {percent: allocation.per_layer("keep") for percent, allocation in allocations.items()}
+        plot_ranks(importance.scores, keep, importance.model_id, folder / "ranks.png")
 
 
 def table(importance: Importance, allocations: dict[int, RankAllocation]) -> str:
     """Return a line per target below a heading that names the model."""
     sizes = importance.dimensions
-    rows = [f"{'asked %':>8}{'achieved %':>12}{'V/O/MLP kept %':>16}{'rank':>14}{'MLP width':>18}"]
-    for percent, allocation in allocations.items():
-        kept = 100 * sum(layer.keep for layer in allocation.layers) / sizes.num_layers
-        ranks = [layer.value_rank for layer in allocation.layers]
-        widths = [layer.mlp_width for layer in allocation.layers]
-        rank, width = (f"{min(found)}-{max(found)}" for found in (ranks, widths))
-        rows.append(f"{percent:>8}{allocation.achieved_sparsity_percent:>12.3f}{kept:>16.2f}{rank:>14}{width:>18}")
     multiple = next(iter(allocations.values())).rank_multiple
-    heading = (
+    lines = [
         f"{importance.model_id}: {sizes.num_layers} layers, head width {sizes.head_dim}, "
-        f"MLP width {sizes.intermediate_size}, rank multiple {multiple} -> {importance.path.parent}"
-    )
-    return "\n".join([heading, *rows]) + "\n"
+        f"MLP width {sizes.intermediate_size}, rank multiple {multiple} -> {importance.path.parent}",
+        f"{'asked %':>8}{'achieved %':>12}{'V/O/MLP kept %':>16}{'rank':>14}{'MLP width':>18}",
+    ]
+    for percent, allocation in allocations.items():
+        kept = 100 * sum(allocation.per_layer("keep")) / sizes.num_layers
+        ranges = (allocation.per_layer(name) for name in ("value_rank", "mlp_width"))
+        rank, width = (f"{min(found)}-{max(found)}" for found in ranges)
+        lines.append(f"{percent:>8}{allocation.achieved_sparsity_percent:>12.3f}{kept:>16.2f}{rank:>14}{width:>18}")
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from transformers import LlamaConfig
 
 from common import ROOT, operations, peak_rates
 from flatllmbench.records import hardware, versions
-from flatllmcore.core.rank_files import load_ranks
+from flatllmcore.core.rank_files import read_ranks
 from flatllmcore.utils.files import write_json
 from flatllmcore.utils.loading import load_tokenizer
 from random_checkpoint import write_random_checkpoint
@@ -53,7 +53,7 @@ def main() -> None:
         for count, records in turns.items():
             records.append(compress(count, args))
 
-    allocation = load_ranks(args.folder / "scores" / "ranks_20.json")
+    allocation = read_ranks(args.folder / "scores" / "ranks_20.json")
     os.sched_setaffinity(0, {0})
     torch.set_num_threads(1)
     rates = peak_rates(torch.bfloat16, CPU)

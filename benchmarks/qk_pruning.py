@@ -62,7 +62,7 @@ def allocate_exactly(
     selector = ImportancePreservingRankSelector(dimensions, rank_multiple=rank_multiple, prune_qk=prune_qk)
     keep = allocate_keep_ratios(scores, selector.prunable_keep_ratio(keep_ratio))
     layers = rounded_layers(dimensions, keep, keep_ratio, rank_multiple, prune_qk)
-    return RankAllocation(keep_ratio, prune_qk, rank_multiple, tuple(layers), dimensions)
+    return RankAllocation(percent, prune_qk, rank_multiple, dimensions, tuple(layers))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from transformers import LlamaConfig
 import compute_rank
 from flatllmcore.core.importance import ImportanceScores
 from flatllmcore.core.rank_allocation import RankAllocation
-from flatllmcore.core.rank_files import load_ranks
+from flatllmcore.core.rank_files import read_ranks
 from flatllmcore.utils.files import write_json
 from flatllmcore.utils.layer_utils import dimensions_from_config
 
@@ -42,7 +42,7 @@ def files(folder: Path) -> set[str]:
 def ranks_at(folder: Path, percent: int, *argv: str) -> RankAllocation:
     """Allocate ranks for one target, and return what was written."""
     assert compute_rank.main(["--sparsity_ratio", str(percent), "--no-plot", *argv]) == 0
-    return load_ranks(folder / f"ranks_{percent}.json")
+    return read_ranks(folder / f"ranks_{percent}.json")
 
 
 def test_without_arguments_every_file_under_ranks_gets_five_targets_and_a_plot(folder, capsys):
@@ -59,7 +59,7 @@ def test_without_arguments_every_file_under_ranks_gets_five_targets_and_a_plot(f
 def test_written_ranks_meet_the_target_and_carry_the_digest_of_their_scores(folder):
     allocation = ranks_at(folder, 20)
     assert files(folder) == {"importance.json", "ranks_20.json"}
-    assert (allocation.sparsity_percent, allocation.rank_multiple) == (20, 8)
+    assert (allocation.sparsity_ratio, allocation.rank_multiple) == (20, 8)
     step = 8 * 3 * 256
     assert abs(allocation.parameters_after - 0.8 * allocation.parameters_before) <= step
     assert allocation.importance_sha256 == hashlib.sha256((folder / "importance.json").read_bytes()).hexdigest()
@@ -69,18 +69,14 @@ def test_the_table_states_asked_and_achieved_ratios_and_ranges(folder, capsys):
     allocation = ranks_at(folder, 20, "--rank_multiple", "1")
     row = capsys.readouterr().out.splitlines()[-1].split()
     removed = 100 * (1 - allocation.parameters_after / allocation.parameters_before)
-    kept = 100 * sum(layer.keep for layer in allocation.layers) / 4
-    ranges = [
-        f"{min(sizes)}-{max(sizes)}"
-        for sizes in zip(*((layer.value_rank, layer.mlp_width) for layer in allocation.layers), strict=True)
-    ]
-    assert row == ["20", f"{removed:.3f}", f"{kept:.2f}", *ranges]
+    ranges = [f"{min(sizes)}-{max(sizes)}" for sizes in map(allocation.per_layer, ("value_rank", "mlp_width"))]
+    assert row == ["20", f"{removed:.3f}", f"{25 * sum(allocation.per_layer('keep')):.2f}", *ranges]
 
 
 def test_prune_qk_lowers_the_value_ranks_less(folder):
     whole, pruned = (ranks_at(folder, 40, "--rank_multiple", "1", *flag) for flag in ([], ["--prune_qk"]))
     assert (whole.prune_qk, pruned.prune_qk) == (False, True)
-    assert sum(layer.value_rank for layer in pruned.layers) > sum(layer.value_rank for layer in whole.layers)
+    assert sum(pruned.value_rank) > sum(whole.value_rank)
 
 
 def test_one_file_can_be_named(folder):
@@ -105,21 +101,16 @@ def unknown_model(ranks: Path) -> None:
     torch.save(SCORES, ranks / "tiny" / "bi_score.pt")
 
 
-def other_model(ranks: Path) -> None:
-    LlamaConfig(**(CONFIG.to_dict() | {"num_hidden_layers": 5})).save_pretrained(ranks.parent / "model")
-
-
-def damaged_file(ranks: Path) -> None:
-    (ranks / "zzz").mkdir()
-    (ranks / "zzz" / "importance.json").write_text("{}")
-
-
 @pytest.mark.parametrize(
     ("prepare", "argv", "message"),
     [
         (unknown_model, "", "name it by --model"),
-        (other_model, "--model model", "num_layers 4, not 5"),
-        (damaged_file, "", "zzz/importance.json: Object missing required field `model_id`"),
+        (lambda _: LlamaConfig(num_hidden_layers=5).save_pretrained("model"), "--model model", "num_layers 4, not 5"),
+        (
+            lambda ranks: write_json(ranks / "zzz" / "importance.json", {}),
+            "",
+            "zzz/importance.json: Object missing required field `model_id`",
+        ),
         (lambda ranks: torch.save(SCORES, ranks / "tiny" / "bi_score.pt"), "", "holds bi_score.pt and importance.json"),
         (lambda ranks: shutil.rmtree(ranks / "tiny"), "", "no importance.json or bi_score.pt at ranks"),
         (None, "--sparsity_ratio 10 90", "ranks/tiny/importance.json: removing 90 % of this model is impossible"),

@@ -190,8 +190,8 @@ class TestAbsorption:
     def test_it_is_the_pipeline_s_compression(self, model):
         """Oracle: compress_layers with these ranks and widths."""
         expected = tiny_model(model.config.model_type)
-        kept = [Kept(0.5, 6, 28)] * 2
-        allocation = RankAllocation.of_layers(dimensions_from_config(expected.config), kept, prune_qk=False)
+        sizes = dimensions_from_config(expected.config)
+        allocation = RankAllocation(50.0, False, 1, sizes, (Kept(0.5, 6, 28),) * 2)
         source = ModelInMemory(expected, torch.device("cpu"))
         flat_config, _ = compress_layers(
             source, source, self.IDS, METHODS["flatllm"], allocation, batch_size=512, tolerance=0.96

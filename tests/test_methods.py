@@ -28,8 +28,8 @@ class First:
     def allocate(self, selector, scores, keep_ratio):
         sizes = selector.dimensions
         widths = [int(keep_ratio * sizes.intermediate_size) + layer for layer in range(sizes.num_layers)]
-        kept = [Kept(keep_ratio, sizes.head_dim, width) for width in widths]
-        return RankAllocation.of_layers(sizes, kept, prune_qk=False)
+        layers = tuple(Kept(keep_ratio, sizes.head_dim, width) for width in widths)
+        return RankAllocation(100 * (1 - keep_ratio), False, 1, sizes, layers)
 
     def check_calibration(self, dimensions, tokens):
         pass
@@ -111,8 +111,8 @@ def test_a_later_step_looks_at_the_compressed_part_and_the_layer_is_as_it_was(wi
     model, method, sums = tiny_model(), First(), []
     method.steps = lambda _, kept: [FirstDirections(12, "self_attn"), FirstChannels(kept.mlp_width, "mlp", sums)]
     source, before, parts = ModelInMemory(model, CPU), copy.deepcopy(model), list(model.modules())
-    layers = [Kept(0.5, 5, width) for width in widths]
-    allocation = RankAllocation.of_layers(dimensions_from_config(model.config), layers, prune_qk=False)
+    sizes = dimensions_from_config(model.config)
+    allocation = RankAllocation(50.0, False, 1, sizes, tuple(Kept(0.5, 5, width) for width in widths))
     fails = pytest.raises(InputError, match="layer 1 cannot be compressed: too narrow")
     with fails if min(widths) < 10 else nullcontext():
         compress_layers(source, source, windows, method, allocation, batch_size=5, tolerance=0.96)

@@ -55,14 +55,6 @@ def select(dimensions: ModelDimensions, percent: float, seed: int = 0, **options
     return selector.allocate(scores_for(dimensions, seed), 1 - percent / 100)
 
 
-def ranks_of(allocation: RankAllocation) -> list[int]:
-    return [kept.value_rank for kept in allocation.layers]
-
-
-def widths_of(allocation: RankAllocation) -> list[int]:
-    return [kept.mlp_width for kept in allocation.layers]
-
-
 def counted_parameters(allocation: RankAllocation) -> int:
     """Count the weights from the shapes of the matrices themselves."""
     sizes, total = allocation.dimensions, 0
@@ -170,33 +162,31 @@ class TestPublishedFloors:
     @given(st.lists(st.integers(1, 1000), min_size=1, max_size=20), model_dimensions())
     def test_ranks_and_widths_are_exact_floors_and_at_least_one(self, thousandths, dimensions):
         assert math.floor(0.29 * 100) == 28  # why shares are taken exactly
-        selector = ImportancePreservingRankSelector(dimensions)
-        layers = [selector.floored(n / 1000) for n in thousandths]
-        assert [kept.value_rank for kept in layers] == [max(1, n * dimensions.head_dim // 1000) for n in thousandths]
-        widths = [max(1, n * dimensions.intermediate_size // 1000) for n in thousandths]
-        assert [kept.mlp_width for kept in layers] == widths
+        selector = ImportancePreservingRankSelector(replace(dimensions, num_layers=len(thousandths)))
+        floors = selector.floored([n / 1000 for n in thousandths])
+        assert floors.value_rank == [max(1, n * dimensions.head_dim // 1000) for n in thousandths]
+        assert floors.mlp_width == [max(1, n * dimensions.intermediate_size // 1000) for n in thousandths]
 
     @pytest.mark.parametrize("dimensions", PUBLISHED)
     def test_at_a_multiple_of_1_ranks_are_the_floors_and_remove_at_least_the_target(self, dimensions):
         """Oracle: r = ⌊w·d⌋ and k = ⌊w·F⌋ as published, where Q and K stay whole."""
         for percent in range(1, 80):
             allocation = select(dimensions, percent, rank_multiple=1)
-            assert ranks_of(allocation) == [int(kept.keep * dimensions.head_dim) for kept in allocation.layers]
-            assert widths_of(allocation) == [
-                int(kept.keep * dimensions.intermediate_size) for kept in allocation.layers
-            ]
+            for kept in allocation.layers:
+                floors = (kept.keep * dimensions.head_dim, kept.keep * dimensions.intermediate_size)
+                assert (kept.value_rank, kept.mlp_width) == tuple(map(int, floors))
             assert percent - 1e-9 <= allocation.achieved_sparsity_percent < percent + 1
 
     @pytest.mark.parametrize("prune_qk", [False, True])
     def test_given_layers_state_what_they_remove(self, prune_qk):
         """At rank 8 of 8 the factors of a (8, 64) head are 576 weights, the head itself 512: these stay whole."""
         selector = ImportancePreservingRankSelector(TINY, prune_qk=prune_qk)
-        layers = [selector.floored(w) for w in (0.9, 0.5, 1.0, 0.25, 0.8)]
-        allocation = RankAllocation.of_layers(TINY, layers, prune_qk=prune_qk)
-        assert (ranks_of(allocation), widths_of(allocation)) == ([7, 4, 8, 2, 6], [154, 86, 172, 43, 137])
-        assert [kept.query_key_rank for kept in layers] == ([7, 4, None, 2, 6] if prune_qk else [None] * 5)
+        allocation = selector.floored([0.9, 0.5, 1.0, 0.25, 0.8])
+        assert allocation.per_layer("value_rank") == [7, 4, 8, 2, 6]
+        assert allocation.per_layer("mlp_width") == [154, 86, 172, 43, 137]
+        assert allocation.per_layer("query_key_rank") == ([7, 4, None, 2, 6] if prune_qk else [None] * 5)
         removed = 1 - counted_parameters(allocation) / allocation.parameters_before
-        assert allocation.sparsity_percent == pytest.approx(100 * removed)
+        assert allocation.sparsity_ratio == pytest.approx(100 * removed)
         assert allocation.achieved_sparsity_percent == pytest.approx(100 * removed)
 
 
@@ -211,11 +201,11 @@ class TestRoundedRanks:
             else:
                 assert kept.value_rank in range(multiple, sizes.head_dim + 1, multiple)
                 assert kept.mlp_width in range(step, sizes.intermediate_size + 1, step)
-        for values in (ranks_of(allocation), widths_of(allocation)):
+        for values in map(allocation.per_layer, ("value_rank", "mlp_width")):
             ordered = [value for _, value in sorted(zip(scores, values, strict=True))]
             assert ordered == sorted(ordered)
         assert allocation.parameters_after == counted_parameters(allocation)
-        asked = (1 - allocation.keep_ratio) * allocation.parameters_before
+        asked = allocation.sparsity_ratio / 100 * allocation.parameters_before
         removed = allocation.parameters_before - allocation.parameters_after
         assert abs(removed - asked) <= allowed_error(sizes, asked, multiple) + 1e-6
 
@@ -293,14 +283,11 @@ class TestRoundedRanks:
         assert largest_remainder([2.5, 3.7, 4.2, 1.6], 12, 10) == [2, 4, 4, 2]  # the largest are rounded up
 
 
-class TestSelector:
-    def test_the_default_multiple_is_8_for_heads_64_wide_and_1_below(self):
-        assert ImportancePreservingRankSelector(replace(TINY, head_dim=64)).rank_multiple == 8
-        assert ImportancePreservingRankSelector(replace(TINY, head_dim=63)).rank_multiple == 1
-
-    @pytest.mark.parametrize("multiple", [0, -8, 9])
-    def test_what_does_not_fit_the_model_is_refused(self, multiple):
-        with pytest.raises(InputError, match=f"rank multiple {multiple} .* 1 to 8"):
-            ImportancePreservingRankSelector(TINY, rank_multiple=multiple)
-        with pytest.raises(InputError, match="'scores' has 3 entries; the model has 5 layers"):
-            ImportancePreservingRankSelector(TINY).allocate([0.1, 0.2, 0.3], 0.8)
+@pytest.mark.parametrize("multiple", [0, -8, 9])
+def test_multiples_and_scores_that_do_not_fit_the_model_are_refused(multiple):
+    with pytest.raises(InputError, match=f"rank multiple {multiple} .* 1 to 8"):
+        ImportancePreservingRankSelector(TINY, rank_multiple=multiple)
+    with pytest.raises(InputError, match="'scores' has 3 entries; the model has 5 layers"):
+        ImportancePreservingRankSelector(TINY).allocate([0.1, 0.2, 0.3], 0.8)
+    defaults = [ImportancePreservingRankSelector(replace(TINY, head_dim=width)).rank_multiple for width in (63, 64)]
+    assert defaults == [1, 8]

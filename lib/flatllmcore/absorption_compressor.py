@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .config import FlatLLMConfig
-from .core.rank_allocation import ImportancePreservingRankSelector, RankAllocation
+from .core.rank_allocation import ImportancePreservingRankSelector
 from .engine.memory import ModelInMemory
 from .engine.walk import tapped
 from .errors import InputError
@@ -108,8 +108,7 @@ class AbsorptionCompressor:
             [kept.get(index, 1.0) if index in chosen else 1.0 for index in range(self.dimensions.num_layers)]
             for kept in (self._kept_of_mlp, self._kept_of_attention)
         ]
-        selector = ImportancePreservingRankSelector(self.dimensions, rank_multiple=1)
-        allocation = RankAllocation.of_layers(self.dimensions, map(selector.floored, *shares), prune_qk=False)
+        allocation = ImportancePreservingRankSelector(self.dimensions).floored(*shares)
         pipeline = Pipeline(self.model.config, FlatLLMConfig(tolerance=self.tolerance))
         with dispatch_hooks_lifted(self.model):
             source = ModelInMemory(self.model, self.device)

@@ -84,7 +84,7 @@ class FlatLLMPruner:
         }
         logger.info(
             "asked to remove %g %% of %d decoder-layer weights; %.3f %% are removed",
-            allocation.sparsity_percent,
+            allocation.sparsity_ratio,
             allocation.parameters_before,
             100 * (1 - remaining),
         )

@@ -167,10 +167,10 @@ class CheckpointRun:
             scores = self.score()
             allocation = self.pipeline.allocate(scores.scores, digest(to_json_bytes(scores)))
             if is_rank_0():
-                save_ranks(allocation, place / ranks_file(allocation.sparsity_percent))
+                save_ranks(allocation, place / ranks_file(allocation.sparsity_ratio))
         logger.info(
             "asked to remove %g %% of %d decoder-layer weights; the ranks remove %.3f %%",
-            allocation.sparsity_percent,
+            allocation.sparsity_ratio,
             allocation.parameters_before,
             allocation.achieved_sparsity_percent,
         )
@@ -201,7 +201,7 @@ class CheckpointRun:
         return {
             "base_model": self.config.model,
             "method": self.config.method,
-            "sparsity_ratio": allocation.sparsity_percent,
+            "sparsity_ratio": allocation.sparsity_ratio,
             "achieved_sparsity_percent": allocation.achieved_sparsity_percent,
             "rank_multiple": allocation.rank_multiple,
             "prune_qk": allocation.prune_qk,

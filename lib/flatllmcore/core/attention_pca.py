@@ -10,15 +10,8 @@ import torch
 from torch import Tensor
 
 
-def headwise_pca(second_moment: Tensor, name: str = "value") -> tuple[Tensor, Tensor]:
-    """Return eigenvalues, falling, (G, d), and their orthonormal columns, (G, d, d), of ``Σ v vᵀ``, float64, (G, d, d).
-
-    Raises:
-        ArithmeticError: If a moment is not finite, by ``name`` and heads.
-    """
-    if not torch.isfinite(second_moment).all():
-        heads = (~torch.isfinite(second_moment)).flatten(1).any(1).nonzero().flatten().tolist()
-        raise ArithmeticError(f"the {name} moment of heads {heads} is not finite")
+def headwise_pca(second_moment: Tensor) -> tuple[Tensor, Tensor]:
+    """Return eigenvalues, falling, (G, d), and their orthonormal columns, (G, d, d), of a float64 ``Σ v vᵀ``."""
     eigenvalues, directions = torch.linalg.eigh(second_moment)
     return eigenvalues.flip(-1), directions.flip(-1)
 

@@ -1,19 +1,18 @@
 """Step 1 of the method: angles between a layer's input and output, and files of scores, ours and the authors'."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..utils.dimensions import ModelDimensions, check_length
+from ..utils.dimensions import ModelDimensions
 
 IMPORTANCE_FILE = "importance.json"
-_SHARE_ROUNDING = 1e-6  # shares stored in float32 may pass 1 by their last digit
 
 
 def angles_between(inputs: Tensor, outputs: Tensor) -> tuple[Tensor, int]:
@@ -49,8 +48,9 @@ class ImportanceScores:
     versions: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        check_length("scores", self.scores, self.dimensions.num_layers)
-        _check_scores("'scores'", self.scores)
+        for index, score in enumerate(self.scores):
+            if not 0 <= score < math.inf:
+                raise InputError(f"the score of layer {index} is {score}; accepted: finite numbers of at least 0")
 
     def check_matches(self, dimensions: ModelDimensions, fingerprint: str | None) -> None:
         """Refuse a model that these scores are not about; None stands for weights that were not read."""
@@ -63,56 +63,30 @@ class ImportanceScores:
             )
 
 
-def read_author_scores(path: Path) -> list[float]:
-    """Return each layer's importance from the authors' ``bi_score.pt``, never executed; InputError unless all >= 0."""
-    scores = _read_numbers(path)
-    _check_scores(str(path), scores)
-    return scores
+def read_author_numbers(path: Path) -> list[float]:
+    """Return the number of each layer from a file of the authors, ``bi_score.pt`` or ``sparsity_score_88%.pt``.
 
-
-def read_author_keep_ratios(path: Path) -> list[float]:
-    """Return the share kept of each layer from the authors' ``sparsity_score_88%.pt``, which is never executed.
-
-    Their "sparsity" is the share of V, O and MLP that is *kept*, in (0, 1], and so is the percentage in the name: 88
-    goes with ``--sparsity_ratio 10`` here.
+    The file is never executed. Their "sparsity" is the share of V, O and MLP that is *kept*, and so is the percentage
+    in the name: 88 goes with ``--sparsity_ratio 10`` here.
     """
-    shares = _read_numbers(path)
-    for index, share in enumerate(shares):
-        if not 0 < share <= 1 + _SHARE_ROUNDING:
-            raise InputError(f"{path} keeps {share} of layer {index}; accepted: shares above 0 and at most 1")
-    return [min(share, 1.0) for share in shares]
-
-
-def _check_scores(what: str, scores: Sequence[float]) -> None:
-    for index, score in enumerate(scores):
-        if not 0 <= score < math.inf:
-            raise InputError(f"{what}: the value of layer {index} is {score}; accepted: finite numbers of at least 0")
-
-
-def _read_numbers(path: Path) -> list[float]:
-    expected = "expected a list, a NumPy array or a tensor of one number per layer, saved by torch.save"
+    expected = "expected a list, a NumPy array or a tensor of one finite number per layer, saved by torch.save"
     try:
         with torch.serialization.safe_globals(_numpy_globals()):
             content = torch.load(path, map_location="cpu", weights_only=True)
+        numbers = torch.as_tensor(content, dtype=torch.float64)
     except Exception as error:  # damaged bytes raise a dozen kinds, AssertionError and struct.error among them
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"cannot read {path} ({reason}); {expected}") from error
-    values = content.tolist() if hasattr(content, "tolist") else content
-    if not isinstance(values, list) or not values:
-        raise InputError(f"{path} holds {type(content).__name__}; {expected}")
-    for value in values:
-        if isinstance(value, bool) or not hasattr(value, "__float__"):
-            raise InputError(f"{path} holds {type(value).__name__} entries; {expected}")
-    return [float(value) for value in values]
+    if numbers.ndim != 1 or len(numbers) == 0 or not numbers.isfinite().all():
+        found = f"{numbers.numel()} numbers in {numbers.ndim} dimensions, {numbers.isfinite().sum()} of them finite"
+        raise InputError(f"{path} holds {found}; {expected}")
+    return numbers.tolist()
 
 
 def _numpy_globals() -> list[Any]:
     """Return what a pickle of NumPy numbers may name; NumPy 1 and 2 keep the two functions in different modules."""
-    import numpy as np
-
-    rebuild_array, rebuild_scalar = np.zeros(0).__reduce__()[0], np.float64(0).__reduce__()[0]
-    functions = ((rebuild_array, "_reconstruct"), (rebuild_scalar, "scalar"))
+    functions = {"_reconstruct": np.zeros(0).__reduce__()[0], "scalar": np.float64(0).__reduce__()[0]}
     modules = ("numpy.core.multiarray", "numpy._core.multiarray")
-    renamed = [(function, f"{module}.{name}") for module in modules for function, name in functions]
+    renamed = [(function, f"{module}.{name}") for module in modules for name, function in functions.items()]
     number_types = [type(np.dtype(name)) for name in ("float16", "float32", "float64", "int64")]
     return [*renamed, np.ndarray, np.dtype, *number_types]

@@ -31,35 +31,22 @@ _ROWS = 1024  # of down_proj at a time
 def select_channels(second_moment: Tensor, width: int) -> Tensor:
     """Return the indices, rising, of the ``width`` channels with the highest ridge leverage score in ``C = Σ z zᵀ``.
 
-    The score ``s_i = 1 - λ [(C + λI)⁻¹]_ii`` crowds against 1, so channels are ranked by the diagonal
-    of the inverse, smallest first. Ties go to the lower index. A dead channel scores 0, the least there is.
+    The score ``s_i = 1 - λ [(C + λI)⁻¹]_ii`` crowds against 1, so channels are ranked by the diagonal of the inverse,
+    smallest first: with ``C + λI = L Lᵀ`` entry ``i`` is the squared length of column ``i`` of ``L⁻¹``. Ties go to the
+    lower index. A dead channel scores 0, the least there is. A ridge that would be lost to rounding beside ``C``,
+    (F, F), is raised to what is not: 8 times the machine's epsilon of the trace.
 
     Raises:
-        ArithmeticError: If ``C``, float64, (F, F), is not finite.
-        ValueError: If ``width`` is out of range.
-    """
-    channels = len(second_moment)
-    if not 1 <= width <= channels:
-        raise ValueError(f"an MLP width between 1 and {channels} can be kept, not {width}")
-    if not torch.isfinite(second_moment).all():
-        raise ArithmeticError("the MLP moment is not finite")
-    return diagonal_of_ridge_inverse(second_moment).argsort(stable=True)[:width].sort().values
-
-
-def diagonal_of_ridge_inverse(second_moment: Tensor, ridge: float = RIDGE) -> Tensor:
-    """Return the diagonal of ``(C + λI)⁻¹``, (F,); an ArithmeticError if ``C`` is not positive semidefinite.
-
-    With ``C + λI = L Lᵀ`` entry ``i`` is the squared length of column ``i`` of ``L⁻¹``. A ridge that would be lost to
-    rounding beside ``C`` is raised to what is not: 8 times the machine's epsilon of the trace.
+        ArithmeticError: If ``C`` is not positive semidefinite.
     """
     diagonal = second_moment.diagonal().clone()
     smallest = 8 * torch.finfo(diagonal.dtype).eps * second_moment.trace().item()
-    second_moment.diagonal().add_(max(ridge, smallest))
+    second_moment.diagonal().add_(max(RIDGE, smallest))
     factor = cholesky(second_moment)
     second_moment.diagonal().copy_(diagonal)  # back as it was: a copy of the whole would be as large as the factor
     if factor is None:
         raise ArithmeticError("the MLP moment is not positive semidefinite")
-    return inverse_column_energies(factor)
+    return inverse_column_energies(factor).argsort(stable=True)[:width].sort().values
 
 
 def few_tokens_jitter(tokens: int, channels: int) -> float:

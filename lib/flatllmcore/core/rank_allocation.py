@@ -1,8 +1,9 @@
 """Importance-Preserving Rank Selection: from importance scores to a rank and an MLP width per layer."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from ..errors import InputError
 from ..utils.dimensions import Kept, ModelDimensions, check_length
@@ -15,35 +16,29 @@ _BINARY_ROUNDING = 1e-9  # 0.29 · 100 is 28.999999999999996 and means 29
 class RankAllocation:
     """What each decoder layer of a model keeps.
 
-    ``keep_ratio`` is the share of the decoder layers' linear weights asked to stay, ``dimensions`` are those of the
-    dense model, and ``importance_sha256`` is the digest of the file of scores that this was made from.
-
-    Raises:
-        InputError: If there is not one entry per layer, or one is out of the bounds that ``dimensions`` set.
+    ``sparsity_ratio`` is the percentage of the decoder layers' linear weights asked to be removed, ``dimensions`` are
+    those of the dense model, and ``importance_sha256`` is the digest of the file of scores that this was made from. An
+    InputError names an entry out of its bounds.
     """
 
-    keep_ratio: float
+    sparsity_ratio: float
     prune_qk: bool
     rank_multiple: int
-    layers: tuple[Kept, ...]
     dimensions: ModelDimensions
+    layers: tuple[Kept, ...]
     importance_sha256: str | None = None
 
     def __post_init__(self) -> None:
-        sizes = self.dimensions
-        check_length("layers", self.layers, sizes.num_layers)
-        for index, kept in enumerate(self.layers):
-            for name, most in (("value_rank", sizes.head_dim), ("mlp_width", sizes.intermediate_size)):
-                if not 1 <= getattr(kept, name) <= most:
-                    raise InputError(f"{name!r} of layer {index} is {getattr(kept, name)}; accepted: 1 to {most}")
-            if not 0 < kept.keep <= 1:
-                raise InputError(f"'keep' of layer {index} is {kept.keep}; accepted: more than 0, at most 1")
+        largest = {"keep": 1, "value_rank": self.dimensions.head_dim, "mlp_width": self.dimensions.intermediate_size}
+        check_length("layers", self.layers, self.dimensions.num_layers)
+        for name, most in largest.items():
+            for index, value in enumerate(self.per_layer(name)):
+                if not 0 < value <= most:
+                    raise InputError(f"{name!r} of layer {index} is {value}; accepted: more than 0, at most {most}")
 
-    @classmethod
-    def of_layers(cls, dimensions: ModelDimensions, layers: Iterable[Kept], *, prune_qk: bool) -> "RankAllocation":
-        """Return an allocation of given layers, which asks for what they keep."""
-        made = cls(1.0, prune_qk, 1, tuple(layers), dimensions)
-        return replace(made, keep_ratio=made.parameters_after / made.parameters_before)
+    def per_layer(self, name: str) -> list[Any]:
+        """Return one of the sizes of :class:`Kept`, layer by layer."""
+        return [getattr(kept, name) for kept in self.layers]
 
     @property
     def parameters_before(self) -> int:
@@ -54,11 +49,6 @@ class RankAllocation:
     def parameters_after(self) -> int:
         """Linear weights that stay."""
         return sum(map(self.dimensions.parameters_of, self.layers))
-
-    @property
-    def sparsity_percent(self) -> float:
-        """Percent of the linear weights asked to be removed."""
-        return round(100 * (1 - self.keep_ratio), 9)
 
     @property
     def achieved_sparsity_percent(self) -> float:
@@ -87,16 +77,15 @@ class ImportancePreservingRankSelector:
     def prunable_keep_ratio(self, keep_ratio: float) -> float:
         """Return the share of the pruned projections to keep so that ``keep_ratio`` of all projections stays.
 
-        An InputError names the largest target where Q and K, whole unless they are pruned, are more than may stay.
+        An InputError names the largest target where Q and K stay whole and are more than may stay.
         """
         total = self.dimensions.layer_parameters
         fixed = 0 if self.prune_qk else self.dimensions.qk_parameters
         ratio = (keep_ratio * total - fixed) / (total - fixed)
-        if ratio <= 0:
+        if ratio <= 0 and not self.prune_qk:
             largest = math.ceil(100 * (total - fixed) / total) - 1
-            reason = "nothing would be left" if self.prune_qk else "Q and K stay whole"
             raise InputError(
-                f"removing {100 * (1 - keep_ratio):g} % of this model is impossible because {reason}; "
+                f"removing {100 * (1 - keep_ratio):g} % of this model is impossible because Q and K stay whole; "
                 f"the largest possible target is {largest} %"
             )
         return ratio
@@ -104,21 +93,24 @@ class ImportancePreservingRankSelector:
     def allocate(self, scores: Sequence[float], keep_ratio: float) -> RankAllocation:
         """Return the ranks that keep ``keep_ratio`` of the linear weights; InputError if there are none."""
         check_length("scores", scores, self.dimensions.num_layers)
+        percent = round(100 * (1 - keep_ratio), 9)
         keep = allocate_keep_ratios(scores, self.prunable_keep_ratio(keep_ratio))
         # Floors of narrow heads would miss the target where the factors of Q and K are no smaller than these: they stay
         # whole then, and the other parts must make up for it.
         if self.rank_multiple == 1 and not self.prune_qk:
-            layers = [self.floored(w) for w in keep]
-        else:
-            layers = rounded_layers(self.dimensions, keep, keep_ratio, self.rank_multiple, self.prune_qk)
-        return RankAllocation(keep_ratio, self.prune_qk, self.rank_multiple, tuple(layers), self.dimensions)
+            return replace(self.floored(keep), sparsity_ratio=percent)
+        layers = rounded_layers(self.dimensions, keep, keep_ratio, self.rank_multiple, self.prune_qk)
+        return RankAllocation(percent, self.prune_qk, self.rank_multiple, self.dimensions, tuple(layers))
 
-    def floored(self, keep: float, keep_of_values: float | None = None) -> Kept:
-        """Return a layer's published floors, ⌊w·d⌋ and ⌊w·F⌋, at least 1; ``keep_of_values`` may be another w for d."""
+    def floored(self, keep: Sequence[float], keep_of_values: Sequence[float] | None = None) -> RankAllocation:
+        """Return ⌊w·d⌋ and ⌊w·F⌋, at least 1, of given shares, or of others for d; they ask for what they remove."""
         sizes = self.dimensions
-        rank = _floor((keep if keep_of_values is None else keep_of_values) * sizes.head_dim)
-        query_key_rank = sizes.query_key_rank(rank) if self.prune_qk else None
-        return Kept(keep, rank, _floor(keep * sizes.intermediate_size), query_key_rank)
+        layers = tuple(
+            sizes.kept(w, _floor(of_values * sizes.head_dim), _floor(w * sizes.intermediate_size), self.prune_qk)
+            for w, of_values in zip(keep, keep_of_values or keep, strict=True)
+        )
+        made = RankAllocation(0.0, self.prune_qk, 1, sizes, layers)
+        return replace(made, sparsity_ratio=round(made.achieved_sparsity_percent, 9))
 
 
 def allocate_keep_ratios(scores: Sequence[float], keep_ratio: float) -> list[float]:

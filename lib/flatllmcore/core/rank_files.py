@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from ..errors import InputError
-from ..utils.dimensions import Kept, ModelDimensions, check_length
+from ..utils.dimensions import ModelDimensions, check_length
 from ..utils.files import digest, read_json, write_json
-from .importance import IMPORTANCE_FILE, ImportanceScores, read_author_keep_ratios, read_author_scores
+from .importance import IMPORTANCE_FILE, ImportanceScores, read_author_numbers
 from .rank_allocation import ImportancePreservingRankSelector, RankAllocation
 
 logger = logging.getLogger(__name__)
 
-_PER_LAYER = ("keep", "value_rank", "mlp_width")  # the last fields of RanksFile
+SHARE_ROUNDING = 1e-6  # the authors' shares, stored in float32, may pass 1 by their last digit
 Allocate: TypeAlias = Callable[[Sequence[float], str | None], RankAllocation]  # of scores, and their file's digest
 
 
@@ -40,37 +40,25 @@ class RanksFile:
     mlp_width: list[int]
 
 
+_PER_LAYER = ("keep", "value_rank", "mlp_width")
+
+
 def save_ranks(allocation: RankAllocation, path: Path) -> None:
-    """Write an allocation to a file that :func:`load_ranks` reads."""
-    per_layer: dict[str, Any] = {name: [getattr(kept, name) for kept in allocation.layers] for name in _PER_LAYER}
-    others = {field.name: getattr(allocation, field.name) for field in fields(RanksFile)[1 : -len(_PER_LAYER)]}
-    write_json(path, RanksFile(allocation.sparsity_percent, **others, **per_layer))
+    """Write an allocation to a file that :func:`read_ranks` reads."""
+    names = [row.name for row in fields(RanksFile) if row.name not in _PER_LAYER]
+    content: dict[str, Any] = {name: getattr(allocation, name) for name in names}
+    write_json(path, content | {name: allocation.per_layer(name) for name in _PER_LAYER})
 
 
-def load_ranks(path: Path) -> RankAllocation:
-    """Return the allocation that a ``ranks_<percent>.json`` holds; an InputError names an unusable field."""
+def read_ranks(path: Path) -> RankAllocation:
+    """Return the allocation in a file of ranks; what it says of parameters is counted anew."""
     file = read_json(path, RanksFile)
-    try:
-        return _allocation_of(file)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
-
-
-def _allocation_of(file: RanksFile) -> RankAllocation:
-    sizes = file.dimensions
     for name in _PER_LAYER:
-        check_length(name, getattr(file, name), sizes.num_layers)
-    layers = tuple(
-        Kept(keep, rank, width, sizes.query_key_rank(rank) if file.prune_qk else None)
-        for keep, rank, width in zip(file.keep, file.value_rank, file.mlp_width, strict=True)
-    )
-    keep_ratio = 1 - file.sparsity_ratio / 100
-    allocation = RankAllocation(keep_ratio, file.prune_qk, file.rank_multiple, layers, sizes, file.importance_sha256)
-    for name in ("parameters_before", "parameters_after"):
-        stated, counted = getattr(file, name), getattr(allocation, name)
-        if stated != counted:
-            raise InputError(f"{name!r} is {stated}, but the ranks and widths add up to {counted}")
-    return allocation
+        check_length(name, getattr(file, name), file.dimensions.num_layers)
+    sizes = zip(file.keep, file.value_rank, file.mlp_width, strict=True)
+    layers = tuple(file.dimensions.kept(*layer, file.prune_qk) for layer in sizes)
+    asked = (file.sparsity_ratio, file.prune_qk, file.rank_multiple)
+    return RankAllocation(*asked, file.dimensions, layers, file.importance_sha256)
 
 
 def find_ranks(
@@ -97,33 +85,22 @@ def find_ranks(
 def _ranks_of(
     path: Path, selector: ImportancePreservingRankSelector, fingerprint: str, allocate: Allocate
 ) -> RankAllocation:
-    if path.suffix == ".pt" and path.name.startswith("sparsity_score"):
-        shares = read_author_keep_ratios(path)
-        check_length("keep", shares, selector.dimensions.num_layers)
-        return RankAllocation.of_layers(selector.dimensions, map(selector.floored, shares), prune_qk=selector.prune_qk)
     if path.suffix == ".pt":
-        return allocate(read_author_scores(path), None)
+        numbers = read_author_numbers(path)
+        if not path.name.startswith("sparsity_score"):
+            return allocate(numbers, None)
+        return selector.floored([1.0 if 1 < share < 1 + SHARE_ROUNDING else share for share in numbers])
     if "scores" in read_json(path, dict[str, Any]):
         scores = read_json(path, ImportanceScores)
         scores.check_matches(selector.dimensions, fingerprint)
         return allocate(scores.scores, digest(path.read_bytes()))
-    allocation = load_ranks(path)
-    _check_ranks(allocation, path.with_name(IMPORTANCE_FILE), selector, fingerprint)
-    return allocation
-
-
-def _check_ranks(
-    allocation: RankAllocation, scores: Path, selector: ImportancePreservingRankSelector, fingerprint: str
-) -> None:
-    """Refuse ranks of another model, or made otherwise or from other scores than those that stand beside them."""
+    allocation, scores_file = read_ranks(path), path.with_name(IMPORTANCE_FILE)
     if differences := allocation.dimensions.differences_from(selector.dimensions):
         raise InputError(f"the ranks belong to another model: {differences}")
     if allocation.prune_qk != selector.prune_qk:
-        made, wanted, remedy = ("pruned", "whole", "give") if allocation.prune_qk else ("whole", "pruned", "drop")
-        raise InputError(
-            f"the ranks are for {made} Q and K, which are {wanted} here; {remedy} --prune_qk, or name other ranks"
-        )
-    if allocation.importance_sha256 is not None and scores.is_file():
-        if allocation.importance_sha256 != digest(scores.read_bytes()):
-            raise InputError(f"the ranks were made from other scores than {scores}; run compute_rank.py again")
-        read_json(scores, ImportanceScores).check_matches(selector.dimensions, fingerprint)
+        raise InputError(f"the ranks are made with prune_qk {allocation.prune_qk}, and here it is {selector.prune_qk}")
+    if allocation.importance_sha256 is not None and scores_file.is_file():
+        if allocation.importance_sha256 != digest(scores_file.read_bytes()):
+            raise InputError(f"the ranks were made from other scores than {scores_file}; run compute_rank.py again")
+        read_json(scores_file, ImportanceScores).check_matches(selector.dimensions, fingerprint)
+    return allocation

@@ -98,7 +98,7 @@ class FlatLLMStep:
         if self.kept.query_key_rank is not None:
             for tap in (QUERIES, KEYS):  # into two factors, between whose products the rotary embedding stands
                 name = tap.removesuffix(".output")
-                bases = headwise_pca(sums[tap], name)[1][..., : self.kept.query_key_rank]  # (H or G, d, r)
+                bases = headwise_pca(sums[tap])[1][..., : self.kept.query_key_rank]  # (H or G, d, r)
                 weights |= {f"{name}.up": bases} | _heads_projected(layer.get_submodule(name), f"{name}.down", bases)
         if self.kept.mlp_width < self.dimensions.intermediate_size:
             mirror_lower_triangle(sums[CHANNELS])

@@ -63,9 +63,10 @@ class ModelDimensions:
         qk = self.qk_parameters if kept.query_key_rank is None else kept.query_key_rank * self.factor_parameters
         return qk + kept.value_rank * self.rank_parameters + kept.mlp_width * self.width_parameters
 
-    def query_key_rank(self, rank: int) -> int | None:
-        """Return the rank at which pruned Q and K are kept: whole, ``None``, where two factors would be no smaller."""
-        return rank if rank * self.factor_parameters < self.qk_parameters else None
+    def kept(self, keep: float, value_rank: int, mlp_width: int, prune_qk: bool) -> Kept:
+        """Return what a layer keeps at these sizes; pruned Q and K stay whole where two factors would be no smaller."""
+        is_factored = prune_qk and value_rank * self.factor_parameters < self.qk_parameters
+        return Kept(keep, value_rank, mlp_width, value_rank if is_factored else None)
 
     def is_whole(self, kept: Kept) -> bool:
         """Tell whether a layer keeps all its values and its whole MLP."""
