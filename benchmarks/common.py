@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, MistralConfig, PretrainedConfig, PreTrainedModel
 
 from flatllmbench.records import hardware, versions
+from flatllmbench.speed import forward_operations
 from flatllmcore.core.rank_allocation import RankAllocation
 from flatllmcore.engine import perplexity as measuring
 from flatllmcore.engine.compress import compress_layers
@@ -25,7 +25,7 @@ from flatllmcore.utils.data_utils import consecutive_windows, sample_documents, 
 from flatllmcore.utils.devices import float32_product, synchronize
 from flatllmcore.utils.dimensions import ModelDimensions
 from flatllmcore.utils.layer_utils import dimensions_from_config, load_config
-from flatllmcore.utils.loading import empty_causal_lm, load_tokenizer
+from flatllmcore.utils.loading import load_tokenizer
 from flatllmcore.utils.text_sources import load_text
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,19 +64,6 @@ def find_config(model: str) -> PretrainedConfig:
         return load_config(model)
     except InputError as error:
         raise InputError(f"{error}; or one of the names {', '.join(PUBLISHED)}") from error
-
-
-def forward_operations(config: PretrainedConfig, length: int) -> int:
-    """Return the operations of ``length`` tokens in the decoder layers, a multiplication and an addition being two.
-
-    Counted on the meta device; attention as if every token saw every other.
-    """
-    model = empty_causal_lm(copy.deepcopy(config))  # a copy: a model changes its config's attention with its own
-    model.set_attn_implementation("eager")
-    mask = torch.ones(1, 1, length, length, device="meta")  # given, or the values of the tokens would be looked at
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model.base_model(mask[0, 0, :1].long(), attention_mask=mask, use_cache=False)
-    return counter.get_total_flops()
 
 
 def operations(config: PretrainedConfig, allocation: RankAllocation, windows: int, seqlen: int) -> dict[str, float]:

@@ -19,8 +19,9 @@ from typing import NamedTuple
 import torch
 from transformers import PretrainedConfig
 
-from common import PUBLISHED, find_config, forward_operations, moment_bytes, operations, peak_rates, solve_bytes
+from common import PUBLISHED, find_config, moment_bytes, operations, peak_rates, solve_bytes
 from flatllmbench.command_line import run_program
+from flatllmbench.speed import forward_operations
 from flatllmbench.tables import markdown_table
 from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector
 from flatllmcore.errors import InputError

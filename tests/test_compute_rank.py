@@ -76,7 +76,7 @@ def test_the_table_states_asked_and_achieved_ratios_and_ranges(folder, capsys):
 def test_prune_qk_lowers_the_value_ranks_less(folder):
     whole, pruned = (ranks_at(folder, 40, "--rank_multiple", "1", *flag) for flag in ([], ["--prune_qk"]))
     assert (whole.prune_qk, pruned.prune_qk) == (False, True)
-    assert sum(pruned.value_rank) > sum(whole.value_rank)
+    assert sum(pruned.per_layer("value_rank")) > sum(whole.per_layer("value_rank"))
 
 
 def test_one_file_can_be_named(folder):

@@ -164,8 +164,8 @@ class TestPublishedFloors:
         assert math.floor(0.29 * 100) == 28  # why shares are taken exactly
         selector = ImportancePreservingRankSelector(replace(dimensions, num_layers=len(thousandths)))
         floors = selector.floored([n / 1000 for n in thousandths])
-        assert floors.value_rank == [max(1, n * dimensions.head_dim // 1000) for n in thousandths]
-        assert floors.mlp_width == [max(1, n * dimensions.intermediate_size // 1000) for n in thousandths]
+        assert floors.per_layer("value_rank") == [max(1, n * dimensions.head_dim // 1000) for n in thousandths]
+        assert floors.per_layer("mlp_width") == [max(1, n * dimensions.intermediate_size // 1000) for n in thousandths]
 
     @pytest.mark.parametrize("dimensions", PUBLISHED)
     def test_at_a_multiple_of_1_ranks_are_the_floors_and_remove_at_least_the_target(self, dimensions):

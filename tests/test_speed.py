@@ -10,7 +10,6 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTrainedModel
 
-from common import forward_operations
 from flatllmbench import speed
 from flatllmbench.speed import Timing, Workload
 from flatllmcore.layers import compressed_config
@@ -167,8 +166,8 @@ def with_shorter_queries() -> PreTrainedModel:
     ],
     ids=["dense", "Q and K too", "biases and a head_dim of its own", "tied"],
 )
-def test_predictions_are_the_operations_counted_and_the_bytes_that_steps_read(make):
-    """Oracles: torch's counter of operations, the head's being those of one token; the tensors that a step reads."""
+def test_predictions_are_the_operations_of_the_weights_and_the_bytes_that_steps_read(make):
+    """Oracles: products of each weight and of all pairs of tokens, the head's for one token; what a step reads."""
     model, workload = make(), Workload(3, 11, 4)
     cache = DynamicCache(config=model.config)
     model(torch.ones(3, 11, dtype=torch.long), past_key_values=cache)
@@ -180,7 +179,11 @@ def test_predictions_are_the_operations_counted_and_the_bytes_that_steps_read(ma
     weights = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
     weights += [module.up for module in model.modules() if isinstance(module, HeadwiseFactoredLinear)]
     assert needs["bytes"] == sum(weight.nbytes for weight in weights) + sum(cached) / 4
-    assert needs["flops"] == forward_operations(model.config, 11) + 2 * model.lm_head.weight.numel()
+    attentions = [layer.self_attn for layer in model.model.layers]
+    pairs = sum(model.config.num_attention_heads * each.head_dim + each.o_proj.in_features for each in attentions)
+    head = model.lm_head.weight.numel()
+    linear = sum(weight.numel() for weight in weights) - head
+    assert needs["flops"] == 2 * (11 * linear + head + 11**2 * pairs)
 
 
 # The program

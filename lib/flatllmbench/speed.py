@@ -14,6 +14,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from itertools import product
 from statistics import median
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedModel
 
 from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector
@@ -28,7 +30,7 @@ from flatllmcore.errors import InputError
 from flatllmcore.layers import compressed_config
 from flatllmcore.utils.devices import parse_device, peak_allocated_bytes, reset_peak_allocated, synchronize
 from flatllmcore.utils.layer_utils import count_parameters, dense_dimensions, dimensions_from_config, load_config
-from flatllmcore.utils.loading import load_model
+from flatllmcore.utils.loading import empty_causal_lm, load_model
 from flatllmcore.utils.progress import progress
 
 from .command_line import add_flags, read_flags, run_program
@@ -229,16 +231,26 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def _needs(model: PreTrainedModel, workload: Workload, cache_bytes: int) -> dict[str, float]:
-    """Return the operations of reading a prompt, as if all pairs of tokens attended, and a step's bytes on average."""
-    linear, head = count_parameters(model)["decoder_linear"], model.lm_head.weight.numel()
-    attentions = [layer.self_attn for layer in model.base_model.layers]
-    heads = sum(model.config.num_attention_heads * each.head_dim + each.o_proj.in_features for each in attentions)
-    length = workload.prompt_length
+    """Return the operations of reading one prompt, and the bytes of weights and cache that a step reads on average."""
+    head, length = model.lm_head.weight.numel(), workload.prompt_length
+    weights = count_parameters(model)["decoder_linear"] + head
     mean_length = length + (workload.new_tokens + 1) / 2
-    return {
-        "flops": 2 * (length * linear + head + length**2 * heads),
-        "bytes": (linear + head) * model.dtype.itemsize + cache_bytes * mean_length / (length + workload.new_tokens),
-    }
+    cached = cache_bytes * mean_length / (length + workload.new_tokens)
+    operations = forward_operations(model.config, length or 1) + 2 * head
+    return {"flops": operations, "bytes": weights * model.dtype.itemsize + cached}
+
+
+def forward_operations(config: PretrainedConfig, length: int) -> int:
+    """Return the operations of ``length`` tokens in the decoder layers, a multiplication and an addition being two.
+
+    Counted on the meta device; attention as if every token saw every other.
+    """
+    model = empty_causal_lm(deepcopy(config))  # a copy: a model changes its config's attention with its own
+    model.set_attn_implementation("eager")
+    mask = torch.ones(1, 1, length, length, device="meta")  # given, or the values of the tokens would be looked at
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.base_model(mask[0, 0, :1].long(), attention_mask=mask, use_cache=False)
+    return counter.get_total_flops()
 
 
 if __name__ == "__main__":
