@@ -7,14 +7,13 @@ from typing import Any
 
 import torch
 from transformers import PretrainedConfig
-from transformers.utils.hub import cached_file
 
 from flatllmcore.engine.checkpoint_sink import MANIFEST, Manifest
 from flatllmcore.layers import FAMILIES
 from flatllmcore.utils.devices import device_name
 from flatllmcore.utils.files import read_json
 from flatllmcore.utils.layer_utils import count_parameters, dense_dimensions, load_config, model_name
-from flatllmcore.utils.loading import empty_causal_lm
+from flatllmcore.utils.loading import empty_causal_lm, found_file
 
 _PACKAGES = ("flatllmcore", "torch", "transformers", "datasets", "accelerate", "numpy", "safetensors", "tokenizers")
 
@@ -61,7 +60,7 @@ def describe_config(config: PretrainedConfig, name: str, base_model: str | None)
 
 def _base_model(model: str, cache_dir: Path | None) -> str | None:
     """Return the name of the model that a compressed one was made from, as the manifest beside its weights says."""
-    manifest = cached_file(model, MANIFEST, cache_dir=cache_dir, _raise_exceptions_for_missing_entries=False)
+    manifest = found_file(model, MANIFEST, cache_dir)
     if manifest is None:
         return None
-    return model_name(read_json(Path(manifest), Manifest).request["base_model"])
+    return model_name(read_json(manifest, Manifest).request["base_model"])

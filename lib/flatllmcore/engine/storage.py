@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..utils.devices import GIB, free_device_memory, free_host_memory
-from ..utils.files import check_disk_space, naming_full_disk
+from ..utils.files import check_disk_space, naming_place
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class StatesStorage:
     def _mapped(self, shape: Sequence[int], dtype: torch.dtype, size: int) -> Tensor:
         self._folder().mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(prefix="hidden-states-", dir=self._folder()) as file:
-            with naming_full_disk(self._folder()):
+            with naming_place(self._folder()):
                 os.posix_fallocate(file.fileno(), 0, size)  # a disk that fills up later would end us by SIGBUS
             flat = torch.from_file(file.name, shared=True, size=torch.Size(shape).numel(), dtype=dtype)
             return flat.view(*shape)
