@@ -128,4 +128,4 @@ def test_a_kill_at_any_step_of_the_publication_leaves_one_model_and_a_way_on(tmp
         assert run_to_its_end(tmp_path, NEVER) == 0
         assert bytes_in(tmp_path / "out") == expected
         assert {path.name for path in tmp_path.iterdir()} == {"dense", "old", "out"}
-    assert kill_at > 6
+    assert kill_at >= 6  # two renames, and three files and a folder deleted
