@@ -98,7 +98,7 @@ def compress_to(
     checkpoint = on_disk(dense)
     selector = ImportancePreservingRankSelector(dimensions_from_config(checkpoint.config), prune_qk=prune_qk)
     allocation = METHODS[method].allocate(selector, SCORES, 0.6)
-    with CheckpointSink(folder, checkpoint.num_layers, request, overwrite) as sink:
+    with CheckpointSink(folder, checkpoint.num_layers, request, overwrite).opened() as sink:
         before_layers(sink)
         config, _ = compress_layers(
             source or checkpoint, sink, windows, METHODS[method], allocation, batch_size=5, tolerance=0.96

@@ -11,31 +11,26 @@ from flatllmcore.errors import InputError
 from flatllmcore.utils.files import check_disk_space, write_atomically
 
 
-def test_what_is_written_replaces_what_was_there_and_folders_are_made(tmp_path):
-    path = tmp_path / "a" / "b" / "file"
-    for content in (b"old", b"new"):
-        write_atomically(path, content)
-        assert path.read_bytes() == content
-        assert os.listdir(path.parent) == ["file"]
-
-
 @pytest.mark.parametrize("failing", ["os.fsync", "pathlib.Path.replace"])
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), KeyboardInterrupt()])
-def test_a_full_disk_or_an_interruption_leaves_the_old_file(tmp_path, monkeypatch, failing, error):
-    path = tmp_path / "file"
-    path.write_bytes(b"old")
+def test_a_file_is_replaced_whole_or_left_as_it_was_and_folders_are_made(tmp_path, monkeypatch, failing, error):
+    path = tmp_path / "a" / "b" / "file"
+    write_atomically(path, b"old")
 
     def fail(*_args: object) -> None:
         assert path.read_bytes() == b"old"
         raise error
 
-    monkeypatch.setattr(failing, fail)
-    with pytest.raises(type(error)) as raised:
-        write_atomically(path, b"new")
+    with monkeypatch.context() as patch:
+        patch.setattr(failing, fail)
+        with pytest.raises(type(error)) as raised:
+            write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
-    assert os.listdir(tmp_path) == ["file"]
     if isinstance(error, OSError):  # it is about the file asked for
         assert (raised.value.errno, raised.value.filename) == (errno.ENOSPC, str(path))
+    write_atomically(path, b"new")
+    assert path.read_bytes() == b"new"
+    assert os.listdir(path.parent) == ["file"]
 
 
 def test_space_is_asked_of_the_file_system_that_the_folder_will_be_on(tmp_path, monkeypatch):

@@ -70,11 +70,6 @@ def run(folder: Path, flags: list[str], kill_at: int) -> int | None:
     return process.exitcode
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    """Return the files of a model; the very last change takes away the empty lock, which a kill may leave."""
-    return {name: content for name, content in bytes_in(folder).items() if name != ".lock"}
-
-
 @pytest.mark.parametrize("flags", [[], ["--out_of_core"], ["--overwrite"]], ids=["memory", "disk", "overwrite"])
 def test_a_run_killed_at_random_changes_ends_with_the_same_bytes(inputs, tmp_path, flags):
     straight = shutil.copytree(inputs, tmp_path / "straight")
@@ -91,7 +86,7 @@ def test_a_run_killed_at_random_changes_ends_with_the_same_bytes(inputs, tmp_pat
             kills += 1
             if flags != ["--overwrite"] and (folder / "out").exists():
                 break  # killed after it had put its model in place
-        assert contents(folder / "out") == bytes_in(straight / "out")
+        assert bytes_in(folder / "out") == bytes_in(straight / "out")
         assert not list(folder.glob("*out.*"))
         shutil.rmtree(folder)
 
@@ -129,8 +124,8 @@ def test_a_kill_at_any_step_of_the_publication_leaves_one_model_and_a_way_on(tmp
         if run_to_its_end(tmp_path, kill_at) == 0:
             break
         places = [tmp_path / name for name in ("out", ".out.replaced") if (tmp_path / name).exists()]
-        assert contents(places[0]) in (expected, old)
+        assert bytes_in(places[0]) in (expected, old)
         assert run_to_its_end(tmp_path, NEVER) == 0
         assert bytes_in(tmp_path / "out") == expected
         assert {path.name for path in tmp_path.iterdir()} == {"dense", "old", "out"}
-    assert kill_at > 6
+    assert kill_at >= 6  # two renames, and three files and a folder deleted

@@ -1,25 +1,24 @@
 """Checkpoints on disk as source and sink of the walk, against the same model in memory."""
 
+import fcntl
 import json
 import logging
 import os
 import shutil
-from threading import Semaphore
+from contextlib import suppress
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from checkpoints import CPU, VARIANTS, bytes_in, compress_to, in_memory, on_disk, save_tiny_checkpoint, weights_in
+from flatllmcore.engine.checkpoint_sink import CheckpointSink
 from flatllmcore.engine.importance import layer_importance
 from flatllmcore.engine.perplexity import perplexity
 from flatllmcore.engine.storage import StatesStorage
 from flatllmcore.errors import InputError
 from flatllmcore.methods.flatllm import FlatLLMStep
-from flatllmcore.utils import stopwatch
 from flatllmcore.utils.loading import WeightFiles
-from flatllmcore.utils.stopwatch import Stopwatch
-from test_stopwatch import Clock
 from tiny_text import word_tokenizer
 
 
@@ -61,25 +60,6 @@ def test_one_layer_is_read_ahead_and_no_more(checkpoint):
         source._reader.submit(int).result()  # the reader is done with what it was given
         assert asked[-1] == min(index + 1, 3)
     assert asked == [0, 1, 2, 3, 0, 1]
-
-
-def test_waiting_for_the_disk_is_a_stage_of_its_own(checkpoint, windows, monkeypatch):
-    """A second passes for each layer that is read, which is not before somebody waits for it."""
-    clock, waiting = Clock(), Semaphore(0)
-    monkeypatch.setattr(stopwatch, "time", clock)
-    source = on_disk(checkpoint)
-    take, read_layer = source._take, source._read_layer
-
-    def read_when_waited_for(index):
-        waiting.acquire()
-        clock.now += 1
-        return read_layer(index)
-
-    source._take = lambda index: waiting.release() or take(index)
-    source._read_layer = read_when_waited_for
-    with Stopwatch(source.device).running() as watch:
-        layer_importance(source, windows, 5)
-    assert watch.elapsed_s == {"read": 4, "forward": 0, "angles": 0}
 
 
 def test_states_go_to_the_first_place_that_is_large_enough(tmp_path, monkeypatch):
@@ -156,11 +136,11 @@ def solved_until(patch, layer=99):
 def stopped(tmp_path, windows, checkpoint, monkeypatch):
     """Begin a run that is stopped at a layer, and return its partial folder."""
 
-    def stop_at(layer=2, **options):
+    def stop_at(layer=2):
         with monkeypatch.context() as patch:
             solved_until(patch, layer)
             with pytest.raises(StoppedError):
-                compress_to(tmp_path / "out", checkpoint, windows, **options)
+                compress_to(tmp_path / "out", checkpoint, windows)
         return tmp_path / "out.partial"
 
     return stop_at
@@ -184,7 +164,7 @@ def test_a_damaged_shard_is_found_and_done_again(tmp_path, windows, checkpoint, 
     compress_to(tmp_path / "straight", checkpoint, windows)
     partial = stopped()
     damage(partial / "model-00002-of-00006.safetensors")  # layer 0, with layer 1 whole behind it
-    for name in (".model-00003-of-00006.safetensors.tmp", ".tmpyCJIMv"):  # what we and libraries leave when killed
+    for name in (".tmp.model-00003-of-00006.safetensors.17", ".tmpyCJIMv"):  # what we and libraries leave when killed
         (partial / name).touch()
     solved = solved_until(monkeypatch)
     compress_to(tmp_path / "out", checkpoint, windows)
@@ -200,26 +180,39 @@ def test_a_changed_request_is_refused_and_harms_nothing(tmp_path, windows, check
     assert bytes_in(partial) == before
 
 
-def test_results_are_remembered(tmp_path, windows, checkpoint, stopped):
-    found = []
-    stopped(1, before_layers=lambda sink: sink.remember("dense_perplexity", 5.5))
-    compress_to(tmp_path / "out", checkpoint, windows, before_layers=lambda sink: found.append(sink.results))
-    assert found == [{"dense_perplexity": 5.5}]
+def test_results_are_remembered(tmp_path):
+    with suppress(StoppedError), CheckpointSink(tmp_path / "out", 4, {}).opened() as sink:
+        sink.remember("dense_perplexity", 5.5)
+        raise StoppedError
+    with CheckpointSink(tmp_path / "out", 4, {}).opened() as sink:
+        assert sink.results == {"dense_perplexity": 5.5}
 
 
-@pytest.mark.parametrize("name", [".env", "thesis.tex"])
+@pytest.mark.parametrize("name", [".env", "README.md"])
 def test_a_folder_of_something_else_is_in_the_way(tmp_path, windows, checkpoint, name):
     (tmp_path / "out.partial").mkdir()
-    (tmp_path / "out.partial" / name).touch()
+    (tmp_path / "out.partial" / name).write_text("mine")
     with pytest.raises(InputError, match="it holds no unfinished run"):
         compress_to(tmp_path / "out", checkpoint, windows)
-    assert (tmp_path / "out.partial" / name).exists()
+    assert bytes_in(tmp_path / "out.partial") == {name: b"mine"}
 
 
-def test_two_runs_in_one_folder_are_refused(tmp_path, windows, checkpoint):
-    def second_run(sink):
+def test_two_runs_in_one_folder_are_refused(tmp_path, windows, checkpoint, monkeypatch):
+    """The second begins while the first works, or while it puts its model in place."""
+
+    def second_run(_sink=None):
         with pytest.raises(InputError, match="another run is writing"):
-            compress_to(tmp_path / "out", checkpoint, windows)
+            compress_to(tmp_path / "out", checkpoint, windows, overwrite=True)
 
     compress_to(tmp_path / "out", checkpoint, windows, before_layers=second_run)
-    assert (tmp_path / "out" / "config.json").exists()
+    expected = bytes_in(tmp_path / "out")
+    (tmp_path / "out").rename(tmp_path / "out.partial")
+    lock = fcntl.flock
+
+    def lock_after_publication(file, how):
+        (tmp_path / "out.partial").rename(tmp_path / "out")
+        lock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", lock_after_publication)
+    second_run()
+    assert bytes_in(tmp_path / "out") == expected

@@ -14,14 +14,13 @@ from typing import Any, TypeAlias
 import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import PretrainedConfig
-from transformers.utils.hub import cached_file
 
 from flatllmcore.engine.checkpoint_sink import MANIFEST, Manifest
 from flatllmcore.layers import FAMILIES
 from flatllmcore.utils.devices import device_name
 from flatllmcore.utils.files import read_json, write_json
 from flatllmcore.utils.layer_utils import count_parameters, dense_dimensions, load_config, model_name
-from flatllmcore.utils.loading import empty_causal_lm
+from flatllmcore.utils.loading import empty_causal_lm, found_file
 
 from .command_line import as_given, logging_to
 
@@ -47,8 +46,8 @@ def describe_model(model: str, cache_dir: Path | None = None) -> dict[str, Any]:
     """Return what :func:`describe_config` does, of a model in a folder or at a hub id; no weight is read."""
     config, base_model = load_config(model, cache_dir), None
     if config.model_type not in FAMILIES:
-        manifest = cached_file(model, MANIFEST, cache_dir=cache_dir, _raise_exceptions_for_missing_entries=False)
-        base_model = manifest and read_json(Path(manifest), Manifest).request["base_model"]
+        manifest = found_file(model, MANIFEST, cache_dir)
+        base_model = manifest and read_json(manifest, Manifest).request["base_model"]
     return describe_config(config, model, base_model)
 
 

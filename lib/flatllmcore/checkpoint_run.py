@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import Tensor
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from .config import RunConfig
 from .core.importance import IMPORTANCE_FILE, ImportanceScores
@@ -29,14 +30,12 @@ from .utils.data_utils import check_token_ids, consecutive_windows
 from .utils.devices import GIB, free_host_memory, parse_device
 from .utils.files import check_disk_space, digest, to_json_bytes, write_json
 from .utils.layer_utils import count_parameters, dimensions_from_config, load_config
-from .utils.loading import generation_config_file, load_tokenizer
+from .utils.loading import found_file, load_tokenizer
 from .utils.processes import broadcast_object, is_rank_0, local_world_size, world_size
 from .utils.stopwatch import stage
 from .utils.text_sources import load_text
 
 logger = logging.getLogger(__name__)
-
-_SHARE_OF_HOST_FOR_WEIGHTS = 0.5
 
 
 class CheckpointRun:
@@ -49,8 +48,6 @@ class CheckpointRun:
     def __init__(self, config: RunConfig, provenance: Mapping[str, Any]) -> None:
         self.config, self.provenance = config, provenance
         self.device = parse_device(config.device)
-        if not Path(config.model).is_dir():
-            logger.info("there is no folder %s; asking the Hugging Face Hub for it", config.model)
         model_config = load_config(config.model, config.cache_dir)
         self.dimensions = dimensions_from_config(model_config)
         self.tokenizer = load_tokenizer(config.model, cache_dir=config.cache_dir)
@@ -71,18 +68,12 @@ class CheckpointRun:
         if broadcast_object(lambda: own) != own:
             raise InputError(f"{config.model} has other weights here than where the first process runs")
         weights = count_parameters(source.skeleton)["total"] * source.dtype.itemsize
-        source.is_kept = not config.out_of_core and weights <= _SHARE_OF_HOST_FOR_WEIGHTS * host_memory
+        source.is_kept = not config.out_of_core and weights <= host_memory / 2
         if source.is_kept:
             source.storage = StatesStorage(host_memory - weights, config.offload_folder)
         place = "in host memory" if source.is_kept else "on disk, two layers at a time in memory"
         logger.info("%.3g GiB of weights %s; %.3g GiB planned with", weights / GIB, place, host_memory / GIB)
         return source
-
-    def compressed_bytes(self) -> int:
-        """Return about how many bytes the compressed weights will take."""
-        parameters = count_parameters(self.source.skeleton)
-        removed = self.config.target_sparsity * parameters["decoder_linear"]
-        return int(parameters["total"] - removed) * self.source.dtype.itemsize
 
     def score(self) -> ImportanceScores:
         """Return the importance of every layer, with what it takes to compute it again; written to its place."""
@@ -129,63 +120,37 @@ class CheckpointRun:
         pipeline, config = self.pipeline, self.config
         pipeline.announce_target()
         windows, test_windows = pipeline.windows_to_compress(), self._test_windows()
-        written_bytes = sum(path.stat().st_size for path in partial_folder(folder).glob("*.safetensors"))
-        check_disk_space(folder, self.compressed_bytes() - written_bytes)
+        self._check_disk_space(folder)
         allocation = self._allocation()
-        about = self._description(allocation, len(windows))
+        about = {
+            "base_model": config.model,
+            "method": config.method,
+            "sparsity_ratio": allocation.sparsity_ratio,
+            "achieved_sparsity_percent": allocation.achieved_sparsity_percent,
+            "rank_multiple": allocation.rank_multiple,
+            "prune_qk": allocation.prune_qk,
+            "dataset": config.cal_dataset,
+            "nsamples": len(windows),
+            "seqlen": pipeline.seqlen,
+            "seed": config.seed,
+        }
         request = about | self._request(allocation, windows, test_windows)
-        with CheckpointSink(folder, self.source.num_layers, request, config.overwrite) as sink:
-            dense = self._dense_perplexity(test_windows, sink)
+        with CheckpointSink(folder, self.source.num_layers, request, config.overwrite).opened() as sink:
+            if "dense_perplexity" not in sink.results:
+                sink.remember("dense_perplexity", asdict(self._perplexity("dense", self.source, test_windows)))
+            dense = Perplexity(**sink.results["dense_perplexity"])
             flat_config, layers = pipeline.compress(self.source, sink, windows, allocation)
             with stage("write"):
-                generation_config = generation_config_file(config.model, config.cache_dir)
+                generation_config = found_file(config.model, GENERATION_CONFIG_NAME, config.cache_dir)
                 partial = sink.complete(self.source, flat_config, generation_config, self.tokenizer)
             about["parameters_before"] = count_parameters(self.source.skeleton)
             del self.source  # the dense model makes room
             written = CheckpointSource(partial, self.device, storage=self.storage)
-            compressed = self._perplexity(written, test_windows, "the model does not bear this ratio, or --dtype")
-            logger.info(
-                "compressed perplexity %.4f, %.3f times the dense one", compressed.value, compressed.value / dense.value
-            )
+            about["parameters_after"] = count_parameters(written.skeleton)
+            compressed = self._perplexity("compressed", written, test_windows)
             measured = {"dataset": config.eval_text, "seqlen": dense.seqlen, "windows": dense.windows}
-            yield (
-                about
-                | {
-                    "parameters_after": count_parameters(written.skeleton),
-                    "perplexity": measured | {"dense": dense.value, "compressed": compressed.value},
-                    "layers": [asdict(layer) for layer in layers],
-                },
-                sink,
-            )
-
-    def _allocation(self) -> RankAllocation:
-        """Return the ranks that are in their place, or else score the layers, allocate, and leave both there."""
-        allocation = broadcast_object(self._ranks_found)
-        if allocation is None:
-            place = self.config.score_place
-            logger.info("no ranks or scores in %s: scoring the layers first", place)
-            scores = self.score()
-            allocation = self.pipeline.allocate(scores.scores, digest(to_json_bytes(scores)))
-            if is_rank_0():
-                save_ranks(allocation, place / ranks_file(allocation.sparsity_ratio))
-        logger.info(
-            "asked to remove %g %% of %d decoder-layer weights; the ranks remove %.3f %%",
-            allocation.sparsity_ratio,
-            allocation.parameters_before,
-            allocation.achieved_sparsity_percent,
-        )
-        return allocation
-
-    def _ranks_found(self) -> RankAllocation | None:
-        config, pipeline = self.config, self.pipeline
-        fingerprint, place = self.source.fingerprint(), config.score_place
-        found = find_ranks(place, pipeline.selector, fingerprint, config.keep_ratio, pipeline.allocate)
-        if found is not None and config.rank_multiple not in (None, found.rank_multiple):
-            raise InputError(
-                f"the ranks in {place} go with --rank_multiple {found.rank_multiple}, not {config.rank_multiple}; "
-                "drop the flag, or name a file of scores by --bi_score"
-            )
-        return found
+            about["perplexity"] = measured | {"dense": dense.value, "compressed": compressed.value}
+            yield about | {"layers": [asdict(layer) for layer in layers]}, sink
 
     def _test_windows(self) -> Tensor:
         """Return the token windows that perplexity is measured on, (N, S)."""
@@ -196,20 +161,38 @@ class CheckpointRun:
             check_token_ids(windows, self.pipeline.model_config.vocab_size)
         return windows
 
-    def _description(self, allocation: RankAllocation, nsamples: int) -> dict[str, Any]:
-        """Return what is done to the model, for its card and for the record."""
-        return {
-            "base_model": self.config.model,
-            "method": self.config.method,
-            "sparsity_ratio": allocation.sparsity_ratio,
-            "achieved_sparsity_percent": allocation.achieved_sparsity_percent,
-            "rank_multiple": allocation.rank_multiple,
-            "prune_qk": allocation.prune_qk,
-            "dataset": self.config.cal_dataset,
-            "nsamples": nsamples,
-            "seqlen": self.pipeline.seqlen,
-            "seed": self.config.seed,
-        }
+    def _check_disk_space(self, folder: Path) -> None:
+        """Refuse a folder without room for what is still to be written of the compressed weights."""
+        parameters = count_parameters(self.source.skeleton)
+        removed = self.config.target_sparsity * parameters["decoder_linear"]
+        needed_bytes = int(parameters["total"] - removed) * self.source.dtype.itemsize
+        written_bytes = sum(path.stat().st_size for path in partial_folder(folder).glob("*.safetensors"))
+        check_disk_space(folder, needed_bytes - written_bytes)
+
+    def _allocation(self) -> RankAllocation:
+        """Return the ranks that are in their place, or else score the layers, allocate, and leave both there."""
+        config, pipeline, place = self.config, self.pipeline, self.config.score_place
+        fingerprint = self.source.fingerprint()
+        allocation = broadcast_object(
+            lambda: find_ranks(place, pipeline.selector, fingerprint, config.keep_ratio, pipeline.allocate)
+        )
+        if allocation is None:
+            logger.info("no ranks or scores in %s: scoring the layers first", place)
+            scores = self.score()
+            allocation = pipeline.allocate(scores.scores, digest(to_json_bytes(scores)))
+            if is_rank_0():
+                save_ranks(allocation, place / ranks_file(allocation.sparsity_ratio))
+        elif config.rank_multiple not in (None, allocation.rank_multiple):
+            raise InputError(
+                f"the ranks in {place} go with --rank_multiple {allocation.rank_multiple}, not {config.rank_multiple}"
+            )
+        logger.info(
+            "asked to remove %g %% of %d decoder-layer weights; the ranks remove %.3f %%",
+            allocation.sparsity_ratio,
+            allocation.parameters_before,
+            allocation.achieved_sparsity_percent,
+        )
+        return allocation
 
     def _request(self, allocation: RankAllocation, windows: Tensor, test_windows: Tensor) -> dict[str, Any]:
         """Return what else decides the bytes of the result, in words where there are some, for a run that goes on."""
@@ -226,17 +209,10 @@ class CheckpointRun:
             **self.provenance,
         }
 
-    def _dense_perplexity(self, windows: Tensor, sink: CheckpointSink) -> Perplexity:
-        """Return the dense model's perplexity, as the sink remembers it from an earlier run or else measured."""
-        if "dense_perplexity" not in sink.results:
-            measured = self._perplexity(self.source, windows, "check the final norm and lm_head of the checkpoint")
-            sink.remember("dense_perplexity", asdict(measured))
-        dense = Perplexity(**sink.results["dense_perplexity"])
-        logger.info("dense perplexity %.4f over %d windows of %d tokens", dense.value, dense.windows, dense.seqlen)
-        return dense
-
-    def _perplexity(self, source: CheckpointSource, windows: Tensor, remedy: str) -> Perplexity:
+    def _perplexity(self, which: str, source: CheckpointSource, windows: Tensor) -> Perplexity:
         measured = perplexity(source, windows, self.pipeline.batch_size(windows))
         if not math.isfinite(measured.value):
-            raise InputError(f"the perplexity is {measured.value}; {remedy}")
+            raise InputError(f"the {which} model's perplexity is {measured.value}")
+        count, seqlen = windows.shape
+        logger.info("%s perplexity %.4f over %d windows of %d tokens", which, measured.value, count, seqlen)
         return measured

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..utils.devices import GIB, free_device_memory, free_host_memory
-from ..utils.files import check_disk_space, naming_full_disk
+from ..utils.files import check_disk_space, naming_place
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class StatesStorage:
             return torch.empty(*shape, dtype=dtype, device=device if place == "device" else "cpu")
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(prefix="hidden-states-", dir=folder) as file:
-            with naming_full_disk(folder):
+            with naming_place(folder):
                 os.posix_fallocate(file.fileno(), 0, size)  # a disk that fills up later would end us by SIGBUS
             flat = torch.from_file(file.name, shared=True, size=torch.Size(shape).numel(), dtype=dtype)
         return flat.view(*shape)

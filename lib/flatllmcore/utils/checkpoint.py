@@ -25,24 +25,16 @@ _CARD = """\
 |---|---:|---:|
 | decoder-layer linear weights | {parameters_before[decoder_linear]:,} | {parameters_after[decoder_linear]:,} |
 | all parameters | {parameters_before[total]:,} | {parameters_after[total]:,} |
-| perplexity{measured_on} | {dense} | {compressed} |
+| perplexity ({perplexity[dataset]}, windows of {perplexity[seqlen]} tokens) | {perplexity[dense]:.3f} \
+| {perplexity[compressed]:.3f} |
 
 - Removed: {sparsity_ratio:g} % asked, {achieved_sparsity_percent:.3f} % achieved.
 - Calibration: {dataset}, {nsamples} samples of {seqlen} tokens, seed {seed}.
 - Versions: {packages}.
 - Command: `{command}`
 
-## Use
-
-With `flatllmcore` installed (else with `trust_remote_code=True`, by the modelling files in this folder):
-
-```python
-import flatllmcore
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
-tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
-```
+After `import flatllmcore`, or with `trust_remote_code=True` where it is not installed, \
+`AutoModelForCausalLM.from_pretrained` loads this folder.
 """
 
 
@@ -50,10 +42,8 @@ def check_output_folder(folder: Path, overwrite: bool) -> None:
     """Refuse a folder that is neither missing nor empty, nor holds a model where ``overwrite`` is given."""
     if not folder.exists():
         return
-    if not folder.is_dir():
-        raise InputError(f"cannot save to {folder}: it is a file; give a folder")
-    if os.path.ismount(folder):  # nothing can be renamed to it
-        raise InputError(f"cannot save to {folder}: a file system is mounted there; give a folder inside it")
+    if not folder.is_dir() or os.path.ismount(folder):  # to which nothing can be renamed
+        raise InputError(f"cannot save to {folder}: it is a file, or a file system is mounted there")
     if not any(folder.iterdir()):
         return
     if not overwrite:
@@ -73,30 +63,16 @@ def model_card(record: Mapping[str, Any]) -> str:
         base_model=None if is_local else base_model,  # the hub links this name to a repository
         flat_llm={"base_model": name, "sparsity_ratio": record["sparsity_ratio"]},
     )
-    measured_on, dense, compressed = "", "not run", "not run"
-    if perplexity := record.get("perplexity"):
-        measured_on = f" ({perplexity['dataset']}, windows of {perplexity['seqlen']} tokens)"
-        dense, compressed = (f"{perplexity[which]:.3f}" for which in ("dense", "compressed"))
-    return _CARD.format_map(
-        {
-            **record,
-            "metadata": data.to_yaml(),
-            "name": name,
-            "projections": "query, key, value and output" if record["prune_qk"] else "value and output",
-            "measured_on": measured_on,
-            "dense": dense,
-            "compressed": compressed,
-            "packages": ", ".join(f"{package} {version}" for package, version in record["versions"].items()),
-        }
-    )
+    projections = "query, key, value and output" if record["prune_qk"] else "value and output"
+    packages = ", ".join(f"{package} {version}" for package, version in record["versions"].items())
+    return _CARD.format(**record, metadata=data.to_yaml(), name=name, projections=projections, packages=packages)
 
 
 def put_in_place(complete: Path, folder: Path) -> None:
     """Rename ``complete`` to ``folder``; what stood there is deleted when that is done."""
     replaced = folder.with_name(f".{folder.name}.replaced")
     if folder.exists():
-        if replaced.exists():  # of a run that was killed before it had deleted it
-            shutil.rmtree(replaced)
+        shutil.rmtree(replaced, ignore_errors=True)  # of a run that was killed before it had deleted it
         folder.rename(replaced)
     try:
         complete.rename(folder)

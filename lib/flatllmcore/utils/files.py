@@ -19,21 +19,28 @@ from .devices import GIB
 T = TypeVar("T")
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write ``content`` to ``path``, which is as it was when anything fails; missing folders are made."""
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Lend the name of a file to write, which takes the place of ``path`` when it is on the disk; folders are made.
+
+    When anything fails ``path`` is as it was. What a kill leaves has a name that begins with ``.tmp``.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".tmp.{path.name}.{os.getpid()}")
     try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        error.filename = str(path)  # a full disk does not say which file
-        raise
+        with naming_place(path):
+            yield temporary
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write ``content`` to ``path``, which is as it was when anything fails; missing folders are made."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -68,21 +75,17 @@ def digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def flush_to_disk(path: Path) -> None:
-    """Wait until what was written to a file is on the disk."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
 @contextmanager
-def naming_full_disk(path: Path) -> Iterator[None]:
-    """Let a full disk raise OSError with its number and ``path``; safetensors hides the number in its message."""
+def naming_place(path: Path) -> Iterator[None]:
+    """Let an OSError name ``path``, and be one when the disk is full: safetensors hides the number in its message."""
     try:
         yield
     except (OSError, SafetensorError) as error:
-        if getattr(error, "errno", None) != errno.ENOSPC and "os error 28" not in str(error):
-            raise
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        if "os error 28" in str(error):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        if isinstance(error, OSError):
+            error.filename = str(path)
+        raise
 
 
 def check_disk_space(folder: Path, needed_bytes: int) -> None:
@@ -90,7 +93,5 @@ def check_disk_space(folder: Path, needed_bytes: int) -> None:
     existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     free_bytes = shutil.disk_usage(existing).free
     if free_bytes < needed_bytes:
-        raise InputError(
-            f"{folder} needs {needed_bytes / GIB:.3g} GiB of disk and {free_bytes / GIB:.3g} GiB are free; "
-            "free some space or give another folder"
-        )
+        needed, free = needed_bytes / GIB, free_bytes / GIB
+        raise InputError(f"{folder} needs {needed:.3g} GiB of disk and {free:.3g} GiB are free")

@@ -1,50 +1,27 @@
 """Models and tokenizers from a local folder or the hub, whose downloads are kept in ``cache_dir``."""
 
-import hashlib
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from functools import cached_property
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from ..errors import InputError
+from .layer_utils import load_config
 
-FINGERPRINT_ROWS = 16
+EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # as the model classes of all families name them
+_COMPUTED = "rotary_emb.inv_freq"  # in old checkpoints, and never read
 
 
 def load_model(model: str, *, dtype: str = "auto", cache_dir: Path | None = None) -> PreTrainedModel:
     """Return a causal language model in host memory, every weight read from safetensors, checked and cast."""
-    chosen: Any = dtype if dtype == "auto" else getattr(torch, dtype)
-    with _naming_checkpoint(model):
-        loaded, info = AutoModelForCausalLM.from_pretrained(
-            model,
-            dtype=chosen,
-            cache_dir=cache_dir,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # refused below, by name
-            output_loading_info=True,
-        )
-    check_weights(model, info)
-    return loaded.eval()
-
-
-def check_weights(model: str, info: Mapping[str, Any]) -> None:
-    """Refuse, naming the first that is wrong, weights that are not exactly those a checkpoint's config asks for."""
-    for kind, problem in (
-        ("missing_keys", "are missing"),
-        ("mismatched_keys", "have other shapes than its config.json says"),
-        ("unexpected_keys", "have no place in the model its config.json describes"),
-    ):
-        names = sorted(key if isinstance(key, str) else key[0] for key in info[kind])
-        if names:
-            raise InputError(f"checkpoint {model!r} is damaged: {len(names)} weights {problem}, first {names[0]}")
+    WeightFiles(model, cache_dir).check(empty_causal_lm(load_config(model, cache_dir)))
+    return AutoModelForCausalLM.from_pretrained(model, dtype=dtype, cache_dir=cache_dir, use_safetensors=True).eval()
 
 
 def empty_causal_lm(config: PretrainedConfig) -> PreTrainedModel:
@@ -56,12 +33,6 @@ def empty_causal_lm(config: PretrainedConfig) -> PreTrainedModel:
         raise InputError(f"the model config asks for {error}, which transformers has not; mend config.json") from error
 
 
-def generation_config_file(model: str, cache_dir: Path | None = None) -> Path | None:
-    """Return the ``generation_config.json`` beside a model, local or on the hub, if it has one."""
-    found = _found_file(model, GENERATION_CONFIG_NAME, cache_dir)
-    return None if found is None else Path(found)
-
-
 def load_tokenizer(model: str, *, cache_dir: Path | None = None) -> PreTrainedTokenizerBase:
     """Return the tokenizer that stands beside a model."""
     try:
@@ -69,18 +40,6 @@ def load_tokenizer(model: str, *, cache_dir: Path | None = None) -> PreTrainedTo
     except Exception as error:  # damaged files raise KeyError, and the tokenizers library Exception itself
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"no usable tokenizer at {model!r} ({reason}); expected one beside the weights") from error
-
-
-def weights_fingerprint(leading_rows: Iterable[Tensor]) -> str:
-    """Return 16 hexadecimal digits that tell a model's weights from another's of the same shape.
-
-    A digest of signs, in the first ``FINGERPRINT_ROWS`` rows of every matrix in the order of the model's parameters:
-    they are what loading the same checkpoint in another dtype leaves alone, and training or a merged adapter does not.
-    """
-    digest = hashlib.sha256()
-    for rows in leading_rows:
-        digest.update(rows.signbit().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 class WeightFiles:
@@ -91,51 +50,48 @@ class WeightFiles:
         self._file_of: dict[str, str] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         with _naming_checkpoint(model):
-            for file in _weight_files(model, cache_dir):
+            if single := found_file(model, SAFE_WEIGHTS_NAME, cache_dir):  # first, as in transformers
+                files = [str(single)]
+            else:
+                index = cached_file(model, SAFE_WEIGHTS_INDEX_NAME, cache_dir=cache_dir)
+                files, _ = get_checkpoint_shard_files(model, index, cache_dir=cache_dir)
+            for file in files:
                 with safe_open(file, "pt") as weights:
                     for name in weights.keys():  # noqa: SIM118 (not a mapping)
                         self._file_of[name] = file
                         self.shapes[name] = tuple(weights.get_slice(name).get_shape())
 
-    @cached_property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the first weight of floating-point numbers."""
-        for rows in self.leading_rows(self._file_of, 0):
-            if rows.is_floating_point():
-                return rows.dtype
-        raise InputError(f"checkpoint {self.model!r} has no floating-point weights")
+    def check(self, skeleton: PreTrainedModel) -> None:
+        """Refuse weights that are not exactly the parameters of ``skeleton``, naming the first that is wrong."""
+        expected = {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}  # tied ones once
+        found, known = self.shapes, expected.keys() | skeleton.state_dict().keys()
+        wrong = {
+            "are missing": expected.keys() - found.keys(),
+            "have other shapes than config.json says": dict(expected.items() - found.items()),  # where none is missing
+            "have no place in the model": [name for name in found.keys() - known if not name.endswith(_COMPUTED)],
+        }
+        for problem, names in wrong.items():
+            if names:
+                raise InputError(
+                    f"checkpoint {self.model!r} is damaged: {len(names)} weights {problem}, first {min(names)}"
+                )
+        if HEAD in found and HEAD not in expected and not torch.equal(self.read(EMBEDDINGS), self.read(HEAD)):
+            raise InputError(
+                f"checkpoint {self.model!r} has an {HEAD} that differs from its embeddings, but tie_word_embeddings "
+                "is true in config.json"
+            )
 
-    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Return weights by name, in memory of their own: the files are closed again."""
-        with self._open(names) as found:
-            return {name: weights.get_tensor(name).clone() for name, weights in found.items()}
-
-    def leading_rows(self, names: Iterable[str], count: int) -> Iterator[Tensor]:
-        """Yield the first ``count`` rows of each weight."""
-        with self._open(names) as found:
-            for name, weights in found.items():
-                yield weights.get_slice(name)[:count].clone()
-
-    @contextmanager
-    def _open(self, names: Iterable[str]) -> Iterator[Mapping[str, Any]]:
-        """Lend the open file of each name."""
-        file_of = {name: self._file_of[name] for name in names}
-        with _naming_checkpoint(self.model), ExitStack() as stack:
-            opened = {file: stack.enter_context(safe_open(file, "pt")) for file in set(file_of.values())}
-            yield {name: opened[file] for name, file in file_of.items()}
-
-
-def _weight_files(model: str, cache_dir: Path | None) -> list[str]:
-    """Return the one file, or else the shards: in the order in which transformers looks for them."""
-    single = _found_file(model, SAFE_WEIGHTS_NAME, cache_dir)
-    if single is not None:
-        return [single]
-    index = cached_file(model, SAFE_WEIGHTS_INDEX_NAME, cache_dir=cache_dir)
-    return get_checkpoint_shard_files(model, index, cache_dir=cache_dir)[0]
+    def read(self, name: str, rows: int | None = None) -> Tensor:
+        """Return a weight, or its first ``rows``, in memory of its own: the file is closed again."""
+        with _naming_checkpoint(self.model), safe_open(self._file_of[name], "pt") as weights:
+            part = weights.get_tensor(name) if rows is None else weights.get_slice(name)[:rows]
+            return part.clone()
 
 
-def _found_file(model: str, name: str, cache_dir: Path | None) -> str | None:
-    return cached_file(model, name, cache_dir=cache_dir, _raise_exceptions_for_missing_entries=False)
+def found_file(model: str, name: str, cache_dir: Path | None) -> Path | None:
+    """Return where a file beside a model is, local or from the hub, if there is one."""
+    file = cached_file(model, name, cache_dir=cache_dir, _raise_exceptions_for_missing_entries=False)
+    return None if file is None else Path(file)
 
 
 @contextmanager
