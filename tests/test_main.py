@@ -104,15 +104,8 @@ def refused(here, capfd) -> Callable[..., str]:
 def test_scores_hold_all_it_takes_to_compute_them_again(here):
     assert run("--prune_method", "bi", "--bi_score", "new") == 0
     scores, record = read("new/importance.json"), read("logs/llama_bi.json")
-    expected = {
-        "model_id": "llama",
-        "dataset": "text",
-        "nsamples": 6,
-        "seqlen": SEQLEN,
-        "seed": 42,
-        "method": "angular",
-    }
-    assert {name: scores[name] for name in expected} == expected
+    made_of = {"model_id": "llama", "dataset": "text", "nsamples": 6, "seqlen": SEQLEN, "seed": 42, "method": "angular"}
+    assert made_of.items() <= scores.items()
     assert scores["dimensions"]["num_layers"] == len(scores["scores"]) == 3
     assert all(0 < score < 0.5 for score in scores["scores"])
     assert scores["versions"]["torch"] == torch.__version__
@@ -239,14 +232,11 @@ def test_tol_changes_what_is_monitored_and_nothing_else(here):
     assert shards("same") == shards(MODEL)
 
 
-@pytest.mark.parametrize(
-    ("model", "flag", "dtype"),
-    [("llama", (), "float32"), ("mistral", (), "bfloat16"), ("llama", ("--dtype", "float16"), "float16")],
-)
-def test_weights_are_in_the_checkpoints_dtype_or_the_one_asked_for(here, model, flag, dtype):
-    assert run("--save_model", "typed", *flag, model=model) == 0
-    assert {tensor.dtype for tensor in weights_in("typed").values()} == {getattr(torch, dtype)}
-    assert read("typed/config.json")["dtype"] == dtype
+def test_weights_are_in_the_checkpoints_dtype_or_the_one_asked_for(here):
+    assert run("--save_model", "typed", "--dtype", "float16") == 0
+    for folder, dtype in ((MODEL, "float32"), ("typed", "float16")):
+        assert {tensor.dtype for tensor in weights_in(folder).values()} == {getattr(torch, dtype)}
+        assert read(f"{folder}/config.json")["dtype"] == dtype
 
 
 @pytest.mark.parametrize(("flags", "seqlen"), [(("--seqlen", "20"), 20), ((), 128)], ids=["asked", "the model's"])
@@ -265,7 +255,7 @@ def test_windows_are_as_many_and_as_long_as_asked(here, flags, seqlen):
 # Bad input: the command line
 
 
-@pytest.mark.parametrize(("argv", "reason"), [("--nope", "unrecognized"), ("--seed=x", "int"), ("--dtype=x", "choice")])
+@pytest.mark.parametrize(("argv", "reason"), [("--nope", "unrecognized"), ("--seed=x", "int")])
 def test_argparse_refuses_in_one_line_after_the_usage(here, capsys, argv, reason):
     before = files(here)
     with pytest.raises(SystemExit) as stopped:
@@ -283,14 +273,15 @@ def test_argparse_refuses_in_one_line_after_the_usage(here, capsys, argv, reason
     [
         ("--sparsity_ratio 0", "--sparsity_ratio is 0; accepted: an integer, 1 to 95"),
         ("--sparsity_ratio 95", "Q and K stay whole; the largest possible target is 76 %"),
-        ("--nsamples 0", "--nsamples is 0; accepted: None or an integer, 1 or more"),
+        ("--nsamples 0", "--nsamples is 0; accepted: an integer, 1 or more"),
         ("--seed -1", "--seed is -1; accepted: an integer, 0 to"),
         ("--tol nan", "--tol is nan; accepted: a share above 0 and at most 1"),
-        ("--host_memory_gib -1", "--host_memory_gib is -1.0; accepted: None or a number, 0 or more"),
+        ("--host_memory_gib -1", "--host_memory_gib is -1.0; accepted: a number, 0 or more"),
         ("--rank_multiple 13", "accepted: 1 to 12"),
         ("--seqlen 129", "this model takes 2 to 128 tokens"),
         ("--nsamples 9999", "asked 9999 windows of 32 tokens, text 'text' (train) gives at most"),
-        ("--device meta", "--device is 'meta'; accepted: None or cpu, cuda or cuda:N"),
+        ("--device meta", "--device is 'meta'; accepted: cpu, cuda or cuda:N"),
+        ("--dtype int8", "--dtype is 'int8'; accepted: auto or bfloat16"),
         ("--device cuda:99", "device 'cuda:99'"),
         ("--dataset nosuch", "no dataset or path called 'nosuch'; known datasets: pydocs, wikitext2"),
         ("--dataset wikitext2", "without a network give --dataset_root"),
@@ -308,17 +299,14 @@ def test_argparse_refuses_in_one_line_after_the_usage(here, capsys, argv, reason
         ("--save text/train.txt", "text/train.txt"),
         ("--bi_score text/train.txt/x", "text/train.txt/x"),
         (f"--model {MODEL}", "compressed already"),
+        ("--model nosuch/model", "no usable model config at 'nosuch/model'"),
+        ("--model ./no/such/model", "no usable model config at './no/such/model'"),
     ],
 )
 def test_unusable_arguments_are_refused(here, refused, argv, reason):
     Path("short.txt").write_text("too short")
     torch.save([0.1, 0.2], "bi_score.pt")
     assert reason in refused(*argv.split())
-
-
-@pytest.mark.parametrize("model", ["nosuch", "nosuch/model", "./no/such/model"])
-def test_a_model_that_is_nowhere_is_refused(refused, model):
-    assert f"no usable model config at {model!r}" in refused(model=model)
 
 
 # Bad input: files

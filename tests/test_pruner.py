@@ -89,17 +89,10 @@ def test_importance_scores_equal_the_oracle_and_leave_the_model_alone(model, tex
     text = read_calibration_data(texts, nsamples=12, padding_ids=())
     windows = sample_windows(text, TOKENIZER, 12, 24, 3)
     assert found == pytest.approx(oracle.importance(*oracle.weights_and_sizes(model), windows), rel=1e-5)
+    by_gradient = compute_layer_importance(model, TOKENIZER, cal_dataset=texts, importance_method="gradient", **SMALL)
+    assert len(by_gradient) == 2
+    assert by_gradient != found
     assert_same_weights(weights_of(model), before)
-
-
-def test_every_importance_method_can_be_asked_for(model, texts):
-    angular, gradient = (
-        compute_layer_importance(model, TOKENIZER, cal_dataset=texts, importance_method=method, **SMALL)
-        for method in ("angular", "gradient")
-    )
-    assert len(angular) == len(gradient) == 2
-    assert min(angular + gradient) > 0
-    assert angular != gradient
 
 
 @pytest.mark.parametrize("preserve_qk_layers", [True, False])
@@ -225,19 +218,15 @@ class TestCalibrationData:
         ("data", "message"),
         [
             ([], "empty"),
-            (torch.zeros(0, 8, dtype=torch.int64), "empty"),
-            (torch.zeros(4, 0, dtype=torch.int64), "0 tokens without padding"),
             ([[], []], "hold 0 tokens without padding"),
             (torch.ones(4, 1, dtype=torch.int64), "a window would have 1; .* 2 or more"),
             (torch.rand(2, 8), "token ids, which are integers"),
             (torch.ones(2, 3, 8, dtype=torch.int64), r"shape \(3, 8\)"),
             (DataLoader([[1, 2], [3, 4], [5, 6]], batch_size=3), "a list of 2 tensors"),
-            (DataLoader(TensorDataset(torch.ones(2, 8), torch.ones(2, 8))), "a list of 2 tensors"),
             ([object()], "hold object"),
             (["a", torch.ones(4, dtype=torch.int64)], "mix texts and token ids"),
             (datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": ["a"]})}), "give one split"),
             (torch.full((2, 8), 97), "token id 97 is out of range"),
-            (torch.zeros(2, 8, dtype=torch.int64), "0 tokens without padding"),
             ({"input_ids": torch.ones(4, 6, dtype=torch.int64), "attention_mask": torch.ones(4, 5)}, "mask"),
             (documents(2), "gives at most"),
         ],
@@ -258,7 +247,6 @@ PARTS = ("model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm",
 
 MAKERS = {
     "'gpt2' is not supported; supported: llama, mistral": lambda _: GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2)),
-    "a Linear has no config": lambda _: torch.nn.Linear(2, 2),
     r"accepted of this family: \w+ForCausalLM": lambda _: tiny_model().model,
     r"layers\.1\..* is offloaded": lambda folder: accelerate.dispatch_model(
         tiny_model(), dict.fromkeys(PARTS, "cpu") | {PARTS[2]: "disk"}, offload_dir=folder
