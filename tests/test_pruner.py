@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import main
 import oracle
-from conftest import tiny_model
+from conftest import assert_same_weights, tiny_model
 from flatllmcore import FlatLLMConfig, FlatLLMPruner, InputError, apply_flat_llm, compute_layer_importance
 from flatllmcore.utils import check_sparsity, find_decoder_layers, find_layers, get_layer_dimensions
 from flatllmcore.utils.data_utils import (
@@ -37,11 +37,6 @@ def texts(tmp_path):
 
 def weights_of(model):
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def assert_same_weights(found, expected):
-    assert found.keys() == expected.keys()
-    assert [name for name in found if not torch.equal(found[name], expected[name])] == []
 
 
 @pytest.mark.parametrize("preserve_qk_layers", [True, False])
@@ -243,8 +238,6 @@ class TestCalibrationData:
 
 
 PARTS = ("model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head")
-
-
 MAKERS = {
     "'gpt2' is not supported; supported: llama, mistral": lambda _: GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2)),
     r"accepted of this family: \w+ForCausalLM": lambda _: tiny_model().model,

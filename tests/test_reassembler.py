@@ -4,10 +4,9 @@ import copy
 import logging
 
 import pytest
-import torch
 from torch import nn
 
-from conftest import tiny_model
+from conftest import assert_same_weights, tiny_model
 from flatllmcore import FlatLLMConfig, FlatLLMReassembler, InputError, apply_flat_llm
 from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector
 from flatllmcore.reassembler import StandaloneReassembler
@@ -39,8 +38,7 @@ def expected(model):
 )
 def test_every_way_to_call_it_gives_the_same_model(reassembler, call, model, expected):
     assert call(reassembler.reassemble, model) is model
-    found, wanted = model.state_dict(), expected.state_dict()
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert_same_weights(model.state_dict(), expected.state_dict())
     assert type(model) is type(expected)
 
 

@@ -80,32 +80,23 @@ class Options(RunConfig):
             check_output_folder(self.save_model, self.overwrite)
             model, out = Path(self.model).resolve(), self.save_model.resolve()
             if model.is_relative_to(out) or out.is_relative_to(model):
-                raise InputError(
-                    f"--save_model {self.save_model} and --model {self.model} overlap; give another folder"
-                )
+                raise InputError(f"--save_model {self.save_model} overlaps with --model; give another folder")
         for flag in ("tasks", "num_fewshot", "limit", "include_path"):
             if getattr(self, flag) is not None and not self.eval_zero_shot:
                 raise InputError(f"--{flag} is about tasks of the evaluation harness; give --eval_zero_shot too")
         check_include_path(self.include_path)
-        self._check_score_place()
-        measures = self.prune_method != "bi" and self.eval_dataset is None
-        if measures and not has_test_split(self.cal_dataset, self.dataset_root):
-            raise InputError(
-                f"{self.cal_dataset} has no test split to measure perplexity on; name one with --eval_dataset"
-            )
-
-    def _check_score_place(self) -> None:
-        """Refuse a --bi_score that cannot be read, or written to, as it is meant."""
         place = self.score_place
-        is_file_name = place.suffix in (".json", ".pt")
-        if self.prune_method != "bi":
-            if is_file_name and not place.is_file():
-                raise InputError(f"--bi_score {place} does not exist; give an existing file, or a folder")
+        is_file = place.is_file() or place.suffix in (".json", ".pt")
+        if self.prune_method == "bi":
+            if is_file:
+                raise InputError(f"--bi_score {place} is a file; scores are written to a folder, as {IMPORTANCE_FILE}")
+            if (place / IMPORTANCE_FILE).exists() and not self.overwrite:
+                raise InputError(f"{place / IMPORTANCE_FILE} exists; give --overwrite, or another --bi_score")
             return
-        if is_file_name or place.is_file():
-            raise InputError(f"--bi_score {place} is a file; scores are written to a folder, as {IMPORTANCE_FILE}")
-        if (place / IMPORTANCE_FILE).exists() and not self.overwrite:
-            raise InputError(f"{place / IMPORTANCE_FILE} exists; give --overwrite to score anew, or another --bi_score")
+        if is_file and not place.is_file():
+            raise InputError(f"--bi_score {place} does not exist; give an existing file, or a folder")
+        if not (self.eval_dataset or has_test_split(self.cal_dataset, self.dataset_root)):
+            raise InputError(f"{self.cal_dataset} has no test split to measure perplexity on; name an --eval_dataset")
 
 
 ROWS = {row.name: row for row in fields(Options)}

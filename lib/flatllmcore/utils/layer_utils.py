@@ -13,7 +13,6 @@ from ..errors import InputError
 from .dimensions import ModelDimensions
 
 FAMILY_NAMES = ("llama", "mistral", "qwen2", "qwen3")  # the ``model_type`` of dense models
-_COMPRESSED = "flat_"  # before it in that of compressed ones
 _SUPPORTED = ", ".join(FAMILY_NAMES)
 
 # A decoder layer or a part of one. torch types a module's members as tensor or module, so their own are lost.
@@ -36,7 +35,7 @@ def load_config(model: str, cache_dir: Path | None = None) -> PretrainedConfig:
 
 def family_name(config: PretrainedConfig) -> str:
     """Return the family of a dense or compressed model's config, one of ``FAMILY_NAMES``."""
-    name = config.model_type.removeprefix(_COMPRESSED)
+    name = config.model_type.removeprefix("flat_")  # of a compressed model
     if name not in FAMILY_NAMES:
         raise InputError(f"model family {config.model_type!r} is not supported; supported: {_SUPPORTED}")
     return name
