@@ -61,5 +61,5 @@ def test_a_copy_compresses_saves_and_reloads(package, tmp_path):
 
 def test_no_file_shadows_a_known_module():
     """FedCore puts these two folders at the front of sys.path."""
-    names = {path.stem for folder in (PACKAGE, PACKAGE / "core") for path in folder.iterdir()} - {"__init__"}
+    names = {path.name.removesuffix(".py") for folder in (PACKAGE, PACKAGE / "core") for path in folder.iterdir()}
     assert not names & {*sys.stdlib_module_names, *packages_distributions(), *WELL_KNOWN.split()}

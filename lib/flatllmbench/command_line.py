@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +160,11 @@ def flags_table() -> str:
 
 
 class LogFile(logging.FileHandler):
-    """A log file that ends the run when it cannot be written."""
+    """A log file that is made, folder and all, for its first line; the run ends when it cannot be written."""
+
+    def _open(self) -> TextIOWrapper:
+        Path(self.baseFilename).parent.mkdir(parents=True, exist_ok=True)
+        return super()._open()
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
         """Let the error that is being handled end the run."""
@@ -174,10 +179,7 @@ def logging_to(path: Path) -> Iterator[None]:
     huggingface_hub.utils.logging.set_verbosity_error()
     for name in ("flatllm", "flatllmcore", "flatllmbench"):
         logging.getLogger(name).setLevel(logging.INFO if is_rank_0() else logging.CRITICAL)
-    handlers: list[logging.Handler] = []
-    if is_rank_0():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handlers = [logging.StreamHandler(sys.stdout), LogFile(path, delay=True)]
+    handlers = (logging.StreamHandler(sys.stdout), LogFile(path, delay=True)) if is_rank_0() else ()
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
         logging.getLogger().addHandler(handler)
