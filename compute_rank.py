@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
-from flatllmbench.command_line import ROWS, checked_flag, run_program
+from flatllmbench.command_line import ROWS, run_program
 from flatllmbench.plots import plot_ranks
+from flatllmcore.config import checked
 from flatllmcore.core.importance import IMPORTANCE_FILE, ImportanceScores, read_author_numbers
 from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector, RankAllocation
 from flatllmcore.core.rank_files import ranks_file, save_ranks
@@ -67,10 +68,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         nargs="+",
         default=[10, 20, 30, 40, 50],
         metavar="P",
-        help=f"{ROWS['target_sparsity'].help}, 1 to 95 (default: 10 20 30 40 50)",
+        help=f"{ROWS['sparsity_ratio'].metadata['help']}, 1 to 95 (default: 10 20 30 40 50)",
     )
     parser.add_argument("--prune_qk", action="store_true", help="count Q and K among the pruned projections")
-    parser.add_argument("--rank_multiple", type=int, metavar="M", help=ROWS["rank_multiple"].help)
+    parser.add_argument("--rank_multiple", type=int, metavar="M", help=ROWS["rank_multiple"].metadata["help"])
     parser.add_argument(
         "--plot",
         action=argparse.BooleanOptionalAction,
@@ -82,7 +83,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def allocate_all(args: argparse.Namespace) -> None:
     """Write the ranks of every importance file, and say what they are."""
-    shares = {percent: checked_flag("target_sparsity", "sparsity_ratio", percent) for percent in args.sparsity_ratio}
+    row = ROWS["sparsity_ratio"]
+    shares = {percent: checked(row, percent, "--sparsity_ratio") / 100 for percent in args.sparsity_ratio}
     dimensions = dimensions_from_config(load_config(args.model)) if args.model else None
     files = [read_importance(path, args.model, dimensions) for path in find_importance_files(args.bi_score)]
     allocated = [(importance, allocate(importance, shares, args)) for importance in files]

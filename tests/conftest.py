@@ -35,6 +35,12 @@ def tiny_model(family: str = "llama", seed: int = 0, **overrides):
     return model
 
 
+def assert_same_weights(found, expected):
+    """Compare state dicts bit by bit."""
+    assert found.keys() == expected.keys()
+    assert [name for name in found if not torch.equal(found[name], expected[name])] == []
+
+
 @pytest.fixture(params=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
 def device(request):
     return torch.device(request.param)

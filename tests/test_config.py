@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flatllmcore import FlatLLMConfig, InputError
-from flatllmcore.config import RunConfig, merged_config
+from flatllmcore.config import RunConfig
 from flatllmcore.engine.importance import IMPORTANCE_METHODS
 
 
@@ -30,9 +30,9 @@ def test_the_importance_methods_are_those_that_exist():
 @pytest.mark.parametrize(
     ("field", "values"),
     [
-        ("target_sparsity", (-0.01, 1.01, 50, True, "0.5", math.nan)),
+        ("target_sparsity", (-0.01, 1.01, 50, True, "0.5", math.nan, None)),
         ("tolerance", (0, 1.01)),
-        ("cal_dataset", ("", 7, iter("abc"))),
+        ("cal_dataset", ("", 7, iter("abc"), None)),
         ("cal_nsamples", (0, 12.5, np.float64(12), True)),
         ("importance_method", (None,)),
         ("preserve_qk_layers", ("no",)),
@@ -54,28 +54,17 @@ def test_an_unusable_value_is_refused_by_name_in_one_line(field, values):
         assert "\n" not in str(caught.value)
 
 
-def test_a_large_unusable_value_is_named_by_its_type_in_one_line():
-    with pytest.raises(InputError, match=rf"^seed is a Tensor; accepted: an integer, 0 to {2**63 - 1}$"):
+def test_large_values_are_cut_in_errors_and_not_printed():
+    with pytest.raises(InputError, match=rf"^seed is tensor\(.{{50,80}}; accepted: an integer, 0 to {2**63 - 1}$"):
         FlatLLMConfig(seed=torch.zeros(300, 300))
+    for data in (torch.zeros(300, 300).long(), ["text"] * 100_000):
+        assert len(repr(FlatLLMConfig(cal_dataset=data))) < 500
 
 
 @pytest.mark.parametrize("target", [0, 0.0, 1, 1.0])
 def test_the_ends_of_the_documented_range_are_targets(target):
     config = FlatLLMConfig(target_sparsity=target)
     assert (config.target_sparsity, config.keep_ratio) == (target, 1 - target)
-
-
-@pytest.mark.parametrize("device", ["cpu", "cuda", "cuda:0", "cuda:15", None])
-def test_devices_are_named_before_they_are_looked_for(device):
-    assert FlatLLMConfig(device=device).device == device
-
-
-def test_folders_and_files_may_be_paths_or_text(tmp_path):
-    for path in (tmp_path, str(tmp_path)):
-        config = FlatLLMConfig(dataset_root=path, cache_dir=path, cal_dataset=path)
-        assert config.dataset_root == config.cache_dir == tmp_path
-        assert isinstance(config.dataset_root, Path)
-        assert config.cal_dataset == str(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -85,35 +74,22 @@ def test_folders_and_files_may_be_paths_or_text(tmp_path):
         ("target_sparsity", np.float32(0.25), 0.25),
         ("tolerance", 1, 1.0),
         ("cal_nsamples", np.int64(12), 12),
-        ("seqlen", np.int32(24), 24),
+        ("cal_nsamples", None, None),
         ("batch_size", np.uint8(3), 3),
-        ("seed", np.int64(7), 7),
-        ("rank_multiple", np.int16(8), 8),
+        ("device", "cuda:15", "cuda:15"),  # named before it is looked for
+        ("device", None, None),
+        ("dataset_root", "text", Path("text")),
+        ("cal_dataset", Path("text"), "text"),
     ],
 )
-def test_numbers_of_other_libraries_become_plain_ones(field, value, plain):
+def test_usable_values_become_plain_ones(field, value, plain):
     found = getattr(FlatLLMConfig(**{field: value}), field)
     assert (found, type(found)) == (plain, type(plain))
-
-
-def test_data_given_directly_are_not_printed():
-    for data in (torch.zeros(300, 300).long(), ["text"] * 100_000):
-        assert len(repr(FlatLLMConfig(cal_dataset=data))) < 500
 
 
 def test_an_unknown_option_is_refused_by_name():
     with pytest.raises(TypeError, match="sparsity_target"):
         FlatLLMConfig(sparsity_target=0.5)
-    with pytest.raises(InputError, match="unknown option 'sparsity_target'; accepted: target_sparsity"):
-        merged_config(None, {"sparsity_target": 0.5})
-
-
-def test_overrides_take_precedence_and_the_given_config_stays():
-    config = FlatLLMConfig(target_sparsity=0.2, seed=1)
-    merged = merged_config(config, {"seed": 2})
-    assert (merged.target_sparsity, merged.seed, config.seed) == (0.2, 2, 1)
-    with pytest.raises(InputError, match="config is a dict"):
-        merged_config({"seed": 2}, {})
 
 
 def test_a_run_s_places_follow_the_model_and_its_texts_the_calibration():
@@ -121,5 +97,3 @@ def test_a_run_s_places_follow_the_model_and_its_texts_the_calibration():
     assert (run.score_place, run.eval_text) == (Path("ranks/tiny"), "c4")
     run = RunConfig(model="some/tiny", bi_score="here", eval_dataset="wikitext2")
     assert (run.score_place, run.eval_text) == (Path("here"), "wikitext2")
-    with pytest.raises(InputError, match="dtype is 'int8'; accepted: auto or bfloat16"):
-        RunConfig(model="m", dtype="int8")

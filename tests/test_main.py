@@ -104,15 +104,8 @@ def refused(here, capfd) -> Callable[..., str]:
 def test_scores_hold_all_it_takes_to_compute_them_again(here):
     assert run("--prune_method", "bi", "--bi_score", "new") == 0
     scores, record = read("new/importance.json"), read("logs/llama_bi.json")
-    expected = {
-        "model_id": "llama",
-        "dataset": "text",
-        "nsamples": 6,
-        "seqlen": SEQLEN,
-        "seed": 42,
-        "method": "angular",
-    }
-    assert {name: scores[name] for name in expected} == expected
+    made_of = {"model_id": "llama", "dataset": "text", "nsamples": 6, "seqlen": SEQLEN, "seed": 42, "method": "angular"}
+    assert made_of.items() <= scores.items()
     assert scores["dimensions"]["num_layers"] == len(scores["scores"]) == 3
     assert all(0 < score < 0.5 for score in scores["scores"])
     assert scores["versions"]["torch"] == torch.__version__
@@ -167,18 +160,15 @@ def test_reported_perplexities_equal_the_loss_of_the_saved_models(here, family):
 
 
 def test_the_log_goes_to_the_console_and_to_the_end_of_a_file(here, capsys):
-    earlier = Path("logs/llama_flatllm_30.log").read_text()
-    assert run() == 0
-    log, record = Path("logs/llama_flatllm_30.log").read_text(), read(RECORD)
+    Path("logs").rename("elsewhere")
+    earlier = Path("elsewhere/llama_flatllm_30.log").read_text()
+    assert run("--save", "elsewhere") == 0
+    log, record = Path("elsewhere/llama_flatllm_30.log").read_text(), read("elsewhere/llama_flatllm_30.json")
     assert log == earlier + capsys.readouterr().out
+    assert not Path("logs").exists()
     assert all(f"rank {layer['value_rank']}/12" in log for layer in record["layers"])
     assert f"{record['parameters_before']['decoder_linear']} decoder-layer weights" in log
     assert f"remove {record['achieved_sparsity_percent']:.3f} %" in log
-
-
-def test_the_folder_of_logs_can_be_chosen(here):
-    assert run("--save", "elsewhere/logs") == 0
-    assert set(os.listdir("elsewhere/logs")) == {"llama_flatllm_30.json", "llama_flatllm_30.log"}
 
 
 # Where ranks come from
@@ -239,14 +229,11 @@ def test_tol_changes_what_is_monitored_and_nothing_else(here):
     assert shards("same") == shards(MODEL)
 
 
-@pytest.mark.parametrize(
-    ("model", "flag", "dtype"),
-    [("llama", (), "float32"), ("mistral", (), "bfloat16"), ("llama", ("--dtype", "float16"), "float16")],
-)
-def test_weights_are_in_the_checkpoints_dtype_or_the_one_asked_for(here, model, flag, dtype):
-    assert run("--save_model", "typed", *flag, model=model) == 0
-    assert {tensor.dtype for tensor in weights_in("typed").values()} == {getattr(torch, dtype)}
-    assert read("typed/config.json")["dtype"] == dtype
+def test_weights_are_in_the_checkpoints_dtype_or_the_one_asked_for(here):
+    assert run("--save_model", "typed", "--dtype", "float16") == 0
+    for folder, dtype in ((MODEL, "float32"), ("typed", "float16")):
+        assert {tensor.dtype for tensor in weights_in(folder).values()} == {getattr(torch, dtype)}
+        assert read(f"{folder}/config.json")["dtype"] == dtype
 
 
 @pytest.mark.parametrize(("flags", "seqlen"), [(("--seqlen", "20"), 20), ((), 128)], ids=["asked", "the model's"])
@@ -265,7 +252,7 @@ def test_windows_are_as_many_and_as_long_as_asked(here, flags, seqlen):
 # Bad input: the command line
 
 
-@pytest.mark.parametrize(("argv", "reason"), [("--nope", "unrecognized"), ("--seed=x", "int"), ("--dtype=x", "choice")])
+@pytest.mark.parametrize(("argv", "reason"), [("--nope", "unrecognized"), ("--seed=x", "int")])
 def test_argparse_refuses_in_one_line_after_the_usage(here, capsys, argv, reason):
     before = files(here)
     with pytest.raises(SystemExit) as stopped:
@@ -283,23 +270,24 @@ def test_argparse_refuses_in_one_line_after_the_usage(here, capsys, argv, reason
     [
         ("--sparsity_ratio 0", "--sparsity_ratio is 0; accepted: an integer, 1 to 95"),
         ("--sparsity_ratio 95", "Q and K stay whole; the largest possible target is 76 %"),
-        ("--nsamples 0", "--nsamples is 0; accepted: None or an integer, 1 or more"),
+        ("--nsamples 0", "--nsamples is 0; accepted: an integer, 1 or more"),
         ("--seed -1", "--seed is -1; accepted: an integer, 0 to"),
         ("--tol nan", "--tol is nan; accepted: a share above 0 and at most 1"),
-        ("--host_memory_gib -1", "--host_memory_gib is -1.0; accepted: None or a number, 0 or more"),
+        ("--host_memory_gib -1", "--host_memory_gib is -1.0; accepted: a number, 0 or more"),
         ("--rank_multiple 13", "accepted: 1 to 12"),
         ("--seqlen 129", "this model takes 2 to 128 tokens"),
         ("--nsamples 9999", "asked 9999 windows of 32 tokens, text 'text' (train) gives at most"),
-        ("--device meta", "--device is 'meta'; accepted: None or cpu, cuda or cuda:N"),
+        ("--device meta", "--device is 'meta'; accepted: cpu, cuda or cuda:N"),
+        ("--dtype int8", "--dtype is 'int8'; accepted: auto or bfloat16"),
         ("--device cuda:99", "device 'cuda:99'"),
         ("--dataset nosuch", "no dataset or path called 'nosuch'; known datasets: pydocs, wikitext2"),
         ("--dataset wikitext2", "without a network give --dataset_root"),
-        ("--dataset text/train.txt", "no test split to measure perplexity on; name one with --eval_dataset"),
+        ("--dataset text/train.txt", "no test split to measure perplexity on; name an --eval_dataset"),
         ("--eval_dataset short.txt", "has 2 tokens, fewer than one window of 32"),
         (f"--save_model {MODEL}", "it is not empty"),
         ("--save_model text --overwrite", "it holds no model"),
-        ("--save_model llama --overwrite", "overlap; give another folder"),
-        ("--save_model llama/small", "overlap; give another folder"),
+        ("--save_model llama --overwrite", "overlaps with --model"),
+        ("--save_model llama/small", "overlaps with --model"),
         ("--save_model text/train.txt", "it is a file"),
         ("--prune_method bi", f"{SCORES} exists; give --overwrite"),
         (f"--prune_method bi --bi_score {SCORES}", f"{SCORES} is a file"),
@@ -308,17 +296,14 @@ def test_argparse_refuses_in_one_line_after_the_usage(here, capsys, argv, reason
         ("--save text/train.txt", "text/train.txt"),
         ("--bi_score text/train.txt/x", "text/train.txt/x"),
         (f"--model {MODEL}", "compressed already"),
+        ("--model nosuch/model", "no usable model config at 'nosuch/model'"),
+        ("--model ./no/such/model", "no usable model config at './no/such/model'"),
     ],
 )
 def test_unusable_arguments_are_refused(here, refused, argv, reason):
     Path("short.txt").write_text("too short")
     torch.save([0.1, 0.2], "bi_score.pt")
     assert reason in refused(*argv.split())
-
-
-@pytest.mark.parametrize("model", ["nosuch", "nosuch/model", "./no/such/model"])
-def test_a_model_that_is_nowhere_is_refused(refused, model):
-    assert f"no usable model config at {model!r}" in refused(model=model)
 
 
 # Bad input: files

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import main
 import oracle
-from conftest import tiny_model
+from conftest import assert_same_weights, tiny_model
 from flatllmcore import FlatLLMConfig, FlatLLMPruner, InputError, apply_flat_llm, compute_layer_importance
 from flatllmcore.utils import check_sparsity, find_decoder_layers, find_layers, get_layer_dimensions
 from flatllmcore.utils.data_utils import (
@@ -37,11 +37,6 @@ def texts(tmp_path):
 
 def weights_of(model):
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def assert_same_weights(found, expected):
-    assert found.keys() == expected.keys()
-    assert [name for name in found if not torch.equal(found[name], expected[name])] == []
 
 
 @pytest.mark.parametrize("preserve_qk_layers", [True, False])
@@ -88,17 +83,10 @@ def test_importance_scores_equal_the_oracle_and_leave_the_model_alone(model, tex
     found = compute_layer_importance(model, TOKENIZER, cal_dataset=texts, **SMALL)
     windows = sample_windows(load_text(texts, "train"), TOKENIZER, 12, 24, 3)
     assert found == pytest.approx(oracle.importance(*oracle.weights_and_sizes(model), windows), rel=1e-5)
+    by_gradient = compute_layer_importance(model, TOKENIZER, cal_dataset=texts, importance_method="gradient", **SMALL)
+    assert len(by_gradient) == 2
+    assert by_gradient != found
     assert_same_weights(weights_of(model), before)
-
-
-def test_every_importance_method_can_be_asked_for(model, texts):
-    angular, gradient = (
-        compute_layer_importance(model, TOKENIZER, cal_dataset=texts, importance_method=method, **SMALL)
-        for method in ("angular", "gradient")
-    )
-    assert len(angular) == len(gradient) == 2
-    assert min(angular + gradient) > 0
-    assert angular != gradient
 
 
 @pytest.mark.parametrize("preserve_qk_layers", [True, False])
@@ -244,11 +232,8 @@ class TestCalibrationData:
 
 
 PARTS = ("model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head")
-
-
 MAKERS = {
     "'gpt2' is not supported; supported: llama, mistral": lambda _: GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2)),
-    "a Linear has no config": lambda _: torch.nn.Linear(2, 2),
     r"accepted of this family: \w+ForCausalLM": lambda _: tiny_model().model,
     r"layers\.1\..* is offloaded": lambda folder: accelerate.dispatch_model(
         tiny_model(), dict.fromkeys(PARTS, "cpu") | {PARTS[2]: "disk"}, offload_dir=folder

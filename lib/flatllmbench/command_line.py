@@ -14,7 +14,7 @@ from typing import Any
 import huggingface_hub
 import transformers
 
-from flatllmcore.config import PATH, SWITCH, Accepted, Option, RunConfig, integer, one_of, option
+from flatllmcore.config import PATH, SWITCH, Accepted, RunConfig, checked, integer, one_of, option
 from flatllmcore.core.importance import IMPORTANCE_FILE
 from flatllmcore.errors import InputError
 from flatllmcore.methods import METHODS
@@ -26,14 +26,23 @@ from flatllmcore.utils.text_sources import has_test_split
 # What a user can mend about a place that cannot be written to.
 UNUSABLE_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOTDIR, errno.EEXIST)
 TASK_NAMES = Accepted(
-    "tasks of the evaluation harness, comma-separated", lambda value: True, parse=lambda a: a.split(",")
+    "tasks of the evaluation harness, comma-separated",
+    lambda value: isinstance(value, str | list),
+    lambda value: value.split(",") if isinstance(value, str) else value,
 )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Options(RunConfig):
-    """The options of ``main.py``: those of the run, the stage, and the evaluation of what came of it."""
+    """The options of ``main.py``: those of the run, the stage, and the evaluation of what came of it.
 
+    ``sparsity_ratio``, ``prune_qk`` and ``prune_method`` decide the library's ``target_sparsity``,
+    ``preserve_qk_layers`` and ``method``, which are not given beside them.
+    """
+
+    sparsity_ratio: int = option(20, integer(1, 95), "percentage of the decoder layers' linear weights that is removed")
+    cal_nsamples: int | None = option(None, integer(1), "windows of text (128 for scores, 256 to compress)")
+    prune_qk: bool = option(False, SWITCH, "prune Q and K too, each kept as two factors, instead of leaving them whole")
     prune_method: str = option("flatllm", one_of(("bi", *METHODS)), "bi: write importance scores; flatllm: compress")
     save: Path = option(Path("logs"), PATH, "folder for logs and records")
     eval_zero_shot: bool = option(
@@ -41,20 +50,27 @@ class Options(RunConfig):
     )
     tasks: list[str] | None = option(
         None,
-        TASK_NAMES.or_none(),
+        TASK_NAMES,
         "tasks or groups of tasks, A,B (the paper's seven, MMLU with 5 examples and the others with none)",
     )
     num_fewshot: int | None = option(
-        None, integer(0).or_none(), "examples before every question (the paper's; others as they are defined)"
+        None, integer(0), "examples before every question (the paper's; others as they are defined)"
     )
-    limit: int | None = option(None, integer(1).or_none(), "questions of every task, for a trial (all)")
-    include_path: Path | None = option(None, PATH.or_none(), "folder with task definitions of your own")
+    limit: int | None = option(None, integer(1), "questions of every task, for a trial (all)")
+    include_path: Path | None = option(None, PATH, "folder with task definitions of your own")
     eval_batch_size: int = option(8, integer(1), "questions run at a time")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "target_sparsity", self.sparsity_ratio / 100)
+        object.__setattr__(self, "preserve_qk_layers", not self.prune_qk)
+        if self.prune_method != "bi":
+            object.__setattr__(self, "method", self.prune_method)
 
     @property
     def run_name(self) -> str:
         """What files about this run are called."""
-        stage = "bi" if self.prune_method == "bi" else f"{self.prune_method}_{100 * self.target_sparsity:g}"
+        stage = "bi" if self.prune_method == "bi" else f"{self.prune_method}_{self.sparsity_ratio}"
         return f"{model_name(self.model)}_{stage}"
 
     def check(self) -> None:
@@ -64,40 +80,33 @@ class Options(RunConfig):
         if self.save_model is not None:
             check_output_folder(self.save_model, self.overwrite)
             model, out = Path(self.model).resolve(), self.save_model.resolve()
-            if model == out or out in model.parents or model in out.parents:
-                raise InputError(
-                    f"--save_model {self.save_model} and --model {self.model} overlap; give another folder"
-                )
+            if model.is_relative_to(out) or out.is_relative_to(model):
+                raise InputError(f"--save_model {self.save_model} overlaps with --model; give another folder")
         for flag in ("tasks", "num_fewshot", "limit", "include_path"):
             if getattr(self, flag) is not None and not self.eval_zero_shot:
                 raise InputError(f"--{flag} is about tasks of the evaluation harness; give --eval_zero_shot too")
         check_include_path(self.include_path)
-        self._check_score_place()
-        measures = self.prune_method != "bi" and self.eval_dataset is None
-        if measures and not has_test_split(self.cal_dataset, self.dataset_root):
-            raise InputError(
-                f"{self.cal_dataset} has no test split to measure perplexity on; name one with --eval_dataset"
-            )
-
-    def _check_score_place(self) -> None:
-        """Refuse a --bi_score that cannot be read, or written to, as it is meant."""
         place = self.score_place
-        is_file_name = place.suffix in (".json", ".pt")
-        if self.prune_method != "bi":
-            if is_file_name and not place.is_file():
-                raise InputError(f"--bi_score {place} does not exist; give an existing file, or a folder")
+        is_file = place.is_file() or place.suffix in (".json", ".pt")
+        if self.prune_method == "bi":
+            if is_file:
+                raise InputError(f"--bi_score {place} is a file; scores are written to a folder, as {IMPORTANCE_FILE}")
+            if (place / IMPORTANCE_FILE).exists() and not self.overwrite:
+                raise InputError(f"{place / IMPORTANCE_FILE} exists; give --overwrite, or another --bi_score")
             return
-        if is_file_name or place.is_file():
-            raise InputError(f"--bi_score {place} is a file; scores are written to a folder, as {IMPORTANCE_FILE}")
-        if (place / IMPORTANCE_FILE).exists() and not self.overwrite:
-            raise InputError(f"{place / IMPORTANCE_FILE} exists; give --overwrite to score anew, or another --bi_score")
+        if is_file and not place.is_file():
+            raise InputError(f"--bi_score {place} does not exist; give an existing file, or a folder")
+        if not (self.eval_dataset or has_test_split(self.cal_dataset, self.dataset_root)):
+            raise InputError(f"{self.cal_dataset} has no test split to measure perplexity on; name an --eval_dataset")
 
 
-ROWS: dict[str, Option] = {row.name: row.metadata["option"] for row in fields(Options)}
-_FIRST = ("model", "prune_method", "target_sparsity", "cal_dataset", "eval_dataset", "save_model")
+ROWS = {row.name: row for row in fields(Options)}
+_ALIASES = {"cal_dataset": "dataset", "cal_nsamples": "nsamples", "tolerance": "tol"}
+_WITHOUT_FLAG = ("target_sparsity", "preserve_qk_layers", "method", "importance_method")
+_FIRST = ("model", "prune_method", "sparsity_ratio", "cal_dataset", "eval_dataset", "save_model")
+_ORDER = dict.fromkeys((*_FIRST, "tolerance", "cal_nsamples", "prune_qk", *ROWS))
 # Names of flags without dashes, by field; those that everybody needs come first.
-FLAGS = {name: ROWS[name].flag or name for name in dict.fromkeys((*_FIRST, *ROWS)) if ROWS[name].flag is not None}
-_DEFAULTS = {row.name: ... if row.default is MISSING else row.default for row in fields(Options)}
+FLAGS = {name: _ALIASES.get(name, name) for name in _ORDER if name not in _WITHOUT_FLAG}
 
 
 def parse_options(argv: Sequence[str] | None, description: str) -> tuple[Options, dict[str, Any]]:
@@ -106,10 +115,7 @@ def parse_options(argv: Sequence[str] | None, description: str) -> tuple[Options
     parser = argparse.ArgumentParser("main.py", description=description, formatter_class=layout)
     add_flags(parser, FLAGS)
     args = parser.parse_args(argv)
-    values = read_flags(args, FLAGS)
-    if values["prune_method"] != "bi":
-        values["method"] = values["prune_method"]
-    return Options(**values), as_given(args)
+    return Options(**read_flags(args, FLAGS)), as_given(args)
 
 
 def as_given(args: argparse.Namespace) -> dict[str, Any]:
@@ -120,27 +126,20 @@ def as_given(args: argparse.Namespace) -> dict[str, Any]:
 def add_flags(parser: argparse.ArgumentParser, flags: Mapping[str, str]) -> None:
     """Add flags to a parser: their names, without dashes, by the fields of :class:`Options` that they stand for."""
     for name, flag in flags.items():
-        row, accepted, default = ROWS[name], _accepted(name), _default(name)
-        shown = "" if default in (None, False, ...) else f" (default: {default})"
-        words: dict[str, Any] = {"help": f"{row.help}{shown}".replace("%", "%%")}
+        row, accepted = ROWS[name], ROWS[name].metadata["accepted"]
+        shown = "" if row.default in (None, False, MISSING) else f" (default: {row.default})"
+        text = f"{row.metadata['help']}{shown}".replace("%", "%%")
         if accepted is SWITCH:
-            words |= {"action": "store_true"}
+            parser.add_argument(f"--{flag}", action="store_true", help=text)
+        elif row.default is MISSING:
+            parser.add_argument(f"--{flag}", required=True, help=text)
         else:
-            kind = {int: "N", float: "X", Path: "PATH"}.get(accepted.parse, "TEXT")  # type: ignore[call-overload]
-            words |= {"type": accepted.parse, "required": default is ...}
-            words |= {"choices": tuple(accepted.choices)} if accepted.choices else {"metavar": kind}
-            words |= {} if default is ... else {"default": default}
-        parser.add_argument(f"--{flag}", **words)
+            parser.add_argument(f"--{flag}", type=accepted.convert, default=row.default, help=text)
 
 
 def read_flags(args: argparse.Namespace, flags: Mapping[str, str]) -> dict[str, Any]:
     """Return the values of flags that :func:`add_flags` added, checked, by field."""
-    return {name: checked_flag(name, flag, getattr(args, flag)) for name, flag in flags.items()}
-
-
-def checked_flag(name: str, flag: str, value: Any) -> Any:
-    """Return what the field ``name`` takes for the value of its flag, or raise an InputError that names the flag."""
-    return ROWS[name].to_field(_accepted(name).checked(f"--{flag}", value))
+    return {name: checked(ROWS[name], getattr(args, flag), f"--{flag}") for name, flag in flags.items()}
 
 
 def check_include_path(folder: Path | None) -> None:
@@ -153,19 +152,11 @@ def flags_table() -> str:
     """Return the table of flags as Markdown, for the README."""
     lines = ["| flag | default | meaning |", "|---|---|---|"]
     for name, flag in FLAGS.items():
-        default = _default(name)
-        shown = "" if default in (None, False) else "required" if default is ... else f"`{default}`"
-        meaning = ROWS[name].help.replace("<", "\\<")
+        default = ROWS[name].default
+        shown = "required" if default is MISSING else "" if default in (None, False) else f"`{default}`"
+        meaning = ROWS[name].metadata["help"].replace("<", "\\<")
         lines.append(f"| `--{flag}` | {shown} | {meaning} |")
     return "\n".join(lines) + "\n"
-
-
-def _accepted(name: str) -> Accepted:
-    return ROWS[name].flag_accepted or ROWS[name].accepted
-
-
-def _default(name: str) -> Any:
-    return _DEFAULTS[name] if ROWS[name].flag_default is ... else ROWS[name].flag_default
 
 
 class LogFile(logging.FileHandler):
@@ -182,16 +173,12 @@ class LogFile(logging.FileHandler):
 
 @contextmanager
 def logging_to(path: Path) -> Iterator[None]:
-    """Log to the console and to the end of a file, and keep other libraries to their warnings, inside the block.
-
-    Of a group of processes, rank 0 alone logs.
-    """
+    """Log to the console and to the end of a file inside the block, from rank 0 alone; other libraries log errors."""
     transformers.utils.logging.set_verbosity_error()
     keep_bars_to_terminals()
     huggingface_hub.utils.logging.set_verbosity_error()
-    package_loggers = [logging.getLogger(name) for name in ("flatllm", "flatllmcore", "flatllmbench")]
-    for package_logger in package_loggers:
-        package_logger.setLevel(logging.INFO if is_rank_0() else logging.CRITICAL)
+    for name in ("flatllm", "flatllmcore", "flatllmbench"):
+        logging.getLogger(name).setLevel(logging.INFO if is_rank_0() else logging.CRITICAL)
     handlers = (logging.StreamHandler(sys.stdout), LogFile(path, delay=True)) if is_rank_0() else ()
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
@@ -202,8 +189,6 @@ def logging_to(path: Path) -> Iterator[None]:
         for handler in handlers:
             logging.getLogger().removeHandler(handler)
             handler.close()
-        for package_logger in package_loggers:
-            package_logger.setLevel(logging.NOTSET)
 
 
 def keep_bars_to_terminals() -> None:

@@ -1,24 +1,19 @@
 """The method on a model in memory, in place: the names of the library's user document."""
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .config import FlatLLMConfig, merged_config
+from .config import FlatLLMConfig
 from .engine.memory import ModelInMemory
 from .errors import InputError
 from .pipeline import Pipeline
-from .utils.devices import best_device, parse_device
-from .utils.dispatch import dispatch_hooks_lifted, is_spread_over_devices
+from .utils.devices import parse_device
 from .utils.layer_utils import check_causal_lm, count_parameters
-from .utils.stopwatch import Stopwatch
-
-logger = logging.getLogger(__name__)
 
 
 class FlatLLMPruner:
@@ -42,17 +37,15 @@ class FlatLLMPruner:
         config: FlatLLMConfig | None = None,
         **fields: Any,
     ) -> None:
-        self.model = model
-        self.config = merged_config(config, fields)
+        self.config = replace(config or FlatLLMConfig(), **fields)
         check_causal_lm(model)
-        self.device = device_for(model, self.config.device)
-        self.stopwatch = Stopwatch(self.device)
+        self.model, self.device = model, device_for(model, self.config.device)
         self._pipeline = Pipeline(model.config, self.config, tokenizer)
         self._stats: dict[str, Any] | None = None
 
     def compute_importance_scores(self) -> list[float]:
         """Return the importance of every decoder layer; the model is unchanged."""
-        with self._source() as source:
+        with in_memory(self.model, self.device) as source:
             return list(self._pipeline.score(source, self._pipeline.windows_to_score()).scores)
 
     def prune_model(self) -> PreTrainedModel:
@@ -67,9 +60,8 @@ class FlatLLMPruner:
         pipeline = self._pipeline
         pipeline.announce_target()
         before = count_parameters(self.model)
-        with self._source() as source:
-            scores = pipeline.score(source, pipeline.windows_to_score()).scores
-            allocation = pipeline.allocate(scores)
+        allocation = pipeline.allocate(self.compute_importance_scores())
+        with in_memory(self.model, self.device) as source:
             flat_config, layers = pipeline.compress(source, source, pipeline.windows_to_compress(), allocation)
             source.adopt(flat_config)
         after = count_parameters(self.model)
@@ -82,12 +74,6 @@ class FlatLLMPruner:
             "parameters_after": after,
             "layers": [asdict(layer) for layer in layers],
         }
-        logger.info(
-            "asked to remove %g %% of %d decoder-layer weights; %.3f %% are removed",
-            allocation.sparsity_ratio,
-            allocation.parameters_before,
-            100 * (1 - remaining),
-        )
         return self.model
 
     def get_compression_stats(self) -> dict[str, Any]:
@@ -100,11 +86,6 @@ class FlatLLMPruner:
         if self._stats is None:
             raise RuntimeError("there are no statistics before prune_model() has been called")
         return self._stats
-
-    @contextmanager
-    def _source(self) -> Iterator[ModelInMemory]:
-        with dispatch_hooks_lifted(self.model), self.stopwatch.running():
-            yield ModelInMemory(self.model, self.device)
 
 
 def apply_flat_llm(
@@ -135,6 +116,11 @@ def compute_layer_importance(
     return FlatLLMPruner(model, tokenizer, config, **fields).compute_importance_scores()
 
 
+def is_spread_over_devices(model: PreTrainedModel) -> bool:
+    """Tell whether a ``device_map`` put parts of the model on different devices."""
+    return len(set(getattr(model, "hf_device_map", {}).values())) > 1
+
+
 def device_for(model: PreTrainedModel, name: str | None) -> torch.device:
     """Return where the layers run. Of a model spread over devices it is the last part's, whose hooks stay on.
 
@@ -146,6 +132,26 @@ def device_for(model: PreTrainedModel, name: str | None) -> torch.device:
         if name is not None and parse_device(name) != home:
             raise InputError(f"device is {name!r}, but the model is spread over devices; leave it None")
         return home
-    if name is not None:
-        return parse_device(name)
-    return best_device() if home.type == "cpu" else home
+    return home if name is None and home.type != "cpu" else parse_device(name)
+
+
+@contextmanager
+def in_memory(model: PreTrainedModel, device: torch.device) -> Iterator[ModelInMemory]:
+    """Give the model as source and sink, its decoder layers without accelerate's hooks until the end of the block.
+
+    The hooks would send a layer's input to the layer's home while the layer itself is on loan elsewhere.
+    """
+    layers = model.get_decoder().layers
+    hooks = {name: module._hf_hook for name, module in layers.named_modules() if hasattr(module, "_hf_hook")}
+    if hooks:
+        from accelerate.hooks import add_hook_to_module, remove_hook_from_submodules
+
+        remove_hook_from_submodules(layers)
+    try:
+        yield ModelInMemory(model, device)
+    finally:
+        for name, hook in hooks.items():
+            for part in getattr(hook, "hooks", (hook,)):
+                # Knows tied weights by address, and new weights may lie where old ones were. Layers tie none.
+                part.tied_params_map = None
+            add_hook_to_module(model.get_decoder().layers.get_submodule(name), hook)

@@ -1,7 +1,4 @@
-"""What a model is made of: its family, its dimensions and where its layers are.
-
-The classes of each family stand in :mod:`flatllmcore.layers.families`; no function here takes a model of another.
-"""
+"""What a model is made of: its family, its dimensions and where its layers are."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +13,6 @@ from ..errors import InputError
 from .dimensions import ModelDimensions
 
 FAMILY_NAMES = ("llama", "mistral", "qwen2", "qwen3")  # the ``model_type`` of dense models
-_COMPRESSED = "flat_"  # before it in that of compressed ones
 _SUPPORTED = ", ".join(FAMILY_NAMES)
 
 # A decoder layer or a part of one. torch types a module's members as tensor or module, so their own are lost.
@@ -24,7 +20,7 @@ DecoderModule: TypeAlias = Any
 
 
 def model_name(model: str | Path) -> str:
-    """Return what a model is called: the last part of its folder or hub id."""
+    """Return the last part of a model's folder or hub id."""
     return Path(model).absolute().name  # absolute: "." has no name
 
 
@@ -34,15 +30,12 @@ def load_config(model: str, cache_dir: Path | None = None) -> PretrainedConfig:
         return AutoConfig.from_pretrained(model, cache_dir=cache_dir)
     except (OSError, ValueError, TypeError, ZeroDivisionError, StrictDataclassError) as error:
         reason = " ".join(str(error).split("\n")[:2])
-        raise InputError(
-            f"no usable model config at {model!r} ({reason}); expected a local model folder or a hub id, "
-            f"of one of the families {_SUPPORTED}"
-        ) from error
+        raise InputError(f"no usable model config at {model!r} ({reason}); give a model folder or hub id") from error
 
 
 def family_name(config: PretrainedConfig) -> str:
     """Return the family of a dense or compressed model's config, one of ``FAMILY_NAMES``."""
-    name = config.model_type.removeprefix(_COMPRESSED)
+    name = config.model_type.removeprefix("flat_")  # of a compressed model
     if name not in FAMILY_NAMES:
         raise InputError(f"model family {config.model_type!r} is not supported; supported: {_SUPPORTED}")
     return name
@@ -78,10 +71,7 @@ def dense_dimensions(config: PretrainedConfig) -> ModelDimensions:
 
 def detect_architecture(model: nn.Module) -> str:
     """Return the family of a dense or compressed transformers model, ``llama``, ``mistral`` and so on."""
-    config = getattr(model, "config", None)
-    if not isinstance(config, PretrainedConfig):
-        raise InputError(f"a {type(model).__name__} has no config that names its family; supported: {_SUPPORTED}")
-    return family_name(config)
+    return family_name(model.config)
 
 
 def check_architecture(model: nn.Module, architecture: str | None) -> None:
@@ -99,10 +89,7 @@ def check_causal_lm(model: PreTrainedModel) -> None:
         raise InputError(f"the model is a {type(model).__name__}; accepted of this family: {expected}")
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
-            raise InputError(
-                f"the weight {name} is offloaded and not in memory; load the model without offloading to CPU or disk, "
-                "or on the CPU: layers are sent to the GPU one at a time"
-            )
+            raise InputError(f"the weight {name} is offloaded; load the model without a device map, or on the CPU")
         if not parameter.is_floating_point():
             raise InputError(f"the weight {name} is {parameter.dtype}; accepted: models that are not quantised")
 
@@ -114,7 +101,6 @@ def find_layers(module: nn.Module, kinds: tuple[type[nn.Module], ...] = (nn.Line
 
 def find_decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """Return the decoder layers of a dense or compressed model, in order."""
-    detect_architecture(model)
     return model.base_model.layers
 
 
@@ -123,22 +109,20 @@ def count_parameters(model: PreTrainedModel) -> dict[str, int]:
 
     The second factors of pruned queries and keys count as linear weights.
     """
-    layers = model.base_model.layers
+    of_layers = find_decoder_layers(model).parameters()
     return {
-        "decoder_linear": sum(weight.numel() for weight in layers.parameters() if weight.ndim > 1),  # no norm, no bias
+        "decoder_linear": sum(weight.numel() for weight in of_layers if weight.ndim > 1),  # no norm, no bias
         "total": sum(parameter.numel() for parameter in model.parameters()),
     }
 
 
 def check_sparsity(model: PreTrainedModel) -> float:
-    """Return the share of the decoder layers' linear weights that is zero or has been removed, 0 to 1.
+    """Return the share of the dense model's linear weights in decoder layers that is zero or has been removed, 0 to 1.
 
-    Relative to the dense model: 0 for an ordinary dense model, the zeros of one pruned by a mask, and for a compressed
-    model what its smaller weights leave out. Two factors that stand for one weight count as they are.
+    Two factors that stand for one weight count as they are.
     """
-    weights = [parameter for parameter in find_decoder_layers(model).parameters() if parameter.ndim > 1]
-    nonzero = sum(int(weight.count_nonzero()) for weight in weights)
     dimensions = dense_dimensions(model.config)
+    nonzero = sum(int(weight.count_nonzero()) for weight in find_decoder_layers(model).parameters() if weight.ndim > 1)
     return 1 - nonzero / (dimensions.num_layers * dimensions.layer_parameters)
 
 
@@ -151,10 +135,9 @@ def get_layer_dimensions(model: PreTrainedModel, architecture: str | None = None
     check_architecture(model, architecture)
     dimensions = dense_dimensions(model.config)
     layers: list[DecoderModule] = list(find_decoder_layers(model))
-    queries = [layer.self_attn.q_proj for layer in layers]
-    return {
-        **asdict(dimensions),
+    factors = [getattr(layer.self_attn.q_proj, "up", None) for layer in layers]
+    return asdict(dimensions) | {
         "value_rank": [layer.self_attn.v_proj.out_features // dimensions.num_kv_heads for layer in layers],
         "mlp_width": [layer.mlp.down_proj.in_features for layer in layers],
-        "query_key_rank": [query.up.shape[-1] if hasattr(query, "up") else None for query in queries],
+        "query_key_rank": [None if up is None else up.shape[-1] for up in factors],
     }
