@@ -276,6 +276,14 @@ class TestNamedDatasets:
         assert [load_text(name, s, dataset_root=tmp_path).documents for s in ("train", "test")] == [["train"], ["test"]]
         assert has_test_split(name, tmp_path)
 
+    def test_a_single_file_is_found_by_the_start_of_its_name_and_several_are_not_guessed_at(self, tmp_path):
+        write(tmp_path / "c4_demo.jsonl", b'{"text": "x"}')
+        assert load_text("c4", "train", dataset_root=tmp_path).documents == ["x"]
+        assert not has_test_split("c4", tmp_path)
+        write(tmp_path / "c4_other.txt", b"y")
+        with pytest.raises(InputError, match="called 'c4'; known datasets"):
+            load_text("c4", "train", dataset_root=tmp_path)
+
     def test_a_clone_gives_the_published_file_and_not_its_neighbours(self, tmp_path):
         for file in ("en/c4-train.00000-of-01024", "en/c4-train.00001-of-01024", "de/c4-train.00000-of-00512"):
             content = gzip.compress(json.dumps({"text": file}).encode(), mtime=0)

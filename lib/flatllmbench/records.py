@@ -47,7 +47,7 @@ def describe_model(model: str, cache_dir: Path | None = None) -> dict[str, Any]:
     config, base_model = load_config(model, cache_dir), None
     if config.model_type not in FAMILIES:
         manifest = found_file(model, MANIFEST, cache_dir)
-        base_model = manifest and read_json(manifest, Manifest).request["base_model"]
+        base_model = None if manifest is None else read_json(manifest, Manifest).request["base_model"]
     return describe_config(config, model, base_model)
 
 

@@ -104,6 +104,8 @@ def _location(name: str, dataset_root: Path | None) -> Path:
     hub = _HUB_DATASETS.get(name)
     if hub and dataset_root:
         places = [dataset_root / folder for folder in (name, hub.hub_id, *hub.folders)]
+        files = list(dataset_root.glob(f"{name}_*"))  # such as c4_demo.jsonl; of several, which split is which?
+        places += files if len(files) == 1 else []
     else:
         places = [EMBEDDED_TEXT if name == "pydocs" else Path(name).expanduser()]
     for place in places:
