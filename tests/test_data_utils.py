@@ -236,7 +236,7 @@ class TestPaths:
             ("a.json", b'[{"text": 3}]', "int where text was expected"),
             ("a.json", b'[{"instruction": "x", "output": null}]', "NoneType where text was expected"),
             ("a.jsonl", b'{"text": "x"}\n{"text": ', DAMAGED),
-            ("a.jsonl", b"", DAMAGED),
+            ("a.jsonl", b"", "a.jsonl is empty"),
             ("a.json.gz", gzip.compress(b'{"text": "x"}\n' * 99, mtime=0)[:-12], DAMAGED),
             ("a.json.gz", b"plain", DAMAGED),
             ("a.jsonl.xz", b"plain", DAMAGED),

@@ -328,7 +328,7 @@ def not_a_number(folder: Path, name: str = "model.layers.1.mlp.up_proj.weight") 
         (lambda folder: (folder / "config.json").write_text("{"), "no usable model config at 'llama'"),
         (lambda folder: os.truncate(folder / "model.safetensors", 9999), "checkpoint 'llama' is missing or damaged"),
         (lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"), "expected safetensors"),
-        (not_a_number, "layer 1 gives NaN or infinite activations in torch.float32"),
+        (not_a_number, "layer 1 gives NaN or infinite activations; a wider dtype"),
         (lambda folder: not_a_number(folder, "lm_head.weight"), "the dense model's perplexity is nan"),
         (lambda folder: (folder / "tokenizer.json").write_text("{}"), "no usable tokenizer at 'llama'"),
     ],

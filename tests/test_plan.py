@@ -1,6 +1,7 @@
 """Plans and random checkpoints: operations and bytes against independent counts, and that the programs run."""
 
 import math
+import re
 from itertools import pairwise
 
 import pytest
@@ -98,6 +99,13 @@ def test_published_models_have_their_published_parameters(name, billions):
 def cells_of(capsys, *arguments: str) -> list[list[str]]:
     assert main(list(arguments)) == 0
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+
+
+def test_the_readme_has_what_is_planned_for_the_published_models(capsys):
+    _, _, *rows = cells_of(capsys, "--device", "a100-40gb")
+    planned = [f" not run | {row[-1]} | {row[5]} |" for row in rows]
+    readme = (common.ROOT / "README.md").read_text()
+    assert sorted(planned) == sorted(re.findall(r" not run \|[^|]+\|[^|]+\|", readme))
 
 
 def test_a_table_has_a_row_for_each_model_and_a_time_for_each_machine(capsys):

@@ -43,7 +43,7 @@ class Options(RunConfig):
     sparsity_ratio: int = option(20, integer(1, 95), "percentage of the decoder layers' linear weights that is removed")
     cal_nsamples: int | None = option(None, integer(1), "windows of text (128 for scores, 256 to compress)")
     prune_qk: bool = option(False, SWITCH, "prune Q and K too, each kept as two factors, instead of leaving them whole")
-    prune_method: str = option("flatllm", one_of(("bi", *METHODS)), "bi: write importance scores; flatllm: compress")
+    prune_method: str = option("flatllm", one_of(("bi", *METHODS)), "bi: write importance scores; the others compress")
     save: Path = option(Path("logs"), PATH, "folder for logs and records")
     eval_zero_shot: bool = option(
         False, SWITCH, "evaluate the compressed model on tasks of the evaluation harness (package lm_eval)"

@@ -95,7 +95,7 @@ def read_records(paths: Sequence[Path]) -> list[Record]:
         try:
             for kind in KINDS:
                 measured_tables([record], kind)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:  # fields are missing or of other types
+        except (LookupError, TypeError, ValueError, AttributeError) as error:  # fields are missing or of other types
             problem = f"the field {error} is missing" if isinstance(error, KeyError) else error
             raise InputError(f"{path} is not usable: {problem}") from error
     return list(records.values())

@@ -102,7 +102,7 @@ def _numbers(text: str) -> list[int]:
 
 def keep_measurement(args: argparse.Namespace, argv: Sequence[str] | None) -> None:
     """Measure the models, write the record and print its tables."""
-    read_flags(args, FLAGS)
+    vars(args).update(read_flags(args, FLAGS))
     torch.set_num_threads(args.threads or torch.get_num_threads())
     model, marks = args.shape or args.models[0], "" if args.protocol == "grid" else f"_{args.protocol}"
     path, found = keep_record("speed", args, argv, model, marks, lambda: measure_models(args, dict(read_configs(args))))

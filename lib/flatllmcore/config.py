@@ -141,7 +141,7 @@ class RunConfig(FlatLLMConfig):
     out_of_core: bool = option(False, SWITCH, "leave the weights on disk also where they fit in half of the memory")
     host_memory_gib: float | None = option(
         None,
-        number("a number, 0 or more", lambda value: value >= 0),
+        number("a number, 0 or more", lambda value: 0 <= value < inf),
         "host memory to plan with, per process (what is free, shared by the processes)",
     )
     offload_folder: Path | None = option(

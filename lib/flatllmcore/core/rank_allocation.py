@@ -77,15 +77,16 @@ class ImportancePreservingRankSelector:
     def prunable_keep_ratio(self, keep_ratio: float) -> float:
         """Return the share of the pruned projections to keep so that ``keep_ratio`` of all projections stays.
 
-        An InputError names the largest target where Q and K stay whole and are more than may stay.
+        An InputError names the largest target where less stays than what is not pruned.
         """
         total = self.dimensions.layer_parameters
         fixed = 0 if self.prune_qk else self.dimensions.qk_parameters
         ratio = (keep_ratio * total - fixed) / (total - fixed)
-        if ratio <= 0 and not self.prune_qk:
+        if ratio <= 0:
             largest = math.ceil(100 * (total - fixed) / total) - 1
+            reason = "nothing would be left" if self.prune_qk else "Q and K stay whole"
             raise InputError(
-                f"removing {100 * (1 - keep_ratio):g} % of this model is impossible because Q and K stay whole; "
+                f"removing {100 * (1 - keep_ratio):g} % of this model is impossible because {reason}; "
                 f"the largest possible target is {largest} %"
             )
         return ratio

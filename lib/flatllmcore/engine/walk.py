@@ -62,7 +62,7 @@ def lent_layer(source: LayerSource, index: int) -> Iterator[DecoderModule]:
 def check_finite(index: int, activations: Tensor) -> None:
     """Refuse what layer ``index`` gives if it is not finite."""
     if not torch.isfinite(activations).all():
-        raise InputError(f"layer {index} gives NaN or infinite activations in {activations.dtype}; widen --dtype")
+        raise InputError(f"layer {index} gives NaN or infinite activations; a wider dtype may help")
 
 
 class _AllSeenError(Exception):

@@ -30,7 +30,9 @@ def load_config(model: str, cache_dir: Path | None = None) -> PretrainedConfig:
         return AutoConfig.from_pretrained(model, cache_dir=cache_dir)
     except (OSError, ValueError, TypeError, ZeroDivisionError, StrictDataclassError) as error:
         reason = " ".join(str(error).split("\n")[:2])
-        raise InputError(f"no usable model config at {model!r} ({reason}); give a model folder or hub id") from error
+        raise InputError(
+            f"no usable model config at {model!r} ({reason}); give a model of one of the families {_SUPPORTED}"
+        ) from error
 
 
 def family_name(config: PretrainedConfig) -> str:

@@ -104,7 +104,7 @@ def _location(name: str, dataset_root: Path | None) -> Path:
     hub = _HUB_DATASETS.get(name)
     if hub and dataset_root:
         places = [dataset_root / folder for folder in (name, hub.hub_id, *hub.folders)]
-        files = list(dataset_root.glob(f"{name}_*"))  # such as c4_demo.jsonl; of several, which split is which?
+        files = [path for path in dataset_root.glob(f"{name}_*") if _ends(path, _SUFFIXES)]  # such as c4_demo.jsonl
         places += files if len(files) == 1 else []
     else:
         places = [EMBEDDED_TEXT if name == "pydocs" else Path(name).expanduser()]
@@ -163,7 +163,9 @@ def _read_documents(path: Path) -> list[str]:
         with TemporaryDirectory() as cache:
             rows = load_dataset(builder, data_files=file, split="train", streaming=True, cache_dir=cache)
             return [_document(row) for row in progress(rows, f"reading {path.name}", "row")]
-    except (OSError, ValueError, EOFError, StopIteration, zlib.error, lzma.LZMAError) as error:
+    except StopIteration as error:
+        raise InputError(f"{path} is empty") from error
+    except (OSError, ValueError, TypeError, AttributeError, EOFError, zlib.error, lzma.LZMAError) as error:
         reason = (str(error) or repr(error)).splitlines()[0]
         raise InputError(f"cannot read text from {path} ({reason}); accepted: {_ACCEPTED}") from error
 
