@@ -1,6 +1,6 @@
-"""The one order of things: windows → importance → allocation → compression → saving.
+"""The steps of a compression: windows → importance → allocation → compression.
 
-The library and the FedCore adapters run it on a model in memory, ``checkpoint_run.py`` from a checkpoint on disk to
+The library and the FedCore adapters take them on a model in memory, ``checkpoint_run.py`` from a checkpoint on disk to
 another, for ``main.py``.
 """
 
