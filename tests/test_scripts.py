@@ -248,7 +248,7 @@ def test_test_sh_installs_once_and_passes_its_arguments_to_pytest(commands, tmp_
     venv = tmp_path / "venv"
     (venv / "bin").mkdir(parents=True)
     (venv / "bin" / "python").symlink_to(tmp_path / "python")
-    pip = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    pip = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile"]
     tests = ["-m", "pytest", "-n", "auto", "-k", "some name"]
     first = commands("test.sh", "-k", "some name", VENV=venv)
     assert first == [[*pip, "-r", "requirements.txt"], [*pip, "-e", ".[dev]"], tests]
