@@ -3,8 +3,10 @@ import torch
 from hypothesis import settings
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-settings.register_profile("untimed", deadline=None)  # how long an example takes on a busy machine is no property
-settings.load_profile("untimed")
+# No deadlines: how long an example takes on a busy machine is no property. --hypothesis-profile=long looks further.
+settings.register_profile("short", deadline=None, max_examples=25)
+settings.register_profile("long", deadline=None, max_examples=2000)
+settings.load_profile("short")
 
 
 def tiny_model(family: str = "llama", seed: int = 0, **overrides):
