@@ -57,7 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             broadcast_object(options.check)  # what all would refuse, one refuses
             log = options.save / f"{options.run_name}.log"
             with logging_to(log), logging_redirect_tqdm(), program.stopwatch.running():
-                program.score() if options.prune_method == "bi" else program.compress()
+                if options.prune_method == "bi":
+                    program.score()
+                else:
+                    program.compress()
         except (InputError, OtherProcessError) as error:
             return complain_once(str(error), isinstance(error, InputError))
         except KeyboardInterrupt:

@@ -248,6 +248,14 @@ def test_a_model_that_cannot_be_compressed_is_refused(message, texts, tmp_path):
         apply_flat_llm(MAKERS[message](str(tmp_path)), TOKENIZER, cal_dataset=texts, **SMALL)
 
 
+def test_a_second_call_is_refused_before_it_scores(texts, monkeypatch):
+    pruner = FlatLLMPruner(tiny_model(), TOKENIZER, cal_dataset=texts, **SMALL)
+    pruner.prune_model()
+    monkeypatch.delattr(FlatLLMPruner, "compute_importance_scores")
+    with pytest.raises(InputError, match="compressed already"):
+        pruner.prune_model()
+
+
 def hooked(model):
     return accelerate.dispatch_model(model, dict.fromkeys(PARTS, "cpu"), force_hooks=True)
 

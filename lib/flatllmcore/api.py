@@ -13,7 +13,7 @@ from .engine.memory import ModelInMemory
 from .errors import InputError
 from .pipeline import Pipeline
 from .utils.devices import parse_device
-from .utils.layer_utils import check_causal_lm, count_parameters
+from .utils.layer_utils import check_causal_lm, check_is_dense, count_parameters
 
 
 class FlatLLMPruner:
@@ -57,6 +57,7 @@ class FlatLLMPruner:
             InputError: If the model is compressed already or so much cannot be removed from it (the largest possible
                 target is named), the calibration data are unusable, or a layer's activations are not finite.
         """
+        check_is_dense(self.model.config)  # a second call finds the model compressed
         pipeline = self._pipeline
         pipeline.announce_target()
         before = count_parameters(self.model)

@@ -52,7 +52,10 @@ def compress_layers(
     if unfinished:
         loop = _Loop(Walk(source, windows, batch_size), sink, method, allocation, flat_config, tolerance)
         for index in progress(range(unfinished[-1] + 1), "compress", "layer"):
-            loop.skip(index) if index in sink.finished else loop.compress(index)
+            if index in sink.finished:
+                loop.skip(index)
+            else:
+                loop.compress(index)
     return flat_config, [sink.finished[index] for index in range(source.num_layers)]
 
 
