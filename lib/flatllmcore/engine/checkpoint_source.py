@@ -44,9 +44,10 @@ class CheckpointSource:
         self.storage = storage or StatesStorage()
         self.is_kept = False
         config = load_config(model, cache_dir)
+        self._files = WeightFiles(model, cache_dir)
+        self._files.check_layers(config.num_hidden_layers)
         self.skeleton = empty_causal_lm(config)
         self.config = self.skeleton.config
-        self._files = WeightFiles(model, cache_dir)
         self._files.check(self.skeleton)
         self._names = [name for name, _ in self.skeleton.named_parameters()]  # tied ones once
         stored = config.dtype or self._files.read(EMBEDDINGS, rows=1).dtype

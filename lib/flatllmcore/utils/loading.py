@@ -20,7 +20,9 @@ _COMPUTED = "rotary_emb.inv_freq"  # in old checkpoints, and never read
 
 def load_model(model: str, *, dtype: str = "auto", cache_dir: Path | None = None) -> PreTrainedModel:
     """Return a causal language model in host memory, every weight read from safetensors, checked and cast."""
-    WeightFiles(model, cache_dir).check(empty_causal_lm(load_config(model, cache_dir)))
+    config, files = load_config(model, cache_dir), WeightFiles(model, cache_dir)
+    files.check_layers(config.num_hidden_layers)
+    files.check(empty_causal_lm(config))
     return AutoModelForCausalLM.from_pretrained(model, dtype=dtype, cache_dir=cache_dir, use_safetensors=True).eval()
 
 
@@ -60,6 +62,11 @@ class WeightFiles:
                     for name in weights.keys():  # noqa: SIM118 (not a mapping)
                         self._file_of[name] = file
                         self.shapes[name] = tuple(weights.get_slice(name).get_shape())
+
+    def check_layers(self, count: int) -> None:
+        """Refuse more layers than there are weights, before anything is made of them."""
+        if count > (found := len(self.shapes)):
+            raise InputError(f"checkpoint {self.model!r} is damaged: it has {found} weights for {count} layers")
 
     def check(self, skeleton: PreTrainedModel) -> None:
         """Refuse weights that are not exactly the parameters of ``skeleton``, naming the first that is wrong."""
