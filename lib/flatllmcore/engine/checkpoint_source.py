@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 from ..layers.replacement import fill_parameters
 from ..utils.files import digest, to_json_bytes
-from ..utils.layer_utils import DecoderModule, load_config
-from ..utils.loading import EMBEDDINGS, HEAD, WeightFiles, empty_causal_lm, tokenizer_digest
+from ..utils.layer_utils import DecoderModule
+from ..utils.loading import EMBEDDINGS, HEAD, open_checkpoint, tokenizer_digest
 from .memory import layer_arguments
 from .storage import StatesStorage
 
@@ -46,11 +46,9 @@ class CheckpointSource:
         self.device = device
         self.storage = storage or StatesStorage()
         self.is_kept = False
-        self.skeleton = empty_causal_lm(load_config(model, cache_dir))
-        self.config = self.skeleton.config
         self._cache_dir = cache_dir
-        self._files = WeightFiles(model, cache_dir)
-        stored = self._files.check(self.skeleton)
+        self.skeleton, self._files, stored = open_checkpoint(model, cache_dir)
+        self.config = self.skeleton.config
         self._names = [name for name, _ in self.skeleton.named_parameters()]  # tied ones once
         self.dtype = self.config.dtype = stored if dtype == "auto" else getattr(torch, dtype)
         self._decoder = self.skeleton.get_decoder()

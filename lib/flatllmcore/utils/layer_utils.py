@@ -1,5 +1,6 @@
 """What a model is made of: its family, its dimensions and where its layers are."""
 
+import copy
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -11,7 +12,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..errors import InputError
-from .dimensions import ModelDimensions
+from .dimensions import LARGEST_SIZE, ModelDimensions
 
 FAMILY_NAMES = ("llama", "mistral", "qwen2", "qwen3")  # the ``model_type`` of dense models
 _SUPPORTED = ", ".join(FAMILY_NAMES)
@@ -30,6 +31,9 @@ def model_name(model: str | Path) -> str:
 def load_config(model: str, cache_dir: Path | None = None) -> PretrainedConfig:
     """Return the config of a local folder or a hub id; no weight is read."""
     try:
+        fields, _ = PretrainedConfig.get_config_dict(model, cache_dir=cache_dir)
+        if isinstance(layers := fields.get("num_hidden_layers"), int) and layers > LARGEST_SIZE:
+            raise ValueError(f"num_hidden_layers is {layers:,}")  # of which some families make a list
         return AutoConfig.from_pretrained(model, cache_dir=cache_dir, trust_remote_code=False)
     except (OSError, ValueError, TypeError, AttributeError, ZeroDivisionError, StrictDataclassError) as error:
         reason = " ".join(str(error).split("\n")[:2])
@@ -87,7 +91,7 @@ def check_architecture(model: nn.Module, architecture: str | None) -> None:
 
 
 def check_causal_lm(model: PreTrainedModel) -> None:
-    """Refuse what is no causal language model, dense or compressed, with floating-point weights in memory."""
+    """Refuse what is no causal language model, dense or compressed, of its config's modules, with weights in memory."""
     expected = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[detect_architecture(model)]
     # By name: another copy of this package, or a model folder's own files, have a compressed class of their own.
     if type(model).__name__ not in (expected, f"Flat{expected}"):
@@ -97,6 +101,22 @@ def check_causal_lm(model: PreTrainedModel) -> None:
             raise InputError(f"the weight {name} is offloaded; load the model without a device map, or on the CPU")
         if parameter.dtype not in WEIGHT_DTYPES.values():
             raise InputError(f"the weight {name} is {parameter.dtype}; accepted: models that are not quantised")
+    with torch.device("meta"):
+        plain, found = map(_makeup, (type(model)(copy.deepcopy(model.config)), model))
+    if different := sorted(name for name in found.keys() | plain.keys() if found.get(name) != plain.get(name)):
+        name = different[0]
+        raise InputError(
+            f"the module {name} is {found.get(name)}, and by the config {plain.get(name)}; merge adapters into the "
+            "weights, and make masks and parametrizations permanent"
+        )
+
+
+def _makeup(model: PreTrainedModel) -> dict[str, str]:
+    """Return the kind of each module with its parameters."""
+    return {
+        name: f"{type(part).__name__}({', '.join(dict(part.named_parameters(recurse=False)))})"
+        for name, part in model.named_modules()
+    }
 
 
 def find_layers(module: nn.Module, kinds: tuple[type[nn.Module], ...] = (nn.Linear,)) -> dict[str, nn.Module]:

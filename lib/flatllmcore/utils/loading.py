@@ -31,8 +31,7 @@ _TOKENIZER_FILES = (  # all that one of any kind is read from
 
 def load_model(model: str, *, dtype: str = "auto", cache_dir: Path | None = None) -> PreTrainedModel:
     """Return a causal language model in host memory, every weight read from safetensors, checked and cast."""
-    skeleton, files = empty_causal_lm(load_config(model, cache_dir)), WeightFiles(model, cache_dir)
-    stored = files.check(skeleton)
+    skeleton, files, stored = open_checkpoint(model, cache_dir)
     cast_to = stored if dtype == "auto" else getattr(torch, dtype)
     generation_file = found_file(model, GENERATION_CONFIG_NAME, cache_dir)
     return type(skeleton).from_pretrained(
@@ -42,6 +41,15 @@ def load_model(model: str, *, dtype: str = "auto", cache_dir: Path | None = None
         state_dict={name: files.read(name).to(cast_to) for name, _ in skeleton.named_parameters()},
         generation_config=generation_file and GenerationConfig.from_pretrained(generation_file.parent),
     )
+
+
+def open_checkpoint(model: str, cache_dir: Path | None) -> tuple[PreTrainedModel, "WeightFiles", torch.dtype]:
+    """Return a checkpoint's model on the meta device, and its weights with their type, checked against each other."""
+    config, files = load_config(model, cache_dir), WeightFiles(model, cache_dir)
+    if config.num_hidden_layers > (found := len(files.shapes)):  # before so many layers are made
+        raise InputError(f"checkpoint {model!r} is damaged: {found} weights for {config.num_hidden_layers} layers")
+    skeleton = empty_causal_lm(config)
+    return skeleton, files, files.check(skeleton)
 
 
 def empty_causal_lm(config: PretrainedConfig) -> PreTrainedModel:
