@@ -112,10 +112,7 @@ class Program:
         return f"scores and ranks finished so far stay in {self.options.score_place}{layers}"
 
     def check(self) -> dict[str, Any] | None:
-        """Refuse what can be refused before any work; return the record of a model that is only to be evaluated.
-
-        It is what this very command left when it was stopped after it had put its model in place.
-        """
+        """Refuse what can be refused before work; return this command's record of a model yet to be evaluated."""
         options = self.options
         options.check()
         card = options.save_model / MODEL_CARD if options.save_model and options.eval_zero_shot else None
@@ -142,7 +139,8 @@ class Program:
         tasks = load_tasks(options.tasks, options.num_fewshot, options.include_path) if is_evaluated else None
         if unevaluated is not None:
             logger.info("the compressed model is in %s and is still to be evaluated", options.save_model)
-            return self.evaluate(unevaluated, str(options.save_model), tasks)
+            self.evaluate(unevaluated, str(options.save_model), tasks)
+            return
         started = time.perf_counter()
         run = CheckpointRun(options, self.provenance())
         with run.output_folder() as folder:
@@ -154,7 +152,7 @@ class Program:
                 sink.publish(card)  # last: then all is there
             if options.save_model is not None:
                 logger.info("compressed model is in %s", options.save_model)
-            return self.evaluate(result, str(folder), tasks)
+            self.evaluate(result, str(folder), tasks)
 
     def evaluate(self, result: Mapping[str, Any], folder: str, tasks: Mapping[str, Any] | None) -> None:
         """Add to the record of a compression how the model in ``folder`` does on the tasks, if there are any."""

@@ -3,6 +3,7 @@
 import argparse
 import errno
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -101,11 +102,13 @@ class Options(RunConfig):
             check_writable(place)
         if self.save_model is None:
             return
-        out, model = self.save_model.resolve(), Path(self.model)
-        places = {"model": model, "save": self.save, "bi_score": self.score_place, "cache_dir": self.cache_dir}
-        for flag, path in (places | {"offload_folder": self.offload_folder}).items():
-            is_inside = path and any(path.resolve().is_relative_to(folder) for folder in (out, partial_folder(out)))
-            if is_inside or (path == model and out.is_relative_to(model.resolve())):
+        out = Path(os.path.realpath(self.save_model))
+        places: dict[str, Path | None] = {"save": self.save, "bi_score": self.score_place, "model": Path(self.model)}
+        places |= {"offload_folder": self.offload_folder, "cache_dir": self.cache_dir}
+        for flag, path in places.items():
+            real = Path(os.path.realpath(path or "/"))  # which is part of nothing
+            is_part = any(real.is_relative_to(folder) for folder in (out, partial_folder(out)))
+            if is_part or (flag == "model" and out.is_relative_to(real)):
                 raise InputError(f"--save_model {self.save_model} overlaps with --{flag} {path}; give another folder")
         check_output_folder(self.save_model, self.overwrite)
 

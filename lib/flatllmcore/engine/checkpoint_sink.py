@@ -18,7 +18,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from ..errors import InputError
 from ..layers.flat_attention import FlatDecoderLayer
-from ..utils.checkpoint import MANIFEST, MODEL_CARD, check_output_folder, others_in, partial_folder, put_in_place
+from ..utils.checkpoint import MANIFEST, MODEL_CARD, check_output_folder, find_other, partial_folder, put_in_place
 from ..utils.files import naming_place, read_json, replacing, write_atomically, write_json
 from ..utils.loading import empty_causal_lm
 from ..utils.processes import barrier, broadcast_object, is_rank_0
@@ -151,7 +151,7 @@ class CheckpointSink:
 
     def _discard_if_useless(self, error: type[BaseException] | None, *_: object) -> None:
         """Remove the partial folder, its manifest last: what a kill leaves of it is still known as ours."""
-        if error is not None and not self.finished and not self.results and not others_in(self.partial):
+        if error is not None and not self.finished and not self.results and not find_other(self.partial):
             for path in sorted(self.partial.iterdir(), key=lambda path: path.name == MANIFEST):
                 path.unlink()
             self.partial.rmdir()

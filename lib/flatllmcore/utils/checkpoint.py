@@ -57,7 +57,7 @@ class _Written:
 
 def partial_folder(folder: Path) -> Path:
     """Return where a model is written until it is whole."""
-    folder = folder.resolve()
+    folder = Path(os.path.realpath(folder))
     return folder.with_name(f"{folder.name}.partial")
 
 
@@ -72,22 +72,28 @@ def check_output_folder(folder: Path, overwrite: bool) -> None:
             raise InputError(f"cannot save to {folder}: it is a file, or a file system is mounted there")
         if any(folder.iterdir()) and not overwrite:
             raise InputError(f"cannot save to {folder}: it is not empty; give another folder or ask to overwrite it")
-        if others := others_in(folder):
-            raise InputError(f"cannot overwrite {folder}: no run wrote {others[0]}; move it, or give another folder")
-        check_writable(folder)
-    check_writable(partial.parent)
-    begun = partial.iterdir() if partial.is_dir() and not (partial / MANIFEST).is_file() else ()
-    is_file = partial.is_symlink() or partial.is_file()
-    if is_file or not all(path.match(LEFT_OVER) and path.is_file() for path in begun):
+        if other := find_other(folder):
+            raise InputError(f"cannot overwrite {folder}: no run wrote {other}; move it, or give another folder")
+    for place in (Path(os.path.realpath(folder)), partial.parent):
+        check_writable(place)
+    if os.path.lexists(partial) and not _is_begun(partial):
         raise InputError(f"{partial} is in the way: it holds no unfinished run; move it, or give another folder")
 
 
-def others_in(folder: Path) -> list[Path]:
-    """Return what is in a folder beside the files that its manifest says that a run wrote there."""
+def find_other(folder: Path) -> Path | None:
+    """Return something in a folder that its manifest does not say that a run wrote there, if there is such."""
     manifest = folder / MANIFEST
     names = [MANIFEST, *read_json(manifest, _Written).files] if manifest.is_file() else []
-    written = {place for name in names for place in (folder / name, *(folder / name).parents)}
-    return sorted(path for path in {*folder.rglob("*")} - written if folder / _REPLACED not in (path, *path.parents))
+    known = {place for name in names for place in (folder / name, *(folder / name).parents)}
+    found = (path for path in folder.rglob("*") if folder / _REPLACED not in (path, *path.parents))
+    return next((path for path in found if path not in known), None)
+
+
+def _is_begun(partial: Path) -> bool:
+    """Tell whether a folder holds an unfinished run, if only what a kill left of writing its manifest."""
+    if partial.is_symlink() or not partial.is_dir():  # a link would be renamed and not the folder
+        return False
+    return (partial / MANIFEST).is_file() or all(p.match(LEFT_OVER) and p.is_file() for p in partial.iterdir())
 
 
 def model_card(record: Mapping[str, Any]) -> str:
