@@ -52,8 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with process_group(torch.device("cpu")):
             return complain_once(str(error))
     program = Program(options, flags, command_line(sys.argv[1:] if argv is None else argv), Stopwatch(device))
-    with process_group(device):
-        try:
+    try:
+        with process_group(device):
             unevaluated = broadcast_object(program.check)  # what all would refuse, one refuses
             log = options.save / f"{options.run_name}.log"
             with logging_to(log), logging_redirect_tqdm(), program.stopwatch.running():
@@ -61,16 +61,16 @@ def main(argv: Sequence[str] | None = None) -> int:
                     program.score()
                 else:
                     program.compress(unevaluated)
-        except (InputError, OtherProcessError) as error:
-            return complain_once(str(error), isinstance(error, InputError))
-        except KeyboardInterrupt:
-            return complain_once(f"interrupted; {program.finished()}; go on with: {program.command}")
-        except OSError as error:
-            if error.errno not in UNUSABLE_PLACE:
-                raise
-            place = error.filename or options.save  # a log that cannot be written does not say its name
-            remedy = f"{program.finished()}; mend that and run: {program.command}"
-            return complain_once(f"{error.strerror}: {place}; {remedy}")
+    except (InputError, OtherProcessError) as error:
+        return complain_once(str(error), isinstance(error, InputError))
+    except KeyboardInterrupt:
+        return complain_once(f"interrupted; {program.finished()}; go on with: {program.command}")
+    except OSError as error:
+        if error.errno not in UNUSABLE_PLACE:
+            raise
+        place = error.filename or options.save  # a log that cannot be written does not say its name
+        remedy = f"{program.finished()}; mend that and run: {program.command}"
+        return complain_once(f"{error.strerror}: {place}; {remedy}")
     return 0
 
 

@@ -48,6 +48,7 @@ def link(path: Path) -> None:
         ("out/link", link, "no run wrote .*/out/link"),
         ("out.partial", Path.touch, "out.partial is in the way"),
         ("out.partial", os.mkfifo, "out.partial is in the way"),
+        (".out.partial.lock", link, "out.partial.lock is in the way"),
         ("out.partial", link, "out.partial is in the way"),
         ("out.partial/.env", Path.touch, "out.partial is in the way"),
         ("out.partial/README.md", Path.touch, "out.partial is in the way"),

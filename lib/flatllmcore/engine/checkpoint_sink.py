@@ -18,7 +18,15 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from ..errors import InputError
 from ..layers.flat_attention import FlatDecoderLayer
-from ..utils.checkpoint import MANIFEST, MODEL_CARD, check_output_folder, find_other, partial_folder, put_in_place
+from ..utils.checkpoint import (
+    MANIFEST,
+    MODEL_CARD,
+    check_output_folder,
+    find_other,
+    lock_file,
+    partial_folder,
+    put_in_place,
+)
 from ..utils.files import naming_place, read_json, replacing, write_atomically, write_json
 from ..utils.loading import empty_causal_lm
 from ..utils.processes import barrier, broadcast_object, is_rank_0
@@ -131,7 +139,7 @@ class CheckpointSink:
         check_output_folder(self.folder, self.overwrite)
         self.partial.parent.mkdir(parents=True, exist_ok=True)
         path = self.partial / MANIFEST
-        lock = FileLock(self.partial.with_name(f".{self.partial.name}.lock"))  # beside: it outlives the renaming
+        lock = FileLock(lock_file(self.folder))
         try:
             stack.enter_context(lock.acquire(timeout=0))
         except Timeout as error:

@@ -61,12 +61,17 @@ def partial_folder(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.partial")
 
 
+def lock_file(folder: Path) -> Path:
+    """Return the file that a run holds while it writes a model: beside it, so that it outlives the renaming."""
+    return partial_folder(folder).with_name(f".{partial_folder(folder).name}.lock")
+
+
 def check_output_folder(folder: Path, overwrite: bool) -> None:
     """Refuse a folder that a model cannot be put at, or not without harm to what is there.
 
     It must be missing or empty, or, with ``overwrite``, hold what its manifest says that a run wrote and nothing else.
     """
-    partial = partial_folder(folder)
+    partial, lock = partial_folder(folder), lock_file(folder)
     if folder.exists():
         if not folder.is_dir() or os.path.ismount(folder):  # to which nothing can be renamed
             raise InputError(f"cannot save to {folder}: it is a file, or a file system is mounted there")
@@ -76,8 +81,9 @@ def check_output_folder(folder: Path, overwrite: bool) -> None:
             raise InputError(f"cannot overwrite {folder}: no run wrote {other}; move it, or give another folder")
     for place in (Path(os.path.realpath(folder)), partial.parent):
         check_writable(place)
-    if os.path.lexists(partial) and not _is_begun(partial):
-        raise InputError(f"{partial} is in the way: it holds no unfinished run; move it, or give another folder")
+    for place, is_ours in ((partial, _is_begun(partial)), (lock, lock.is_file() and not lock.is_symlink())):
+        if os.path.lexists(place) and not is_ours:
+            raise InputError(f"{place} is in the way: it is no unfinished run's; move it, or give another folder")
 
 
 def find_other(folder: Path) -> Path | None:
