@@ -26,15 +26,18 @@ def start(
 
 
 def run_group(
-    count: int, argv: list[str], folder: Path, patch: Callable[[], None] | None = None
+    count: int, argv: list[str], folder: Path, patch: Callable[[], None] | None = None, *, has_agent: bool = True
 ) -> tuple[list[int | None], str]:
     """Run `main.py` in ``count`` processes that share out the windows; return exit statuses and all of stderr.
 
     As under torchrun, the store they meet at is this process's, and so is its port: nobody else can have taken it.
+    Without an agent it is rank 0's, and ends with it.
     """
     store = TCPStore("127.0.0.1", 0, is_master=True)
     group = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    if not has_agent:
+        del store, group["TORCHELASTIC_USE_AGENT_STORE"]
     errors = [folder / f"stderr-{rank}" for rank in range(count)]
     processes = [
         start(argv, folder, error, patch, RANK=str(rank), LOCAL_RANK=str(rank), **group)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from flatllmcore.errors import InputError
-from flatllmcore.utils.files import check_disk_space, replacing, write_atomically
+from flatllmcore.utils.files import check_disk_space, check_writable, replacing, temporary_folder, write_atomically
 
 
 @pytest.mark.parametrize("failing", ["os.fsync", "pathlib.Path.replace"])
@@ -67,3 +67,36 @@ def test_space_is_asked_of_the_file_system_that_the_folder_will_be_on(tmp_path, 
     monkeypatch.chdir(tmp_path)
     check_disk_space(Path("new"), 3 * 2**30)
     assert asked == [tmp_path] * 3
+
+
+def test_what_kills_left_goes_and_what_another_run_writes_or_others_made_stays(tmp_path):
+    path, dead = tmp_path / "file", tmp_path / ".tmp.0123456789abcdef"
+    others = [tmp_path / ".tmp.fedcba9876543210", tmp_path / ".tmp.mine"]
+    dead.touch()
+    others[0].mkdir()
+    others[1].touch()
+    with replacing(path) as file:
+        file.write(b"slow")
+        write_atomically(tmp_path / "other", b"fast")
+        assert not dead.exists()
+    assert path.read_bytes() == b"slow"
+    assert {*tmp_path.iterdir()} == {path, tmp_path / "other", *others}
+
+
+def test_temporary_folders_of_killed_runs_go_and_those_of_others_stay(tmp_path):
+    for name in ("flat-llm-dead", "flat-llm-mine"):
+        (tmp_path / name / "model").mkdir(parents=True)
+    (tmp_path / "flat-llm-dead" / ".lock").touch()
+    with temporary_folder(tmp_path) as first, temporary_folder(tmp_path) as second:
+        assert {*tmp_path.iterdir()} == {first, second, tmp_path / "flat-llm-mine"}
+    assert {*tmp_path.iterdir()} == {tmp_path / "flat-llm-mine"}
+
+
+@pytest.mark.parametrize("name", ["file", "file/sub/folder", "loop", "dangling"])
+def test_a_place_that_cannot_be_written_to_is_refused(tmp_path, name):
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    check_writable(tmp_path / "not" / "yet")
+    with pytest.raises(InputError, match=f"cannot write to .*/{name}: "):
+        check_writable(tmp_path / name)

@@ -6,7 +6,10 @@ import math
 import os
 import re
 import shutil
+import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -296,7 +299,14 @@ def test_argparse_refuses_in_one_line_after_the_usage(here, capsys, argv, reason
         ("--dataset text/train.txt", "no test split to measure perplexity on; name an --eval_dataset"),
         ("--eval_dataset short.txt", "has 2 tokens, fewer than one window of 32"),
         (f"--save_model {MODEL}", "it is not empty"),
-        ("--save_model text --overwrite", "it holds no model"),
+        ("--save_model text --overwrite", "no run wrote text/"),
+        ("--save_model logs", "overlaps with --save logs"),
+        ("--save_model new --save new/logs", "overlaps with --save new/logs"),
+        ("--save_model new --bi_score new.partial", "overlaps with --bi_score new.partial"),
+        ("--save_model new --offload_folder new", "overlaps with --offload_folder new"),
+        ("--model llama.partial --save_model llama --overwrite", "overlaps with --model llama.partial"),
+        ("--save_model text/train.txt/new", "cannot write to "),
+        ("--offload_folder text/train.txt", "cannot write to text/train.txt: Not a directory"),
         ("--save_model llama --overwrite", "overlaps with --model"),
         ("--save_model llama/small", "overlaps with --model"),
         ("--save_model text/train.txt", "it is a file"),
@@ -304,8 +314,8 @@ def test_argparse_refuses_in_one_line_after_the_usage(here, capsys, argv, reason
         (f"--prune_method bi --bi_score {SCORES}", f"{SCORES} is a file"),
         ("--bi_score ranks/llama/ranks_40.json", "ranks_40.json does not exist"),
         ("--bi_score bi_score.pt", "bi_score.pt: 'scores' has 2 entries; the model has 3 layers"),
-        ("--save text/train.txt", "text/train.txt"),
-        ("--bi_score text/train.txt/x", "text/train.txt/x"),
+        ("--save text/train.txt", "cannot write to text/train.txt: Not a directory"),
+        ("--bi_score text/train.txt/x", "cannot write to text/train.txt/x: Not a directory"),
         (f"--model {MODEL}", "compressed already"),
         ("--model nosuch/model", "no usable model config at 'nosuch/model'"),
         ("--model ./no/such/model", "no usable model config at './no/such/model'"),
@@ -521,3 +531,73 @@ def test_an_interrupted_run_says_how_to_go_on_and_its_command_then_succeeds(here
     assert run(*argv) == 0
     assert Path("new/importance.json").read_bytes() == scores
     assert shards("out/new") == shards(MODEL)
+
+
+def test_a_place_for_scores_that_cannot_be_written_to_is_refused_before_they_are_computed(refused, monkeypatch):
+    monkeypatch.setattr("flatllmcore.pipeline.Pipeline.score", None)
+    for method in ("bi", "flatllm"):
+        assert "cannot write to text/train.txt/x" in refused("--bi_score", "text/train.txt/x", "--prune_method", method)
+
+
+def test_ranks_are_written_beside_scores_that_a_stopped_run_left(here):
+    """Not beside a file of scores given by name, nor beside the authors' scores, which do not say their digest."""
+    ranks = Path(RANKS).read_bytes()
+    Path(RANKS).unlink()
+    Path("theirs").mkdir()
+    torch.save(read(SCORES)["scores"], "theirs/bi_score.pt")
+    for place in (SCORES, "theirs"):
+        assert run("--bi_score", place) == 0
+        assert {*os.listdir("ranks/llama"), *os.listdir("theirs")} == {"importance.json", "bi_score.pt"}
+    assert run() == 0
+    assert Path(RANKS).read_bytes() == ranks
+
+
+def test_a_run_stopped_in_the_evaluation_goes_on_with_it(here, monkeypatch, capfd):
+    """Whatever stops it; after another run, and when it is done, the folder is one that is not empty."""
+    argv = ("--save_model", "new", "--eval_zero_shot")
+    monkeypatch.setattr(main, "load_tasks", lambda *_: {})
+    monkeypatch.setattr(main, "evaluate_saved", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    assert run(*argv) == 2
+    model, record = files(Path("new")), read(RECORD)
+    assert run(*argv[:2]) == 2
+    assert "it is not empty" in capfd.readouterr().err
+    monkeypatch.setattr(main, "evaluate_saved", lambda folder, *_: {"tasks": {}, "folder": folder})
+    monkeypatch.setattr(main.CheckpointRun, "compressed", None)
+    assert run(*argv) == 0
+    assert read(RECORD) == record | {"zero_shot": {"tasks": {}, "folder": "new"}}
+    assert files(Path("new")) == model
+    assert run(*argv) == 2
+    assert "it is not empty" in capfd.readouterr().err
+
+
+def test_what_is_published_names_no_folder_of_this_machine(here):
+    """With paths for all that can be one; the record is the user's own."""
+    places = ("--dataset", f"{here}/text", "--save_model", f"{here}/a/new", "--bi_score", f"{here}/b/scores")
+    assert run(*places, model=f"{here}/llama") == 0
+    for published in (Path("a/new"), Path("b/scores")):
+        for name, content in files(published).items():
+            assert str(here).encode() not in content, name
+    assert read("b/scores/importance.json")["model_id"] == "llama"
+    assert read("a/new/flat_llm.json")["request"]["base_model"] == "llama"
+    assert read(RECORD)["base_model"] == f"{here}/llama"
+
+
+@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_that_ends_the_program_leaves_no_temporary_folder(here, ending):
+    """The signal comes when the weights of a layer are there."""
+    Path("ending.py").write_text(
+        "import os, runpy, signal, sys\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
+        "def hook(event, args):\n"
+        "    if event == 'os.rename' and '00003-of' in str(args[1]):\n"
+        f"        os.kill(os.getpid(), {int(ending)})\n"
+        "sys.addaudithook(hook)\n"
+        "sys.argv.pop(0)\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    Path("temporary").mkdir()
+    argv = ["--model", "llama", "--dataset", "text", "--sparsity_ratio", "30", *SHORT]
+    command = [sys.executable, "ending.py", main.__file__, *argv]
+    done = subprocess.run(command, env=os.environ | {"TMPDIR": "temporary"}, check=False)
+    assert done.returncode == 128 + ending
+    assert os.listdir("temporary") == []

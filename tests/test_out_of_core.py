@@ -193,13 +193,16 @@ def test_results_are_remembered(tmp_path):
         assert sink.results == {"dense_perplexity": 5.5}
 
 
-@pytest.mark.parametrize("name", [".env", "README.md"])
-def test_a_folder_of_something_else_is_in_the_way(tmp_path, windows, checkpoint, name):
-    (tmp_path / "out.partial").mkdir()
-    (tmp_path / "out.partial" / name).write_text("mine")
-    with pytest.raises(InputError, match="it holds no unfinished run"):
-        compress_to(tmp_path / "out", checkpoint, windows)
-    assert bytes_in(tmp_path / "out.partial") == {name: b"mine"}
+def test_what_others_put_into_a_partial_folder_outlives_a_run_that_leaves_nothing(tmp_path, windows, checkpoint):
+    def stop(sink):
+        (sink.partial / "notes").mkdir(exist_ok=True)
+        raise StoppedError
+
+    for _ in range(2):
+        with suppress(StoppedError):
+            compress_to(tmp_path / "out", checkpoint, windows, before_layers=stop)
+        assert (tmp_path / "out.partial" / "notes").is_dir()
+        (tmp_path / "out.partial" / ".tmp.notes").mkdir(exist_ok=True)
 
 
 def test_two_runs_in_one_folder_are_refused(tmp_path, windows, checkpoint, monkeypatch):
@@ -209,9 +212,9 @@ def test_two_runs_in_one_folder_are_refused(tmp_path, windows, checkpoint, monke
         with pytest.raises(InputError, match="another run is writing"):
             compress_to(tmp_path / "out", checkpoint, windows, overwrite=True)
 
-    def put_in_place_among_others(complete, folder):
+    def put_in_place_among_others(complete, folder, overwrite):
         second_run()
-        put_in_place(complete, folder)
+        put_in_place(complete, folder, overwrite)
         second_run()
 
     put_in_place = checkpoint_sink.put_in_place

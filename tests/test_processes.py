@@ -165,6 +165,14 @@ def test_a_group_of_which_one_is_killed_ends_and_goes_on_to_the_same_bytes(strai
     assert shards(folder) == straight
 
 
+def test_the_death_of_the_process_that_all_meet_at_is_told_in_one_line(copied):
+    kill = functools.partial(before_layer_1, functools.partial(kill_one, "0"))
+    statuses, errors = process_groups.run_group(3, OUT, copied("killed"), kill, has_agent=False)
+    assert statuses == [-signal.SIGKILL, 2, 2]
+    assert errors.startswith("error: another process ended")
+    assert errors.count("\n") == 1
+
+
 def test_a_stopped_group_goes_on_to_the_same_bytes(straight, copied):
     """As many processes do; another number of them is another request."""
     folder = copied("stopped")

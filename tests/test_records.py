@@ -10,7 +10,7 @@ from conftest import tiny_model
 from flatllmbench import records
 from flatllmbench.records import describe_model, hardware, versions
 from flatllmcore import FlatLLMPruner, InputError
-from flatllmcore.engine.checkpoint_sink import MANIFEST
+from flatllmcore.utils.checkpoint import MANIFEST
 from flatllmcore.utils.files import write_json
 from tiny_text import documents, word_tokenizer
 

@@ -3,6 +3,7 @@
 import argparse
 import errno
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,8 @@ from flatllmcore.config import PATH, SWITCH, Accepted, RunConfig, checked, integ
 from flatllmcore.core.importance import IMPORTANCE_FILE
 from flatllmcore.errors import InputError
 from flatllmcore.methods import METHODS
-from flatllmcore.utils.checkpoint import check_output_folder
+from flatllmcore.utils.checkpoint import check_output_folder, partial_folder
+from flatllmcore.utils.files import check_writable
 from flatllmcore.utils.layer_utils import model_name
 from flatllmcore.utils.processes import is_rank_0, local_world_size
 from flatllmcore.utils.text_sources import has_test_split
@@ -77,11 +79,6 @@ class Options(RunConfig):
         """Refuse what can be refused without looking at the model."""
         if self.device is not None and ":" in self.device and local_world_size() > 1:
             raise InputError(f"--device {self.device} is one GPU for several processes; with cuda each has its own")
-        if self.save_model is not None:
-            check_output_folder(self.save_model, self.overwrite)
-            model, out = Path(self.model).resolve(), self.save_model.resolve()
-            if model.is_relative_to(out) or out.is_relative_to(model):
-                raise InputError(f"--save_model {self.save_model} overlaps with --model; give another folder")
         for flag in ("tasks", "num_fewshot", "limit", "include_path"):
             if getattr(self, flag) is not None and not self.eval_zero_shot:
                 raise InputError(f"--{flag} is about tasks of the evaluation harness; give --eval_zero_shot too")
@@ -98,6 +95,22 @@ class Options(RunConfig):
             raise InputError(f"--bi_score {place} does not exist; give an existing file, or a folder")
         if not (self.eval_dataset or has_test_split(self.cal_dataset, self.dataset_root)):
             raise InputError(f"{self.cal_dataset} has no test split to measure perplexity on; name an --eval_dataset")
+
+    def check_places(self) -> None:
+        """Refuse places that cannot be written to, and a model folder that another place would be part of."""
+        for place in filter(None, (self.save, self.offload_folder)):
+            check_writable(place)
+        if self.save_model is None:
+            return
+        out = Path(os.path.realpath(self.save_model))
+        places: dict[str, Path | None] = {"save": self.save, "bi_score": self.score_place, "model": Path(self.model)}
+        places |= {"offload_folder": self.offload_folder, "cache_dir": self.cache_dir}
+        for flag, path in places.items():
+            real = Path(os.path.realpath(path or "/"))  # which is part of nothing
+            is_part = any(real.is_relative_to(folder) for folder in (out, partial_folder(out)))
+            if is_part or (flag == "model" and out.is_relative_to(real)):
+                raise InputError(f"--save_model {self.save_model} overlaps with --{flag} {path}; give another folder")
+        check_output_folder(self.save_model, self.overwrite)
 
 
 ROWS = {row.name: row for row in fields(Options)}

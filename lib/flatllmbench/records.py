@@ -15,8 +15,9 @@ import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import PretrainedConfig
 
-from flatllmcore.engine.checkpoint_sink import MANIFEST, Manifest
+from flatllmcore.engine.checkpoint_sink import Manifest
 from flatllmcore.layers import FAMILIES
+from flatllmcore.utils.checkpoint import MANIFEST
 from flatllmcore.utils.devices import device_name
 from flatllmcore.utils.files import read_json, write_json
 from flatllmcore.utils.layer_utils import count_parameters, dense_dimensions, load_config, model_name

@@ -148,7 +148,7 @@ class RunConfig(FlatLLMConfig):
         None, PATH, "where hidden states go that memory is too small for (the temporary folder)"
     )
     save_model: Path | None = option(None, PATH, "folder for the compressed model (a temporary one)")
-    overwrite: bool = option(False, SWITCH, "replace scores or a model folder that exist")
+    overwrite: bool = option(False, SWITCH, "replace scores that exist, or a model folder that a run wrote")
 
     @property
     def score_place(self) -> Path:

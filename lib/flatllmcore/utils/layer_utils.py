@@ -1,6 +1,7 @@
 """What a model is made of: its family, its dimensions and where its layers are."""
 
 import copy
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -26,6 +27,11 @@ DecoderModule: TypeAlias = Any
 def model_name(model: str | Path) -> str:
     """Return the last part of a model's folder or hub id."""
     return Path(model).absolute().name  # absolute: "." has no name
+
+
+def public_name(model: str) -> str:
+    """Return a hub id, or a name, as it is, and of a path here its last part: what may be published."""
+    return model_name(model) if os.path.exists(model) else model
 
 
 def load_config(model: str, cache_dir: Path | None = None) -> PretrainedConfig:
