@@ -23,11 +23,11 @@ from typing import Any
 import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from flatllmbench.command_line import UNUSABLE_PLACE, Options, complain, logging_to, parse_options
+from flatllmbench.command_line import Options, complain, logging_to, parse_options
 from flatllmbench.records import hardware, versions
 from flatllmbench.zero_shot import evaluate_saved, load_tasks
 from flatllmcore.checkpoint_run import CheckpointRun
-from flatllmcore.errors import InputError
+from flatllmcore.errors import UNUSABLE_PLACE, InputError
 from flatllmcore.utils.checkpoint import MODEL_CARD, model_card, partial_folder
 from flatllmcore.utils.devices import parse_device, peak_memory_gib
 from flatllmcore.utils.files import digest, read_json, write_json
@@ -113,7 +113,7 @@ class Program:
     def finished(self) -> str:
         """Say what a run that was stopped leaves to go on from."""
         out = self.options.save_model
-        layers = f", finished layers in {partial}" if out and (partial := partial_folder(out)).exists() else ""
+        layers = f", finished layers in {partial}" if out and os.path.exists(partial := partial_folder(out)) else ""
         return f"scores and ranks finished so far stay in {self.options.score_place}{layers}"
 
     def check(self) -> dict[str, Any] | None:

@@ -1,7 +1,6 @@
 """Command lines made from the table of options, and what the programs share in talking to a terminal."""
 
 import argparse
-import errno
 import logging
 import os
 import sys
@@ -15,9 +14,9 @@ from typing import Any
 import huggingface_hub
 import transformers
 
-from flatllmcore.config import PATH, SWITCH, Accepted, RunConfig, checked, integer, one_of, option
+from flatllmcore.config import MOST, PATH, SWITCH, Accepted, RunConfig, checked, integer, one_of, option
 from flatllmcore.core.importance import IMPORTANCE_FILE
-from flatllmcore.errors import InputError
+from flatllmcore.errors import UNUSABLE_PLACE, InputError, door
 from flatllmcore.methods import METHODS
 from flatllmcore.utils.checkpoint import check_output_folder, partial_folder
 from flatllmcore.utils.files import check_writable
@@ -25,8 +24,6 @@ from flatllmcore.utils.layer_utils import model_name
 from flatllmcore.utils.processes import is_rank_0, local_world_size
 from flatllmcore.utils.text_sources import has_test_split
 
-# What a user can mend about a place that cannot be written to.
-UNUSABLE_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOTDIR, errno.EEXIST)
 TASK_NAMES = Accepted(
     "tasks of the evaluation harness, comma-separated",
     lambda value: isinstance(value, str | list),
@@ -43,7 +40,7 @@ class Options(RunConfig):
     """
 
     sparsity_ratio: int = option(20, integer(1, 95), "percentage of the decoder layers' linear weights that is removed")
-    cal_nsamples: int | None = option(None, integer(1), "windows of text (128 for scores, 256 to compress)")
+    cal_nsamples: int | None = option(None, integer(1, MOST), "windows of text (128 for scores, 256 to compress)")
     prune_qk: bool = option(False, SWITCH, "prune Q and K too, each kept as two factors, instead of leaving them whole")
     prune_method: str = option("flatllm", one_of(("bi", *METHODS)), "bi: write importance scores; the others compress")
     save: Path = option(Path("logs"), PATH, "folder for logs and records")
@@ -77,6 +74,11 @@ class Options(RunConfig):
 
     def check(self) -> None:
         """Refuse what can be refused without looking at the model."""
+        for name, flag in FLAGS.items():
+            place = Path(self.model) if name == "model" else getattr(self, name)
+            if isinstance(place, Path):
+                with door(f"--{flag} {place} is no place", "give another one"):
+                    place.resolve()  # RuntimeError of a link to itself
         if self.device is not None and ":" in self.device and local_world_size() > 1:
             raise InputError(f"--device {self.device} is one GPU for several processes; with cuda each has its own")
         for flag in ("tasks", "num_fewshot", "limit", "include_path"):

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from ..errors import InputError
+from ..errors import InputError, door
 from .dimensions import LARGEST_SIZE, ModelDimensions
 
 FAMILY_NAMES = ("llama", "mistral", "qwen2", "qwen3")  # the ``model_type`` of dense models
@@ -36,16 +35,11 @@ def public_name(model: str) -> str:
 
 def load_config(model: str, cache_dir: Path | None = None) -> PretrainedConfig:
     """Return the config of a local folder or a hub id; no weight is read."""
-    try:
+    with door(f"no usable model config at {model!r}", f"give a model of one of the families {_SUPPORTED}"):
         fields, _ = PretrainedConfig.get_config_dict(model, cache_dir=cache_dir)
         if isinstance(layers := fields.get("num_hidden_layers"), int) and layers > LARGEST_SIZE:
             raise ValueError(f"num_hidden_layers is {layers:,}")  # of which some families make a list
         return AutoConfig.from_pretrained(model, cache_dir=cache_dir, trust_remote_code=False)
-    except (OSError, ValueError, TypeError, AttributeError, ZeroDivisionError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split("\n")[:2])
-        raise InputError(
-            f"no usable model config at {model!r} ({reason}); give a model of one of the families {_SUPPORTED}"
-        ) from error
 
 
 def family_name(config: PretrainedConfig) -> str:
@@ -71,6 +65,7 @@ def dimensions_from_config(config: PretrainedConfig) -> ModelDimensions:
 def dense_dimensions(config: PretrainedConfig) -> ModelDimensions:
     """Return the sizes of the dense model, from the config of that model or of what it was compressed to."""
     family = family_name(config)
+    is_dense = config.model_type == family
     return ModelDimensions(
         architecture=family,
         num_layers=config.num_hidden_layers,
@@ -79,8 +74,8 @@ def dense_dimensions(config: PretrainedConfig) -> ModelDimensions:
         num_kv_heads=config.num_key_value_heads,
         # Some configs state it only where it is not that quotient.
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-        # A config of per-layer widths refuses to give one for all.
-        intermediate_size=config.intermediate_size if config.model_type == family else config.dense_intermediate_size,
+        # A config of per-layer widths refuses to give one for all; and that of the dense model may be missing.
+        intermediate_size=config.intermediate_size if is_dense else config.dense_intermediate_size or 0,
     )
 
 

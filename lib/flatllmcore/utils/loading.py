@@ -4,20 +4,21 @@ import hashlib
 import logging
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation import GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
-from ..errors import InputError
+from ..errors import InputError, door
 from .files import digest, file_digest, to_json_bytes
-from .layer_utils import WEIGHT_DTYPES, load_config
+from .layer_utils import WEIGHT_DTYPES, dense_dimensions, find_decoder_layers, load_config
 
 logger = logging.getLogger(__name__)
 
@@ -33,14 +34,15 @@ def load_model(model: str, *, dtype: str = "auto", cache_dir: Path | None = None
     """Return a causal language model in host memory, every weight read from safetensors, checked and cast."""
     skeleton, files, stored = open_checkpoint(model, cache_dir)
     cast_to = stored if dtype == "auto" else getattr(torch, dtype)
-    generation_file = found_file(model, GENERATION_CONFIG_NAME, cache_dir)
-    return type(skeleton).from_pretrained(
-        None,  # given a folder it would look for weights by itself, and add an adapter that lies beside them
-        config=skeleton.config,
-        dtype=cast_to,
-        state_dict={name: files.read(name).to(cast_to) for name, _ in skeleton.named_parameters()},
-        generation_config=generation_file and GenerationConfig.from_pretrained(generation_file.parent),
-    )
+    with door(f"{model!r} cannot be loaded", "accepted: a model that transformers loads"):
+        generation_file = found_file(model, GENERATION_CONFIG_NAME, cache_dir)
+        return type(skeleton).from_pretrained(
+            None,  # given a folder it would look for weights by itself, and add an adapter that lies beside them
+            config=skeleton.config,
+            dtype=cast_to,
+            state_dict={name: files.read(name).to(cast_to) for name, _ in skeleton.named_parameters()},
+            generation_config=generation_file and GenerationConfig.from_pretrained(generation_file.parent),
+        )
 
 
 def open_checkpoint(model: str, cache_dir: Path | None) -> tuple[PreTrainedModel, "WeightFiles", torch.dtype]:
@@ -53,21 +55,32 @@ def open_checkpoint(model: str, cache_dir: Path | None) -> tuple[PreTrainedModel
 
 
 def empty_causal_lm(config: PretrainedConfig) -> PreTrainedModel:
-    """Return the causal language model of a dense or compressed config, on the meta device: shapes and no weights."""
-    try:
+    """Return the causal language model of a dense or compressed config, on the meta device: shapes and no weights.
+
+    What its decoder layers do not run with, or transformers does not know or has no package for, is an InputError.
+    """
+    dense_dimensions(config)  # refuses sizes that are none
+    with door(f"the model config of {config._name_or_path!r} is unusable", "mend its config.json"):
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (KeyError, ValueError) as error:
-        raise InputError(f"the model config asks for {error}, which transformers has not; mend config.json") from error
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        states = torch.zeros(1, 2, config.hidden_size, dtype=model.dtype, device="meta")
+        rotary = type(model.get_decoder().rotary_emb)(config=model.config)  # not on meta: some look at the positions
+        angles = [part.to("meta") for part in rotary(torch.zeros(0, dtype=model.dtype), torch.arange(2)[None])]
+        chosen, model.config._attn_implementation = model.config._attn_implementation, "eager"  # it runs anywhere
+        with torch.no_grad():
+            for layer in find_decoder_layers(model):
+                states = layer(states, position_embeddings=angles)
+        model.config._attn_implementation = chosen
+        return model
 
 
 def load_tokenizer(model: str, *, cache_dir: Path | None = None) -> PreTrainedTokenizerBase:
-    """Return the tokenizer that stands beside a model."""
-    try:
-        return AutoTokenizer.from_pretrained(model, cache_dir=cache_dir, trust_remote_code=False)
-    except Exception as error:  # damaged files raise KeyError, and the tokenizers library Exception itself
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"no usable tokenizer at {model!r} ({reason}); expected one beside the weights") from error
+    """Return the tokenizer that stands beside a model, and that can be saved again."""
+    accepted = "tokenizer.json beside the weights, or tokenizer.model with the packages sentencepiece and protobuf"
+    with TemporaryDirectory() as folder, door(f"no usable tokenizer at {model!r}", f"accepted: {accepted}"):
+        tokenizer = AutoTokenizer.from_pretrained(model, cache_dir=cache_dir, trust_remote_code=False)
+        tokenizer.save_pretrained(folder)  # tried now, not after all the work
+    return tokenizer
 
 
 def tokenizer_digest(model: str, cache_dir: Path | None = None) -> str:
@@ -167,12 +180,5 @@ def found_file(model: str, name: str, cache_dir: Path | None) -> Path | None:
     return None if file is None else Path(file)
 
 
-@contextmanager
-def _naming_checkpoint(model: str) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, SafetensorError, ValueError, KeyError) as error:  # the latter two: of a damaged index
-        reason = str(error).splitlines()[0]
-        raise InputError(
-            f"checkpoint {model!r} is missing or damaged ({reason}); expected safetensors files"
-        ) from error
+def _naming_checkpoint(model: str) -> AbstractContextManager[None]:
+    return door(f"checkpoint {model!r} is missing or damaged", "expected safetensors files")
