@@ -47,8 +47,8 @@ def test_a_temporary_is_new_under_a_name_that_nobody_knows(tmp_path, monkeypatch
 
 def write_and_name(path: Path) -> str:
     with replacing(path) as temporary:
-        temporary.write_bytes(b"old")
-        return temporary.name
+        temporary.write(b"old")
+        return Path(temporary.name).name
 
 
 def test_space_is_asked_of_the_file_system_that_the_folder_will_be_on(tmp_path, monkeypatch):
