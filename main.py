@@ -92,12 +92,7 @@ def command_line(argv: Sequence[str]) -> str:
 
 
 def complain_once(message: str, is_own: bool = True) -> int:
-    """Say what was wrong, unless another process has said something; return the exit status.
-
-    Args:
-        message: One line.
-        is_own: Whether it is about what this process found; another's end is not this one's to tell.
-    """
+    """Say in one line what was wrong, unless that is another process's end, or it has spoken; return the exit status."""
     return complain(message) if is_first_failure(is_own) else 2
 
 
