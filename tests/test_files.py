@@ -6,6 +6,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from flatllmcore.errors import InputError
 from flatllmcore.utils.files import check_disk_space, check_writable, replacing, temporary_folder, write_atomically
@@ -100,3 +102,11 @@ def test_a_place_that_cannot_be_written_to_is_refused(tmp_path, name):
     check_writable(tmp_path / "not" / "yet")
     with pytest.raises(InputError, match=f"cannot write to .*/{name}: "):
         check_writable(tmp_path / name)
+
+
+def test_what_a_library_puts_in_the_place_of_the_temporary_file_is_as_readable_as_any(tmp_path):
+    with replacing(tmp_path / "weights.safetensors") as file:
+        save_file({"a": torch.ones(3)}, file.name)
+    write_atomically(tmp_path / "plain", b"")
+    assert torch.equal(load_file(tmp_path / "weights.safetensors")["a"], torch.ones(3))
+    assert (tmp_path / "weights.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode

@@ -41,7 +41,9 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            with temporary.open("rb") as written:  # safetensors puts another file there, that it alone may read
+                temporary.chmod(os.fstat(file.fileno()).st_mode)
+                os.fsync(written.fileno())
             temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
