@@ -92,7 +92,7 @@ def command_line(argv: Sequence[str]) -> str:
 
 
 def complain_once(message: str, is_own: bool = True) -> int:
-    """Say in one line what was wrong, unless that is another process's end, or it has spoken; return the exit status."""
+    """Say in one line what was wrong, unless another process has, or its end is all; return the exit status."""
     return complain(message) if is_first_failure(is_own) else 2
 
 
