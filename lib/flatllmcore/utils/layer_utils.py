@@ -12,10 +12,11 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..errors import InputError, door
-from .dimensions import LARGEST_SIZE, ModelDimensions
+from .dimensions import ModelDimensions
 
 FAMILY_NAMES = ("llama", "mistral", "qwen2", "qwen3")  # the ``model_type`` of dense models
 _SUPPORTED = ", ".join(FAMILY_NAMES)
+_MOST_LAYERS = 2**12  # of which transformers makes modules in seconds, before their weights are looked for
 # What weights may be, as safetensors spells it; float8 is a floating-point type too.
 WEIGHT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -37,8 +38,8 @@ def load_config(model: str, cache_dir: Path | None = None) -> PretrainedConfig:
     """Return the config of a local folder or a hub id; no weight is read."""
     with door(f"no usable model config at {model!r}", f"give a model of one of the families {_SUPPORTED}"):
         fields, _ = PretrainedConfig.get_config_dict(model, cache_dir=cache_dir)
-        if isinstance(layers := fields.get("num_hidden_layers"), int) and layers > LARGEST_SIZE:
-            raise ValueError(f"num_hidden_layers is {layers:,}")  # of which some families make a list
+        if isinstance(layers := fields.get("num_hidden_layers"), int) and layers > _MOST_LAYERS:
+            raise ValueError(f"num_hidden_layers is {layers:,}; accepted: at most {_MOST_LAYERS:,}")
         return AutoConfig.from_pretrained(model, cache_dir=cache_dir, trust_remote_code=False)
 
 

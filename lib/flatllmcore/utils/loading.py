@@ -47,10 +47,7 @@ def load_model(model: str, *, dtype: str = "auto", cache_dir: Path | None = None
 
 def open_checkpoint(model: str, cache_dir: Path | None) -> tuple[PreTrainedModel, "WeightFiles", torch.dtype]:
     """Return a checkpoint's model on the meta device, and its weights with their type, checked against each other."""
-    config, files = load_config(model, cache_dir), WeightFiles(model, cache_dir)
-    if config.num_hidden_layers > (found := len(files.shapes)):  # before so many layers are made
-        raise InputError(f"checkpoint {model!r} is damaged: {found} weights for {config.num_hidden_layers} layers")
-    skeleton = empty_causal_lm(config)
+    skeleton, files = empty_causal_lm(load_config(model, cache_dir)), WeightFiles(model, cache_dir)
     return skeleton, files, files.check(skeleton)
 
 

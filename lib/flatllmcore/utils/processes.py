@@ -122,10 +122,7 @@ def is_first_failure(is_own: bool) -> bool:
 
 
 def own_share(rows: Tensor, batch_size: int = 1) -> Tensor:
-    """Return a view of the rows that this process takes; shares differ by one batch at most and may be empty.
-
-    They are whole batches if there is one for each process: then every batch is one that a single process has too.
-    """
+    """Return a view of the rows that this process takes: whole batches, or less than one if there are too few."""
     count = world_size()
     if len(rows) <= batch_size * (count - 1):
         return rows.tensor_split(count)[_rank()]
