@@ -21,6 +21,7 @@ from flatllmcore.engine.memory import ModelInMemory
 from flatllmcore.engine.perplexity import perplexity
 from flatllmcore.errors import InputError
 from flatllmcore.layers.flat_attention import HeadwiseFactoredLinear
+from flatllmcore.methods import flatllm
 from flatllmcore.utils.layer_utils import count_parameters
 
 TEST_WINDOWS = torch.randint(97, (6, 16), generator=torch.Generator().manual_seed(2))
@@ -131,6 +132,51 @@ def test_few_calibration_tokens_are_warned_of_and_do_not_blow_up(model, windows,
     small, _, _ = compressed(model, windows[:3], 0.8)
     assert "48 calibration tokens are few for 56 MLP channels" in caplog.text
     assert perplexity(ModelInMemory(small, CPU), TEST_WINDOWS, 4).value < 3 * before
+
+
+def with_massive_token(dtype):
+    """A model whose second layer has six massive MLP channels, nearly multiples of each other, at token 3."""
+    model = tiny_model(intermediate_size=96, initializer_range=0.05)
+    scale = (1e4 * torch.tensor([1, 0.7, 0.5, 0.3, 0.2, 0.1], dtype=torch.float64)).sqrt() / 32**0.5
+    with torch.no_grad():
+        embeddings = model.get_input_embeddings().weight
+        embeddings[:, 0] = 0
+        embeddings[3] *= 0.02
+        embeddings[3, 0] = 1
+        for layer in model.model.layers:  # nobody writes dimension 0, so it marks the token
+            layer.self_attn.o_proj.weight[0] = layer.mlp.down_proj.weight[0] = 0
+            layer.post_attention_layernorm.weight[0] = 1
+        mlp = model.model.layers[1].mlp
+        for projection in (mlp.gate_proj, mlp.up_proj):
+            projection.weight[:6] *= 0.04
+            projection.weight[:6, 0] = scale
+        mlp.down_proj.weight[:, :6] *= 1e-3
+    return model.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_with_massive_activations_is_compressed_as_by_float64_sums(dtype, windows, monkeypatch):
+    """Oracle: the same activations summed in float64. The same channels stay, and the weights are close."""
+    windows[::3, ::5] = 3
+    model = with_massive_token(dtype)
+    seen = []
+    with model.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda _, given: seen.append(given[0])):
+        model(windows)
+    assert seen[0].abs().max() > 3000
+    found, _, _ = compressed(copy.deepcopy(model), windows, prune_qk=True)
+
+    def add_head_moments(total, outputs):
+        heads = outputs.double().unflatten(1, total.shape[:2]).transpose(0, 1)
+        total += heads.mT @ heads
+
+    monkeypatch.setattr(flatllm, "add_moment", lambda total, rows: total.add_(rows.double().T @ rows.double()))
+    monkeypatch.setattr(flatllm, "add_head_moments", add_head_moments)
+    expected, _, _ = compressed(model, windows, prune_qk=True)
+    for (name, weight), right in zip(found.state_dict().items(), expected.state_dict().values(), strict=True):
+        if "gate_proj" in name or "up_proj" in name:
+            assert torch.equal(weight, right), name
+        error = (weight.abs() - right.abs()).norm() / right.norm()  # an eigenvector's sign is anybody's choice
+        assert error < 1e-2, name
 
 
 @pytest.mark.parametrize("method", ["angular", "gradient"])
