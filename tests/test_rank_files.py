@@ -145,6 +145,13 @@ def test_a_damaged_file_is_named(tmp_path, name, content):
         ("importance.json", {"scores": [0.1]}, "'scores' has 1 entries; the model has 2 layers"),
         ("importance.json", {"scores": [0.1, -0.2]}, "the score of layer 1 is -0.2; accepted: finite"),
         ("importance.json", {"dimensions": {"head_dim": 0}}, r"at `\$\.dimensions`"),
+        (
+            "importance.json",
+            {"dimensions": vars(DIMENSIONS) | {"head_dim": 10**9}},
+            "head_dim is 1,000,000,000; accepted",
+        ),
+        ("ranks_20.json", {"dimensions": vars(DIMENSIONS) | {"head_dim": 10**400}}, "not JSON|head_dim"),
+        ("importance.json", {"scores": [10**400, 1]}, "importance.json"),
         (AUTHORS_KEPT, [0.5] * 3, "'layers' has 3 entries; the model has 2 layers"),
         (AUTHORS_KEPT, [0.5, 1.01], "'keep' of layer 1 is 1.01; accepted: more than 0, at most 1"),
         (AUTHORS_KEPT, [0.0, 0.5], "'keep' of layer 0 is 0.0; accepted: more than 0, at most 1"),

@@ -129,6 +129,8 @@ def allocate_keep_ratios(scores: Sequence[float], keep_ratio: float) -> list[flo
     keep = [1.0] * len(scores)
     if keep_ratio == 1:
         return keep  # also where equal scores would give 1 less a rounding error
+    _, exponent = math.frexp(max(scores, default=1.0))
+    scores = [math.ldexp(score, -exponent) for score in scores]  # exact, and no sum of them overflows
     budget = len(scores) * keep_ratio
     active = sorted(range(len(scores)), key=lambda i: -scores[i])
     total = math.fsum(scores)
