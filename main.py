@@ -34,6 +34,7 @@ from flatllmcore.utils.files import write_json
 from flatllmcore.utils.processes import (
     OtherProcessError,
     broadcast_object,
+    check_launch,
     is_first_failure,
     is_rank_0,
     process_group,
@@ -45,6 +46,10 @@ logger = logging.getLogger("flatllm")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; return its exit status: 0, or 2 after one line on stderr about unusable input."""
+    try:
+        check_launch()
+    except InputError as error:
+        return complain(str(error))  # of every process: there is no group yet
     try:
         options, flags = parse_options(argv, __doc__ or "")
         device = parse_device(options.device)

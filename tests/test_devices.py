@@ -31,6 +31,14 @@ def test_a_device_is_the_named_one_or_the_best():
     assert best_device().type == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@pytest.mark.parametrize("rank", ["", "first", "-1", "1.0"])
+def test_a_local_rank_that_is_no_number_is_refused(rank, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    with pytest.raises(InputError, match=f"LOCAL_RANK is '{rank}', not 0 to"):
+        best_device()
+
+
 def test_peak_memory_is_this_process_s_and_not_that_of_the_one_that_started_it():
     """A child takes less for its imports than the block of its parent."""
     block = torch.ones(2**28)  # 1 GiB

@@ -23,7 +23,7 @@ class Walk:
     """The hidden states of this process's share of the windows (N, S) of all, first those that enter layer 0."""
 
     def __init__(self, source: LayerSource, windows: Tensor, batch_size: int) -> None:
-        self.source, self.windows, self.batch_size = source, own_share(windows), batch_size
+        self.source, self.windows, self.batch_size = source, own_share(windows, batch_size), batch_size
         shape = (*self.windows.shape, source.config.hidden_size)
         self.states = source.storage.empty(shape, source.dtype, source.device)
         with source.embedding() as embed:
