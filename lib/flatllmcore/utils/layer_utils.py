@@ -1,9 +1,11 @@
 """What a model is made of: its family, its dimensions and where its layers are."""
 
+import copy
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
@@ -14,6 +16,7 @@ from .dimensions import ModelDimensions
 
 FAMILY_NAMES = ("llama", "mistral", "qwen2", "qwen3")  # the ``model_type`` of dense models
 _SUPPORTED = ", ".join(FAMILY_NAMES)
+_MOST_LAYERS = 2**12  # of which transformers makes modules in seconds, before their weights are looked for
 
 # A decoder layer or a part of one. torch types a module's members as tensor or module, so their own are lost.
 DecoderModule: TypeAlias = Any
@@ -27,6 +30,9 @@ def model_name(model: str | Path) -> str:
 def load_config(model: str, cache_dir: Path | None = None) -> PretrainedConfig:
     """Return the config of a local folder or a hub id; no weight is read."""
     try:
+        fields, _ = PretrainedConfig.get_config_dict(model, cache_dir=cache_dir)
+        if isinstance(layers := fields.get("num_hidden_layers"), int) and layers > _MOST_LAYERS:
+            raise ValueError(f"num_hidden_layers is {layers:,}; accepted: at most {_MOST_LAYERS:,}")
         return AutoConfig.from_pretrained(model, cache_dir=cache_dir)
     except (OSError, ValueError, TypeError, ZeroDivisionError, StrictDataclassError) as error:
         reason = " ".join(str(error).split("\n")[:2])
@@ -84,7 +90,7 @@ def check_architecture(model: nn.Module, architecture: str | None) -> None:
 
 
 def check_causal_lm(model: PreTrainedModel) -> None:
-    """Refuse what is no causal language model, dense or compressed, with floating-point weights in memory."""
+    """Refuse what is no causal language model, dense or compressed, of its config's modules, with weights in memory."""
     expected = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[detect_architecture(model)]
     # By name: another copy of this package, or a model folder's own files, have a compressed class of their own.
     if type(model).__name__ not in (expected, f"Flat{expected}"):
@@ -92,8 +98,24 @@ def check_causal_lm(model: PreTrainedModel) -> None:
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise InputError(f"the weight {name} is offloaded; load the model without a device map, or on the CPU")
-        if not parameter.is_floating_point():
+        if parameter.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
             raise InputError(f"the weight {name} is {parameter.dtype}; accepted: models that are not quantised")
+    with torch.device("meta"):
+        plain, found = map(_makeup, (type(model)(copy.deepcopy(model.config)), model))
+    if different := sorted(name for name in found.keys() | plain.keys() if found.get(name) != plain.get(name)):
+        name = different[0]
+        raise InputError(
+            f"the module {name} is {found.get(name)}, and by the config {plain.get(name)}; merge adapters into the "
+            "weights, and make masks and parametrizations permanent"
+        )
+
+
+def _makeup(model: PreTrainedModel) -> dict[str, str]:
+    """Return the kind of each module with its parameters."""
+    return {
+        name: f"{type(part).__name__}({', '.join(dict(part.named_parameters(recurse=False)))})"
+        for name, part in model.named_modules()
+    }
 
 
 def find_layers(module: nn.Module, kinds: tuple[type[nn.Module], ...] = (nn.Linear,)) -> dict[str, nn.Module]:
