@@ -22,6 +22,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from flatllmcore.utils.files import replacing
 from flatllmcore.utils.text_sources import load_text
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -186,10 +187,9 @@ def training_step(model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, ids
 
 def save_state(path: Path, model, optimizer, elapsed_s: float, step: int, losses: list) -> None:
     """Write the state to a temporary file and rename it, so that a kill leaves the earlier one whole."""
-    temporary = path.with_suffix(".tmp")
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-    torch.save(state | {"elapsed_s": elapsed_s, "step": step, "losses": losses}, temporary)
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        torch.save(state | {"elapsed_s": elapsed_s, "step": step, "losses": losses}, temporary)
 
 
 @torch.inference_mode()

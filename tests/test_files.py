@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from flatllmcore.errors import InputError
-from flatllmcore.utils.files import check_disk_space, write_atomically
+from flatllmcore.utils.files import check_disk_space, replacing, write_atomically
 
 
 @pytest.mark.parametrize("failing", ["os.fsync", "pathlib.Path.replace"])
@@ -31,6 +31,24 @@ def test_a_file_is_replaced_whole_or_left_as_it_was_and_folders_are_made(tmp_pat
     write_atomically(path, b"new")
     assert path.read_bytes() == b"new"
     assert os.listdir(path.parent) == ["file"]
+
+
+def test_a_temporary_is_new_under_a_name_that_nobody_knows(tmp_path, monkeypatch):
+    names = {write_and_name(tmp_path / "file") for _ in range(9)}
+    assert len(names) == 9
+    assert all(name.startswith(".tmp") for name in names)
+    (tmp_path / "theirs").write_bytes(b"precious")
+    (tmp_path / ".tmp.known").symlink_to(tmp_path / "theirs")
+    monkeypatch.setattr("flatllmcore.utils.files.token_hex", lambda _: "known")
+    with pytest.raises(FileExistsError):
+        write_atomically(tmp_path / "file", b"new")
+    assert ((tmp_path / "theirs").read_bytes(), (tmp_path / "file").read_bytes()) == (b"precious", b"old")
+
+
+def write_and_name(path: Path) -> str:
+    with replacing(path) as temporary:
+        temporary.write_bytes(b"old")
+        return temporary.name
 
 
 def test_space_is_asked_of_the_file_system_that_the_folder_will_be_on(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from secrets import token_hex
 from typing import Any, TypeVar
 
 from safetensors import SafetensorError
@@ -21,12 +22,12 @@ T = TypeVar("T")
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Lend the name of a file to write, which takes the place of ``path`` when it is on the disk; folders are made.
+    """Lend the name of a file to make, which takes the place of ``path`` when it is on the disk; folders are made.
 
-    When anything fails ``path`` is as it was. What a kill leaves has a name that begins with ``.tmp``.
+    When anything fails ``path`` is as it was. What a kill leaves begins with ``.tmp``; the rest nobody can know before.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp.{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".tmp.{token_hex(8)}")
     try:
         with naming_place(path):
             yield temporary
@@ -39,8 +40,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write ``content`` to ``path``, which is as it was when anything fails; missing folders are made."""
-    with replacing(path) as temporary:
-        temporary.write_bytes(content)
+    with replacing(path) as temporary, temporary.open("xb") as file:
+        file.write(content)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -73,6 +74,12 @@ def read_json(path: Path, kind: type[T]) -> T:
 def digest(content: bytes) -> str:
     """Return the SHA-256 of ``content``, in hexadecimal."""
     return hashlib.sha256(content).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file, which is not read to memory as a whole."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
