@@ -36,6 +36,7 @@ class Importance:
     model_id: str
     dimensions: ModelDimensions
     scores: Sequence[float]
+    fingerprint: str | None = None  # the authors' files have none
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -115,7 +116,7 @@ def read_importance(path: Path, model: str | None, dimensions: ModelDimensions |
         ours = read_json(path, ImportanceScores)
         if dimensions is not None:
             ours.check_matches(dimensions, fingerprint=None)
-        return Importance(path, ours.model_id, ours.dimensions, ours.scores)
+        return Importance(path, ours.model_id, ours.dimensions, ours.scores, ours.fingerprint)
     if model is None or dimensions is None:
         raise InputError(f"{path} does not say what model it is about; name it by --model, a local folder or a hub id")
     return Importance(path, model, dimensions, read_author_numbers(path))
@@ -128,12 +129,13 @@ def allocate(importance: Importance, shares: dict[int, float], args: argparse.Na
         selector = ImportancePreservingRankSelector(
             importance.dimensions, rank_multiple=args.rank_multiple, prune_qk=args.prune_qk
         )
-        return {
-            percent: replace(selector.allocate(importance.scores, 1 - share), importance_sha256=sha256)
-            for percent, share in shares.items()
-        }
+        allocated = {percent: selector.allocate(importance.scores, 1 - share) for percent, share in shares.items()}
     except InputError as error:
         raise InputError(f"{importance.path}: {error}") from error
+    return {
+        percent: replace(allocation, importance_sha256=sha256, fingerprint=importance.fingerprint)
+        for percent, allocation in allocated.items()
+    }
 
 
 def write_ranks(importance: Importance, allocations: dict[int, RankAllocation], is_plotted: bool) -> None:

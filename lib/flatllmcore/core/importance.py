@@ -32,7 +32,7 @@ def angles_between(inputs: Tensor, outputs: Tensor) -> tuple[Tensor, int]:
 class ImportanceScores:
     """The content of ``importance.json``: one score per decoder layer, and all that is needed to compute them again.
 
-    ``fingerprint`` names the weights; angular scores are mean angles in units of π; ``zero_rows`` had no angle.
+    ``fingerprint`` names the model; angular scores are mean angles in units of π; ``zero_rows`` had no angle.
     """
 
     model_id: str
@@ -58,8 +58,8 @@ class ImportanceScores:
             raise InputError(f"the scores belong to another model, {self.model_id}: {differences}")
         if fingerprint not in (None, self.fingerprint):
             raise InputError(
-                f"the scores belong to other weights of the same sizes, {self.model_id} (fingerprint "
-                f"{self.fingerprint}, not {fingerprint}); score this model anew"
+                f"the scores belong to other weights, config or tokenizer, {self.model_id} "
+                f"(fingerprint {self.fingerprint}, not {fingerprint}); score this model anew"
             )
 
 

@@ -17,8 +17,8 @@ class RankAllocation:
     """What each decoder layer of a model keeps.
 
     ``sparsity_ratio`` is the percentage of the decoder layers' linear weights asked to be removed, ``dimensions`` are
-    those of the dense model, and ``importance_sha256`` is the digest of the file of scores that this was made from. An
-    InputError names an entry out of its bounds.
+    those of the dense model, and ``importance_sha256`` is the digest of the file of scores that this was made from,
+    ``fingerprint`` what that says of the model. An InputError names an entry out of its bounds.
     """
 
     sparsity_ratio: float
@@ -27,6 +27,7 @@ class RankAllocation:
     dimensions: ModelDimensions
     layers: tuple[Kept, ...]
     importance_sha256: str | None = None
+    fingerprint: str | None = None
 
     def __post_init__(self) -> None:
         largest = {"keep": 1, "value_rank": self.dimensions.head_dim, "mlp_width": self.dimensions.intermediate_size}
