@@ -159,7 +159,12 @@ def test_a_stopped_run_goes_on_to_the_same_bytes_and_computes_nothing_twice(
     assert not (tmp_path / "out.partial").exists()
 
 
-@pytest.mark.parametrize("damage", [lambda path: os.truncate(path, path.stat().st_size - 1), os.unlink])
+def zero_the_end(path):
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2] + bytes(len(content) - len(content) // 2))
+
+
+@pytest.mark.parametrize("damage", [lambda path: os.truncate(path, path.stat().st_size - 1), os.unlink, zero_the_end])
 def test_a_damaged_shard_is_found_and_done_again(tmp_path, windows, checkpoint, stopped, monkeypatch, damage):
     compress_to(tmp_path / "straight", checkpoint, windows)
     partial = stopped()

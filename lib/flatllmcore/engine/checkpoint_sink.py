@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -19,7 +19,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 from ..errors import InputError
 from ..layers.flat_attention import FlatDecoderLayer
 from ..utils.checkpoint import check_output_folder, put_in_place
-from ..utils.files import naming_place, read_json, replacing, write_atomically, write_json
+from ..utils.files import file_digest, naming_place, read_json, replacing, write_atomically, write_json
 from ..utils.loading import empty_causal_lm
 from ..utils.processes import barrier, broadcast_object, is_rank_0
 from .checkpoint_source import LAYERS, CheckpointSource
@@ -37,6 +37,7 @@ class Manifest:
     request: dict[str, Any]
     results: dict[str, Any] = field(default_factory=dict)
     layers: list[LayerRecord] = field(default_factory=list)
+    shards: dict[str, str] = field(default_factory=dict)  # SHA-256 of each layer's file
 
 
 def partial_folder(folder: Path) -> Path:
@@ -62,6 +63,7 @@ class CheckpointSink:
         self.request = dict(request)
         self.results: dict[str, Any] = {}
         self.finished: dict[int, LayerRecord] = {}
+        self._shards: dict[str, str] = {}
 
     @contextmanager
     def opened(self) -> Iterator["CheckpointSink"]:
@@ -81,6 +83,7 @@ class CheckpointSink:
         if is_rank_0():
             weights = {f"{LAYERS}{index}.{name}": weight for name, weight in layer.named_parameters()}
             self._write_shard(1 + index, weights)
+            self._shards[self._shard(1 + index).name] = file_digest(self._shard(1 + index))
             self._write_manifest(finished)
         self.finished = finished
 
@@ -146,6 +149,7 @@ class CheckpointSink:
             raise InputError(f"{self.partial} is in the way: it holds no unfinished run; delete it")
         manifest = read_json(path, Manifest) if path.exists() else Manifest(self.request)
         self._check_request(manifest.request)
+        self._shards = manifest.shards
         layers = {record.layer: record for record in manifest.layers if self._is_whole(record.layer)}
         self.results, self.finished = manifest.results, layers
         stack.push(self._discard_if_useless)
@@ -172,13 +176,14 @@ class CheckpointSink:
             raise InputError(f"{self.partial} holds a run of another request ({changed}); finish that one or delete it")
 
     def _is_whole(self, index: int) -> bool:
-        path = self._shard(1 + index)
+        path, problem = self._shard(1 + index), "its bytes are not those that were written"
         try:
-            with safe_open(path, "pt"):  # checks the header against the length of the file
+            if file_digest(path) == self._shards.get(path.name):
                 return True
-        except (OSError, SafetensorError) as error:
-            logger.warning("%s is damaged and its layer is done again: %s", path, error)
-            return False
+        except OSError as error:
+            problem = str(error)
+        logger.warning("%s is damaged and its layer is done again: %s", path, problem)
+        return False
 
     def _shard(self, number: int) -> Path:
         return self.partial / f"model-{number + 1:05d}-of-{self.num_layers + 2:05d}.safetensors"
@@ -191,7 +196,7 @@ class CheckpointSink:
     def _write_manifest(self, finished: Mapping[int, LayerRecord]) -> None:
         # Without seconds: all that is written is the same in every run of the request.
         layers = [replace(record, elapsed_s=None) for record in finished.values()]
-        write_json(self.partial / MANIFEST, Manifest(self.request, self.results, layers))
+        write_json(self.partial / MANIFEST, Manifest(self.request, self.results, layers, self._shards))
 
     def _write_index(self) -> None:
         weight_map, total_size = {}, 0
