@@ -123,6 +123,20 @@ def test_what_is_public_is_explained_and_nothing_is_long(path):
     assert len(source.splitlines()) <= 300
 
 
+def test_code_of_others_is_not_run():
+    """Where nothing is said, transformers asks on stdin whether to run the code of a model's folder."""
+    calls = [(path, node) for path in FILES for node in ast.walk(tree_of(path)) if isinstance(node, ast.Call)]
+    loading = [
+        (path, node)
+        for path, node in calls
+        if re.fullmatch(r"Auto\w+\.from_(pretrained|config)", ast.unparse(node.func))
+    ]
+    assert len(loading) >= 3
+    assert [
+        path.name for path, node in loading if "trust_remote_code=False" not in map(ast.unparse, node.keywords)
+    ] == []
+
+
 LOADED = "import sys; print(*{{name.partition('.')[0] for name in sys.modules}} & set({heavy}))"
 
 

@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 import socket
 from collections.abc import Callable
@@ -36,6 +37,16 @@ def run(*argv: str, model: str = "llama") -> int:
 
 def read(path: Path | str) -> dict:
     return json.loads(Path(path).read_text())
+
+
+def edit(path: Path | str, **fields: object) -> None:
+    Path(path).write_text(json.dumps(read(path) | fields))
+
+
+def add_to(name: str, amount: float, rows: slice = slice(None)) -> None:
+    tensors = load_file("llama/model.safetensors")
+    tensors[name][rows] += amount
+    save_file(tensors, "llama/model.safetensors", {"format": "pt"})
 
 
 def layer_ranks(record: dict) -> list[tuple]:
@@ -312,7 +323,7 @@ def test_unusable_arguments_are_refused(here, refused, argv, reason):
 def not_a_number(folder: Path, name: str = "model.layers.1.mlp.up_proj.weight") -> None:
     tensors = load_file(folder / "model.safetensors")
     flat = tensors[name].flatten()
-    flat[0] = math.copysign(math.nan, flat[0])  # of the sign that the fingerprint knows
+    flat[0] = math.nan
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
@@ -321,6 +332,7 @@ def not_a_number(folder: Path, name: str = "model.layers.1.mlp.up_proj.weight") 
     [
         ({"model_type": "gpt2"}, "model family 'gpt2' is not supported; supported: llama, mistral"),
         ({"model_type": "nonsense"}, "nonsense"),
+        ({"model_type": "theirs", "auto_map": {"AutoConfig": "theirs.Config"}}, "contains custom code"),
         ({"head_dim": "wide"}, "Field 'head_dim'"),
         ({"num_attention_heads": 0}, "no usable model config at 'llama'"),
         ({"num_hidden_layers": 4}, "9 weights are missing, first model.layers.3"),
@@ -333,12 +345,11 @@ def not_a_number(folder: Path, name: str = "model.layers.1.mlp.up_proj.weight") 
         (lambda folder: (folder / "tokenizer.json").write_text("{}"), "no usable tokenizer at 'llama'"),
     ],
 )
-def test_a_damaged_or_unsupported_model_is_refused(here, refused, damage, reason):
-    if isinstance(damage, dict):
-        Path("llama/config.json").write_text(json.dumps(read("llama/config.json") | damage))
-    else:
-        damage(here / "llama")
-    assert reason in refused("--save_model", "new")
+def test_a_damaged_or_unsupported_model_is_refused(here, refused, monkeypatch, damage, reason):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("code of the model's folder was offered to be run"))
+    torch.save(read(SCORES)["scores"], "bi_score.pt")  # which is any model's of three layers
+    damage(here / "llama") if callable(damage) else edit("llama/config.json", **damage)
+    assert reason in refused("--save_model", "new", "--bi_score", "bi_score.pt")
 
 
 @pytest.mark.parametrize("flags", [("--sparsity_ratio", "95"), ("--seqlen", "64", "--nsamples", "100000")], ids=str)
@@ -349,13 +360,51 @@ def test_a_request_that_cannot_be_met_is_refused_before_weights_are_looked_for(h
     assert "checkpoint 'llama' is missing" in refused("--save_model", "new")
 
 
+CHANGES = [  # of the model, and what is said to be another: what sizes, signs and the first rows do not show
+    (lambda: add_to("model.layers.2.mlp.down_proj.weight", 1e-3, slice(17, None)), "weights"),
+    (lambda: add_to("model.norm.weight", 1e-3), "weights"),
+    (lambda: add_to("lm_head.weight", 1e-3), "weights"),
+    (lambda: edit("llama/config.json", rope_parameters={"rope_type": "default", "rope_theta": 500.0}), "config"),
+    (lambda: edit("llama/config.json", rms_norm_eps=1e-3), "config"),
+    (lambda: edit("llama/config.json", hidden_act="gelu"), "config"),
+    (lambda: edit("llama/tokenizer_config.json", padding_side="left"), "tokenizer"),
+]
+
+
 @pytest.mark.parametrize("place", ["ranks/llama", SCORES, RANKS])
-def test_scores_and_ranks_of_other_models_and_other_weights_are_refused(here, refused, place):
+def test_scores_and_ranks_of_other_models_are_refused(here, refused, place):
     assert "architecture llama, not mistral" in refused("--bi_score", place, model="mistral")
-    tensors = load_file("llama/model.safetensors")
-    tensors["model.layers.2.self_attn.q_proj.weight"] += 0.1
-    save_file(tensors, "llama/model.safetensors", {"format": "pt"})
-    assert "other weights of the same sizes" in refused("--bi_score", place)
+    for change, _ in CHANGES[::3]:
+        shutil.copytree("llama", "unchanged")
+        change()
+        assert "other weights, config or tokenizer" in refused("--bi_score", place)
+        shutil.rmtree("llama")
+        Path("unchanged").rename("llama")
+    Path(SCORES).unlink()
+    change()
+    assert "ranks_30.json: the ranks belong to other weights" in refused("--bi_score", RANKS)
+
+
+def test_ranks_of_another_target_are_refused(here, refused):
+    """By either way to name them; the authors' files state no target."""
+    shutil.copytree("ranks/llama", "renamed")
+    Path("renamed/ranks_30.json").rename("renamed/ranks_20.json")
+    for place in ("renamed", RANKS):
+        reason = "the ranks are to remove 30 %, and here it is 20 %"
+        assert reason in refused("--sparsity_ratio", "20", "--bi_score", place)
+    torch.save([0.5, 0.6, 0.7], "sparsity_score_56%.pt")
+    assert run("--sparsity_ratio", "20", "--bi_score", "sparsity_score_56%.pt") == 0
+
+
+@pytest.mark.parametrize("flags", [(), ("--out_of_core",)], ids=["memory", "disk"])
+def test_a_quantization_config_over_plain_weights_is_left_out(here, flags):
+    edit("llama/config.json", quantization_config={"quant_method": "gptq", "bits": 4})
+    assert run("--save_model", "plain", *flags) == 0
+    assert shards("plain") == shards(MODEL)
+    assert Path("plain/config.json").read_bytes() == Path(MODEL, "config.json").read_bytes()
+    assert (
+        "llama is not quantised, though its config.json says so (gptq)" in Path("logs/llama_flatllm_30.log").read_text()
+    )
 
 
 # Full disk and interruption
@@ -429,19 +478,38 @@ def test_the_command_of_a_run_starts_as_many_processes(monkeypatch, sizes, start
     assert main.command_line(["--model", "a b"]) == f"{start} main.py --model 'a b'"
 
 
-def test_an_interrupted_run_says_how_to_go_on_and_its_command_then_succeeds(here, capfd, monkeypatch):
-    solve, calls = FlatLLMStep.solve, []
+@pytest.fixture
+def interrupted(monkeypatch) -> Callable[..., None]:
+    """Run until the second layer, and interrupt it there."""
 
-    def interrupt_second(*args: object) -> object:
-        calls.append(args)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return solve(*args)
+    def run_interrupted(*argv: str) -> None:
+        solve, calls = FlatLLMStep.solve, []
 
+        def interrupt_second(*args: object) -> object:
+            calls.append(args)
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+            return solve(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(FlatLLMStep, "solve", interrupt_second)
+            assert run(*argv) == 2
+
+    return run_interrupted
+
+
+@pytest.mark.parametrize(("change", "named"), CHANGES)
+def test_an_interrupted_run_does_not_go_on_with_another_model(here, refused, interrupted, change, named):
+    torch.save(read(SCORES)["scores"], "bi_score.pt")
+    argv = ("--bi_score", "bi_score.pt", "--save_model", "out/new")
+    interrupted(*argv)
+    change()
+    assert re.search(rf"another request \({named} \w{{16}}, not \w{{16}}\)", refused(*argv))
+
+
+def test_an_interrupted_run_says_how_to_go_on_and_its_command_then_succeeds(here, capfd, interrupted):
     argv = ("--bi_score", "new", "--save_model", "out/new")
-    with monkeypatch.context() as patch:
-        patch.setattr(FlatLLMStep, "solve", interrupt_second)
-        assert run(*argv) == 2
+    interrupted(*argv)
     line = capfd.readouterr().err
     assert line.startswith("error: interrupted; scores and ranks finished so far stay in new, finished layers in /")
     assert "/out/new.partial; go on with: python main.py" in line

@@ -139,7 +139,8 @@ def measure_models(args: argparse.Namespace, configs: dict[str, PretrainedConfig
     for name, config in progress(configs.items(), "loading", "model"):
         if args.shape:
             with torch.device(device):
-                models.append(AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval())
+                made = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=False)
+            models.append(made.eval())
         else:
             models.append(load_model(name, dtype=dtype, cache_dir=args.cache_dir).to(device))
         about = describe_config(config, name, None if name == first else first)

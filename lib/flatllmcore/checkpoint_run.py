@@ -7,7 +7,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -181,7 +181,8 @@ class CheckpointRun:
             scores = self.score()
             allocation = pipeline.allocate(scores.scores, digest(to_json_bytes(scores)))
             if is_rank_0():
-                save_ranks(allocation, place / ranks_file(allocation.sparsity_ratio))
+                named = replace(allocation, fingerprint=fingerprint)
+                save_ranks(named, place / ranks_file(allocation.sparsity_ratio))
         elif config.rank_multiple not in (None, allocation.rank_multiple):
             raise InputError(
                 f"the ranks in {place} go with --rank_multiple {allocation.rank_multiple}, not {config.rank_multiple}"
@@ -197,7 +198,7 @@ class CheckpointRun:
     def _request(self, allocation: RankAllocation, windows: Tensor, test_windows: Tensor) -> dict[str, Any]:
         """Return what else decides the bytes of the result, in words where there are some, for a run that goes on."""
         return {
-            "fingerprint": self.source.fingerprint(),
+            **self.source.identity,
             "dtype": str(self.source.dtype),
             "ranks": digest(to_json_bytes(allocation.layers))[:16],
             "windows": digest(windows.numpy().tobytes())[:16],

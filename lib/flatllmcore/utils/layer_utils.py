@@ -4,6 +4,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
@@ -14,6 +15,8 @@ from .dimensions import ModelDimensions
 
 FAMILY_NAMES = ("llama", "mistral", "qwen2", "qwen3")  # the ``model_type`` of dense models
 _SUPPORTED = ", ".join(FAMILY_NAMES)
+# What weights may be, as safetensors spells it; float8 is a floating-point type too.
+WEIGHT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 # A decoder layer or a part of one. torch types a module's members as tensor or module, so their own are lost.
 DecoderModule: TypeAlias = Any
@@ -27,7 +30,7 @@ def model_name(model: str | Path) -> str:
 def load_config(model: str, cache_dir: Path | None = None) -> PretrainedConfig:
     """Return the config of a local folder or a hub id; no weight is read."""
     try:
-        return AutoConfig.from_pretrained(model, cache_dir=cache_dir)
+        return AutoConfig.from_pretrained(model, cache_dir=cache_dir, trust_remote_code=False)
     except (OSError, ValueError, TypeError, ZeroDivisionError, StrictDataclassError) as error:
         reason = " ".join(str(error).split("\n")[:2])
         raise InputError(
@@ -92,7 +95,7 @@ def check_causal_lm(model: PreTrainedModel) -> None:
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise InputError(f"the weight {name} is offloaded; load the model without a device map, or on the CPU")
-        if not parameter.is_floating_point():
+        if parameter.dtype not in WEIGHT_DTYPES.values():
             raise InputError(f"the weight {name} is {parameter.dtype}; accepted: models that are not quantised")
 
 
