@@ -374,15 +374,15 @@ CHANGES = [  # of the model, and what is said to be another: what sizes, signs a
 @pytest.mark.parametrize("place", ["ranks/llama", SCORES, RANKS])
 def test_scores_and_ranks_of_other_models_are_refused(here, refused, place):
     assert "architecture llama, not mistral" in refused("--bi_score", place, model="mistral")
-    for change, _ in CHANGES[::3]:
+    for change, named in CHANGES[::3]:
         shutil.copytree("llama", "unchanged")
         change()
-        assert "other weights, config or tokenizer" in refused("--bi_score", place)
+        assert f"belong to other {named}" in refused("--bi_score", place)
         shutil.rmtree("llama")
         Path("unchanged").rename("llama")
     Path(SCORES).unlink()
     change()
-    assert "ranks_30.json: the ranks belong to other weights" in refused("--bi_score", RANKS)
+    assert "ranks_30.json: the ranks belong to other tokenizer" in refused("--bi_score", RANKS)
 
 
 def test_ranks_of_another_target_are_refused(here, refused):

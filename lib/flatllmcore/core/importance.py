@@ -57,10 +57,14 @@ class ImportanceScores:
         if differences := self.dimensions.differences_from(dimensions):
             raise InputError(f"the scores belong to another model, {self.model_id}: {differences}")
         if fingerprint not in (None, self.fingerprint):
-            raise InputError(
-                f"the scores belong to other weights, config or tokenizer, {self.model_id} "
-                f"(fingerprint {self.fingerprint}, not {fingerprint}); score this model anew"
-            )
+            other = differing_parts(self.fingerprint, fingerprint)
+            raise InputError(f"the scores belong to other {other}, of {self.model_id}; score this model anew")
+
+
+def differing_parts(fingerprint: str, other: str) -> str:
+    """Return which parts of two models of the same sizes differ, by their fingerprints, in words."""
+    parts = zip(("weights", "config", "tokenizer"), fingerprint.split("-"), other.split("-"), strict=False)
+    return " and ".join(name for name, one, another in parts if one != another) or "weights"
 
 
 def read_author_numbers(path: Path) -> list[float]:

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 from ..errors import InputError
 from ..utils.dimensions import ModelDimensions, check_length
 from ..utils.files import digest, read_json, write_json
-from .importance import IMPORTANCE_FILE, ImportanceScores, read_author_numbers
+from .importance import IMPORTANCE_FILE, ImportanceScores, differing_parts, read_author_numbers
 from .rank_allocation import ImportancePreservingRankSelector, RankAllocation
 
 logger = logging.getLogger(__name__)
@@ -99,8 +99,9 @@ def _ranks_of(
     allocation, scores_file = read_ranks(path), path.with_name(IMPORTANCE_FILE)
     if differences := allocation.dimensions.differences_from(selector.dimensions):
         raise InputError(f"the ranks belong to another model: {differences}")
-    if allocation.fingerprint not in (None, fingerprint):
-        raise InputError("the ranks belong to other weights, config or tokenizer; score this model anew")
+    if allocation.fingerprint is not None and allocation.fingerprint != fingerprint:
+        other = differing_parts(allocation.fingerprint, fingerprint)
+        raise InputError(f"the ranks belong to other {other}; score this model anew")
     if allocation.sparsity_ratio != percent:
         raise InputError(f"the ranks are to remove {allocation.sparsity_ratio:g} %, and here it is {percent:g} %")
     if allocation.prune_qk != selector.prune_qk:

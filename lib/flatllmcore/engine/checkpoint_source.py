@@ -80,8 +80,8 @@ class CheckpointSource:
         return {name: sha256[:16] for name, sha256 in digests.items()}
 
     def fingerprint(self) -> str:
-        """Return 16 hexadecimal digits that tell a model, its tokenizer included, from any other."""
-        return digest(" ".join(self.identity.values()).encode())[:16]
+        """Return the parts of :attr:`identity` in one word."""
+        return "-".join(self.identity.values())
 
     def weights_beside_layers(self) -> Iterator[dict[str, Tensor]]:
         """Yield the embeddings, then the final norm and the head, by name, in the run's dtype; a tied head once."""

@@ -31,7 +31,7 @@ def load_config(model: str, cache_dir: Path | None = None) -> PretrainedConfig:
     """Return the config of a local folder or a hub id; no weight is read."""
     try:
         return AutoConfig.from_pretrained(model, cache_dir=cache_dir, trust_remote_code=False)
-    except (OSError, ValueError, TypeError, ZeroDivisionError, StrictDataclassError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, ZeroDivisionError, StrictDataclassError) as error:
         reason = " ".join(str(error).split("\n")[:2])
         raise InputError(
             f"no usable model config at {model!r} ({reason}); give a model of one of the families {_SUPPORTED}"
