@@ -120,7 +120,7 @@ class WeightFiles:
                 )
         if stated is not None:
             logger.warning("%s is not quantised, though its config.json says so (%s): left out", self.model, method)
-            del skeleton.config.quantization_config
+        vars(skeleton.config).pop("quantization_config", None)
         return skeleton.config.dtype or WEIGHT_DTYPES[self._stored[EMBEDDINGS][2]]
 
     def _name_as_in(self, skeleton: PreTrainedModel) -> None:
