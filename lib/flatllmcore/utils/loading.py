@@ -98,7 +98,7 @@ class WeightFiles:
         self._name_as_in(skeleton)
         expected = {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}  # tied ones once
         found, known = self.shapes, expected.keys() | skeleton.state_dict().keys()
-        odd = {dtype for _, _, dtype in self._stored.values()} - WEIGHT_DTYPES.keys()
+        odd = sorted({dtype for _, _, dtype in self._stored.values()} - WEIGHT_DTYPES.keys())
         wrong = {
             f"are {', '.join(odd)}, not {', '.join(WEIGHT_DTYPES)}": [n for n in found if self._stored[n][2] in odd],
             "are missing": expected.keys() - found.keys(),
