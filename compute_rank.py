@@ -51,7 +51,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--bi_score",
-        type=Path,
         default=Path("ranks"),
         metavar="PATH",
         help="importance.json, bi_score.pt, or a folder searched for both (default: ranks)",
@@ -85,8 +84,10 @@ def allocate_all(args: argparse.Namespace) -> None:
     """Write the ranks of every importance file, and say what they are."""
     row = ROWS["sparsity_ratio"]
     shares = {percent: checked(row, percent, "--sparsity_ratio") / 100 for percent in args.sparsity_ratio}
-    dimensions = dimensions_from_config(load_config(args.model)) if args.model else None
-    files = [read_importance(path, args.model, dimensions) for path in find_importance_files(args.bi_score)]
+    model = None if args.model is None else checked(ROWS["model"], args.model, "--model")
+    dimensions = dimensions_from_config(load_config(model)) if model else None
+    place = checked(ROWS["bi_score"], args.bi_score, "--bi_score")
+    files = [read_importance(path, model, dimensions) for path in find_importance_files(place)]
     allocated = [(importance, allocate(importance, shares, args)) for importance in files]
     for importance, allocations in allocated:
         write_ranks(importance, allocations, args.plot)

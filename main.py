@@ -22,12 +22,12 @@ from typing import Any
 import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from flatllmbench.command_line import UNUSABLE_PLACE, Options, complain, logging_to, parse_options
+from flatllmbench.command_line import Options, complain, logging_to, parse_options
 from flatllmbench.records import hardware, versions
 from flatllmbench.zero_shot import evaluate_saved, load_tasks
 from flatllmcore.checkpoint_run import CheckpointRun
 from flatllmcore.engine.checkpoint_sink import partial_folder
-from flatllmcore.errors import InputError
+from flatllmcore.errors import UNUSABLE_PLACE, InputError
 from flatllmcore.utils.checkpoint import model_card
 from flatllmcore.utils.devices import parse_device, peak_memory_gib
 from flatllmcore.utils.files import write_json

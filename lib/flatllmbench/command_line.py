@@ -1,7 +1,6 @@
 """Command lines made from the table of options, and what the programs share in talking to a terminal."""
 
 import argparse
-import errno
 import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,15 +15,13 @@ import transformers
 
 from flatllmcore.config import PATH, SWITCH, Accepted, RunConfig, checked, integer, one_of, option
 from flatllmcore.core.importance import IMPORTANCE_FILE
-from flatllmcore.errors import InputError
+from flatllmcore.errors import UNUSABLE_PLACE, InputError, door
 from flatllmcore.methods import METHODS
 from flatllmcore.utils.checkpoint import check_output_folder
 from flatllmcore.utils.layer_utils import model_name
 from flatllmcore.utils.processes import is_rank_0, local_world_size
 from flatllmcore.utils.text_sources import has_test_split
 
-# What a user can mend about a place that cannot be written to.
-UNUSABLE_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOTDIR, errno.EEXIST)
 TASK_NAMES = Accepted(
     "tasks of the evaluation harness, comma-separated",
     lambda value: isinstance(value, str | list),
@@ -82,6 +79,10 @@ class Options(RunConfig):
             model, out = Path(self.model).resolve(), self.save_model.resolve()
             if model.is_relative_to(out) or out.is_relative_to(model):
                 raise InputError(f"--save_model {self.save_model} overlaps with --model; give another folder")
+        for name, flag in FLAGS.items():
+            if isinstance(place := getattr(self, name), Path):
+                with door(f"--{flag} {place} is no place", "give another one"):
+                    place.resolve()  # of a link to itself
         for flag in ("tasks", "num_fewshot", "limit", "include_path"):
             if getattr(self, flag) is not None and not self.eval_zero_shot:
                 raise InputError(f"--{flag} is about tasks of the evaluation harness; give --eval_zero_shot too")

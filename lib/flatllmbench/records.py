@@ -16,6 +16,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import PretrainedConfig
 
 from flatllmcore.engine.checkpoint_sink import MANIFEST, Manifest
+from flatllmcore.errors import InputError
 from flatllmcore.layers import FAMILIES
 from flatllmcore.utils.devices import device_name
 from flatllmcore.utils.files import read_json, write_json
@@ -47,7 +48,9 @@ def describe_model(model: str, cache_dir: Path | None = None) -> dict[str, Any]:
     config, base_model = load_config(model, cache_dir), None
     if config.model_type not in FAMILIES:
         manifest = found_file(model, MANIFEST, cache_dir)
-        base_model = None if manifest is None else read_json(manifest, Manifest).request["base_model"]
+        base_model = None if manifest is None else read_json(manifest, Manifest).request.get("base_model")
+        if not isinstance(base_model, str | None):
+            raise InputError(f"{manifest}: base_model is {base_model!r:.80}; accepted: a name")
     return describe_config(config, model, base_model)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from ..errors import InputError
+from ..errors import InputError, door
 from .progress import progress
 from .text_sources import TextDataset
 
@@ -143,11 +143,10 @@ def padding_ids_of(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase 
 
 def window_length(asked: int | None, longest: int) -> int:
     """Return the tokens per window: as asked, else ``LONGEST_WINDOW`` or what the model takes."""
-    if asked is None:
-        return min(LONGEST_WINDOW, longest)
-    if not 2 <= asked <= longest:
-        raise InputError(f"windows of {asked} tokens are out of range; this model takes 2 to {longest} tokens")
-    return asked
+    length = min(LONGEST_WINDOW, longest) if asked is None else asked
+    if not 2 <= length <= longest:
+        raise InputError(f"windows of {length} tokens are out of range; this model takes 2 to {longest} tokens")
+    return length
 
 
 def check_token_ids(windows: Tensor, vocab_size: int) -> None:
@@ -176,7 +175,8 @@ def _without_padding(ids: Tensor, padding_ids: Sequence[int]) -> Tensor:
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool = False) -> list[int]:
     # verbose: a text longer than the model takes is meant here, so no warning about it.
-    return tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
+    with door(f"the tokenizer at {tokenizer.name_or_path!r} cannot read the text", "mend its files, or the text"):
+        return tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
 
 
 def _token_ids(text: TextDataset, tokenizer: PreTrainedTokenizerBase, seqlen: int, add_special_tokens: bool) -> Tensor:

@@ -4,12 +4,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from ..errors import InputError
+from ..errors import InputError, door
 from .dimensions import ModelDimensions
 
 FAMILY_NAMES = ("llama", "mistral", "qwen2", "qwen3")  # the ``model_type`` of dense models
@@ -26,13 +25,8 @@ def model_name(model: str | Path) -> str:
 
 def load_config(model: str, cache_dir: Path | None = None) -> PretrainedConfig:
     """Return the config of a local folder or a hub id; no weight is read."""
-    try:
+    with door(f"no usable model config at {model!r}", f"give a model of one of the families {_SUPPORTED}"):
         return AutoConfig.from_pretrained(model, cache_dir=cache_dir)
-    except (OSError, ValueError, TypeError, ZeroDivisionError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split("\n")[:2])
-        raise InputError(
-            f"no usable model config at {model!r} ({reason}); give a model of one of the families {_SUPPORTED}"
-        ) from error
 
 
 def family_name(config: PretrainedConfig) -> str:
@@ -58,6 +52,7 @@ def dimensions_from_config(config: PretrainedConfig) -> ModelDimensions:
 def dense_dimensions(config: PretrainedConfig) -> ModelDimensions:
     """Return the sizes of the dense model, from the config of that model or of what it was compressed to."""
     family = family_name(config)
+    is_dense = config.model_type == family
     return ModelDimensions(
         architecture=family,
         num_layers=config.num_hidden_layers,
@@ -66,8 +61,8 @@ def dense_dimensions(config: PretrainedConfig) -> ModelDimensions:
         num_kv_heads=config.num_key_value_heads,
         # Some configs state it only where it is not that quotient.
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-        # A config of per-layer widths refuses to give one for all.
-        intermediate_size=config.intermediate_size if config.model_type == family else config.dense_intermediate_size,
+        # A config of per-layer widths refuses to give one for all; and that of the dense model may be missing.
+        intermediate_size=config.intermediate_size if is_dense else config.dense_intermediate_size or 0,
     )
 
 

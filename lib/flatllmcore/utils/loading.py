@@ -1,18 +1,18 @@
 """Models and tokenizers from a local folder or the hub, whose downloads are kept in ``cache_dir``."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
-from ..errors import InputError
-from .layer_utils import load_config
+from ..errors import InputError, door
+from .layer_utils import dense_dimensions, find_decoder_layers, load_config
 
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # as the model classes of all families name them
 _COMPUTED = "rotary_emb.inv_freq"  # in old checkpoints, and never read
@@ -21,25 +21,42 @@ _COMPUTED = "rotary_emb.inv_freq"  # in old checkpoints, and never read
 def load_model(model: str, *, dtype: str = "auto", cache_dir: Path | None = None) -> PreTrainedModel:
     """Return a causal language model in host memory, every weight read from safetensors, checked and cast."""
     WeightFiles(model, cache_dir).check(empty_causal_lm(load_config(model, cache_dir)))
-    return AutoModelForCausalLM.from_pretrained(model, dtype=dtype, cache_dir=cache_dir, use_safetensors=True).eval()
+    with door(f"{model!r} cannot be loaded", "accepted: a model that transformers loads"):
+        options = {"dtype": dtype, "cache_dir": cache_dir, "use_safetensors": True}
+        return AutoModelForCausalLM.from_pretrained(model, **options).eval()
 
 
 def empty_causal_lm(config: PretrainedConfig) -> PreTrainedModel:
-    """Return the causal language model of a dense or compressed config, on the meta device: shapes and no weights."""
-    try:
+    """Return the causal language model of a dense or compressed config, on the meta device: shapes and no weights.
+
+    What its decoder layers do not run with, or transformers does not know or has no package for, is an InputError.
+    """
+    dense_dimensions(config)  # refuses sizes that are none
+    with door(f"the model config of {config._name_or_path!r} is unusable", "mend its config.json"):
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
-    except (KeyError, ValueError) as error:
-        raise InputError(f"the model config asks for {error}, which transformers has not; mend config.json") from error
+            model = AutoModelForCausalLM.from_config(config)
+        states = torch.zeros(1, 2, config.hidden_size, dtype=model.dtype, device="meta")
+        rotary = type(model.get_decoder().rotary_emb)(config=model.config)  # not on meta: some look at the positions
+        angles = [part.to("meta") for part in rotary(torch.zeros(0, dtype=model.dtype), torch.arange(2)[None])]
+        chosen, model.config._attn_implementation = model.config._attn_implementation, "eager"  # it runs anywhere
+        with torch.no_grad():
+            for layer in find_decoder_layers(model):
+                states = layer(states, position_embeddings=angles)
+        model.config._attn_implementation = chosen
+        return model
 
 
 def load_tokenizer(model: str, *, cache_dir: Path | None = None) -> PreTrainedTokenizerBase:
     """Return the tokenizer that stands beside a model."""
-    try:
+    with door(f"no usable tokenizer at {model!r}", "expected one beside the weights"):
         return AutoTokenizer.from_pretrained(model, cache_dir=cache_dir)
-    except Exception as error:  # damaged files raise KeyError, and the tokenizers library Exception itself
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"no usable tokenizer at {model!r} ({reason}); expected one beside the weights") from error
+
+
+def check_saves(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer whose files cannot be written again, before the work that they would be written after."""
+    problem = f"the tokenizer at {tokenizer.name_or_path!r} cannot be saved"
+    with TemporaryDirectory() as folder, door(problem, "mend its files"):
+        tokenizer.save_pretrained(folder)
 
 
 class WeightFiles:
@@ -94,12 +111,5 @@ def found_file(model: str, name: str, cache_dir: Path | None) -> Path | None:
     return None if file is None else Path(file)
 
 
-@contextmanager
-def _naming_checkpoint(model: str) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, SafetensorError, ValueError, KeyError) as error:  # the latter two: of a damaged index
-        reason = str(error).splitlines()[0]
-        raise InputError(
-            f"checkpoint {model!r} is missing or damaged ({reason}); expected safetensors files"
-        ) from error
+def _naming_checkpoint(model: str) -> AbstractContextManager[None]:
+    return door(f"checkpoint {model!r} is missing or damaged", "expected safetensors files")
