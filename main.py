@@ -108,7 +108,7 @@ class Program:
     def finished(self) -> str:
         """Say what a run that was stopped leaves to go on from."""
         partial = None if self.options.save_model is None else partial_folder(self.options.save_model)
-        layers = f", finished layers in {partial}" if partial and partial.exists() else ""
+        layers = f", finished layers in {partial}" if partial and os.path.exists(partial) else ""
         return f"scores and ranks finished so far stay in {self.options.score_place}{layers}"
 
     def score(self) -> None:

@@ -270,10 +270,21 @@ def test_argparse_refuses_in_one_line_after_the_usage(here, capsys, argv, reason
     [
         ("--sparsity_ratio 0", "--sparsity_ratio is 0; accepted: an integer, 1 to 95"),
         ("--sparsity_ratio 95", "Q and K stay whole; the largest possible target is 76 %"),
-        ("--nsamples 0", "--nsamples is 0; accepted: an integer, 1 or more"),
+        ("--nsamples 0", "--nsamples is 0; accepted: an integer, 1 to 1000000"),
+        (f"--nsamples {10**20}", "--nsamples is 1000"),
+        (f"--batch_size {10**20}", "--batch_size is 1000"),
         ("--seed -1", "--seed is -1; accepted: an integer, 0 to"),
         ("--tol nan", "--tol is nan; accepted: a share above 0 and at most 1"),
-        ("--host_memory_gib -1", "--host_memory_gib is -1.0; accepted: a number, 0 or more"),
+        ("--host_memory_gib -1", "--host_memory_gib is -1.0; accepted: a number, 0 to 1e9"),
+        ("--host_memory_gib 1e308", "--host_memory_gib is 1e+308"),
+        ("--save_model ~nobody9/x", "--save_model is PosixPath('~nobody9/x'); accepted: a path in UTF-8, with ~ for"),
+        ("--dataset ~nobody9/x", "--dataset is '~nobody9/x'; accepted: a dataset's name, a path"),
+        ("--model llama\udcff", r"--model is 'llama\udcff'; accepted: a name or path in UTF-8"),
+        ("--cache_dir a\0b", r"--cache_dir is PosixPath('a\x00b')"),
+        ("--save_model loop", "--save_model loop is no place (RuntimeError: Symlink loop from"),
+        ("--model loop", "--model loop is no place"),
+        (f"--save_model {256 * 'n'}", f"File name too long: {256 * 'n'}"),
+        (f"--dataset {256 * 'n'}", "File name too long"),
         ("--rank_multiple 13", "accepted: 1 to 12"),
         ("--seqlen 129", "this model takes 2 to 128 tokens"),
         ("--nsamples 9999", "asked 9999 windows of 32 tokens, text 'text' (train) gives at most"),
@@ -302,6 +313,7 @@ def test_argparse_refuses_in_one_line_after_the_usage(here, capsys, argv, reason
 )
 def test_unusable_arguments_are_refused(here, refused, argv, reason):
     Path("short.txt").write_text("too short")
+    Path("loop").symlink_to("loop")
     torch.save([0.1, 0.2], "bi_score.pt")
     assert reason in refused(*argv.split())
 
@@ -316,6 +328,12 @@ def not_a_number(folder: Path, name: str = "model.layers.1.mlp.up_proj.weight") 
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
+def template(folder: Path, name: str) -> None:
+    config = read(folder / "tokenizer_config.json")
+    config["chat_template"] = [{"name": name, "template": "x"}]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
@@ -324,13 +342,26 @@ def not_a_number(folder: Path, name: str = "model.layers.1.mlp.up_proj.weight") 
         ({"head_dim": "wide"}, "Field 'head_dim'"),
         ({"num_attention_heads": 0}, "no usable model config at 'llama'"),
         ({"num_hidden_layers": 4}, "9 weights are missing, first model.layers.3"),
-        ({"hidden_act": "nosuch"}, "config asks for 'nosuch'"),
+        ({"hidden_act": "nosuch"}, "config of 'llama' is unusable (KeyError: 'nosuch'); mend its config.json"),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "required keys in `rope_parameters` for"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": "1e4"}}, "'str' and 'Tensor'"),
+        ({"num_key_value_heads": 3}, "RuntimeError: The size of tensor"),  # of 4 heads
+        ({"attention_dropout": 5.0}, "dropout probability has to be between 0 and 1, but got 5.0"),
+        ({"attn_implementation": "flash_attention_2"}, "FlashAttention2 has been toggled on"),
+        ({"dtype": "float99"}, "module 'torch' has no attribute 'float99'"),
+        ({"pad_token_id": 97}, "AssertionError: Padding_idx must be within num_embeddings"),
+        ({"vocab_size": -4}, "the model knows 0 to -5"),
+        ({"vocab_size": 10**30}, "Overflow"),
+        ({"max_position_embeddings": -5}, "windows of 32 tokens are out of range; this model takes 2 to -5 tokens"),
+        (lambda folder: (folder / "config.json").write_text("[" * 10**5), "RecursionError"),
+        (lambda folder: (folder / "config.json").write_text("null"), "no usable model config at 'llama'"),
         (lambda folder: (folder / "config.json").write_text("{"), "no usable model config at 'llama'"),
         (lambda folder: os.truncate(folder / "model.safetensors", 9999), "checkpoint 'llama' is missing or damaged"),
         (lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"), "expected safetensors"),
         (not_a_number, "layer 1 gives NaN or infinite activations; a wider dtype"),
         (lambda folder: not_a_number(folder, "lm_head.weight"), "the dense model's perplexity is nan"),
         (lambda folder: (folder / "tokenizer.json").write_text("{}"), "no usable tokenizer at 'llama'"),
+        (lambda folder: template(folder, "../elsewhere"), "the tokenizer at 'llama' cannot be saved (Invalid chat"),
     ],
 )
 def test_a_damaged_or_unsupported_model_is_refused(here, refused, damage, reason):
@@ -363,6 +394,28 @@ def test_scores_and_ranks_of_other_models_and_other_weights_are_refused(here, re
 
 def full_disk(_descriptor: int) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("name", ["EIO", "ESTALE", "EPERM", "EFBIG", "ENODEV", "ENOTCONN", "ETIMEDOUT"])
+def test_a_disk_that_fails_is_one_clear_line_but_a_mistake_of_ours_is_none(refused, monkeypatch, name):
+    def fail(_descriptor: int) -> None:
+        raise OSError(getattr(errno, name), os.strerror(getattr(errno, name)))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    assert f"{os.strerror(getattr(errno, name))}: " in refused("--bi_score", "new")
+    name = "EBADF"
+    with pytest.raises(OSError, match=os.strerror(errno.EBADF)):
+        run("--bi_score", "new")
+
+
+def test_the_home_folder_may_be_called_by_its_sign(here, monkeypatch):
+    monkeypatch.setenv("HOME", str(here))
+    places = ("--dataset=~/text", "--save_model=~/out/new", "--bi_score=~/new", "--save=~/records")
+    assert run(*places, model="~/llama") == 0
+    assert Path("new/importance.json").is_file()
+    assert Path("records/llama_flatllm_30.json").is_file()
+    assert shards("out/new") == shards(MODEL)
+    assert not Path("~").exists()
 
 
 @pytest.mark.parametrize("argv", ["--bi_score new", "--save_model out/new", ""], ids=["scores", "model", "record"])

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import socket
 import sys
@@ -13,8 +14,10 @@ import lm_eval
 import pytest
 import torch
 from lm_eval.tasks import TaskManager
+from transformers import PreTrainedTokenizerFast
 
 import main
+from conftest import tiny_model
 from flatllmbench import zero_shot as program
 from flatllmbench.records import describe_model
 from flatllmbench.zero_shot import PAPER_TASKS, evaluate_saved, load_tasks
@@ -287,6 +290,26 @@ def test_unusable_arguments_are_one_line(tmp_path, capsys, argv, reason):
     assert line.startswith("error: ")
     assert reason in line
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("context", "has_special_tokens", "reason"),
+    [
+        (8, True, r"cannot evaluate .* \(AssertionError: assert len\(.*\) <= self.max_length\).* 8 tokens"),
+        (512, False, "the tokenizer at .* has no BOS or EOS token; the harness puts one before each text"),
+    ],
+)
+def test_what_the_harness_cannot_do_with_a_model_is_one_line(tmp_path, capsys, context, has_special_tokens, reason):
+    folder = tmp_path / "model"
+    tokenizer = load_tokenizer(EMBEDDED)
+    if not has_special_tokens:
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
+    tokenizer.save_pretrained(folder)
+    tiny_model(vocab_size=len(tokenizer), max_position_embeddings=context).float().save_pretrained(folder)
+    assert program.main([str(folder), *LOCAL, "--limit", "4", "--save", str(tmp_path / "logs")]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert re.search(reason, error)
+    assert not (tmp_path / "logs").exists()
 
 
 def test_a_model_that_gives_no_numbers_is_refused_in_one_line(folders, tmp_path, capsys):

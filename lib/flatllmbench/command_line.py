@@ -13,7 +13,7 @@ from typing import Any
 import huggingface_hub
 import transformers
 
-from flatllmcore.config import PATH, SWITCH, Accepted, RunConfig, checked, integer, one_of, option
+from flatllmcore.config import MOST, PATH, SWITCH, Accepted, RunConfig, checked, integer, one_of, option
 from flatllmcore.core.importance import IMPORTANCE_FILE
 from flatllmcore.errors import UNUSABLE_PLACE, InputError, door
 from flatllmcore.methods import METHODS
@@ -38,7 +38,7 @@ class Options(RunConfig):
     """
 
     sparsity_ratio: int = option(20, integer(1, 95), "percentage of the decoder layers' linear weights that is removed")
-    cal_nsamples: int | None = option(None, integer(1), "windows of text (128 for scores, 256 to compress)")
+    cal_nsamples: int | None = option(None, integer(1, MOST), "windows of text (128 for scores, 256 to compress)")
     prune_qk: bool = option(False, SWITCH, "prune Q and K too, each kept as two factors, instead of leaving them whole")
     prune_method: str = option("flatllm", one_of(("bi", *METHODS)), "bi: write importance scores; the others compress")
     save: Path = option(Path("logs"), PATH, "folder for logs and records")
@@ -72,6 +72,11 @@ class Options(RunConfig):
 
     def check(self) -> None:
         """Refuse what can be refused without looking at the model."""
+        for name, flag in FLAGS.items():
+            place = Path(self.model) if name == "model" else getattr(self, name)
+            if isinstance(place, Path):
+                with door(f"--{flag} {place} is no place", "give another one"):
+                    place.resolve()  # RuntimeError of a link to itself
         if self.device is not None and ":" in self.device and local_world_size() > 1:
             raise InputError(f"--device {self.device} is one GPU for several processes; with cuda each has its own")
         if self.save_model is not None:
@@ -79,10 +84,6 @@ class Options(RunConfig):
             model, out = Path(self.model).resolve(), self.save_model.resolve()
             if model.is_relative_to(out) or out.is_relative_to(model):
                 raise InputError(f"--save_model {self.save_model} overlaps with --model; give another folder")
-        for name, flag in FLAGS.items():
-            if isinstance(place := getattr(self, name), Path):
-                with door(f"--{flag} {place} is no place", "give another one"):
-                    place.resolve()  # of a link to itself
         for flag in ("tasks", "num_fewshot", "limit", "include_path"):
             if getattr(self, flag) is not None and not self.eval_zero_shot:
                 raise InputError(f"--{flag} is about tasks of the evaluation harness; give --eval_zero_shot too")

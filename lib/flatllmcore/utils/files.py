@@ -66,7 +66,7 @@ def read_json(path: Path, kind: type[T]) -> T:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
     except msgspec.ValidationError as error:
         raise InputError(f"{path}: {error}") from error
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"{path}: this is not JSON: {error}") from error
 
 

@@ -48,7 +48,8 @@ def empty_causal_lm(config: PretrainedConfig) -> PreTrainedModel:
 
 def load_tokenizer(model: str, *, cache_dir: Path | None = None) -> PreTrainedTokenizerBase:
     """Return the tokenizer that stands beside a model."""
-    with door(f"no usable tokenizer at {model!r}", "expected one beside the weights"):
+    alone = "a tokenizer.model alone takes the packages sentencepiece and protobuf"
+    with door(f"no usable tokenizer at {model!r}", f"expected one beside the weights; {alone}"):
         return AutoTokenizer.from_pretrained(model, cache_dir=cache_dir)
 
 
