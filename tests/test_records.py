@@ -66,7 +66,12 @@ def test_the_base_model_of_a_hub_id_is_read_without_network(compressed, tmp_path
     assert (described["model"], described["base_model"]) == ("small", "Llama-2-7b-hf" if has_manifest else None)
 
 
-@pytest.mark.parametrize("manifest", ["{", "{}", '{"request": {"base_model": 5}}'])
+def test_a_manifest_that_does_not_say_what_was_compressed_is_none(compressed):
+    (compressed / MANIFEST).write_text('{"request": {}}')
+    assert describe_model(str(compressed))["base_model"] is None
+
+
+@pytest.mark.parametrize("manifest", ["{", "{}"])
 def test_a_damaged_manifest_is_refused_by_name(compressed, manifest):
     (compressed / MANIFEST).write_text(manifest)
     with pytest.raises(InputError, match=r"small/flat_llm\.json"):

@@ -295,7 +295,7 @@ def test_unusable_arguments_are_one_line(tmp_path, capsys, argv, reason):
 @pytest.mark.parametrize(
     ("context", "has_special_tokens", "reason"),
     [
-        (8, True, r"cannot evaluate .* \(AssertionError: assert len\(.*\) <= self.max_length\).* 8 tokens"),
+        (8, True, r"cannot evaluate .* \(AssertionError: assert len\(.*\) <= self.max_length\).* its 8 tokens"),
         (512, False, "the tokenizer at .* has no BOS or EOS token; the harness puts one before each text"),
     ],
 )

@@ -16,7 +16,6 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import PretrainedConfig
 
 from flatllmcore.engine.checkpoint_sink import MANIFEST, Manifest
-from flatllmcore.errors import InputError
 from flatllmcore.layers import FAMILIES
 from flatllmcore.utils.devices import device_name
 from flatllmcore.utils.files import read_json, write_json
@@ -49,8 +48,6 @@ def describe_model(model: str, cache_dir: Path | None = None) -> dict[str, Any]:
     if config.model_type not in FAMILIES:
         manifest = found_file(model, MANIFEST, cache_dir)
         base_model = None if manifest is None else read_json(manifest, Manifest).request.get("base_model")
-        if not isinstance(base_model, str | None):
-            raise InputError(f"{manifest}: base_model is {base_model!r:.80}; accepted: a name")
     return describe_config(config, model, base_model)
 
 
@@ -61,7 +58,7 @@ def describe_config(config: PretrainedConfig, model: str, base_model: str | None
     kept = counted["decoder_linear"] / (dense.num_layers * dense.layer_parameters)
     return {
         "model": model_name(model),
-        "base_model": base_model and model_name(base_model),
+        "base_model": base_model and model_name(str(base_model)),
         "achieved_sparsity_percent": 100 * (1 - kept),
         "parameters": {"total": counted["total"], "decoder_layers": counted["decoder_linear"]},
     }

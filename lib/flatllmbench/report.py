@@ -85,7 +85,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def read_records(paths: Sequence[Path]) -> list[Record]:
-    """Return the records of files, each once; a folder stands for all ``*.json`` files below it."""
+    """Return the records of files, each once and fit for a page; a folder stands for all ``*.json`` files below it."""
     files: list[Path] = []
     for path in (checked(ROWS["save"], path, "RECORDS") for path in paths):
         files += sorted(path.rglob("*.json")) if path.is_dir() else [path]
@@ -97,7 +97,6 @@ def read_records(paths: Sequence[Path]) -> list[Record]:
             records[path] = flat(record)
             page([records[path]])
         except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
-            # Fields are missing, of other types, out of range, or nothing that can be written.
             problem = f"the field {error} is missing" if isinstance(error, KeyError) else error
             raise InputError(f"{path} is not usable: {problem}") from error
     return list(records.values())
@@ -118,12 +117,12 @@ def page(runs: Sequence[Record]) -> bytes:
 def write_report(runs: Sequence[Record], out: Path) -> None:
     """Write README.md and its picture, and print their tables of compressions."""
     out = checked(ROWS["save"], out, "--out")
-    files = {"README.md": page(runs)}
+    markdown = page(runs)
     if of_kind(runs, "flatllm"):
-        with door("the perplexities cannot be drawn", "accepted: records of runs that ended well"):
-            files = {"perplexity.png": draw_perplexity(runs)} | files
-    for name, content in files.items():
-        write_atomically(out / name, content)
+        with door("the perplexities cannot be drawn", "accepted: those of runs that ended well"):
+            picture = draw_perplexity(runs)
+        write_atomically(out / "perplexity.png", picture)
+    write_atomically(out / "README.md", markdown)
     sys.stdout.write(f"{measured_tables(runs, 'flatllm')}\nthe report is {out / 'README.md'}\n")
 
 

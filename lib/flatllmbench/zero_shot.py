@@ -97,8 +97,8 @@ def evaluate_saved(
     known = TaskManager(include_defaults=False)  # they are loaded
     if harnessed.prefix_token_id is None:
         raise InputError(f"the tokenizer at {model!r} has no BOS or EOS token; the harness puts one before each text")
-    length = f"questions and answers that fit the {harnessed.max_length} tokens of its context"
-    with _bars_on_terminals_alone(), door(f"the harness cannot evaluate {model!r}", f"accepted: {length}"):
+    length = f"what fits its {harnessed.max_length} tokens of context is accepted"
+    with _bars_on_terminals_alone(), door(f"the harness cannot evaluate {model!r}", length):
         found = simple_evaluate(harnessed, tasks=[*tasks.values()], limit=limit, task_manager=known, log_samples=False)
     results = {name: _result(name, task, found) for name, task in tasks.items()}
     paper = [row["value"] for n, row in results.items() if (row["num_fewshot"], row["metric"]) == PAPER_TASKS.get(n)]

@@ -30,7 +30,7 @@ from .utils.data_utils import check_token_ids, consecutive_windows
 from .utils.devices import GIB, free_host_memory, parse_device
 from .utils.files import check_disk_space, digest, to_json_bytes, write_json
 from .utils.layer_utils import count_parameters, dimensions_from_config, load_config
-from .utils.loading import check_saves, found_file, load_tokenizer
+from .utils.loading import found_file, load_tokenizer
 from .utils.processes import broadcast_object, is_rank_0, local_world_size, world_size
 from .utils.stopwatch import stage
 from .utils.text_sources import load_text
@@ -121,7 +121,6 @@ class CheckpointRun:
         pipeline.announce_target()
         windows, test_windows = pipeline.windows_to_compress(), self._test_windows()
         self._check_disk_space(folder)
-        check_saves(self.tokenizer)
         allocation = self._allocation()
         about = {
             "base_model": config.model,

@@ -51,10 +51,9 @@ def one_of(choices: Collection[str]) -> Accepted:
 
 def _is_name(value: Any) -> bool:
     """Tell whether ``value`` is a name or path in UTF-8, and a ~ at its beginning the home of a user that there is."""
-    name = os.fspath(value) if isinstance(value, str | os.PathLike) else None
-    if not isinstance(name, str) or not name or "\0" in name or name != name.encode(errors="ignore").decode():
-        return False
-    return not os.path.expanduser(name).startswith("~")
+    name = os.fspath(value) if isinstance(value, str | os.PathLike) else ""
+    is_utf8 = isinstance(name, str) and name == name.encode(errors="ignore").decode()
+    return is_utf8 and name != "" and "\0" not in name and not os.path.expanduser(name).startswith("~")
 
 
 _NAME = "in UTF-8, with ~ for a home folder that there is"
@@ -107,9 +106,7 @@ class FlatLLMConfig:
         "share of eigenvalue mass whose rank is logged for comparison; changes nothing",
     )
     cal_dataset: Any = option("wikitext2", DATA, "calibration text: wikitext2, c4, alpaca, pydocs, or a file or folder")
-    cal_nsamples: int | None = option(
-        128, integer(1, MOST), "windows of text; with None 128 for scores, 256 to compress"
-    )
+    cal_nsamples: int | None = option(128, integer(1, MOST), "windows of text; None: 128 for scores, 256 to compress")
     importance_method: str = option("angular", one_of(IMPORTANCE_METHODS), "how layers are scored")
     preserve_qk_layers: bool = option(True, SWITCH, "leave Q and K whole")
     method: str = option("flatllm", one_of(METHODS), "the compression method")

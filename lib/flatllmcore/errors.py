@@ -30,11 +30,9 @@ def door(problem: str, remedy: str) -> Iterator[None]:
     """
     try:
         yield
-    except InputError:
-        raise
     except BaseException as error:
-        # A panic in Rust is no Exception, and has a class that nobody can import.
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        is_panic = type(error).__name__ == "PanicException"  # of Rust: no Exception, and from no module
+        if isinstance(error, InputError) or not (is_panic or isinstance(error, Exception)):
             raise
         words = " ".join(" ".join(str(error).split("\n")[:2]).split())
         where = traceback.extract_tb(error.__traceback__)[-1].line  # an assertion says no more than itself

@@ -47,17 +47,12 @@ def empty_causal_lm(config: PretrainedConfig) -> PreTrainedModel:
 
 
 def load_tokenizer(model: str, *, cache_dir: Path | None = None) -> PreTrainedTokenizerBase:
-    """Return the tokenizer that stands beside a model."""
-    alone = "a tokenizer.model alone takes the packages sentencepiece and protobuf"
-    with door(f"no usable tokenizer at {model!r}", f"expected one beside the weights; {alone}"):
-        return AutoTokenizer.from_pretrained(model, cache_dir=cache_dir)
-
-
-def check_saves(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a tokenizer whose files cannot be written again, before the work that they would be written after."""
-    problem = f"the tokenizer at {tokenizer.name_or_path!r} cannot be saved"
-    with TemporaryDirectory() as folder, door(problem, "mend its files"):
-        tokenizer.save_pretrained(folder)
+    """Return the tokenizer that stands beside a model, and that can be saved again."""
+    accepted = "tokenizer.json beside the weights, or tokenizer.model with the packages sentencepiece and protobuf"
+    with TemporaryDirectory() as folder, door(f"no usable tokenizer at {model!r}", f"accepted: {accepted}"):
+        tokenizer = AutoTokenizer.from_pretrained(model, cache_dir=cache_dir)
+        tokenizer.save_pretrained(folder)  # tried now, not after all the work
+    return tokenizer
 
 
 class WeightFiles:
