@@ -1,9 +1,5 @@
-"""Runs of `main.py` in processes of their own, alone or in groups, without paying for the imports each time.
+"""Runs of `main.py` in processes of their own, alone or in groups, without paying for the imports each time."""
 
-A server process imports everything once, and each run is a fork of it.
-"""
-
-import multiprocessing
 import os
 import sys
 from collections.abc import Callable
@@ -12,8 +8,7 @@ from pathlib import Path
 
 from torch.distributed import TCPStore
 
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["main", "process_groups"])
+from python_process import SERVER, redirect
 
 
 def start(
@@ -58,9 +53,7 @@ def _run(
     torch.set_num_threads(1)
     os.environ.update(environment)
     os.chdir(folder)
-    os.dup2(os.open(error, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115 (the process ends with it)
+    redirect(os.devnull, error)
     if patch is not None:
         patch()
     sys.exit(main.main(argv))

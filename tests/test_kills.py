@@ -21,6 +21,7 @@ from flatllmcore.engine import checkpoint_sink
 from flatllmcore.engine.checkpoint_sink import CheckpointSink
 from flatllmcore.utils.checkpoint import MANIFEST
 from flatllmcore.utils.files import write_json
+from python_process import SERVER
 
 KILLS = int(os.environ.get("KILLS", "9"))
 NEVER = 10**6
@@ -109,7 +110,7 @@ def replace_a_model(folder: Path, kill_at: int) -> None:
 
 
 def run_to_its_end(folder: Path, kill_at: int) -> int | None:
-    process = process_groups.SERVER.Process(target=replace_a_model, args=(folder, kill_at), daemon=True)
+    process = SERVER.Process(target=replace_a_model, args=(folder, kill_at), daemon=True)
     process.start()
     process.join()
     return process.exitcode

@@ -3,7 +3,7 @@
 import torch
 from transformers import LlamaConfig
 
-from python_process import LIBRARY, run_python
+from python_process import LIBRARY, run_python_anew
 from random_checkpoint import write_random_checkpoint
 from tiny_text import WORDS, documents, word_tokenizer
 
@@ -41,7 +41,7 @@ def test_memory_is_bounded_by_a_layer_and_not_by_the_model(tmp_path, monkeypatch
     flags += ["--seqlen", "16", "--nsamples", "2", "--device", "cpu", "--save_model", "out", "--out_of_core"]
     monkeypatch.chdir(tmp_path)
     paths = (LIBRARY, LIBRARY.parent)
-    run_python(PROGRAM.replace("FLAGS", str(flags)), paths, MALLOC_MMAP_THRESHOLD_=str(2**20))
+    run_python_anew(PROGRAM.replace("FLAGS", str(flags)), paths, MALLOC_MMAP_THRESHOLD_=str(2**20))
     growth = int((tmp_path / "growth").read_text())
     assert growth < 3 * LAYER_BYTES + SOLVE_BYTES + 100 * 2**20
     assert growth < LAYERS * LAYER_BYTES / 4

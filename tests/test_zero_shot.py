@@ -25,7 +25,7 @@ from flatllmcore import FlatLLMPruner, InputError
 from flatllmcore.engine.memory import ModelInMemory
 from flatllmcore.engine.perplexity import perplexity
 from flatllmcore.utils.loading import load_model, load_tokenizer
-from python_process import BLOCKED, run_python
+from python_process import BLOCKED, run_python_anew
 
 ROOT = Path(__file__).resolve().parents[1]
 EMBEDDED = str(ROOT / "models" / "pydocs-llama")
@@ -145,7 +145,7 @@ def test_the_plain_harness_gives_the_same_figures_without_this_package(folders, 
     arguments = ["run", "--model", "hf", "--device", "cpu", "--batch_size", "8", "--output_path", str(tmp_path / "out")]
     arguments += ["--model_args", model, "--tasks", "pydocs_endings", "--include_path", str(LOCAL_TASKS)]
     arguments += ["--num_fewshot", "2", "--limit", "8"]
-    run_python(
+    run_python_anew(
         f"{BLOCKED}from lm_eval.__main__ import cli_evaluate\nsys.argv[1:] = {arguments}\ncli_evaluate()\n",
         paths=[],
         HF_HUB_OFFLINE="1",
