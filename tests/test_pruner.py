@@ -5,6 +5,7 @@ import json
 
 import accelerate
 import datasets
+import pandas
 import pytest
 import torch
 from torch.nn.utils import prune
@@ -148,6 +149,7 @@ class TestCalibrationData:
             lambda texts: {"text": texts},
             lambda texts: DataLoader(texts, batch_size=7),
             lambda texts: datasets.Dataset.from_dict({"text": texts}),
+            lambda texts: pandas.DataFrame({"text": texts})["text"],
         ],
     )
     def test_texts_in_any_container_are_sampled_as_the_program_samples(self, form):
@@ -216,7 +218,19 @@ class TestCalibrationData:
             (DataLoader(TensorDataset(torch.ones(2, 8), torch.ones(2, 8))), r"no texts or token ids .* \(list\): only"),
             ([object()], r"no texts or token ids .* \(object\): "),
             (["a", torch.ones(4, dtype=torch.int64)], "mix texts and token ids"),
-            (datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": ["a"]})}), r"columns \['train'\]; exp"),
+            (
+                datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": ["a"]})}),
+                r"has train \(Dataset\); acc",
+            ),
+            (datasets.Dataset.from_dict({"text": ["a", "b", None]}), r"data, record 3 has text \(NoneType\); accepted"),
+            ([{"text": "a"}, {"text": 5}], r"data, record 2 has text \(int\); accepted"),
+            ([{"text": ["a"]}, {"text": ["b", None]}], r"data, record 3 has text \(NoneType\); accepted"),
+            (["a", None], r"data, record 2 has text \(NoneType\); accepted"),
+            ({"text": [["a"]]}, r"data, record 1 has text \(list\); accepted"),
+            (pandas.DataFrame({"text": documents(60)}), "are a DataFrame; accepted: a list of its texts"),
+            (pandas.DataFrame({"text": ["a", None]})["text"], r"record 2 has text \((NoneType|float)\); accepted"),
+            (datasets.Dataset.from_dict({"text": ["a"]}).data.table, "are a Table; accepted: a list of its texts"),
+            (b"bytes", "are a bytes; accepted"),
             (torch.full((2, 8), 97), "token ids 97 to 97 are out of range"),
             (torch.zeros(2, 8, dtype=torch.int64), "0 tokens without padding"),
             ({"input_ids": torch.ones(4, 6, dtype=torch.int64), "attention_mask": torch.ones(4, 5)}, "mask"),
