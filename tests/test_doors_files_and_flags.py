@@ -21,7 +21,10 @@ from flatllmbench.command_line import FLAGS
 from sample_records import COMPRESSION, EVALUATION, SCORING, TIMING
 from tiny_text import WORDS, documents, word_tokenizer
 
-CONFIG_KEYS = ("dtype", "attn_implementation", "rope_scaling", "rope_theta", "quantization_config", "per_layer_config")
+CONFIG_KEYS = (
+    *("dtype", "attn_implementation", "rope_scaling", "rope_theta", "quantization_config", "per_layer_config"),
+    *("output_attentions", "output_hidden_states", "return_dict", "pad_token_id", "id2label", "layer_types"),
+)
 ROPE_KINDS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 RECORDS = {"flatllm": COMPRESSION, "bi": SCORING, "zero_shot": EVALUATION, "speed": TIMING}
 WORDS_OF_VALUES = (

@@ -348,6 +348,7 @@ def template(folder: Path, name: str) -> None:
         ({"num_key_value_heads": 3}, "RuntimeError: The size of tensor"),  # of 4 heads
         ({"attention_dropout": 5.0}, "dropout probability has to be between 0 and 1, but got 5.0"),
         ({"attn_implementation": "flash_attention_2"}, "FlashAttention2 has been toggled on"),
+        ({"output_attentions": True}, "The `output_attentions` attribute is not supported"),
         ({"dtype": "float99"}, "module 'torch' has no attribute 'float99'"),
         ({"pad_token_id": 97}, "AssertionError: Padding_idx must be within num_embeddings"),
         ({"vocab_size": -4}, "the model knows 0 to -5"),

@@ -35,6 +35,7 @@ def empty_causal_lm(config: PretrainedConfig) -> PreTrainedModel:
     with door(f"the model config of {config._name_or_path!r} is unusable", "mend its config.json"):
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
+        model.config.validate()  # again, with the attention that was chosen for it
         states = torch.zeros(1, 2, config.hidden_size, dtype=model.dtype, device="meta")
         rotary = type(model.get_decoder().rotary_emb)(config=model.config)  # not on meta: some look at the positions
         angles = [part.to("meta") for part in rotary(torch.zeros(0, dtype=model.dtype), torch.arange(2)[None])]
