@@ -18,6 +18,7 @@ from flatllmcore.errors import InputError
 from flatllmcore.utils import data_utils, text_sources
 from flatllmcore.utils.data_utils import consecutive_windows, sample_documents, sample_windows
 from flatllmcore.utils.text_sources import TextDataset, has_test_split, load_text
+from python_process import run_python
 
 BOS = 0
 DAMAGED = "; accepted: .txt"
@@ -239,6 +240,8 @@ class TestPaths:
                 b'{"title": "x", "body": "y"}',
                 r"record 1 has title \(str\), body \(str\); accepted: text \(str\), or",
             ),
+            ("a.jsonl", b"", "a.jsonl is empty"),
+            ("a.json.gz", b"", "a.json.gz is empty"),
             ("a.jsonl", b'{"text": "x"}\n{"text": null}', r"record 2 has text \(NoneType\); accepted"),
             ("a.jsonl", b'{"text": "x"}\n{"url": "x"}', r"record 2 has url \(str\); accepted"),
             ("a.jsonl", b'{"text": "x"}\n[5]', r"record 2 has text \(int\); accepted"),
@@ -446,6 +449,29 @@ class TestHubIds:
         with pytest.raises(InputError, match=message) as caught:
             load_text("some/text", "train", cache_dir=tmp_path / "cache")
         assert "\n" not in str(caught.value)
+
+    @pytest.mark.parametrize(("content", "count"), [(b"plain", 1), (None, 0)])
+    def test_a_program_says_one_line_about_it_or_none(self, tmp_path, content, count):
+        """In a process of its own: the library reads how much to say when it is imported."""
+        file = tmp_path / "hub" / "train.parquet"
+        file.parent.mkdir()
+        Dataset.from_list([{"text": "x"}]).to_parquet(file)
+        if content is not None:
+            file.write_bytes(content)
+        said = run_python(f"""if True:
+            import contextlib, io, pathlib
+            from flatllmbench.command_line import logging_to, run_program
+            from flatllmcore.utils.text_sources import load_text
+            def work():
+                with logging_to(pathlib.Path({str(tmp_path)!r}, "log")):
+                    import datasets
+                    load_dataset = datasets.load_dataset
+                    datasets.load_dataset = lambda hub_id, **options: load_dataset({str(file.parent)!r}, **options)
+                    assert load_text("some/text", "train", cache_dir={str(tmp_path)!r}).documents == ["x"]
+            with contextlib.redirect_stderr(io.StringIO()) as said:
+                run_program(work)
+            print(said.getvalue(), end="")""")
+        assert said.count("\n") == said.count("error: could not get some/text") == count
 
     @pytest.mark.parametrize("is_offline", [True, False])
     def test_a_missing_network_is_one_line(self, tmp_path, unreachable_hub, monkeypatch, is_offline):

@@ -192,6 +192,7 @@ def logging_to(path: Path) -> Iterator[None]:
     transformers.utils.logging.set_verbosity_error()
     keep_bars_to_terminals()
     huggingface_hub.utils.logging.set_verbosity_error()
+    os.environ["DATASETS_VERBOSITY"] = "critical"  # read when the library is imported; what it logs it raises too
     for name in ("flatllm", "flatllmcore", "flatllmbench"):
         logging.getLogger(name).setLevel(logging.INFO if is_rank_0() else logging.CRITICAL)
     handlers = (logging.StreamHandler(sys.stdout), LogFile(path, delay=True)) if is_rank_0() else ()
@@ -207,11 +208,12 @@ def logging_to(path: Path) -> Iterator[None]:
 
 
 def keep_bars_to_terminals() -> None:
-    """Let transformers and the hub draw their progress bars where stderr is a terminal, and nowhere else."""
+    """Let transformers, datasets and the hub draw their bars where stderr is a terminal, and nowhere else."""
     if sys.stderr.isatty() and is_rank_0():
         transformers.utils.logging.enable_progress_bar()
     else:
         transformers.utils.logging.disable_progress_bar()
+        os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 
 
 def run_program(work: Callable[[], None], place: Path | None = None) -> int:

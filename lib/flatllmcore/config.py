@@ -105,7 +105,7 @@ class FlatLLMConfig:
         number("a share above 0 and at most 1", lambda value: 0 < value <= 1),
         "share of eigenvalue mass whose rank is logged for comparison; changes nothing",
     )
-    cal_dataset: Any = option("wikitext2", DATA, "calibration text: wikitext2, c4, alpaca, pydocs, or a file or folder")
+    cal_dataset: Any = option("wikitext2", DATA, "text: wikitext2, c4, alpaca, pydocs, a hub id, or a file or folder")
     cal_nsamples: int | None = option(128, integer(1, MOST), "windows of text; None: 128 for scores, 256 to compress")
     importance_method: str = option("angular", one_of(IMPORTANCE_METHODS), "how layers are scored")
     preserve_qk_layers: bool = option(True, SWITCH, "leave Q and K whole")

@@ -247,6 +247,8 @@ def _records(path: Path) -> Iterator[Any]:
                 return
             start = 3 if file.read(3) == BOM_UTF8 else file.seek(0)
             first = next((line.strip() for line in file if line.strip()), b"")
+            if not first:
+                raise InputError(f"{path} is empty; {_ACCEPTED}")
             file.seek(start)
             are_lines = first[:1] == b"{" and first[-1:] == b"}"
             for line, content in enumerate(file, 1) if are_lines else [(1, file.read())]:
