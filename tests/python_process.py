@@ -25,7 +25,7 @@ def run_python(code: str, paths: Sequence[Path] = (LIBRARY,), **environment: str
         process = SERVER.Process(target=_run, args=(code, [*paths, TESTS], out, error, environment), daemon=True)
         process.start()
         process.join()
-        assert process.exitcode == 0, error.read_text()
+        assert process.exitcode == 0, out.read_text() + error.read_text()
         return out.read_text()
 
 

@@ -203,26 +203,25 @@ def test_gradient_importance_equals_finite_differences(model, windows):
     together = layer_importance(ModelInMemory(model, CPU), windows, 2, "gradient").scores
     assert found == pytest.approx(together, rel=1e-6)
 
-    def losses(layer, token, unit, scale):
-        def scale_unit(_module, _inputs, outputs):
-            scaled = outputs.clone()
-            scaled[:, token, unit] *= scale
-            return scaled
+    def losses(layer, token, scale):
+        """Return the loss of every window, and of each unit scaled: the units are 32 copies of the windows."""
 
-        hook = model.model.layers[layer].register_forward_hook(scale_unit)
+        def scale_units(_module, _inputs, outputs):
+            scaled = outputs.clone().unflatten(0, (32, -1))  # (units, windows, S, D)
+            torch.diagonal(scaled[:, :, token], dim1=0, dim2=2).mul_(scale)
+            return scaled.flatten(0, 1)
+
+        hook = model.model.layers[layer].register_forward_hook(scale_units)
         try:
-            logits = model(windows).logits[:, :-1]
+            logits = model(windows.repeat(32, 1)).logits[:, :-1]
         finally:
             hook.remove()
-        per_token = torch.nn.functional.cross_entropy(logits.mT, windows[:, 1:], reduction="none")
-        return per_token.mean(1)  # (windows,)
+        per_token = torch.nn.functional.cross_entropy(logits.mT, windows[:, 1:].repeat(32, 1), reduction="none")
+        return per_token.mean(1)  # (units * windows,)
 
     for layer in range(2):
-        total = sum(
-            (losses(layer, token, unit, 1 + epsilon) - losses(layer, token, unit, 1 - epsilon)).abs().sum().item()
-            for token in range(4)
-            for unit in range(32)
-        )
+        changes = (losses(layer, token, 1 + epsilon) - losses(layer, token, 1 - epsilon) for token in range(4))
+        total = sum(change.abs().sum().item() for change in changes)
         assert found[layer] == pytest.approx(total / (2 * epsilon) / windows.numel(), rel=2e-3)
 
 

@@ -229,6 +229,7 @@ def test_one_failure_ends_all_and_is_told_once(copied, patch, flags, reason):
 def test_the_launcher_of_accelerate_starts_a_group(copied):
     folder = copied("launched")
     launch = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]  # as scripts/settings.sh has it
     launch += ["--main_process_port", "0"]  # one that is free
     command = [sys.executable, "-m", *launch, str(Path(__file__).parents[1] / "main.py"), *OUT]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
