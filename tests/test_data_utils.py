@@ -103,6 +103,7 @@ class TestSampleDocuments:
             seen.append(text)
             return TOKENIZER(text, **options)
 
+        recording_tokenizer.name_or_path = "tokenizer"
         text = text_of(*[30] * 12)
         sample_documents(text, recording_tokenizer, 8, 10, seed=0)
         assert len(seen) == len(set(seen)) < 12

@@ -37,7 +37,7 @@ def test_it_compresses_saves_reloads_and_writes(tmp_path, monkeypatch, capsys):
 
 
 def test_what_is_no_folder_is_refused(capsys):
-    with pytest.raises(SystemExit, match="^2$"):
+    with pytest.raises(SystemExit, match=r"^2$"):
         MAIN(["nowhere"])
     out, error = capsys.readouterr()
     assert out == ""

@@ -88,7 +88,7 @@ def performed(commands, monkeypatch, capsys):
         for command in commands(script, **settings):
             is_module = command[0] == "-m"
             monkeypatch.setattr(sys, "argv", command[is_module:])
-            with pytest.raises(SystemExit, match="^0$"):
+            with pytest.raises(SystemExit, match=r"^0$"):
                 (runpy.run_module if is_module else runpy.run_path)(command[is_module], run_name="__main__")
         return capsys.readouterr().out
 
