@@ -76,14 +76,15 @@ def plan(config: PretrainedConfig, args: argparse.Namespace) -> Plan:
     seqlen = window_length(args.seqlen, config.max_position_embeddings)
     selector = ImportancePreservingRankSelector(dimensions)
     allocation = selector.allocate([1.0] * dimensions.num_layers, 1 - args.sparsity_ratio / 100)
-    importance = args.importance_nsamples * forward_operations(config, seqlen)
+    dense = forward_operations(config, seqlen)
     return Plan(
         parameters=count_parameters(empty_causal_lm(config))["total"],
         layer_bytes=ITEMSIZE * dimensions.layer_parameters,
         states_bytes=ITEMSIZE * max(args.nsamples, args.importance_nsamples) * seqlen * dimensions.hidden_size,
         moments_bytes=moment_bytes(dimensions),
         solve_bytes=solve_bytes(dimensions, max(kept.mlp_width for kept in allocation.layers)),
-        operations={"importance": importance} | operations(config, allocation, args.nsamples, seqlen),
+        operations={"importance": args.importance_nsamples * dense}
+        | operations(config, allocation, args.nsamples, seqlen, dense),
     )
 
 

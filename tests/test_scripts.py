@@ -264,7 +264,7 @@ def test_test_sh_installs_once_and_passes_its_arguments_to_pytest(commands, tmp_
     (venv / "bin").mkdir(parents=True)
     (venv / "bin" / "python").symlink_to(tmp_path / "python")
     pip = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile"]
-    tests = ["-m", "pytest", "-n", "auto", "-k", "some name"]
+    tests = ["-m", "pytest", "-n", "auto", "--dist", "worksteal", "-k", "some name"]
     first = commands("test.sh", "-k", "some name", VENV=venv)
     assert first == [[*pip, "-r", "requirements.txt"], [*pip, "-e", ".[dev]"], tests]
     assert commands("test.sh", "-k", "some name", VENV=venv) == [tests]
