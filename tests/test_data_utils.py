@@ -497,5 +497,6 @@ class TestHubIds:
 
 @pytest.fixture
 def unreachable_hub(monkeypatch):
-    """Points the hub's client at a port that nobody listens on."""
+    """Points the hub's client at a port that nobody listens on; it tries again at once and not after seconds."""
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("time.sleep", lambda _seconds: None)

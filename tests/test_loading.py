@@ -87,9 +87,7 @@ def test_weights_that_do_not_fit_the_config_are_counted_and_the_first_is_named(
 
 @pytest.mark.parametrize("load", [load_model, on_disk])
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
-@pytest.mark.parametrize(
-    ("layers", "complaint"), [(300, "are missing"), (10**5, "is 100,000;"), (10**12, "is 1,000,0")]
-)
+@pytest.mark.parametrize(("layers", "complaint"), [(30, "are missing"), (10**5, "is 100,000;"), (10**12, "is 1,000,0")])
 def test_layers_that_are_not_there_are_refused_before_they_take_minutes(checkpoint, load, layers, complaint, family):
     config = json.loads((checkpoint / "config.json").read_text())
     changed = config | {"num_hidden_layers": layers, "model_type": family}

@@ -5,11 +5,12 @@ import json
 import math
 import os
 import re
+import runpy
 import shutil
 import signal
 import socket
-import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import Mock
@@ -24,6 +25,7 @@ import main
 from checkpoints import weights_in
 from conftest import tiny_model
 from flatllmcore.methods.flatllm import FlatLLMStep
+from python_process import SERVER, redirect
 from tiny_text import word_tokenizer, write_texts
 
 SEQLEN = 32
@@ -637,22 +639,28 @@ def test_what_is_published_names_no_folder_of_this_machine(here):
     assert read(RECORD)["base_model"] == f"{here}/llama"
 
 
+def run_program_until(ending: signal.Signals, folder: Path, argv: list[str]) -> None:
+    """Run main.py; the signal comes when the weights of a layer are there."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+    def hook(event: str, args: tuple) -> None:
+        if event == "os.rename" and "00003-of" in str(args[1]):
+            os.kill(os.getpid(), ending)
+
+    sys.addaudithook(hook)
+    os.chdir(folder)
+    redirect(os.devnull, Path("stderr"))
+    sys.argv, tempfile.tempdir = argv, "temporary"
+    runpy.run_path(main.__file__, run_name="__main__")
+
+
 @pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_that_ends_the_program_leaves_no_temporary_folder(here, ending):
-    """The signal comes when the weights of a layer are there."""
-    Path("ending.py").write_text(
-        "import os, runpy, signal, sys\n"
-        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
-        "def hook(event, args):\n"
-        "    if event == 'os.rename' and '00003-of' in str(args[1]):\n"
-        f"        os.kill(os.getpid(), {int(ending)})\n"
-        "sys.addaudithook(hook)\n"
-        "sys.argv.pop(0)\n"
-        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
-    )
-    Path("temporary").mkdir()
-    argv = ["--model", "llama", "--dataset", "text", "--sparsity_ratio", "30", *SHORT]
-    command = [sys.executable, "ending.py", main.__file__, *argv]
-    done = subprocess.run(command, env=os.environ | {"TMPDIR": "temporary"}, check=False)
-    assert done.returncode == 128 + ending
-    assert os.listdir("temporary") == []
+def test_a_signal_that_ends_the_program_leaves_no_temporary_folder(here, monkeypatch, ending):
+    monkeypatch.undo()  # the server that forks is asked by a socket
+    (here / "temporary").mkdir()
+    argv = ["main.py", "--model", "llama", "--dataset", "text", "--sparsity_ratio", "30", *SHORT]
+    process = SERVER.Process(target=run_program_until, args=(ending, here, argv), daemon=True)
+    process.start()
+    process.join()
+    assert process.exitcode == 128 + ending, (here / "stderr").read_text()
+    assert os.listdir(here / "temporary") == []
