@@ -1,6 +1,6 @@
 """Runs Python code in a process of its own, for what must not happen to the modules of this one.
 
-A server process imports torch and transformers once, and nothing of ours; each run is a fork of it.
+A server process imports libraries once, and nothing of ours; each run is a fork of it.
 """
 
 import multiprocessing
@@ -15,7 +15,8 @@ LIBRARY = Path(__file__).resolve().parents[1] / "lib"
 TESTS = Path(__file__).resolve().parent
 BLOCKED = "import sys; sys.modules['flatllmcore'] = None  # as where it is not installed\n"
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload([f"transformers.models.{name}.modeling_{name}" for name in ("auto", "llama", "mistral")])
+LIBRARIES = [f"transformers.models.{name}.modeling_{name}" for name in ("auto", "llama", "mistral")]
+SERVER.set_forkserver_preload([*LIBRARIES, "hypothesis", "pytest", "safetensors.torch"])
 
 
 def run_python(code: str, paths: Sequence[Path] = (LIBRARY,), **environment: str) -> str:
