@@ -374,6 +374,7 @@ def template(folder: Path, name: str) -> None:
         ({"attention_dropout": 5.0}, "dropout probability has to be between 0 and 1, but got 5.0"),
         ({"attn_implementation": "flash_attention_2"}, "FlashAttention2 has been toggled on"),
         ({"output_attentions": True}, "The `output_attentions` attribute is not supported"),
+        ({"output_hidden_states": "x"}, "TypeError: '<=' not supported between instances"),
         ({"dtype": "float99"}, "module 'torch' has no attribute 'float99'"),
         ({"pad_token_id": 97}, "AssertionError: Padding_idx must be within num_embeddings"),
         ({"vocab_size": -4}, "the model knows 0 to -5"),

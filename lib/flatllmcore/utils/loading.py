@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from unittest.mock import patch
 
 import torch
 from safetensors import safe_open
@@ -18,7 +19,7 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from ..errors import InputError, door
 from .files import digest, file_digest, to_json_bytes
-from .layer_utils import WEIGHT_DTYPES, dense_dimensions, find_decoder_layers, load_config
+from .layer_utils import WEIGHT_DTYPES, dense_dimensions, load_config
 
 logger = logging.getLogger(__name__)
 
@@ -54,20 +55,20 @@ def open_checkpoint(model: str, cache_dir: Path | None) -> tuple[PreTrainedModel
 def empty_causal_lm(config: PretrainedConfig) -> PreTrainedModel:
     """Return the causal language model of a dense or compressed config, on the meta device: shapes and no weights.
 
-    What its decoder layers do not run with, or transformers does not know or has no package for, is an InputError.
+    What its decoder does not run with, or transformers does not know or has no package for, is an InputError.
     """
     dense_dimensions(config)  # refuses sizes that are none
     with door(f"the model config of {config._name_or_path!r} is unusable", "mend its config.json"):
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         model.config.validate()  # again, with the attention that was chosen for it
-        states = torch.zeros(1, 2, config.hidden_size, dtype=model.dtype, device="meta")
-        rotary = type(model.get_decoder().rotary_emb)(config=model.config)  # not on meta: some look at the positions
+        decoder = model.get_decoder()
+        rotary = type(decoder.rotary_emb)(config=model.config)  # not on meta: some look at the positions
         angles = [part.to("meta") for part in rotary(torch.zeros(0, dtype=model.dtype), torch.arange(2)[None])]
         chosen, model.config._attn_implementation = model.config._attn_implementation, "eager"  # it runs anywhere
-        with torch.no_grad():
-            for layer in find_decoder_layers(model):
-                states = layer(states, position_embeddings=angles)
+        with torch.no_grad(), patch.object(decoder.rotary_emb, "forward", lambda *_, **__: angles):
+            mask = torch.zeros(1, 1, 2, 2, device="meta")  # given, or the values of the tokens would be looked at
+            decoder(torch.zeros(1, 2, dtype=torch.long, device="meta"), attention_mask=mask, use_cache=False)
         model.config._attn_implementation = chosen
         return model
 
