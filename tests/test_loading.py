@@ -155,6 +155,14 @@ def test_the_generation_config_is_that_of_the_folder(checkpoint):
     assert load_model(str(checkpoint)).generation_config.temperature == 0.3
 
 
+@pytest.mark.parametrize("load", [load_model, on_disk])
+@pytest.mark.parametrize("content", [b"\xff{", b"[]", b"{"])
+def test_a_generation_config_that_is_none_is_refused_before_it_is_copied(checkpoint, load, content):
+    (checkpoint / "generation_config.json").write_bytes(content)
+    with pytest.raises(InputError, match=r"/generation_config.json is unusable \(.*\); mend it, or delete it"):
+        load(str(checkpoint))
+
+
 def respelled(config):
     rope = config.pop("rope_parameters")
     return config | {"rope_theta": rope["rope_theta"], "rope_scaling": None, "torch_dtype": config.pop("dtype")}

@@ -315,6 +315,7 @@ def test_argparse_refuses_in_one_line_after_the_usage(here, capsys, argv, reason
         (f"--save_model {MODEL}", "it is not empty"),
         ("--save_model text --overwrite", "no run wrote text/"),
         ("--save_model logs", "overlaps with --save logs"),
+        ("--save_model / --overwrite", "--save_model / overlaps with --save logs"),
         ("--save_model new --save new/logs", "overlaps with --save new/logs"),
         ("--save_model new --bi_score new.partial", "overlaps with --bi_score new.partial"),
         ("--save_model new --offload_folder new", "overlaps with --offload_folder new"),

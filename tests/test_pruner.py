@@ -289,6 +289,8 @@ MAKERS = {
     r"mlp.act_fn is ReLU\(\), and by the config SiLU": lambda _: changed(
         lambda mlp: setattr(mlp, "act_fn", torch.nn.ReLU())
     ),
+    "the model is a DataParallel; accepted": lambda _: torch.nn.DataParallel(tiny_model()),
+    "the model is a OptimizedModule; accepted": lambda _: torch.compile(tiny_model()),
     "is torch.float8_e4m3fn; accepted: models that are not quantised": lambda _: tiny_model().to(torch.float8_e4m3fn),
     "is torch.complex64": lambda _: changed(lambda mlp: mlp.up_proj.to(torch.complex64)),
     "is torch.int8": lambda _: changed(lambda mlp: setattr(mlp.up_proj, "weight", whole_numbers(mlp.up_proj.weight))),

@@ -209,6 +209,12 @@ def test_what_cannot_be_used_is_one_line_and_nothing_is_written(tmp_path, capsys
     assert not out.exists()
     assert report.main([str(tmp_path / "good.json"), "--out", str(path)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+    for name in ("README.md", "perplexity.png"):
+        (out / name).mkdir(parents=True)
+        assert report.main([str(tmp_path / "good.json"), "--out", str(out)]) == 2
+        assert capsys.readouterr().err.startswith(f"error: cannot write {out / name}: it is a folder")
+        assert [path.name for path in out.iterdir()] == [name]
+        (out / name).rmdir()
 
 
 def test_the_committed_report_is_that_of_the_committed_records(tmp_path, capsys):

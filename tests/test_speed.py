@@ -245,7 +245,8 @@ def test_a_shape_is_measured_without_weights(here):
 
 
 @pytest.mark.parametrize(
-    "flags", ["", "--shape d", "--batch_size 1,0", "--repeats 0", "--protocol slicegpt --prompt_length 8"]
+    "flags",
+    ["", "--shape d", "--batch_size 1,0", "--repeats 0", "--threads 9999999", "--protocol slicegpt --prompt_length 8"],
 )
 def test_arguments_that_do_not_go_together_are_refused(flags, here):
     with pytest.raises(SystemExit, match="2"):

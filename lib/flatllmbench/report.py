@@ -14,7 +14,7 @@ from typing import Any
 
 from flatllmcore.config import checked
 from flatllmcore.errors import InputError, door
-from flatllmcore.utils.files import read_json, write_atomically
+from flatllmcore.utils.files import read_json, replacing, write_atomically
 from flatllmcore.utils.layer_utils import model_name
 
 from .command_line import ROWS, run_program
@@ -117,12 +117,13 @@ def page(runs: Sequence[Record]) -> bytes:
 def write_report(runs: Sequence[Record], out: Path) -> None:
     """Write README.md and its picture, and print their tables of compressions."""
     out = checked(ROWS["save"], out, "--out")
-    markdown = page(runs)
-    if of_kind(runs, "flatllm"):
-        with door("the perplexities cannot be drawn", "accepted: those of runs that ended well"):
-            picture = draw_perplexity(runs)
-        write_atomically(out / "perplexity.png", picture)
-    write_atomically(out / "README.md", markdown)
+    markdown, is_drawn = page(runs), bool(of_kind(runs, "flatllm"))
+    with door("the perplexities cannot be drawn", "accepted: those of runs that ended well"):
+        picture = draw_perplexity(runs) if is_drawn else b""
+    with replacing(out / "README.md") as file:  # it takes its place after the picture, or neither does
+        file.write(markdown)
+        if is_drawn:
+            write_atomically(out / "perplexity.png", picture)
     sys.stdout.write(f"{measured_tables(runs, 'flatllm')}\nthe report is {out / 'README.md'}\n")
 
 

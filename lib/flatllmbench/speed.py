@@ -11,6 +11,7 @@ measures random weights, dense and compressed. `--protocol grid` times prompts a
 """
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -79,7 +80,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--prompt_length", type=_numbers, metavar="N,...", help="grid: tokens (default: 128,512)")
     add("--new_tokens", type=_number, metavar="N", help="decoding steps (default: 32; slicegpt: 256)")
     add("--repeats", type=_number, default=7, metavar="N", help="timed runs (default: %(default)s)")
-    add("--threads", type=_number, metavar="N", help="of the CPU (default: one per core)")
+    add("--threads", type=int, choices=range(1, 1 + (os.cpu_count() or 1)), metavar="N", help="(default: one per core)")
     add_flags(parser, FLAGS)
     args = parser.parse_args(argv)
     if bool(args.models) == bool(args.shape):

@@ -58,7 +58,7 @@ class _Written:
 def partial_folder(folder: Path) -> Path:
     """Return where a model is written until it is whole."""
     folder = Path(os.path.realpath(folder))
-    return folder.with_name(f"{folder.name}.partial")
+    return folder.parent / f"{folder.name}.partial"  # also of /, which has no name
 
 
 def lock_file(folder: Path) -> Path:

@@ -29,6 +29,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
     When anything fails ``path`` is as it was. What a kill leaves is deleted when the next file is written beside it.
     """
+    if path.is_dir():  # found before the work of others that goes with it
+        raise InputError(f"cannot write {path}: it is a folder; move it, or give another place")
     path.parent.mkdir(parents=True, exist_ok=True)
     for left_over in path.parent.glob(LEFT_OVER):
         with suppress(OSError), left_over.open("r+b") as file:

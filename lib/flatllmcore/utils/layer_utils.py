@@ -82,6 +82,8 @@ def dense_dimensions(config: PretrainedConfig) -> ModelDimensions:
 
 def detect_architecture(model: nn.Module) -> str:
     """Return the family of a dense or compressed transformers model, ``llama``, ``mistral`` and so on."""
+    if not isinstance(model, PreTrainedModel):
+        raise InputError(f"the model is a {type(model).__name__}; accepted: a transformers model, not wrapped")
     return family_name(model.config)
 
 

@@ -36,19 +36,21 @@ def load_model(model: str, *, dtype: str = "auto", cache_dir: Path | None = None
     skeleton, files, stored = open_checkpoint(model, cache_dir)
     cast_to = stored if dtype == "auto" else getattr(torch, dtype)
     with door(f"{model!r} cannot be loaded", "accepted: a model that transformers loads"):
-        generation_file = found_file(model, GENERATION_CONFIG_NAME, cache_dir)
         return type(skeleton).from_pretrained(
             None,  # given a folder it would look for weights by itself, and add an adapter that lies beside them
             config=skeleton.config,
             dtype=cast_to,
             state_dict={name: files.read(name).to(cast_to) for name, _ in skeleton.named_parameters()},
-            generation_config=generation_file and GenerationConfig.from_pretrained(generation_file.parent),
+            generation_config=skeleton.generation_config,
         )
 
 
 def open_checkpoint(model: str, cache_dir: Path | None) -> tuple[PreTrainedModel, "WeightFiles", torch.dtype]:
     """Return a checkpoint's model on the meta device, and its weights with their type, checked against each other."""
     skeleton, files = empty_causal_lm(load_config(model, cache_dir)), WeightFiles(model, cache_dir)
+    if generation_file := found_file(model, GENERATION_CONFIG_NAME, cache_dir):
+        with door(f"{generation_file} is unusable", "mend it, or delete it"):
+            skeleton.generation_config = GenerationConfig.from_pretrained(generation_file.parent)
     return skeleton, files, files.check(skeleton)
 
 
