@@ -331,6 +331,10 @@ def test_argparse_refuses_in_one_line_after_the_usage(here, capsys, argv, reason
         ("--bi_score bi_score.pt", "bi_score.pt: 'scores' has 2 entries; the model has 3 layers"),
         ("--save text/train.txt", "cannot write to text/train.txt: Not a directory"),
         ("--bi_score text/train.txt/x", "cannot write to text/train.txt/x: Not a directory"),
+        ("--save held", "cannot write held/llama_flatllm_30.json: it is a folder"),
+        ("--save held --sparsity_ratio 40", "cannot write held/llama_flatllm_40.log: it is a folder"),
+        ("--bi_score held", "cannot write held/importance.json: it is a folder"),
+        ("--bi_score held/a", "cannot write held/a/ranks_30.json: it is a folder"),
         (f"--model {MODEL}", "compressed already"),
         ("--model nosuch/model", "no usable model config at 'nosuch/model'"),
         ("--model ./no/such/model", "no usable model config at './no/such/model'"),
@@ -339,6 +343,8 @@ def test_argparse_refuses_in_one_line_after_the_usage(here, capsys, argv, reason
 def test_unusable_arguments_are_refused(here, refused, argv, reason):
     Path("short.txt").write_text("too short")
     Path("loop").symlink_to("loop")
+    for name in ("llama_flatllm_30.json", "llama_flatllm_40.log", "importance.json", "a/ranks_30.json"):
+        Path("held", name).mkdir(parents=True)
     torch.save([0.1, 0.2], "bi_score.pt")
     assert reason in refused(*argv.split())
 

@@ -16,10 +16,11 @@ import transformers
 
 from flatllmcore.config import MOST, PATH, SWITCH, Accepted, RunConfig, checked, integer, one_of, option
 from flatllmcore.core.importance import IMPORTANCE_FILE
+from flatllmcore.core.rank_files import ranks_file
 from flatllmcore.errors import UNUSABLE_PLACE, InputError, door
 from flatllmcore.methods import METHODS
 from flatllmcore.utils.checkpoint import check_output_folder, partial_folder
-from flatllmcore.utils.files import check_writable
+from flatllmcore.utils.files import check_is_no_folder, check_writable
 from flatllmcore.utils.layer_utils import model_name
 from flatllmcore.utils.processes import is_rank_0, local_world_size
 from flatllmcore.utils.text_sources import has_test_split
@@ -102,6 +103,10 @@ class Options(RunConfig):
         """Refuse places that cannot be written to, and a model folder that another place would be part of."""
         for place in filter(None, (self.save, self.offload_folder)):
             check_writable(place)
+        for file in (IMPORTANCE_FILE, ranks_file(self.sparsity_ratio)):
+            check_is_no_folder(self.score_place / file)
+        for suffix in ("log", "json"):
+            check_is_no_folder(self.save / f"{self.run_name}.{suffix}")
         if self.save_model is None:
             return
         out = Path(os.path.realpath(self.save_model))
@@ -161,17 +166,6 @@ def check_include_path(folder: Path | None) -> None:
     """Refuse a folder of task definitions that is none."""
     if folder is not None and not folder.is_dir():
         raise InputError(f"--include_path {folder} is no folder; give one that holds task definitions")
-
-
-def flags_table() -> str:
-    """Return the table of flags as Markdown, for the README."""
-    lines = ["| flag | default | meaning |", "|---|---|---|"]
-    for name, flag in FLAGS.items():
-        default = ROWS[name].default
-        shown = "required" if default is MISSING else "" if default in (None, False) else f"`{default}`"
-        meaning = ROWS[name].metadata["help"].replace("<", "\\<")
-        lines.append(f"| `--{flag}` | {shown} | {meaning} |")
-    return "\n".join(lines) + "\n"
 
 
 class LogFile(logging.FileHandler):

@@ -157,8 +157,6 @@ def measure_models(args: argparse.Namespace, configs: dict[str, PretrainedConfig
         "protocol": args.protocol,
         "dtype": dtype,
         "attention": models[0].config._attn_implementation,
-        "compiled": False,
-        "static_cache": False,
         "models": described,
         "cells": cells,
     }

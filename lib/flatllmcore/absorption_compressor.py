@@ -11,13 +11,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .api import in_memory
-from .config import FlatLLMConfig
+from .config import FlatLLMConfig, checked
 from .core.rank_allocation import ImportancePreservingRankSelector
-from .errors import InputError
 from .pipeline import Pipeline
 from .utils.data_utils import check_token_ids, padding_ids_of, real_rows, windows_of_rows
 from .utils.devices import parse_device
 from .utils.layer_utils import check_causal_lm, dimensions_from_config
+
+_SHARE = FlatLLMConfig.__dataclass_fields__["tolerance"]  # an option that takes a share above 0 and at most 1
 
 
 class AbsorptionCompressor:
@@ -45,7 +46,7 @@ class AbsorptionCompressor:
     ) -> None:
         check_causal_lm(model)
         self.model, self.dimensions = model, dimensions_from_config(model.config)
-        self.target_sparsity = _checked_share("target_sparsity", target_sparsity)
+        self.target_sparsity = checked(_SHARE, target_sparsity, "target_sparsity")
         self.config = FlatLLMConfig(tolerance=tolerance)
         self.device = model.get_output_embeddings().weight.device if device is None else parse_device(str(device))
         self._windows: Tensor | None = None
@@ -104,14 +105,8 @@ class AbsorptionCompressor:
             source.adopt(flat_config)
 
     def _share(self, sparsity_ratio: float | None) -> float:
-        return self.target_sparsity if sparsity_ratio is None else _checked_share("sparsity_ratio", sparsity_ratio)
+        return self.target_sparsity if sparsity_ratio is None else checked(_SHARE, sparsity_ratio, "sparsity_ratio")
 
 
 class ActivationCollector:
     """Only to be imported, as FedCore does; :meth:`AbsorptionCompressor.collect_all_activations` takes the data."""
-
-
-def _checked_share(name: str, share: float) -> float:
-    if not 0 < share <= 1:
-        raise InputError(f"{name} is {share}; accepted: a share above 0 and at most 1")
-    return share

@@ -29,8 +29,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
     When anything fails ``path`` is as it was. What a kill leaves is deleted when the next file is written beside it.
     """
-    if path.is_dir():  # found before the work of others that goes with it
-        raise InputError(f"cannot write {path}: it is a folder; move it, or give another place")
+    check_is_no_folder(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     for left_over in path.parent.glob(LEFT_OVER):
         with suppress(OSError), left_over.open("r+b") as file:
@@ -133,6 +132,12 @@ def check_writable(folder: Path) -> None:
             pass
     except OSError as error:
         raise InputError(f"cannot write to {folder}: {error.strerror}") from error
+
+
+def check_is_no_folder(path: Path) -> None:
+    """Refuse a folder where a file is going to be written."""
+    if path.is_dir():
+        raise InputError(f"cannot write {path}: it is a folder; move it, or give another place")
 
 
 def check_disk_space(folder: Path, needed_bytes: int) -> None:
