@@ -1,5 +1,6 @@
 """``python -m flatllmbench.report``: what its tables say is what the records say."""
 
+import io
 import re
 from pathlib import Path
 
@@ -199,6 +200,13 @@ def test_a_page_that_cannot_be_made_whole_leaves_the_one_before(tmp_path, capsys
     assert report.main(argv) == 2
     assert capsys.readouterr().err.startswith("error: the perplexities cannot be drawn (")
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_a_terminal_that_lacks_a_character_shows_its_number(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.stdout", shown := io.TextIOWrapper(io.BytesIO(), "ascii"))
+    assert report.main([str(saved(tmp_path, "a", COMPRESSION, dataset="–")), "--out", str(tmp_path / "out")]) == 0
+    shown.flush()
+    assert b"calibrated on \\u2013, " in shown.buffer.getvalue()
 
 
 def test_what_cannot_be_used_is_one_line_and_nothing_is_written(tmp_path, capsys):

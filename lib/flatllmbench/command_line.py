@@ -184,6 +184,7 @@ class LogFile(logging.FileHandler):
 def logging_to(path: Path) -> Iterator[None]:
     """Log to the console and to the end of a file inside the block, from rank 0 alone; other libraries log errors."""
     transformers.utils.logging.set_verbosity_error()
+    show_all_characters()
     keep_bars_to_terminals()
     huggingface_hub.utils.logging.set_verbosity_error()
     os.environ["DATASETS_VERBOSITY"] = "critical"  # read when the library is imported; what it logs it raises too
@@ -201,6 +202,12 @@ def logging_to(path: Path) -> Iterator[None]:
             handler.close()
 
 
+def show_all_characters() -> None:
+    """Let stdout show by its number a character that its encoding lacks, as stderr does."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def keep_bars_to_terminals() -> None:
     """Let transformers, datasets and the hub draw their bars where stderr is a terminal, and nowhere else."""
     if sys.stderr.isatty() and is_rank_0():
@@ -215,6 +222,7 @@ def run_program(work: Callable[[], None], place: Path | None = None) -> int:
 
     ``place``, where it writes, is named when an error about a file does not say which.
     """
+    show_all_characters()
     try:
         work()
     except InputError as error:
