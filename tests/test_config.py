@@ -94,6 +94,8 @@ def test_an_unknown_option_is_refused_by_name():
 
 def test_a_run_s_places_follow_the_model_and_its_texts_the_calibration():
     run = RunConfig(model="some/tiny", cal_dataset="c4")
-    assert (run.score_place, run.eval_text) == (Path("ranks/tiny"), "c4")
+    assert (run.score_place, run.eval_texts) == (Path("ranks/tiny"), ["c4"])
     run = RunConfig(model="some/tiny", bi_score="here", eval_dataset="wikitext2")
-    assert (run.score_place, run.eval_text) == (Path("here"), "wikitext2")
+    assert (run.score_place, run.eval_texts) == (Path("here"), ["wikitext2"])
+    assert RunConfig(model="tiny", cal_dataset="c4+alpaca").eval_texts == ["c4", "alpaca"]
+    assert RunConfig(model="tiny", eval_dataset=["alpaca", "c4+alpaca"]).eval_texts == ["alpaca", "c4"]

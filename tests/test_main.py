@@ -133,7 +133,7 @@ def test_scores_hold_all_it_takes_to_compute_them_again(here):
 def test_the_record_says_what_was_asked_done_and_spent(finished):
     record = read(finished / RECORD)
     assert (record["kind"], record["method"]) == ("flatllm", "flatllm")
-    assert (record["request"]["sparsity_ratio"], record["request"]["save_model"]) == (30, MODEL)
+    assert (record["request"]["sparsity_ratio"], record["request"]["save_model"]) == ([30], MODEL)
     assert record["command"].startswith("python main.py --model llama --dataset text")
     assert record["versions"]["torch"] == torch.__version__
     assert "CPU" in record["hardware"]["device"]
@@ -164,7 +164,7 @@ def test_reported_perplexities_equal_the_loss_of_the_saved_models(here, family):
     out = f"out/{family}-30"
     if family == "mistral":
         assert run("--save_model", out, model=family) == 0
-    record = read(f"logs/{family}_flatllm_30.json")["perplexity"]
+    (record,) = read(f"logs/{family}_flatllm_30.json")["perplexity"]
     ids = AutoTokenizer.from_pretrained(family)(Path("text/test.txt").read_text())["input_ids"]
     windows = torch.tensor(ids[: len(ids) // SEQLEN * SEQLEN]).view(-1, SEQLEN)
     assert record["windows"] == len(windows)
@@ -255,15 +255,16 @@ def test_weights_are_in_the_checkpoints_dtype_or_the_one_asked_for(here):
 
 @pytest.mark.parametrize(("flags", "seqlen"), [(("--seqlen", "20"), 20), ((), 128)], ids=["asked", "the model's"])
 def test_windows_are_as_many_and_as_long_as_asked(here, flags, seqlen):
-    """Without a length they are as long as the model takes; perplexity can be measured on another text."""
+    """Without a length they are as long as the model takes; perplexity can be measured on other texts."""
     shutil.copy("text/train.txt", "other.txt")
-    argv = ["--model", "llama", "--dataset", "text", "--eval_dataset", "other.txt", "--nsamples=3", "--device", "cpu"]
-    assert main.main([*argv, "--sparsity_ratio", "30", "--bi_score", "new", *flags]) == 0
+    argv = ["--model", "llama", "--dataset", "text", "--eval_dataset", "other.txt", "text", "--nsamples=3"]
+    assert main.main([*argv, "--device", "cpu", "--sparsity_ratio", "30", "--bi_score", "new", *flags]) == 0
     record, scores = read(RECORD), read("new/importance.json")
     for found in (record, scores):
         assert (found["nsamples"], found["seqlen"]) == (3, seqlen)
-    assert record["perplexity"]["dataset"] == "other.txt"
-    assert record["perplexity"]["windows"] == len(Path("other.txt").read_text().split()) // seqlen
+    texts = {"other.txt": Path("other.txt"), "text": Path("text/test.txt")}
+    windows = {name: len(path.read_text().split()) // seqlen for name, path in texts.items()}
+    assert {of["dataset"]: of["windows"] for of in record["perplexity"]} == windows
 
 
 # Bad input: the command line

@@ -46,7 +46,7 @@ class TestRecords:
         ("change", "reason"),
         [
             ({"achieved_sparsity_percent": "1"}, "is not usable: Unknown format code 'f'"),
-            ({"perplexity": {"dense": 1}}, "is not usable: the field 'perplexity.windows' is missing"),
+            ({"perplexity": [{"dense": 1}]}, "is not usable: the field 'dataset' is missing"),
             ({"elapsed_s": float("nan")}, "this is not JSON: "),
             ({"elapsed_s": 10**400}, "is not usable: "),
             ({"dataset": "\ud800"}, "this is not JSON: .*surrogate"),
@@ -82,7 +82,7 @@ class TestCompressions:
         [
             *({"base_model": "models/other"}, {"nsamples": 64}, {"seed": 1}, {"rank_multiple": 1}, {"prune_qk": True}),
             *({"hardware": {"device": "Other GPU"}}, {"versions": {"python": "3"}}, {"request": {"dtype": "float32"}}),
-            {"perplexity": COMPRESSION["perplexity"] | {"windows": 10}},
+            {"perplexity": [COMPRESSION["perplexity"][0] | {"windows": 10}]},
         ],
     )
     def test_runs_under_other_conditions_get_a_table_of_their_own(self, tmp_path, change):
@@ -121,8 +121,8 @@ class TestTable1:
         "change",
         [
             *({"base_model": "meta-llama/Llama-2-7b-chat-hf"}, {"sparsity_ratio": 30}, {"seqlen": 2048}),
-            *({"dataset": "c4"}, {"perplexity": LLAMA_2_7B["perplexity"] | {"seqlen": 2048}}),
-            {"perplexity": LLAMA_2_7B["perplexity"] | {"dataset": "c4"}},
+            *({"dataset": "c4"}, {"perplexity": [LLAMA_2_7B["perplexity"][0] | {"seqlen": 2048}]}),
+            {"perplexity": [LLAMA_2_7B["perplexity"][0] | {"dataset": "c4"}]},
         ],
     )
     def test_a_run_at_other_settings_does_not_stand_here(self, tmp_path, change):
@@ -176,7 +176,7 @@ class TestOtherTables:
 
 def test_the_curve_starts_at_the_dense_model_and_falls_in_size(tmp_path):
     percents = [saved(tmp_path, str(p), COMPRESSION, achieved_sparsity_percent=float(p)) for p in (30, 10)]
-    assert plots.curve(read_records(percents)) == [(100.0, 8.0), (90.0, 10.0), (70.0, 10.0)]
+    assert plots.curve(read_records(percents), 0) == [(100.0, 8.0), (90.0, 10.0), (70.0, 10.0)]
 
 
 @pytest.mark.parametrize(("record", "pictures"), [(COMPRESSION, {"perplexity.png"}), (SCORING, set())])
@@ -194,7 +194,7 @@ def test_a_page_that_cannot_be_made_whole_leaves_the_one_before(tmp_path, capsys
     assert report.main(argv) == 0
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     assert before.keys() == {"README.md", "perplexity.png"}
-    saved(tmp_path, "a", COMPRESSION, perplexity=COMPRESSION["perplexity"] | {"dense": 0})
+    saved(tmp_path, "a", COMPRESSION, perplexity=[COMPRESSION["perplexity"][0] | {"dense": 0}])
     capsys.readouterr()
     assert report.main(argv) == 2
     assert capsys.readouterr().err.startswith("error: the perplexities cannot be drawn (")
