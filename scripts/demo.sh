@@ -22,7 +22,7 @@ export BI_SCORE="$OUT/ranks"
 export OVERWRITE=1
 
 rm -f "$BI_SCORE/importance.json" # an earlier demo's; it may be about another model
-bash scripts/compress.sh
+bash scripts/compress.sh --dtype float32 # in bf16 many a CPU takes ten times as long
 name="$(basename "$MODEL")"
 "$PYTHON" scripts/generate.py "$MODEL" "$OUT/$name-20" "$OUT/$name-50" --prompt "${PROMPT:-If the file does not exist,}"
 printf '\nTables and picture: %s/README.md\n' "$OUT"
