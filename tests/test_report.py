@@ -90,6 +90,17 @@ class TestCompressions:
         found = tables(measured_tables(read_records(paths), "flatllm"))
         assert [[row[0] for row in table[1:]] for table in found] == 2 * [["0", "20"]]
 
+    def test_each_text_has_a_column_and_a_line_in_the_picture(self, tmp_path):
+        other = {"dataset": "/data/c4", "seqlen": 256, "windows": 9, "dense": 20.0, "compressed": 24.0}
+        records = read_records([saved(tmp_path, "a", COMPRESSION, perplexity=[*COMPRESSION["perplexity"], other])])
+        text = measured_tables(records, "flatllm")
+        ((header, dense, compressed),) = tables(text)
+        place = header.index("perplexity, pydocs")
+        assert header[place + 1] == "perplexity, c4"
+        assert [row[place : place + 2] for row in (dense, compressed)] == [["8.000", "20.000"], ["10.000", "24.000"]]
+        assert "perplexity on /data/c4, 9 × 256 tokens" in text
+        assert plots.curve(records, 1) == [(100.0, 20.0), (80.25, 24.0)]
+
 
 class TestTable1:
     def entry(self, *paths: Path, model: str = "Llama-2-7b-hf") -> list[list[str]]:
@@ -128,6 +139,11 @@ class TestTable1:
     def test_a_run_at_other_settings_does_not_stand_here(self, tmp_path, change):
         path = saved(tmp_path, "a", LLAMA_2_7B, **change)
         assert {cell for row in self.entry(path) for cell in (row[2], row[3], row[7])} == {"not run"}
+
+    def test_the_published_text_counts_wherever_it_stands_among_others(self, tmp_path):
+        texts = [COMPRESSION["perplexity"][0], *LLAMA_2_7B["perplexity"]]
+        _, ours = self.entry(saved(tmp_path, "a", LLAMA_2_7B, perplexity=texts))
+        assert ours[1:4] == ["6.70", "6.74", "+0.04"]
 
     def test_accuracies_are_those_of_the_run_itself_and_of_the_dense_model_evaluated(self, tmp_path):
         own = saved(tmp_path, "a", LLAMA_2_7B, zero_shot=ACCURACIES | {"mean_accuracy": 55.0})
