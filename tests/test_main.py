@@ -670,6 +670,16 @@ def test_several_ratios_give_what_each_gives_alone_and_share_text_and_dense_perp
     assert "layer 2" in Path("logs/llama_flatllm_20-30.log").read_text()
 
 
+def test_perplexity_is_measured_on_the_first_windows_where_fewer_are_asked_for(here):
+    """Oracle: the text's beginning, by itself."""
+    words = Path("text/test.txt").read_text().split()
+    Path("beginning.txt").write_text(" ".join(words[: 5 * SEQLEN]))
+    assert run("--eval_dataset", "text", "beginning.txt", "--eval_nsamples", "5") == 0
+    first, same = read(RECORD)["perplexity"]
+    assert first["windows"] == same["windows"] == 5
+    assert [first[which] for which in ("dense", "compressed")] == [same[which] for which in ("dense", "compressed")]
+
+
 def test_several_ratios_without_a_folder_leave_records_and_no_model(here, monkeypatch):
     (here / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(here / "temporary"))

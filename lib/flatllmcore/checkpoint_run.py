@@ -139,7 +139,7 @@ class CheckpointRun:
         config, found = self.config, {}
         for name in config.eval_texts:
             text = load_text(name, "test", dataset_root=config.dataset_root, cache_dir=config.cache_dir)
-            found[name] = consecutive_windows(text, self.tokenizer, self.pipeline.seqlen)
+            found[name] = consecutive_windows(text, self.tokenizer, self.pipeline.seqlen)[: config.eval_nsamples]
             check_token_ids(found[name], self.pipeline.model_config.vocab_size)
         return found
 

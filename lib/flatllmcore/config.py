@@ -158,6 +158,7 @@ class RunConfig(FlatLLMConfig):
         "one or several texts for perplexity, the main one first (the test split of --dataset)",
         is_list=True,
     )
+    eval_nsamples: int | None = option(None, integer(1, MOST), "windows of each such text, from its beginning (all)")
     bi_score: Path | None = option(
         None, PATH, "folder of importance.json and ranks_<percent>.json, or one such file (ranks/<model>)"
     )
