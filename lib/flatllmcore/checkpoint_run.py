@@ -23,7 +23,7 @@ from .core.rank_allocation import RankAllocation
 from .core.rank_files import find_ranks, ranks_file, save_ranks
 from .engine.checkpoint_sink import CheckpointSink, read_manifest
 from .engine.checkpoint_source import CheckpointSource
-from .engine.perplexity import Perplexity, perplexity
+from .engine.perplexity import perplexity
 from .engine.storage import StatesStorage
 from .errors import InputError
 from .pipeline import Pipeline
@@ -144,7 +144,7 @@ class CheckpointRun:
         return found
 
     @cached_property
-    def dense_perplexities(self) -> list[Perplexity]:
+    def dense_perplexities(self) -> list[float]:
         """The dense model's perplexity on each text, measured once, or what an earlier run remembered."""
         return self._perplexities("dense", self.source)
 
@@ -167,10 +167,8 @@ class CheckpointRun:
         """
         config, about = self.config, dict(target.about)
         with CheckpointSink(folder, self.source.num_layers, target.request, config.overwrite).opened() as sink:
-            if remembered := sink.results.get("dense_perplexities"):
-                self.dense_perplexities = [Perplexity(**found) for found in remembered]
-            else:
-                sink.remember("dense_perplexities", [asdict(found) for found in self.dense_perplexities])
+            self.dense_perplexities = sink.results.get("dense_perplexities") or self.dense_perplexities
+            sink.remember("dense_perplexities", self.dense_perplexities)
             flat_config, layers = self.pipeline.compress(self.source, sink, self.windows, target.allocation)
             with stage("write"):
                 generation_config = found_file(config.model, GENERATION_CONFIG_NAME, config.cache_dir)
@@ -178,13 +176,16 @@ class CheckpointRun:
             written = CheckpointSource(complete, self.device, storage=self.source.storage)
             about["parameters_before"] = count_parameters(self.source.skeleton)
             about["parameters_after"] = count_parameters(written.skeleton)
-            found = zip(
-                self.test_windows, self.dense_perplexities, self._perplexities("compressed", written), strict=True
-            )
+            measured = zip(self.dense_perplexities, self._perplexities("compressed", written), strict=True)
             about["perplexity"] = [
-                {"dataset": name, "seqlen": dense.seqlen, "windows": dense.windows}
-                | {"dense": dense.value, "compressed": compressed.value}
-                for name, dense, compressed in found
+                {
+                    "dataset": name,
+                    "seqlen": windows.shape[1],
+                    "windows": len(windows),
+                    "dense": dense,
+                    "compressed": ours,
+                }
+                for (name, windows), (dense, ours) in zip(self.test_windows.items(), measured, strict=True)
             ]
             yield about | {"layers": [asdict(layer) for layer in layers]}, sink
 
@@ -259,14 +260,13 @@ class CheckpointRun:
         )
         return allocation
 
-    def _perplexities(self, which: str, source: CheckpointSource) -> list[Perplexity]:
+    def _perplexities(self, which: str, source: CheckpointSource) -> list[float]:
         found = []
         for name, windows in self.test_windows.items():
-            found.append(perplexity(source, windows, self.pipeline.batch_size(windows)))
-            if not math.isfinite(found[-1].value):
-                raise InputError(f"the {which} model's perplexity is {found[-1].value} on {name}")
-            of = name, *windows.shape
-            logger.info("%s perplexity %.4f on %s, %d windows of %d tokens", which, found[-1].value, *of)
+            found.append(perplexity(source, windows, self.pipeline.batch_size(windows)).value)
+            if not math.isfinite(found[-1]):
+                raise InputError(f"the {which} model's perplexity is {found[-1]} on {name}")
+            logger.info("%s perplexity %.4f on %s, %d windows of %d tokens", which, found[-1], name, *windows.shape)
         return found
 
 
