@@ -83,8 +83,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def allocate_all(args: argparse.Namespace) -> None:
     """Write the ranks of every importance file, and say what they are."""
-    row = ROWS["sparsity_ratio"]
-    shares = {percent: checked(row, percent, "--sparsity_ratio") / 100 for percent in args.sparsity_ratio}
+    percents = checked(ROWS["sparsity_ratio"], args.sparsity_ratio, "--sparsity_ratio")
+    shares = {percent: percent / 100 for percent in percents}
     model = None if args.model is None else checked(ROWS["model"], args.model, "--model")
     dimensions = dimensions_from_config(load_config(model)) if model else None
     place = checked(ROWS["bi_score"], args.bi_score, "--bi_score")

@@ -3,30 +3,29 @@
     python main.py --model models/pydocs-llama --dataset pydocs --prune_method bi --bi_score out/scores
     python main.py --model models/pydocs-llama --dataset pydocs --prune_method flatllm \\
         --sparsity_ratio 20 --save_model out/pydocs-llama-20
-    python main.py --model meta-llama/Llama-2-7b-hf --dataset wikitext2 --prune_method flatllm \\
-        --sparsity_ratio 20 --save_model out/llama-2-7b-20
+    python main.py --model meta-llama/Llama-2-7b-hf --dataset wikitext2+c4 --eval_dataset wikitext2 c4 \\
+        --sparsity_ratio 20 30 --save_model out/llama-2-7b
 
-`flatllm` takes ranks or scores from --bi_score where they are, and else scores the model on the way.
+The last writes out/llama-2-7b-20 and out/llama-2-7b-30. `flatllm` takes ranks or scores from --bi_score where they are,
+and else scores the model on the way.
 """
 
 import logging
 import os
-import shlex
 import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from flatllmbench.command_line import Options, complain, logging_to, parse_options
-from flatllmbench.records import hardware, versions
+from flatllmbench.command_line import Options, command_line, complain, logging_to, parse_options
+from flatllmbench.records import Record, hardware, versions
 from flatllmbench.zero_shot import evaluate_saved, load_tasks
-from flatllmcore.checkpoint_run import CheckpointRun
+from flatllmcore.checkpoint_run import CheckpointRun, Target
 from flatllmcore.errors import UNUSABLE_PLACE, InputError
 from flatllmcore.utils.checkpoint import MODEL_CARD, model_card, partial_folder
 from flatllmcore.utils.devices import parse_device, peak_memory_gib
@@ -59,13 +58,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     program = Program(options, flags, command_line(sys.argv[1:] if argv is None else argv), Stopwatch(device))
     try:
         with process_group(device):
-            unevaluated = broadcast_object(program.check)  # what all would refuse, one refuses
-            log = options.save / f"{options.run_name}.log"
+            kept = broadcast_object(program.check)  # what all would refuse, one refuses
+            log = options.record_place.with_suffix(".log")
             with logging_to(log), logging_redirect_tqdm(), program.stopwatch.running():
                 if options.prune_method == "bi":
                     program.score()
                 else:
-                    program.compress(unevaluated)
+                    program.compress(kept)
     except (InputError, OtherProcessError) as error:
         return complain_once(str(error), isinstance(error, InputError))
     except KeyboardInterrupt:
@@ -77,18 +76,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         remedy = f"{program.finished()}; mend that and run: {program.command}"
         return complain_once(f"{error.strerror}: {place}; {remedy}")
     return 0
-
-
-def command_line(argv: Sequence[str]) -> str:
-    """Return what to type for this run with as many processes; on several machines, N numbers them from 0."""
-    count, local_count = (os.environ.get(name, "1") for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-    if count == "1":
-        return shlex.join(["python", "main.py", *argv])
-    start = ["torchrun", "--nproc_per_node", local_count]
-    if count != local_count:
-        machines = ["--nnodes", str(int(count) // int(local_count)), "--node_rank", "N"]
-        start += [*machines, "--master_addr", os.environ["MASTER_ADDR"], "--master_port", os.environ["MASTER_PORT"]]
-    return shlex.join([*start, "main.py", *argv])
 
 
 def complain_once(message: str, is_own: bool = True) -> int:
@@ -107,80 +94,92 @@ class Program:
 
     def finished(self) -> str:
         """Say what a run that was stopped leaves to go on from."""
-        out = self.options.save_model
-        layers = f", finished layers in {partial}" if out and os.path.exists(partial := partial_folder(out)) else ""
+        folders = [partial_folder(one.save_model) for one in self.options.each_ratio() if one.save_model is not None]
+        layers = "".join(f", finished layers in {folder}" for folder in folders if os.path.exists(folder))
         return f"scores and ranks finished so far stay in {self.options.score_place}{layers}"
 
-    def check(self) -> dict[str, Any] | None:
-        """Refuse what can be refused before work; return this command's record of a model yet to be evaluated."""
-        options = self.options
-        options.check()
-        card = options.save_model / MODEL_CARD if options.save_model and options.eval_zero_shot else None
-        if card is not None and card.is_file() and self.record_place.is_file():
-            record = read_json(self.record_place, dict[str, Any])
-            is_ours = self.asked().items() <= record.items() and record.get("card_sha256") == digest(card.read_bytes())
-            if is_ours and "zero_shot" not in record:
-                return record
-        options.check_places()
-        return None
+    def check(self) -> list[Record | None]:
+        """Refuse what can be refused before work; return this command's records of what is done, unless all is."""
+        self.options.check()
+        kept = {one: self.kept_record(one) for one in self.options.each_ratio()}
+        if all(record and not self.is_unevaluated(record) for record in kept.values()):
+            kept = dict.fromkeys(kept)
+        for one in (one for one, record in kept.items() if record is None):
+            one.check_places()
+        return list(kept.values())
+
+    def kept_record(self, options: Options) -> Record | None:
+        """Return the record of a ratio if it is this command's, and of the model that is in its place."""
+        card, place = options.save_model and options.save_model / MODEL_CARD, options.record_place
+        if card is None or not (card.is_file() and place.is_file()):
+            return None
+        record, ours = read_json(place, Record), self.asked() | {"card_sha256": digest(card.read_bytes())}
+        return record if ours.items() <= record.items() else None
+
+    def is_unevaluated(self, record: Record) -> bool:
+        """Tell whether the tasks that were asked for are missing in the record of a model."""
+        return self.options.eval_zero_shot and "zero_shot" not in record
 
     def score(self) -> None:
         """Write the model's importance scores, and the record of the run."""
-        started = time.perf_counter()
         scores = CheckpointRun(self.options, self.provenance()).score()
         found = {name: getattr(scores, name) for name in ("nsamples", "seqlen", "scores", "zero_rows")}
-        self.keep_record(found | self.costs(started))
+        self.keep_record(self.options, found | self.costs())
 
-    def compress(self, unevaluated: Mapping[str, Any] | None) -> None:
-        """Compress the model, measure it before and after, save it and the record of the run, unless that is done."""
+    def compress(self, kept: Sequence[Record | None]) -> None:
+        """Compress the model at each ratio that is not done, measure it before and after, save it and its record."""
         options = self.options
         # Refused before anything is read, and not counted among the costs.
         is_evaluated = options.eval_zero_shot and is_rank_0()
         tasks = load_tasks(options.tasks, options.num_fewshot, options.include_path) if is_evaluated else None
-        if unevaluated is not None:
-            logger.info("the compressed model is in %s and is still to be evaluated", options.save_model)
-            self.evaluate(unevaluated, str(options.save_model), tasks)
-            return
-        started = time.perf_counter()
-        run = CheckpointRun(options, self.provenance())
-        with run.output_folder() as folder:
-            with run.compressed(folder) as (done, sink):
-                result = done | self.costs(started)
+        each = list(zip(options.each_ratio(), kept, strict=True))
+        done = [(one, record) for one, record in each if record is not None]
+        for one, record in done:
+            logger.info("the compressed model is in %s", one.save_model)
+            if self.is_unevaluated(record):
+                self.evaluate(one, record, str(one.save_model), tasks)
+        if left := [one for one, record in each if record is None]:
+            self.stopwatch.restart()
+            run = CheckpointRun(options, self.provenance())
+            for one, target in zip(left, run.prepare(left, [one for one, _ in done]), strict=True):
+                self.compress_to(run, target, one, tasks)
+                self.stopwatch.restart()
+
+    def compress_to(self, run: CheckpointRun, target: Target, options: Options, tasks: Record | None) -> None:
+        """Compress the model at one ratio, and evaluate it on the tasks, if there are any."""
+        with run.output_folder(options.save_model) as folder:
+            with run.compressed(target, folder) as (done, sink):
+                result = done | self.costs()
                 card = model_card(self.asked() | result)
                 result["card_sha256"] = digest(card.encode())
-                self.keep_record(result)
+                self.keep_record(options, result)
                 sink.publish(card)  # last: then all is there
             if options.save_model is not None:
                 logger.info("compressed model is in %s", options.save_model)
-            self.evaluate(result, str(folder), tasks)
+            self.evaluate(options, result, str(folder), tasks)
 
-    def evaluate(self, result: Mapping[str, Any], folder: str, tasks: Mapping[str, Any] | None) -> None:
+    def evaluate(self, options: Options, result: Record, folder: str, tasks: Record | None) -> None:
         """Add to the record of a compression how the model in ``folder`` does on the tasks, if there are any."""
         if tasks is not None:
-            settings = (self.stopwatch.device, self.options.eval_batch_size, self.options.limit)
-            self.keep_record({**result, "zero_shot": evaluate_saved(folder, tasks, *settings)})
+            settings = (self.stopwatch.device, options.eval_batch_size, options.limit)
+            self.keep_record(options, {**result, "zero_shot": evaluate_saved(folder, tasks, *settings)})
 
     def provenance(self) -> dict[str, Any]:
         """Return the hardware and the versions that a result depends on."""
         return {"hardware": hardware(self.stopwatch.device), "versions": versions()}
 
-    @property
-    def record_place(self) -> Path:
-        """Where the record of the run is written."""
-        return self.options.save / f"{self.options.run_name}.json"
-
     def asked(self) -> dict[str, Any]:
         """Return what a record begins with: what was asked for, and what the result depends on beside that."""
         return {"kind": self.options.prune_method, "command": self.command, "request": self.flags} | self.provenance()
 
-    def keep_record(self, result: Mapping[str, Any]) -> None:
-        """Write the record of the run."""
+    def keep_record(self, options: Options, result: Record) -> None:
+        """Write the record of the run, or of one ratio."""
         if is_rank_0():
-            write_json(self.record_place, self.asked() | dict(result))
+            write_json(options.record_place, self.asked() | result)
 
-    def costs(self, started: float) -> dict[str, Any]:
-        """Return where the run's time went and its peak memory, for its record."""
-        elapsed_s = time.perf_counter() - started
+    def costs(self) -> Record:
+        """Return where the time went since the stopwatch was started, and the peak memory, for the record."""
+        elapsed_s = time.perf_counter() - self.stopwatch.started
         stages = {name: round(seconds, 3) for name, seconds in self.stopwatch.elapsed_s.items()}
         peak = peak_memory_gib(self.stopwatch.device)
         memory = ", ".join(f"{gib:.2f} GiB on the {place}" for place, gib in peak.items())

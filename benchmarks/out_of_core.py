@@ -73,7 +73,7 @@ def main() -> None:
         "compressed_gib": size_gib(compressed),
         "layer_gib": layer_gib,
         "solve_gib": solve_gib,
-        "states_gib": 2 * record["perplexity"]["windows"] * args.seqlen * args.hidden_size / GIB,
+        "states_gib": 2 * record["perplexity"][0]["windows"] * args.seqlen * args.hidden_size / GIB,
         "imports": {"elapsed_s": imports_s, "peak_memory_gib": imports_gib},
         "run": {
             "elapsed_s": run_s,

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Scores a model, allocates ranks, compresses it at several ratios and reports perplexity against size.
+# Scores a model, allocates ranks, compresses it at several ratios in one run and reports perplexity against size.
 # The other scripts name a model and call this one.
 #
 #   MODEL=meta-llama/Llama-2-7b-hf RATIOS="20 30" bash scripts/compress.sh
@@ -33,13 +33,19 @@ fi
 # shellcheck disable=SC2086 # one word per ratio
 run "$PYTHON" compute_rank.py --bi_score "$scores" --sparsity_ratio $ratios "${rank_flags[@]}"
 
+left=()
 for percent in $ratios; do
     record="$records/${name}_flatllm_$percent.json"
     if [[ "${OVERWRITE:-}" != 1 && -e "$record" && -e "$out/$name-$percent/config.json" ]]; then
         printf '\n%s is there; OVERWRITE=1 does it again\n' "$record"
-        continue
+    else
+        left+=("$percent")
     fi
-    run "${main[@]}" --prune_method flatllm --model "$MODEL" --sparsity_ratio "$percent" --bi_score "$scores" \
-        --nsamples "${NSAMPLES:-256}" --save "$records" --save_model "$out/$name-$percent" "${flags[@]}" "$@"
 done
+if ((${#left[@]} > 0)); then
+    folder="$out/$name" # main.py puts the percentage behind it, unless there is only one
+    ((${#left[@]} > 1)) || folder+="-${left[0]}"
+    run "${main[@]}" --prune_method flatllm --model "$MODEL" --sparsity_ratio "${left[@]}" --bi_score "$scores" \
+        --nsamples "${NSAMPLES:-256}" --save "$records" --save_model "$folder" "${flags[@]}" "$@"
+fi
 run "$PYTHON" -m flatllmbench.report "$out/records" --out "$out"

@@ -11,7 +11,7 @@ pip_install() {
     local stamp="${VENV:-}/installed-$1"
     shift
     if [[ "${SKIP_INSTALL:-}" != 1 ]] && ! requirements | cmp --silent - "$stamp"; then
-        "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-compile "$@"
+        "$PYTHON" -m pip install --disable-pip-version-check --no-compile "$@"
         requirements >"$stamp"
     fi
 }

@@ -24,7 +24,7 @@ COMPRESSION: dict[str, Any] = COMMON | {
     "nsamples": 128,
     "seqlen": 256,
     "seed": 42,
-    "perplexity": {"dataset": "pydocs", "seqlen": 256, "windows": 332, "dense": 8.0, "compressed": 10.0},
+    "perplexity": [{"dataset": "pydocs", "seqlen": 256, "windows": 332, "dense": 8.0, "compressed": 10.0}],
     "peak_memory_gib": {"host": 1.25},
 }
 SCORING: dict[str, Any] = COMMON | {"kind": "bi", "scores": [0.31, 0.052]}
@@ -60,7 +60,7 @@ TIMED = [DENSE_MODEL | {"weight_memory_bytes": 2**31}, SMALL_MODEL | {"weight_me
 TIMING: dict[str, Any] = COMMON | PROTOCOL | {"kind": "speed", "models": TIMED, "cells": [DENSE_CELL, SMALL_CELL]}
 WIKITEXT = {"dataset": "wikitext2", "seqlen": 4096}
 LLAMA: dict[str, Any] = {"base_model": "meta-llama/Llama-2-7b-hf", "nsamples": 256, "rank_multiple": 1}
-LLAMA |= {"perplexity": WIKITEXT | {"windows": 83, "dense": 5.114, "compressed": 6.735}}
+LLAMA |= {"perplexity": [WIKITEXT | {"windows": 83, "dense": 5.114, "compressed": 6.735}]}
 LLAMA_2_7B: dict[str, Any] = COMPRESSION | WIKITEXT | LLAMA
 
 

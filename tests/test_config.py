@@ -92,8 +92,17 @@ def test_an_unknown_option_is_refused_by_name():
         FlatLLMConfig(sparsity_target=0.5)
 
 
+def test_an_option_that_takes_several_takes_one_and_names_the_one_it_does_not_take():
+    assert RunConfig(model="tiny", eval_dataset=["c4", "alpaca"]).eval_dataset == ["c4", "alpaca"]
+    assert RunConfig(model="tiny", eval_dataset="c4").eval_dataset == ["c4"]
+    with pytest.raises(InputError, match=r"^eval_dataset is 7; accepted: a name or path"):
+        RunConfig(model="tiny", eval_dataset=["c4", 7])
+
+
 def test_a_run_s_places_follow_the_model_and_its_texts_the_calibration():
     run = RunConfig(model="some/tiny", cal_dataset="c4")
-    assert (run.score_place, run.eval_text) == (Path("ranks/tiny"), "c4")
+    assert (run.score_place, run.eval_texts) == (Path("ranks/tiny"), ["c4"])
     run = RunConfig(model="some/tiny", bi_score="here", eval_dataset="wikitext2")
-    assert (run.score_place, run.eval_text) == (Path("here"), "wikitext2")
+    assert (run.score_place, run.eval_texts) == (Path("here"), ["wikitext2"])
+    assert RunConfig(model="tiny", cal_dataset="c4+alpaca").eval_texts == ["c4", "alpaca"]
+    assert RunConfig(model="tiny", eval_dataset=["alpaca", "c4+alpaca"]).eval_texts == ["alpaca", "c4"]

@@ -3,6 +3,8 @@ import gzip
 import json
 import lzma
 import os
+from dataclasses import replace
+from pathlib import Path
 
 import datasets
 import huggingface_hub
@@ -16,7 +18,14 @@ from transformers import PreTrainedTokenizerFast
 
 from flatllmcore.errors import InputError
 from flatllmcore.utils import data_utils, text_sources
-from flatllmcore.utils.data_utils import consecutive_windows, sample_documents, sample_windows
+from flatllmcore.utils.data_utils import (
+    consecutive_windows,
+    public_text,
+    sample_documents,
+    sample_mixture,
+    sample_windows,
+    text_names,
+)
 from flatllmcore.utils.text_sources import TextDataset, has_test_split, load_text
 from python_process import run_python
 
@@ -125,6 +134,36 @@ class TestSampleWindows:
         counts = torch.bincount(windows[:, 0] - IDS[CHARACTERS[2]])
         assert len(counts) == 11
         assert ((counts - 500) ** 2 / 500).sum() < 29.6
+
+
+class TestMixtures:
+    @pytest.mark.parametrize("sample", [sample_documents, sample_windows])
+    @pytest.mark.parametrize(
+        ("names", "nsamples", "shares"),
+        [
+            ("a", 4, {"a": 4}),
+            ("ab", 4, {"a": 2, "b": 2}),
+            ("abc", 8, {"a": 3, "b": 3, "c": 2}),
+            ("aba", 3, {"a": 2, "b": 1}),
+        ],
+    )
+    def test_shares_are_equal_and_each_is_what_its_text_gives_alone(self, sample, names, nsamples, shares):
+        """Oracle: windows sampled from each text by itself; one named twice gives two shares and no window twice."""
+        texts = {name: replace(text_of(*[9 + place] * 8), name=name) for place, name in enumerate("abc")}
+        alone = [sample(texts[name], TOKENIZER, share, 5, 7) for name, share in shares.items()]
+        mixed = sample_mixture(sample, [texts[name] for name in names], TOKENIZER, nsamples, 5, 7)
+        assert torch.equal(mixed, torch.cat(alone))
+
+    def test_a_text_without_a_window_is_refused(self):
+        with pytest.raises(InputError, match="asked 1 windows of 2 texts"):
+            sample_mixture(sample_windows, [text_of(9)] * 2, TOKENIZER, 1, 5, 0)
+
+    def test_names_are_joined_by_a_plus_unless_there_is_such_a_path(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        Path("a+b").mkdir()
+        assert text_names("wikitext2+a+b") == ["wikitext2", "a", "b"]
+        assert text_names("a+b") == [public_text(f"{tmp_path}/a+b")] == ["a+b"]
+        assert public_text(f"{tmp_path}+some/text") == f"{tmp_path.name}+some/text"
 
 
 @pytest.mark.parametrize("sample", [sample_documents, sample_windows])

@@ -133,7 +133,7 @@ def test_scores_hold_all_it_takes_to_compute_them_again(here):
 def test_the_record_says_what_was_asked_done_and_spent(finished):
     record = read(finished / RECORD)
     assert (record["kind"], record["method"]) == ("flatllm", "flatllm")
-    assert (record["request"]["sparsity_ratio"], record["request"]["save_model"]) == (30, MODEL)
+    assert (record["request"]["sparsity_ratio"], record["request"]["save_model"]) == ([30], MODEL)
     assert record["command"].startswith("python main.py --model llama --dataset text")
     assert record["versions"]["torch"] == torch.__version__
     assert "CPU" in record["hardware"]["device"]
@@ -164,7 +164,7 @@ def test_reported_perplexities_equal_the_loss_of_the_saved_models(here, family):
     out = f"out/{family}-30"
     if family == "mistral":
         assert run("--save_model", out, model=family) == 0
-    record = read(f"logs/{family}_flatllm_30.json")["perplexity"]
+    (record,) = read(f"logs/{family}_flatllm_30.json")["perplexity"]
     ids = AutoTokenizer.from_pretrained(family)(Path("text/test.txt").read_text())["input_ids"]
     windows = torch.tensor(ids[: len(ids) // SEQLEN * SEQLEN]).view(-1, SEQLEN)
     assert record["windows"] == len(windows)
@@ -255,15 +255,16 @@ def test_weights_are_in_the_checkpoints_dtype_or_the_one_asked_for(here):
 
 @pytest.mark.parametrize(("flags", "seqlen"), [(("--seqlen", "20"), 20), ((), 128)], ids=["asked", "the model's"])
 def test_windows_are_as_many_and_as_long_as_asked(here, flags, seqlen):
-    """Without a length they are as long as the model takes; perplexity can be measured on another text."""
+    """Without a length they are as long as the model takes; perplexity can be measured on other texts."""
     shutil.copy("text/train.txt", "other.txt")
-    argv = ["--model", "llama", "--dataset", "text", "--eval_dataset", "other.txt", "--nsamples=3", "--device", "cpu"]
-    assert main.main([*argv, "--sparsity_ratio", "30", "--bi_score", "new", *flags]) == 0
+    argv = ["--model", "llama", "--dataset", "text", "--eval_dataset", "other.txt", "text", "--nsamples=3"]
+    assert main.main([*argv, "--device", "cpu", "--sparsity_ratio", "30", "--bi_score", "new", *flags]) == 0
     record, scores = read(RECORD), read("new/importance.json")
     for found in (record, scores):
         assert (found["nsamples"], found["seqlen"]) == (3, seqlen)
-    assert record["perplexity"]["dataset"] == "other.txt"
-    assert record["perplexity"]["windows"] == len(Path("other.txt").read_text().split()) // seqlen
+    texts = {"other.txt": Path("other.txt"), "text": Path("text/test.txt")}
+    windows = {name: len(path.read_text().split()) // seqlen for name, path in texts.items()}
+    assert {of["dataset"]: of["windows"] for of in record["perplexity"]} == windows
 
 
 # Bad input: the command line
@@ -313,6 +314,13 @@ def test_argparse_refuses_in_one_line_after_the_usage(here, capsys, argv, reason
         ("--dataset text/train.txt", "no test split to measure perplexity on; name an --eval_dataset"),
         ("--eval_dataset short.txt", "has 2 tokens, fewer than one window of 32"),
         (f"--save_model {MODEL}", "it is not empty"),
+        ("--save_model out/llama --sparsity_ratio 20 30", "cannot save to out/llama-30: it is not empty"),
+        ("--save_model new --sparsity_ratio 20 95", "removing 95 % of this model is impossible"),
+        ("--sparsity_ratio 20 96", "--sparsity_ratio is 96; accepted: an integer, 1 to 95"),
+        ("--dataset text+short.txt --eval_dataset text", "asked 3 windows of 32 tokens, text 'short.txt' (train)"),
+        ("--dataset text+short.txt", "short.txt has no test split to measure perplexity on"),
+        ("--dataset text+nosuch --eval_dataset text", "no dataset, file or folder called 'nosuch'"),
+        ("--dataset text+text --nsamples 1", "asked 1 windows of 2 texts; give more windows, or fewer texts"),
         ("--save_model text --overwrite", "no run wrote text/"),
         ("--save_model logs", "overlaps with --save logs"),
         ("--save_model / --overwrite", "--save_model / overlaps with --save logs"),
@@ -555,19 +563,19 @@ def test_the_command_of_a_run_starts_as_many_processes(monkeypatch, sizes, start
 
 @pytest.fixture
 def interrupted(monkeypatch) -> Callable[..., None]:
-    """Run until the second layer, and interrupt it there."""
+    """Run until a layer, counted over all ratios, and interrupt it there."""
 
-    def run_interrupted(*argv: str) -> None:
+    def run_interrupted(*argv: str, at: int = 2) -> None:
         solve, calls = FlatLLMStep.solve, []
 
-        def interrupt_second(*args: object) -> object:
+        def interrupt(*args: object) -> object:
             calls.append(args)
-            if len(calls) == 2:
+            if len(calls) == at:
                 raise KeyboardInterrupt
             return solve(*args)
 
         with monkeypatch.context() as patch:
-            patch.setattr(FlatLLMStep, "solve", interrupt_second)
+            patch.setattr(FlatLLMStep, "solve", interrupt)
             assert run(*argv) == 2
 
     return run_interrupted
@@ -635,9 +643,139 @@ def test_a_run_stopped_in_the_evaluation_goes_on_with_it(here, monkeypatch, capf
     assert "it is not empty" in capfd.readouterr().err
 
 
+# Several ratios, several texts
+
+SEVERAL = ("--sparsity_ratio", "20", "30", "--save_model", "new")
+
+
+@pytest.fixture
+def counted(monkeypatch) -> dict[str, Mock]:
+    """Count what is to be done once for all ratios."""
+    places = {"perplexity": "checkpoint_run.perplexity", "sample_documents": "utils.data_utils.sample_documents"}
+    mocks = {}
+    for name, place in places.items():
+        module, _, function = f"flatllmcore.{place}".rpartition(".")
+        mocks[name] = Mock(wraps=getattr(sys.modules[module], function))
+        monkeypatch.setattr(f"flatllmcore.{place}", mocks[name])
+    return mocks
+
+
+def test_several_ratios_give_what_each_gives_alone_and_share_text_and_dense_perplexity(here, counted):
+    assert run("--sparsity_ratio", "20", "--save_model", "alone") == 0
+    alone = {20: read("logs/llama_flatllm_20.json"), 30: read(RECORD)}
+    for mock in counted.values():
+        mock.reset_mock()
+    assert run(*SEVERAL) == 0
+    assert (counted["sample_documents"].call_count, counted["perplexity"].call_count) == (1, 3)
+    for percent, folder in ((20, "alone"), (30, MODEL)):
+        assert shards(f"new-{percent}") == shards(folder)
+        record = read(f"logs/llama_flatllm_{percent}.json")
+        same = ("sparsity_ratio", "parameters_after", "perplexity", "nsamples")
+        assert {name: record[name] for name in same} == {name: alone[percent][name] for name in same}
+        assert record["command"].endswith("--sparsity_ratio 20 30 --save_model new")
+        assert sum(record["stages_s"].values()) == pytest.approx(record["elapsed_s"], abs=0.01)
+    assert "layer 2" in Path("logs/llama_flatllm_20-30.log").read_text()
+
+
+def test_perplexity_is_measured_on_the_first_windows_where_fewer_are_asked_for(here):
+    """Oracle: the text's beginning, by itself."""
+    words = Path("text/test.txt").read_text().split()
+    Path("beginning.txt").write_text(" ".join(words[: 5 * SEQLEN]))
+    assert run("--eval_dataset", "text", "beginning.txt", "--eval_nsamples", "5") == 0
+    first, same = read(RECORD)["perplexity"]
+    assert first["windows"] == same["windows"] == 5
+    assert [first[which] for which in ("dense", "compressed")] == [same[which] for which in ("dense", "compressed")]
+
+
+def test_several_ratios_without_a_folder_leave_records_and_no_model(here, monkeypatch):
+    (here / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(here / "temporary"))
+    assert run(*SEVERAL[:3]) == 0
+    assert read("logs/llama_flatllm_20.json")["sparsity_ratio"] == 20
+    assert os.listdir("temporary") == []
+
+
+def test_a_command_goes_on_with_the_ratio_it_was_stopped_at(here, interrupted, counted, capfd):
+    """Oracle: the published model's bytes and times. When all is done it is refused, or done anew."""
+    interrupted(*SEVERAL, at=5)
+    assert ", finished layers in /" in (line := capfd.readouterr().err)
+    assert "/new-30.partial; go on with: python main.py" in line
+    made, record = Path("new-20/config.json").stat().st_mtime_ns, read("logs/llama_flatllm_20.json")
+    counted["perplexity"].reset_mock()
+    assert run(*SEVERAL) == 0
+    assert counted["perplexity"].call_count == 1  # of the second model; the dense one's was remembered
+    assert (Path("new-20/config.json").stat().st_mtime_ns, read("logs/llama_flatllm_20.json")) == (made, record)
+    assert shards("new-30") == shards(MODEL)
+    capfd.readouterr()
+    assert run(*SEVERAL) == 2
+    assert "cannot save to new-20: it is not empty" in capfd.readouterr().err
+    assert run(*SEVERAL, "--overwrite") == 0
+    assert Path("new-20/config.json").stat().st_mtime_ns != made
+
+
+def test_a_command_does_not_go_on_beside_or_in_what_is_of_another_request(here, refused, interrupted):
+    torch.save(read(SCORES)["scores"], "bi_score.pt")
+    argv = (*SEVERAL, "--bi_score", "bi_score.pt")
+    interrupted(*argv, at=2)
+    shutil.move("new-20.partial", "new-30.partial")
+    assert re.search(r"new-30.partial holds a run of another request \(.*ranks \w{16}, not", refused(*argv))
+    shutil.rmtree("new-30.partial")
+    interrupted(*argv, at=5)
+    shutil.rmtree("new-30.partial")
+    add_to("lm_head.weight", 1e-3)
+    assert re.search(r"new-20 holds a run of another request \(weights \w{16}, not", refused(*argv))
+
+
+def test_every_ratio_is_evaluated_and_a_stop_between_loses_none(here, monkeypatch):
+    argv = (*SEVERAL, "--eval_zero_shot")
+    monkeypatch.setattr(main, "load_tasks", loaded := Mock(return_value={}))
+    monkeypatch.setattr(main, "evaluate_saved", Mock(side_effect=[{"of": 20}, KeyboardInterrupt]))
+    assert run(*argv) == 2
+    loaded.assert_called_once()
+    monkeypatch.setattr(main, "evaluate_saved", lambda folder, *_: {"of": folder})
+    monkeypatch.setattr(main.CheckpointRun, "compressed", None)
+    assert run(*argv) == 0
+    found = [read(f"logs/llama_flatllm_{percent}.json")["zero_shot"] for percent in (20, 30)]
+    assert found == [{"of": 20}, {"of": "new-30"}]
+
+
+def test_room_on_the_disk_is_for_all_ratios(here, refused, monkeypatch):
+    """Oracle: the weights of one of them, written before: room for one and a half is none for two."""
+    room = 1.5 * sum(tensor.nbytes for tensor in weights_in(MODEL).values())
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage._replace(free=int(room)))
+    assert "new needs" in refused(*SEVERAL)
+    assert run(*SEVERAL[:3]) == 0  # one after the other, in a temporary folder
+
+
+def test_a_mixture_is_calibrated_on_and_measured_on_each_of_its_texts(here):
+    """A path with a plus that is there is one text."""
+    (text,) = read(RECORD)["perplexity"]
+    write_texts(Path("b+c"))
+    shutil.copy("text/train.txt", "b+c/test.txt")
+    assert run("--dataset", "b+c") == 0
+    (of_path,) = read(RECORD)["perplexity"]
+    shutil.copytree("b+c", "d")
+    assert run("--dataset", f"text+{here}/d", "--save_model", "new", "--bi_score", "mixed") == 0
+    record = read(RECORD)
+    assert (record["dataset"], record["nsamples"]) == (f"text+{here}/d", 6)
+    dense = [(of["dataset"], of["windows"], of["dense"]) for of in record["perplexity"]]
+    expected = [("text", text), (f"{here}/d", of_path)]
+    assert dense == [(name, of["windows"], of["dense"]) for name, of in expected]
+    assert read("mixed/importance.json")["dataset"] == read("new/flat_llm.json")["request"]["dataset"] == "text+d"
+
+
 def test_what_is_published_names_no_folder_of_this_machine(here):
     """With paths for all that can be one; the record is the user's own."""
-    places = ("--dataset", f"{here}/text", "--save_model", f"{here}/a/new", "--bi_score", f"{here}/b/scores")
+    shutil.copytree("text", "also")
+    places = (
+        "--dataset",
+        f"{here}/text+{here}/also",
+        "--save_model",
+        f"{here}/a/new",
+        "--bi_score",
+        f"{here}/b/scores",
+    )
     assert run(*places, model=f"{here}/llama") == 0
     for published in (Path("a/new"), Path("b/scores")):
         for name, content in files(published).items():

@@ -47,6 +47,7 @@ def test_the_library_and_main_py_give_the_same_weights(model, texts, preserve_qk
     model = model.float()
     model.save_pretrained(tmp_path / "dense")
     TOKENIZER.save_pretrained(tmp_path / "dense")
+    texts += f"+{write_texts(tmp_path / 'others')}"
     command = f"--model {tmp_path}/dense --dataset {texts} --sparsity_ratio 40 --nsamples 12 --seqlen 24 --seed 3"
     folders = f"--device cpu --save {tmp_path}/logs --bi_score {tmp_path}/ranks --save_model {tmp_path}/compressed"
     flags = [] if preserve_qk_layers else ["--prune_qk"]

@@ -47,7 +47,7 @@ class TestRecords:
         ("change", "reason"),
         [
             ({"achieved_sparsity_percent": "1"}, "is not usable: Unknown format code 'f'"),
-            ({"perplexity": {"dense": 1}}, "is not usable: the field 'perplexity.windows' is missing"),
+            ({"perplexity": [{"dense": 1}]}, "is not usable: the field 'dataset' is missing"),
             ({"elapsed_s": float("nan")}, "this is not JSON: "),
             ({"elapsed_s": 10**400}, "is not usable: "),
             ({"dataset": "\ud800"}, "this is not JSON: .*surrogate"),
@@ -83,13 +83,24 @@ class TestCompressions:
         [
             *({"base_model": "models/other"}, {"nsamples": 64}, {"seed": 1}, {"rank_multiple": 1}, {"prune_qk": True}),
             *({"hardware": {"device": "Other GPU"}}, {"versions": {"python": "3"}}, {"request": {"dtype": "float32"}}),
-            {"perplexity": COMPRESSION["perplexity"] | {"windows": 10}},
+            {"perplexity": [COMPRESSION["perplexity"][0] | {"windows": 10}]},
         ],
     )
     def test_runs_under_other_conditions_get_a_table_of_their_own(self, tmp_path, change):
         paths = saved(tmp_path, "a", COMPRESSION), saved(tmp_path, "b", COMPRESSION, **change)
         found = tables(measured_tables(read_records(paths), "flatllm"))
         assert [[row[0] for row in table[1:]] for table in found] == 2 * [["0", "20"]]
+
+    def test_each_text_has_a_column_and_a_line_in_the_picture(self, tmp_path):
+        other = {"dataset": "/data/c4", "seqlen": 256, "windows": 9, "dense": 20.0, "compressed": 24.0}
+        records = read_records([saved(tmp_path, "a", COMPRESSION, perplexity=[*COMPRESSION["perplexity"], other])])
+        text = measured_tables(records, "flatllm")
+        ((header, dense, compressed),) = tables(text)
+        place = header.index("perplexity, pydocs")
+        assert header[place + 1] == "perplexity, c4"
+        assert [row[place : place + 2] for row in (dense, compressed)] == [["8.000", "20.000"], ["10.000", "24.000"]]
+        assert "perplexity on /data/c4, 9 × 256 tokens" in text
+        assert plots.curve(records, 1) == [(100.0, 20.0), (80.25, 24.0)]
 
 
 class TestTable1:
@@ -122,13 +133,18 @@ class TestTable1:
         "change",
         [
             *({"base_model": "meta-llama/Llama-2-7b-chat-hf"}, {"sparsity_ratio": 30}, {"seqlen": 2048}),
-            *({"dataset": "c4"}, {"perplexity": LLAMA_2_7B["perplexity"] | {"seqlen": 2048}}),
-            {"perplexity": LLAMA_2_7B["perplexity"] | {"dataset": "c4"}},
+            *({"dataset": "c4"}, {"perplexity": [LLAMA_2_7B["perplexity"][0] | {"seqlen": 2048}]}),
+            {"perplexity": [LLAMA_2_7B["perplexity"][0] | {"dataset": "c4"}]},
         ],
     )
     def test_a_run_at_other_settings_does_not_stand_here(self, tmp_path, change):
         path = saved(tmp_path, "a", LLAMA_2_7B, **change)
         assert {cell for row in self.entry(path) for cell in (row[2], row[3], row[7])} == {"not run"}
+
+    def test_the_published_text_counts_wherever_it_stands_among_others(self, tmp_path):
+        texts = [COMPRESSION["perplexity"][0], *LLAMA_2_7B["perplexity"]]
+        _, ours = self.entry(saved(tmp_path, "a", LLAMA_2_7B, perplexity=texts))
+        assert ours[1:4] == ["6.70", "6.74", "+0.04"]
 
     def test_accuracies_are_those_of_the_run_itself_and_of_the_dense_model_evaluated(self, tmp_path):
         own = saved(tmp_path, "a", LLAMA_2_7B, zero_shot=ACCURACIES | {"mean_accuracy": 55.0})
@@ -177,7 +193,7 @@ class TestOtherTables:
 
 def test_the_curve_starts_at_the_dense_model_and_falls_in_size(tmp_path):
     percents = [saved(tmp_path, str(p), COMPRESSION, achieved_sparsity_percent=float(p)) for p in (30, 10)]
-    assert plots.curve(read_records(percents)) == [(100.0, 8.0), (90.0, 10.0), (70.0, 10.0)]
+    assert plots.curve(read_records(percents), 0) == [(100.0, 8.0), (90.0, 10.0), (70.0, 10.0)]
 
 
 @pytest.mark.parametrize(("record", "pictures"), [(COMPRESSION, {"perplexity.png"}), (SCORING, set())])
@@ -195,7 +211,7 @@ def test_a_page_that_cannot_be_made_whole_leaves_the_one_before(tmp_path, capsys
     assert report.main(argv) == 0
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     assert before.keys() == {"README.md", "perplexity.png"}
-    saved(tmp_path, "a", COMPRESSION, perplexity=COMPRESSION["perplexity"] | {"dense": 0})
+    saved(tmp_path, "a", COMPRESSION, perplexity=[COMPRESSION["perplexity"][0] | {"dense": 0}])
     capsys.readouterr()
     assert report.main(argv) == 2
     assert capsys.readouterr().err.startswith("error: the perplexities cannot be drawn (")

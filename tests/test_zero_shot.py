@@ -354,12 +354,14 @@ def compress(tiny, tmp_path):
     return lambda *argv: main.main([*model, *sampling, *output, *argv])
 
 
-def test_main_evaluates_what_it_compressed(compress, tmp_path):
-    """Oracle: the same evaluation of the folder it saved."""
-    assert compress("--eval_zero_shot", *LOCAL, "--dtype", "float32", "--eval_batch_size", "8", "--limit", "5") == 0
-    record = json.loads((tmp_path / "logs" / "tiny_flatllm_40.json").read_text())
-    assert record["zero_shot"] == results_of(str(tmp_path / "small"), BOTH, limit=5)
-    assert record["request"]["eval_zero_shot"] is True
+def test_main_evaluates_what_it_compressed_at_every_ratio(compress, tmp_path):
+    """Oracle: the same evaluation of each folder it saved, the tasks loaded anew."""
+    flags = ("--eval_zero_shot", *LOCAL, "--dtype", "float32", "--eval_batch_size", "8", "--limit", "5")
+    assert compress(*flags, "--sparsity_ratio", "40", "60") == 0
+    for percent in (40, 60):
+        record = json.loads((tmp_path / "logs" / f"tiny_flatllm_{percent}.json").read_text())
+        assert record["zero_shot"] == results_of(str(tmp_path / f"small-{percent}"), BOTH, limit=5)
+        assert record["request"]["eval_zero_shot"] is True
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,11 @@
 import argparse
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,9 @@ class Options(RunConfig):
     ``preserve_qk_layers`` and ``method``, which are not given beside them.
     """
 
-    sparsity_ratio: int = option(20, integer(1, 95), "percentage of the decoder layers' linear weights that is removed")
+    sparsity_ratio: list[int] = option(
+        20, integer(1, 95), "percentage of the decoder layers' linear weights that is removed, or several", is_list=True
+    )
     cal_nsamples: int | None = option(None, integer(1, MOST), "windows of text (128 for scores, 256 to compress)")
     prune_qk: bool = option(False, SWITCH, "prune Q and K too, each kept as two factors, instead of leaving them whole")
     prune_method: str = option("flatllm", one_of(("bi", *METHODS)), "bi: write importance scores; the others compress")
@@ -62,16 +65,25 @@ class Options(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "target_sparsity", self.sparsity_ratio / 100)
+        object.__setattr__(self, "sparsity_ratio", list(dict.fromkeys(self.sparsity_ratio)))
+        object.__setattr__(self, "target_sparsity", self.sparsity_ratio[0] / 100)
         object.__setattr__(self, "preserve_qk_layers", not self.prune_qk)
         if self.prune_method != "bi":
             object.__setattr__(self, "method", self.prune_method)
 
     @property
-    def run_name(self) -> str:
-        """What files about this run are called."""
-        stage = "bi" if self.prune_method == "bi" else f"{self.prune_method}_{self.sparsity_ratio}"
-        return f"{model_name(self.model)}_{stage}"
+    def record_place(self) -> Path:
+        """Where the record goes, and with another suffix the log, which several ratios share."""
+        ratios = "-".join(map(str, dict.fromkeys((min(self.sparsity_ratio), max(self.sparsity_ratio)))))
+        stage = "bi" if self.prune_method == "bi" else f"{self.prune_method}_{ratios}"
+        return self.save / f"{model_name(self.model)}_{stage}.json"
+
+    def each_ratio(self) -> list["Options"]:
+        """Return the options for one ratio after the other; of several each has a folder of its own."""
+        if len(self.sparsity_ratio) == 1:
+            return [self]
+        folders = {p: self.save_model and Path(f"{self.save_model}-{p}") for p in self.sparsity_ratio}
+        return [replace(self, sparsity_ratio=[p], save_model=folder) for p, folder in folders.items()]
 
     def check(self) -> None:
         """Refuse what can be refused without looking at the model."""
@@ -96,8 +108,9 @@ class Options(RunConfig):
             return
         if is_file and not place.is_file():
             raise InputError(f"--bi_score {place} does not exist; give an existing file, or a folder")
-        if not (self.eval_dataset or has_test_split(self.cal_dataset, self.dataset_root)):
-            raise InputError(f"{self.cal_dataset} has no test split to measure perplexity on; name an --eval_dataset")
+        for name in [] if self.eval_dataset else self.eval_texts:
+            if not has_test_split(name, self.dataset_root):
+                raise InputError(f"{name} has no test split to measure perplexity on; name an --eval_dataset")
 
     def check_places(self) -> None:
         """Refuse places that cannot be written to, and a model folder that another place would be part of."""
@@ -123,7 +136,7 @@ class Options(RunConfig):
 ROWS = {row.name: row for row in fields(Options)}
 _ALIASES = {"cal_dataset": "dataset", "cal_nsamples": "nsamples", "tolerance": "tol"}
 _WITHOUT_FLAG = ("target_sparsity", "preserve_qk_layers", "method", "importance_method")
-_FIRST = ("model", "prune_method", "sparsity_ratio", "cal_dataset", "eval_dataset", "save_model")
+_FIRST = ("model", "prune_method", "sparsity_ratio", "cal_dataset", "eval_dataset", "eval_nsamples", "save_model")
 _ORDER = dict.fromkeys((*_FIRST, "tolerance", "cal_nsamples", "prune_qk", *ROWS))
 # Names of flags without dashes, by field; those that everybody needs come first.
 FLAGS = {name: _ALIASES.get(name, name) for name in _ORDER if name not in _WITHOUT_FLAG}
@@ -143,6 +156,18 @@ def as_given(args: argparse.Namespace) -> dict[str, Any]:
     return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
 
 
+def command_line(argv: Sequence[str]) -> str:
+    """Return what to type for this run with as many processes; on several machines, N numbers them from 0."""
+    count, local_count = (os.environ.get(name, "1") for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    if count == "1":
+        return shlex.join(["python", "main.py", *argv])
+    start = ["torchrun", "--nproc_per_node", local_count]
+    if count != local_count:
+        machines = ["--nnodes", str(int(count) // int(local_count)), "--node_rank", "N"]
+        start += [*machines, "--master_addr", os.environ["MASTER_ADDR"], "--master_port", os.environ["MASTER_PORT"]]
+    return shlex.join([*start, "main.py", *argv])
+
+
 def add_flags(parser: argparse.ArgumentParser, flags: Mapping[str, str]) -> None:
     """Add flags to a parser: their names, without dashes, by the fields of :class:`Options` that they stand for."""
     for name, flag in flags.items():
@@ -154,7 +179,8 @@ def add_flags(parser: argparse.ArgumentParser, flags: Mapping[str, str]) -> None
         elif row.default is MISSING:
             parser.add_argument(f"--{flag}", required=True, help=text)
         else:
-            parser.add_argument(f"--{flag}", type=accepted.convert, default=row.default, help=text)
+            count = "+" if row.metadata["is_list"] else None
+            parser.add_argument(f"--{flag}", nargs=count, type=accepted.convert, default=row.default, help=text)
 
 
 def read_flags(args: argparse.Namespace, flags: Mapping[str, str]) -> dict[str, Any]:

@@ -31,14 +31,16 @@ def plot_ranks(scores: Sequence[float], keep_by_target: Mapping[int, Sequence[fl
 
 
 def draw_perplexity(runs: Sequence[Record]) -> bytes:
-    """Draw perplexity over the dense model's against weights kept, a line per model and settings."""
+    """Draw perplexity over the dense model's against weights kept, a line per model, settings and text."""
     groups = grouped(of_kind(runs, "flatllm")).values()
-    figure = _figure(5 + 0.25 * len(groups), "Perplexity against size")
+    lines = [(group, number) for group in groups for number in range(len(group[0]["perplexity"]))]
+    figure = _figure(5 + 0.25 * len(lines), "Perplexity against size")
     axes = figure.subplots()
-    for i, group in enumerate(groups):
-        kept, perplexities = zip(*curve(group), strict=True)
+    for i, (group, number) in enumerate(lines):
+        kept, perplexities = zip(*curve(group, number), strict=True)
         ratios = [perplexity / perplexities[0] for perplexity in perplexities]
-        label = f"{model_name(group[0]['base_model'])}, {settings(group[0])}"
+        text = model_name(group[0][f"perplexity.{number}.dataset"])
+        label = f"on {text}: {model_name(group[0]['base_model'])}, calibrated on {settings(group[0])}"
         axes.plot(kept, ratios, marker="o", color=f"C{i}", label=label)
         for x, y, perplexity in zip(kept, ratios, perplexities, strict=True):
             axes.annotate(f"{perplexity:.2f}", (x, y), (5, 5), textcoords="offset points", color=f"C{i}")
@@ -49,10 +51,10 @@ def draw_perplexity(runs: Sequence[Record]) -> bytes:
     return _png(figure)
 
 
-def curve(runs: Sequence[Record]) -> list[tuple[float, float]]:
-    """Return percent of decoder-layer weights kept and perplexity, the dense model's first, then by falling size."""
-    models = (dense_model(runs[0]), *runs)
-    return sorted(((100 - m["achieved_sparsity_percent"], m["perplexity.compressed"]) for m in models), reverse=True)
+def curve(runs: Sequence[Record], text: int) -> list[tuple[float, float]]:
+    """Return percent of decoder-layer weights kept and perplexity on a text by its number, by falling size."""
+    field, models = f"perplexity.{text}.compressed", (dense_model(runs[0]), *runs)
+    return sorted(((100 - m["achieved_sparsity_percent"], m[field]) for m in models), reverse=True)
 
 
 def _figure(height: float, title: str) -> Any:

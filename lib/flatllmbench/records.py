@@ -80,11 +80,12 @@ def keep_record(
 
 
 def flat(content: Record) -> Record:
-    """Return the fields of a record, and those of the objects in it also by names like ``perplexity.dense``."""
+    """Return the fields of a record, and those in its objects and lists also as ``perplexity.0.dense``."""
     fields = dict(content)
     for name, value in content.items():
-        if isinstance(value, dict):
-            fields |= {f"{name}.{below}": found for below, found in flat(value).items()}
+        if isinstance(value, dict | list):
+            below: Any = value if isinstance(value, dict) else dict(enumerate(value))
+            fields |= {f"{name}.{part}": found for part, found in flat(below).items()}
     return fields
 
 
@@ -107,7 +108,7 @@ def as_evaluation(run: Record) -> Record:
 def dense_model(run: Record) -> Record:
     """Return what a compression says of the model it began with, as if that were one too."""
     dense = {"sparsity_ratio": 0, "achieved_sparsity_percent": 0, "parameters_after": run["parameters_before"]}
-    return flat(dense | {"perplexity": {"compressed": run["perplexity.dense"]}})
+    return flat(dense | {"perplexity": [of | {"compressed": of["dense"]} for of in run["perplexity"]]})
 
 
 def settings(run: Record) -> str:

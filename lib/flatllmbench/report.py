@@ -26,7 +26,8 @@ _REPORT = """\
 # Results
 
 Made from records by `python -m flatllmbench.report`. What was not measured says "not run"; – stands where there is
-nothing to say. Removed: of the linear weights in decoder layers, Q and K counted.
+nothing to say. Removed: of the linear weights in decoder layers, Q and K counted. Whole run: of several ratios in one
+command, what they share (text, scores, the dense model's perplexity) counts for the first.
 
 ## Table 1 of the paper, and ours
 
@@ -67,7 +68,7 @@ TABLE_1: dict[str, tuple[tuple[float, float] | None, ...]] = {
     "SVD-LLM": ((7.84, 52.32), (7.37, 55.86), (5.96, 61.07), (9.29, 50.23), (17.17, 47.06)),
     "FLAT-LLM": ((6.70, 55.16), (5.55, 63.00), (4.33, 67.98), (6.11, 58.54), (8.15, 61.47)),
 }
-_OURS = {"dense": "perplexity.dense", "FLAT-LLM": "perplexity.compressed"}  # rows that our runs stand in
+_OURS = {"dense": "dense", "FLAT-LLM": "compressed"}  # rows that our runs stand in, and their perplexity in a record
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -140,11 +141,12 @@ def table_1(runs: Sequence[Record]) -> str:
         if method not in _OURS:
             rows.append((model, method, figure(perplexity), *2 * [NOT_THERE], figure(accuracy), *3 * [NOT_THERE]))
             continue
-        ours: list[Record | None] = [run for run in of_kind(runs, "flatllm") if _is_as_published(run, model)]
+        ours: list[Record | None] = [run for run in of_kind(runs, "flatllm") if _as_published(run, model)]
         for run in ours or [None]:
             compressed = _identity(as_evaluation(run)) if run else None
             found = accuracies.get((model, None, 0.0) if method == "dense" else compressed)
-            cells = _beside(perplexity, run[_OURS[method]] if run else None) + _beside(accuracy, found)
+            measured = _as_published(run, model)[_OURS[method]] if run else None
+            cells = _beside(perplexity, measured) + _beside(accuracy, found)
             rows.append((model, method, *cells, settings(run) if run else NOT_RUN))
     return markdown_table(header, rows)
 
@@ -155,9 +157,12 @@ def _beside(theirs: float, ours: float | None) -> tuple[str, str, str]:
     return figure(theirs), figure(ours), figure(difference, "+.2f")
 
 
-def _is_as_published(run: Record, model: str) -> bool:
-    texts = run["dataset"], run["seqlen"], run["perplexity.dataset"], run["perplexity.seqlen"]
-    return (model_name(run["base_model"]), run["sparsity_ratio"], *texts) == (model, 20, *2 * ("wikitext2", 4096))
+def _as_published(run: Record, model: str) -> Record:
+    """Return a run's perplexities on the published text if it is one at the published settings, else nothing."""
+    text = "wikitext2", 4096
+    if (model_name(run["base_model"]), run["sparsity_ratio"], run["dataset"], run["seqlen"]) != (model, 20, *text):
+        return {}
+    return next((of for of in run["perplexity"] if (of["dataset"], of["seqlen"]) == text), {})
 
 
 def _identity(run: Record) -> tuple[str, str | None, float]:

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 
+from flatllmcore.utils.layer_utils import model_name
+
 from .records import Record, dense_model, flat, of_kind, settings
 
 NOT_RUN = "not run"
@@ -11,7 +13,6 @@ _COMPRESSION = (  # a column's heading, field and form
     ("removed, %", "achieved_sparsity_percent", ".3f"),
     ("decoder weights", "parameters_after.decoder_linear", ",.0f"),
     ("all parameters", "parameters_after.total", ",.0f"),
-    ("perplexity", "perplexity.compressed", ".3f"),
     ("whole run, s", "elapsed_s", ".1f"),
     ("peak host memory, GiB", "peak_memory_gib.host", ".2f"),
     ("peak device memory, GiB", "peak_memory_gib.device", ".2f"),
@@ -69,8 +70,8 @@ def _facts(run: Record) -> Iterator[str]:
     """Yield what the figures of a run depend on, a line each."""
     if run["kind"] == "flatllm":
         yield f"{run['base_model']}, `--dtype {run['request.dtype']}`, calibrated on {settings(run)}"
-        length = f"{run['perplexity.windows']} × {run['perplexity.seqlen']} tokens"
-        yield f"perplexity on {run['perplexity.dataset']}, {length}"
+        for of in run["perplexity"]:
+            yield f"perplexity on {of['dataset']}, {of['windows']} × {of['seqlen']} tokens"
     if run["kind"] == "speed":
         yield f"{run['protocol']}, {run['dtype']}, {run['attention']}, {run['cells'][0]['repeats']} repeats"
     if run.get("request.shape"):
@@ -86,7 +87,12 @@ def _facts(run: Record) -> Iterator[str]:
 
 
 def _compression_table(runs: list[Record]) -> str:
-    return _table(_COMPRESSION, sorted([dense_model(runs[0]), *runs], key=lambda run: run["sparsity_ratio"]))
+    measured = [
+        (f"perplexity, {model_name(of['dataset'])}", f"perplexity.{number}.compressed", ".3f")
+        for number, of in enumerate(runs[0]["perplexity"])
+    ]
+    columns = (*_COMPRESSION[:4], *measured, *_COMPRESSION[4:])
+    return _table(columns, sorted([dense_model(runs[0]), *runs], key=lambda run: run["sparsity_ratio"]))
 
 
 def _speed_table(runs: list[Record]) -> str:

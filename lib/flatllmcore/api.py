@@ -59,9 +59,10 @@ class FlatLLMPruner:
         """
         check_is_dense(self.model.config)  # a second call finds the model compressed
         pipeline = self._pipeline
-        pipeline.announce_target()
+        keep_ratio = self.config.keep_ratio
+        pipeline.announce_target(keep_ratio)
         before = count_parameters(self.model)
-        allocation = pipeline.allocate(self.compute_importance_scores())
+        allocation = pipeline.allocate(keep_ratio, self.compute_importance_scores())
         with in_memory(self.model, self.device) as source:
             flat_config, layers = pipeline.compress(source, source, pipeline.windows_to_compress(), allocation)
             source.adopt(flat_config)

@@ -1,4 +1,4 @@
-"""The pipeline from a checkpoint on disk to its scores, or to a compressed checkpoint.
+"""The pipeline from a checkpoint on disk to its scores, or to compressed checkpoints.
 
 A run goes on where an earlier one of the same request was stopped, and measures perplexity before and after.
 """
@@ -6,10 +6,11 @@ A run goes on where an earlier one of the same request was stopped, and measures
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, replace
-from functools import cached_property
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,14 @@ from .config import RunConfig
 from .core.importance import IMPORTANCE_FILE, ImportanceScores
 from .core.rank_allocation import RankAllocation
 from .core.rank_files import find_ranks, ranks_file, save_ranks
-from .engine.checkpoint_sink import CheckpointSink
+from .engine.checkpoint_sink import CheckpointSink, read_manifest
 from .engine.checkpoint_source import CheckpointSource
-from .engine.perplexity import Perplexity, perplexity
+from .engine.perplexity import perplexity
 from .engine.storage import StatesStorage
 from .errors import InputError
 from .pipeline import Pipeline
 from .utils.checkpoint import partial_folder
-from .utils.data_utils import check_token_ids, consecutive_windows
+from .utils.data_utils import check_token_ids, consecutive_windows, public_text
 from .utils.devices import GIB, free_host_memory, parse_device
 from .utils.files import check_disk_space, check_writable, digest, temporary_folder, to_json_bytes, write_json
 from .utils.layer_utils import count_parameters, dimensions_from_config, load_config, public_name
@@ -39,8 +40,17 @@ from .utils.text_sources import load_text
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Target:
+    """What removing a share comes to: ranks, what the record says of them, and all that the result depends on."""
+
+    allocation: RankAllocation
+    about: dict[str, Any]
+    request: dict[str, Any]  # as JSON takes it, and without places on this machine
+
+
 class CheckpointRun:
-    """A run from a dense checkpoint to its scores, or to a compressed checkpoint.
+    """A run from a dense checkpoint to its scores, or to compressed checkpoints: one, or several of the same data.
 
     ``provenance`` is what a result depends on beside ``config``, as JSON takes it: ``hardware`` and ``versions``.
     No weight is read before it is needed; what cannot be used is an InputError.
@@ -86,7 +96,7 @@ class CheckpointRun:
             model_id=public_name(config.model),
             fingerprint=self.source.fingerprint(),
             dimensions=self.dimensions,
-            dataset=public_name(config.cal_dataset),
+            dataset=public_text(config.cal_dataset),
             nsamples=len(windows),
             seqlen=self.pipeline.seqlen,
             seed=config.seed,
@@ -100,28 +110,103 @@ class CheckpointRun:
         logger.info("importance scores are in %s", config.score_place / IMPORTANCE_FILE)
         return scores
 
+    def prepare(self, configs: Sequence[RunConfig], published: Sequence[RunConfig] = ()) -> list[Target]:
+        """Return what is to be compressed, once nothing speaks against any of it.
+
+        All differ from the run's own config in the share removed and in the folder alone. Refused are ``configs`` that
+        cannot be met, or whose partial folder is of another request, and models ``published`` of another.
+        """
+        for config in configs:
+            self.pipeline.announce_target(config.keep_ratio)
+        with stage("data"):
+            data = {"windows": _digest(self.windows), "eval_windows": list(map(_digest, self.test_windows.values()))}
+        self._check_disk_space(configs)
+        targets = [self._target(config.keep_ratio, data) for config in (*configs, *published)]
+        folders = [config.save_model and partial_folder(config.save_model) for config in configs]
+        for target, folder in zip(targets, [*folders, *(config.save_model for config in published)], strict=True):
+            if folder is not None:
+                broadcast_object(partial(read_manifest, folder, target.request))
+        return targets[: len(configs)]
+
+    @cached_property
+    def windows(self) -> Tensor:
+        """The token windows that layers are compressed on, (N, S)."""
+        return self.pipeline.windows_to_compress()
+
+    @cached_property
+    def test_windows(self) -> dict[str, Tensor]:
+        """The token windows of each text that perplexity is measured on, (N, S)."""
+        config, found = self.config, {}
+        for name in config.eval_texts:
+            text = load_text(name, "test", dataset_root=config.dataset_root, cache_dir=config.cache_dir)
+            found[name] = consecutive_windows(text, self.tokenizer, self.pipeline.seqlen)[: config.eval_nsamples]
+            check_token_ids(found[name], self.pipeline.model_config.vocab_size)
+        return found
+
+    @cached_property
+    def dense_perplexities(self) -> list[float]:
+        """The dense model's perplexity on each text, measured once, or what an earlier run remembered."""
+        return self._perplexities("dense", self.source)
+
     @contextmanager
-    def output_folder(self) -> Iterator[Path]:
-        """Give the folder for the compressed model: the one asked for, or a temporary one, deleted at the end."""
-        if self.config.save_model is not None:
-            yield self.config.save_model
+    def output_folder(self, save_model: Path | None) -> Iterator[Path]:
+        """Give the folder for a compressed model: the one asked for, or a temporary one, deleted at the end."""
+        if save_model is not None:
+            yield save_model
             return
         with ExitStack() as stack:
             made = broadcast_object(lambda: stack.enter_context(temporary_folder(self.config.offload_folder)))
             yield made / "model"
 
     @contextmanager
-    def compressed(self, folder: Path) -> Iterator[tuple[dict[str, Any], CheckpointSink]]:
+    def compressed(self, target: Target, folder: Path) -> Iterator[tuple[dict[str, Any], CheckpointSink]]:
         """Compress the model into the partial folder beside ``folder``, and measure it before and after.
 
         Gives what was done, for the record and the model card, and the sink to publish the model by. Whatever ends it
         before, finished layers stay to go on from.
         """
-        pipeline, config = self.pipeline, self.config
-        pipeline.announce_target()
-        windows, test_windows = pipeline.windows_to_compress(), self._test_windows()
-        self._check_disk_space(folder)
-        allocation = self._allocation()
+        config, about = self.config, dict(target.about)
+        with CheckpointSink(folder, self.source.num_layers, target.request, config.overwrite).opened() as sink:
+            self.dense_perplexities = sink.results.get("dense_perplexities") or self.dense_perplexities
+            sink.remember("dense_perplexities", self.dense_perplexities)
+            flat_config, layers = self.pipeline.compress(self.source, sink, self.windows, target.allocation)
+            with stage("write"):
+                generation_config = found_file(config.model, GENERATION_CONFIG_NAME, config.cache_dir)
+                complete = sink.complete(self.source, flat_config, generation_config, self.tokenizer)
+            written = CheckpointSource(complete, self.device, storage=self.source.storage)
+            about["parameters_before"] = count_parameters(self.source.skeleton)
+            about["parameters_after"] = count_parameters(written.skeleton)
+            measured = zip(self.dense_perplexities, self._perplexities("compressed", written), strict=True)
+            about["perplexity"] = [
+                {
+                    "dataset": name,
+                    "seqlen": windows.shape[1],
+                    "windows": len(windows),
+                    "dense": dense,
+                    "compressed": ours,
+                }
+                for (name, windows), (dense, ours) in zip(self.test_windows.items(), measured, strict=True)
+            ]
+            yield about | {"layers": [asdict(layer) for layer in layers]}, sink
+
+    def _check_disk_space(self, configs: Sequence[RunConfig]) -> None:
+        """Refuse a place without room for what is still to be written of the compressed weights."""
+        parameters, place = count_parameters(self.source.skeleton), self.config.save_model
+        needed_bytes = []
+        for config in configs:
+            removed = config.target_sparsity * parameters["decoder_linear"]
+            needed_bytes.append(int(parameters["total"] - removed) * self.source.dtype.itemsize)
+            if config.save_model is not None:
+                written = partial_folder(config.save_model).glob("*.safetensors")
+                needed_bytes[-1] -= sum(path.stat().st_size for path in written)
+        if place is None:  # one at a time
+            check_disk_space(Path(self.config.offload_folder or tempfile.gettempdir()), max(needed_bytes))
+        else:
+            check_disk_space(place, sum(needed_bytes))
+
+    def _target(self, keep_ratio: float, data: dict[str, Any]) -> Target:
+        """Return what removing a share comes to; ``data`` are digests of the windows."""
+        config, allocation = self.config, self._allocation(keep_ratio)
         about = {
             "base_model": config.model,
             "method": config.method,
@@ -130,58 +215,35 @@ class CheckpointRun:
             "rank_multiple": allocation.rank_multiple,
             "prune_qk": allocation.prune_qk,
             "dataset": config.cal_dataset,
-            "nsamples": len(windows),
-            "seqlen": pipeline.seqlen,
+            "nsamples": len(self.windows),
+            "seqlen": self.pipeline.seqlen,
             "seed": config.seed,
         }
-        names = {"base_model": config.model, "dataset": config.cal_dataset, "eval_dataset": config.eval_text}
-        published = {field: public_name(name) for field, name in names.items()}  # with the model
-        request = about | self._request(allocation, windows, test_windows) | published
-        with CheckpointSink(folder, self.source.num_layers, request, config.overwrite).opened() as sink:
-            if "dense_perplexity" not in sink.results:
-                sink.remember("dense_perplexity", asdict(self._perplexity("dense", self.source, test_windows)))
-            dense = Perplexity(**sink.results["dense_perplexity"])
-            flat_config, layers = pipeline.compress(self.source, sink, windows, allocation)
-            with stage("write"):
-                generation_config = found_file(config.model, GENERATION_CONFIG_NAME, config.cache_dir)
-                partial = sink.complete(self.source, flat_config, generation_config, self.tokenizer)
-            about["parameters_before"] = count_parameters(self.source.skeleton)
-            del self.source  # the dense model makes room
-            written = CheckpointSource(partial, self.device, storage=self.storage)
-            about["parameters_after"] = count_parameters(written.skeleton)
-            compressed = self._perplexity("compressed", written, test_windows)
-            measured = {"dataset": config.eval_text, "seqlen": dense.seqlen, "windows": dense.windows}
-            about["perplexity"] = measured | {"dense": dense.value, "compressed": compressed.value}
-            yield about | {"layers": [asdict(layer) for layer in layers]}, sink
+        depends_on = {
+            **self.source.identity,
+            "dtype": str(self.source.dtype),
+            "ranks": digest(to_json_bytes(allocation.layers))[:16],
+            "tol": config.tolerance,
+            "batch_size": self.pipeline.batch_size(self.windows),
+            "processes": world_size(),
+            **self.provenance,
+        }
+        published = {
+            "base_model": public_name(config.model),
+            "dataset": public_text(config.cal_dataset),
+            "eval_dataset": list(map(public_name, config.eval_texts)),
+        }
+        return Target(allocation, about, about | depends_on | data | published)
 
-    def _test_windows(self) -> Tensor:
-        """Return the token windows that perplexity is measured on, (N, S)."""
-        config = self.config
-        with stage("data"):
-            text = load_text(config.eval_text, "test", dataset_root=config.dataset_root, cache_dir=config.cache_dir)
-            windows = consecutive_windows(text, self.tokenizer, self.pipeline.seqlen)
-            check_token_ids(windows, self.pipeline.model_config.vocab_size)
-        return windows
-
-    def _check_disk_space(self, folder: Path) -> None:
-        """Refuse a folder without room for what is still to be written of the compressed weights."""
-        parameters = count_parameters(self.source.skeleton)
-        removed = self.config.target_sparsity * parameters["decoder_linear"]
-        needed_bytes = int(parameters["total"] - removed) * self.source.dtype.itemsize
-        written_bytes = sum(path.stat().st_size for path in partial_folder(folder).glob("*.safetensors"))
-        check_disk_space(folder, needed_bytes - written_bytes)
-
-    def _allocation(self) -> RankAllocation:
+    def _allocation(self, keep_ratio: float) -> RankAllocation:
         """Return the ranks that are in their place, or else score the layers, allocate, and leave both there."""
         config, pipeline, place = self.config, self.pipeline, self.config.score_place
-        fingerprint = self.source.fingerprint()
-        allocation = broadcast_object(
-            lambda: find_ranks(place, pipeline.selector, fingerprint, config.keep_ratio, pipeline.allocate)
-        )
+        fingerprint, allocate = self.source.fingerprint(), partial(self.pipeline.allocate, keep_ratio)
+        allocation = broadcast_object(lambda: find_ranks(place, pipeline.selector, fingerprint, keep_ratio, allocate))
         if allocation is None:
             logger.info("no ranks or scores in %s: scoring the layers first", place)
             scores = self.score()
-            allocation = pipeline.allocate(scores.scores, digest(to_json_bytes(scores)))
+            allocation = allocate(scores.scores, digest(to_json_bytes(scores)))
         elif config.rank_multiple not in (None, allocation.rank_multiple):
             raise InputError(
                 f"the ranks in {place} go with --rank_multiple {allocation.rank_multiple}, not {config.rank_multiple}"
@@ -198,25 +260,15 @@ class CheckpointRun:
         )
         return allocation
 
-    def _request(self, allocation: RankAllocation, windows: Tensor, test_windows: Tensor) -> dict[str, Any]:
-        """Return what else decides the bytes of the result, in words where there are some, for a run that goes on."""
-        return {
-            **self.source.identity,
-            "dtype": str(self.source.dtype),
-            "ranks": digest(to_json_bytes(allocation.layers))[:16],
-            "windows": digest(windows.numpy().tobytes())[:16],
-            "eval_dataset": self.config.eval_text,
-            "eval_windows": digest(test_windows.numpy().tobytes())[:16],
-            "tol": self.config.tolerance,
-            "batch_size": self.pipeline.batch_size(windows),
-            "processes": world_size(),
-            **self.provenance,
-        }
+    def _perplexities(self, which: str, source: CheckpointSource) -> list[float]:
+        found = []
+        for name, windows in self.test_windows.items():
+            found.append(perplexity(source, windows, self.pipeline.batch_size(windows)).value)
+            if not math.isfinite(found[-1]):
+                raise InputError(f"the {which} model's perplexity is {found[-1]} on {name}")
+            logger.info("%s perplexity %.4f on %s, %d windows of %d tokens", which, found[-1], name, *windows.shape)
+        return found
 
-    def _perplexity(self, which: str, source: CheckpointSource, windows: Tensor) -> Perplexity:
-        measured = perplexity(source, windows, self.pipeline.batch_size(windows))
-        if not math.isfinite(measured.value):
-            raise InputError(f"the {which} model's perplexity is {measured.value}")
-        count, seqlen = windows.shape
-        logger.info("%s perplexity %.4f over %d windows of %d tokens", which, measured.value, count, seqlen)
-        return measured
+
+def _digest(windows: Tensor) -> str:
+    return digest(windows.numpy().tobytes())[:16]

@@ -16,6 +16,7 @@ from typing import Any, get_args
 from .engine.importance import IMPORTANCE_METHODS
 from .errors import InputError
 from .methods import METHODS
+from .utils.data_utils import text_names
 from .utils.devices import DEVICE_NAMES, is_device_name
 from .utils.layer_utils import model_name
 
@@ -68,9 +69,13 @@ DATA = Accepted(
 )
 
 
-def option(default: Any, accepted: Accepted, words: str) -> Any:
-    """Return a dataclass field that is an option, with its help; one whose type has ``None`` takes that too."""
-    return field(default=default, repr=accepted is not DATA, metadata={"accepted": accepted, "help": words})
+def option(default: Any, accepted: Accepted, words: str, is_list: bool = False) -> Any:
+    """Return a dataclass field that is an option, with its help; one whose type has ``None`` takes that too.
+
+    One that ``is_list`` takes one or several of what is accepted, and holds a list.
+    """
+    about = {"accepted": accepted, "help": words, "is_list": is_list}
+    return field(default=default, repr=accepted is not DATA, metadata=about)
 
 
 def checked(row: Field[Any], value: Any, name: str) -> Any:
@@ -78,18 +83,23 @@ def checked(row: Field[Any], value: Any, name: str) -> Any:
     accepted: Accepted = row.metadata["accepted"]
     if value is None and NoneType in get_args(row.type):
         return None
-    if not accepted.is_accepted(value):
-        raise InputError(f"{name} is {' '.join(f'{value!r:.80}'.split())}; accepted: {accepted.words}")
-    return accepted.convert(value)
+    is_list = row.metadata["is_list"]
+    values = value if is_list and isinstance(value, list) else [value]
+    for one in values:
+        if not accepted.is_accepted(one):
+            raise InputError(f"{name} is {' '.join(f'{one!r:.80}'.split())}; accepted: {accepted.words}")
+    converted = [accepted.convert(one) for one in values]
+    return converted if is_list else converted[0]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class FlatLLMConfig:
     """How to compress a model, and on which text; each field's help says what it means.
 
-    ``cal_dataset`` takes calibration text (a dataset's name, a file or folder, a list of texts) or token ids (a tensor,
-    rows of one, or an iterable of batches such as a ``datasets.Dataset`` or a ``DataLoader``). ``target_sparsity`` is
-    the share **removed** of the decoder layers' linear weights; Q and K count in the total even where they stay whole.
+    ``cal_dataset`` takes calibration text (a dataset's name, a file or folder, several of them in equal shares as
+    ``"wikitext2+c4"``, a list of texts) or token ids (a tensor, rows of one, or an iterable of batches such as a
+    ``datasets.Dataset`` or a ``DataLoader``). ``target_sparsity`` is the share **removed** of the decoder layers'
+    linear weights; Q and K count in the total even where they stay whole.
 
     Raises:
         InputError: Naming the field, what came and what is accepted.
@@ -105,7 +115,9 @@ class FlatLLMConfig:
         number("a share above 0 and at most 1", lambda value: 0 < value <= 1),
         "share of eigenvalue mass whose rank is logged for comparison; changes nothing",
     )
-    cal_dataset: Any = option("wikitext2", DATA, "text: wikitext2, c4, alpaca, pydocs, a hub id, or a file or folder")
+    cal_dataset: Any = option(
+        "wikitext2", DATA, "text: wikitext2, c4, alpaca, pydocs, a hub id, a file or folder; A+B: both in equal shares"
+    )
     cal_nsamples: int | None = option(128, integer(1, MOST), "windows of text; None: 128 for scores, 256 to compress")
     importance_method: str = option("angular", one_of(IMPORTANCE_METHODS), "how layers are scored")
     preserve_qk_layers: bool = option(True, SWITCH, "leave Q and K whole")
@@ -140,7 +152,13 @@ class RunConfig(FlatLLMConfig):
     """What a run from a dense checkpoint to scores or to a compressed checkpoint takes beside the library's options."""
 
     model: str = option(MISSING, TEXT, "local model folder or hub id")
-    eval_dataset: str | None = option(None, TEXT, "text for perplexity (the test split of --dataset)")
+    eval_dataset: list[str] | None = option(
+        None,
+        TEXT,
+        "one or several texts for perplexity, the main one first (the test split of --dataset)",
+        is_list=True,
+    )
+    eval_nsamples: int | None = option(None, integer(1, MOST), "windows of each such text, from its beginning (all)")
     bi_score: Path | None = option(
         None, PATH, "folder of importance.json and ranks_<percent>.json, or one such file (ranks/<model>)"
     )
@@ -158,7 +176,9 @@ class RunConfig(FlatLLMConfig):
     offload_folder: Path | None = option(
         None, PATH, "where hidden states go that memory is too small for (the temporary folder)"
     )
-    save_model: Path | None = option(None, PATH, "folder for the compressed model (a temporary one)")
+    save_model: Path | None = option(
+        None, PATH, "folder for the compressed model (a temporary one); for several ratios DIR-10, DIR-20"
+    )
     overwrite: bool = option(False, SWITCH, "replace scores that exist, or a model folder that a run wrote")
 
     @property
@@ -167,6 +187,7 @@ class RunConfig(FlatLLMConfig):
         return self.bi_score or Path("ranks") / model_name(self.model)
 
     @property
-    def eval_text(self) -> str:
-        """Name or path of the text that perplexity is measured on."""
-        return self.eval_dataset or self.cal_dataset
+    def eval_texts(self) -> list[str]:
+        """Names or paths of the texts that perplexity is measured on, the main one first."""
+        mixtures = self.eval_dataset or [self.cal_dataset]
+        return list(dict.fromkeys(name for mixture in mixtures for name in text_names(mixture)))

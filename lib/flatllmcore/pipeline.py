@@ -44,12 +44,12 @@ class Pipeline:
         dimensions = dimensions_from_config(self.model_config)
         return ImportancePreservingRankSelector(dimensions, rank_multiple=multiple, prune_qk=prune_qk)
 
-    def announce_target(self) -> None:
+    def announce_target(self, keep_ratio: float) -> None:
         """Log what is going to stay; InputError if the model is compressed already, or has not so much to remove."""
         logger.info(
             "%.2f %% of the decoder layers' linear weights stay, %.2f %% of the projections that are pruned",
-            100 * self.config.keep_ratio,
-            100 * self.selector.prunable_keep_ratio(self.config.keep_ratio),
+            100 * keep_ratio,
+            100 * self.selector.prunable_keep_ratio(keep_ratio),
         )
 
     def windows_to_score(self) -> Tensor:
@@ -64,9 +64,11 @@ class Pipeline:
         """Return the importance of every decoder layer."""
         return layer_importance(source, windows, self.batch_size(windows), self.config.importance_method)
 
-    def allocate(self, scores: Sequence[float], importance_sha256: str | None = None) -> RankAllocation:
+    def allocate(
+        self, keep_ratio: float, scores: Sequence[float], importance_sha256: str | None = None
+    ) -> RankAllocation:
         """Return what each layer keeps by its importance; the digest is that of the file of scores."""
-        allocation = METHODS[self.config.method].allocate(self.selector, scores, self.config.keep_ratio)
+        allocation = METHODS[self.config.method].allocate(self.selector, scores, keep_ratio)
         return replace(allocation, importance_sha256=importance_sha256)
 
     def compress(
@@ -86,26 +88,30 @@ class Pipeline:
         return data_utils.window_length(self.config.seqlen, self.model_config.max_position_embeddings)
 
     @cached_property
-    def _data(self) -> TextDataset | list[Tensor]:
+    def _data(self) -> tuple[list[TextDataset], list[Tensor]]:
+        """Texts, or else rows of token ids."""
         config = self.config
         if isinstance(config.cal_dataset, str):
-            return load_text(config.cal_dataset, "train", dataset_root=config.dataset_root, cache_dir=config.cache_dir)
+            names = data_utils.text_names(config.cal_dataset)
+            root, cache = config.dataset_root, config.cache_dir
+            return [load_text(name, "train", dataset_root=root, cache_dir=cache) for name in names], []
         padding_ids = data_utils.padding_ids_of(self.model_config, self.tokenizer)
-        return data_utils.read_calibration_data(config.cal_dataset, config.cal_nsamples or TO_COMPRESS, padding_ids)
+        data = data_utils.read_calibration_data(config.cal_dataset, config.cal_nsamples or TO_COMPRESS, padding_ids)
+        return ([data], []) if isinstance(data, TextDataset) else ([], data)
 
     def _windows(self, sample: Callable[..., Tensor], published: int) -> Tensor:
-        """Return calibration windows, (N, S): sampled from a text, or the token ids given."""
+        """Return calibration windows, (N, S): sampled from texts, or the token ids given."""
         config, seqlen = self.config, self.seqlen
         nsamples = config.cal_nsamples or published
         with stage("data"):
-            data = self._data
-            if not isinstance(data, TextDataset):
-                longest = max(map(len, data)) if config.seqlen is None else seqlen
-                windows = data_utils.windows_of_rows(data, min(seqlen, longest))[:nsamples]
+            texts, rows = self._data
+            if rows:
+                longest = max(map(len, rows)) if config.seqlen is None else seqlen
+                windows = data_utils.windows_of_rows(rows, min(seqlen, longest))[:nsamples]
             elif self.tokenizer is None:
-                raise InputError(f"a tokenizer is needed to calibrate on {data.name}; give one, or give token ids")
+                raise InputError(f"a tokenizer is needed to calibrate on {texts[0].name}; give one, or give token ids")
             else:
-                windows = sample(data, self.tokenizer, nsamples, seqlen, config.seed)
+                windows = data_utils.sample_mixture(sample, texts, self.tokenizer, nsamples, seqlen, config.seed)
             data_utils.check_token_ids(windows, self.model_config.vocab_size)
         logger.info("calibration data: %s", data_utils.calibration_statistics(windows))
         return windows

@@ -20,7 +20,7 @@ RECORD = {
     "nsamples": 256,
     "seqlen": 4096,
     "seed": 42,
-    "perplexity": {"dense": 5.4723, "compressed": 6.7, "dataset": "wikitext2", "seqlen": 4096},
+    "perplexity": [{"dense": 5.4723, "compressed": 6.7, "dataset": "wikitext2", "seqlen": 4096}],
     "versions": {"torch": "2.13.0"},
     "command": "python main.py --model x",
 }
@@ -115,14 +115,20 @@ def test_the_card_states_how_the_model_was_made_and_names_no_path(tmp_path):
     assert "trust_remote_code=True" in card
     (tmp_path / "texts").mkdir()
     text = str(tmp_path / "texts")
-    command = f"python main.py --model {tmp_path} --dataset={text} --save_model {tmp_path}/a/out --tasks a,b"
-    local = {"base_model": str(tmp_path), "dataset": text, "perplexity": RECORD["perplexity"] | {"dataset": text}}
+    command = f"python main.py --model {tmp_path} --dataset {text}+c4 --save_model {tmp_path}/a/out --tasks a,b"
+    measured = [RECORD["perplexity"][0], RECORD["perplexity"][0] | {"dataset": text, "compressed": 7.25}]
+    local = {"base_model": str(tmp_path), "dataset": f"{text}+c4", "perplexity": measured}
     of_local_model = model_card(RECORD | local | {"command": command})
     stated = ModelCard(of_local_model).data.to_dict()
     assert "base_model" not in stated
     assert stated["flat_llm"] == {"base_model": tmp_path.name, "sparsity_ratio": 20}
     assert str(tmp_path.parent) not in of_local_model
-    assert f"`python main.py --model {tmp_path.name} --dataset=texts --save_model out --tasks a,b`" in of_local_model
+    assert f"`python main.py --model {tmp_path.name} --dataset texts+c4 --save_model out --tasks a,b`" in of_local_model
+    for row in (
+        "wikitext2, windows of 4096 tokens) | 5.472 | 6.700 |",
+        "texts, windows of 4096 tokens) | 5.472 | 7.250 |",
+    ):
+        assert f"\n| perplexity ({row}\n" in of_local_model
     assert "`python main.py --model meta-llama/Llama-2-7b-hf`" in model_card(
         RECORD | {"command": "python main.py --model meta-llama/Llama-2-7b-hf"}
     )

@@ -47,6 +47,22 @@ class Manifest:
     files: list[str] = field(default_factory=list)  # in its folder that the run writes, itself apart
 
 
+def read_manifest(folder: Path, asked: Mapping[str, Any]) -> Manifest | None:
+    """Return the manifest in a folder, if there is one; InputError if it is of another request than the one asked."""
+    if not (folder / MANIFEST).exists():
+        return None
+    manifest = read_json(folder / MANIFEST, Manifest)
+    earlier = manifest.request
+    changed = "; ".join(
+        f"{name} {asked.get(name)}, not {earlier.get(name)}"
+        for name in sorted(earlier.keys() | asked.keys())
+        if asked.get(name) != earlier.get(name)
+    )
+    if changed:
+        raise InputError(f"{folder} holds a run of another request ({changed}); finish that one or delete it")
+    return manifest
+
+
 class CheckpointSink:
     """Writes a compressed model beside ``folder``, in ``<folder>.partial``, which takes its place at the end.
 
@@ -141,7 +157,6 @@ class CheckpointSink:
         """Lock the partial folder and return results and layers, without those whose shards are damaged."""
         check_output_folder(self.folder, self.overwrite)
         self.partial.parent.mkdir(parents=True, exist_ok=True)
-        path = self.partial / MANIFEST
         lock = FileLock(lock_file(self.folder))
         try:
             stack.enter_context(lock.acquire(timeout=0))
@@ -150,8 +165,7 @@ class CheckpointSink:
         stack.callback(Path(lock.lock_file).unlink, missing_ok=True)
         check_output_folder(self.folder, self.overwrite)  # which a run may have published just before
         self.partial.mkdir(exist_ok=True)
-        manifest = read_json(path, Manifest) if path.exists() else Manifest(self.request)
-        self._check_request(manifest.request)
+        manifest = read_manifest(self.partial, self.request) or Manifest(self.request)
         self._shards = manifest.shards
         layers = {record.layer: record for record in manifest.layers if self._is_whole(record.layer)}
         self.results, self.finished = manifest.results, layers
@@ -167,16 +181,6 @@ class CheckpointSink:
             for path in sorted(self.partial.iterdir(), key=lambda path: path.name == MANIFEST):
                 path.unlink()
             self.partial.rmdir()
-
-    def _check_request(self, earlier: Mapping[str, Any]) -> None:
-        asked = self.request
-        changed = "; ".join(
-            f"{name} {asked.get(name)}, not {earlier.get(name)}"
-            for name in sorted(earlier.keys() | asked.keys())
-            if asked.get(name) != earlier.get(name)
-        )
-        if changed:
-            raise InputError(f"{self.partial} holds a run of another request ({changed}); finish that one or delete it")
 
     def _is_whole(self, index: int) -> bool:
         path, problem = self._shard(1 + index), "its bytes are not those that were written"

@@ -13,6 +13,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from ..errors import InputError
+from .data_utils import public_text
 from .files import LEFT_OVER, check_writable, read_json
 from .layer_utils import public_name
 
@@ -35,9 +36,7 @@ _CARD = """\
 |---|---:|---:|
 | decoder-layer linear weights | {parameters_before[decoder_linear]:,} | {parameters_after[decoder_linear]:,} |
 | all parameters | {parameters_before[total]:,} | {parameters_after[total]:,} |
-| perplexity ({perplexity[dataset]}, windows of {perplexity[seqlen]} tokens) | {perplexity[dense]:.3f} \
-| {perplexity[compressed]:.3f} |
-
+{perplexities}
 - Removed: {sparsity_ratio:g} % asked, {achieved_sparsity_percent:.3f} % achieved.
 - Calibration: {dataset}, {nsamples} samples of {seqlen} tokens, seed {seed}.
 - Versions: {packages}.
@@ -116,11 +115,17 @@ def model_card(record: Mapping[str, Any]) -> str:
     projections = "query, key, value and output" if record["prune_qk"] else "value and output"
     packages = ", ".join(f"{package} {version}" for package, version in record["versions"].items())
     words = (
-        word if word == name else re.sub(r"^(--\w+=)?.*/(?=.)", r"\1", word) for word in shlex.split(record["command"])
+        word if word == name else re.sub(r"^(--\w+=)?.*/(?=.)", r"\1", public_text(word))
+        for word in shlex.split(record["command"])
     )
-    measured = record["perplexity"] | {"dataset": public_name(record["perplexity"]["dataset"])}
-    public = {"dataset": public_name(record["dataset"]), "perplexity": measured, "command": shlex.join(words)}
+    public = {"dataset": public_text(record["dataset"]), "command": shlex.join(words)}
+    perplexities = "".join(
+        f"| perplexity ({public_name(of['dataset'])}, windows of {of['seqlen']} tokens) | {of['dense']:.3f} | "
+        f"{of['compressed']:.3f} |\n"
+        for of in record["perplexity"]
+    )
     made = {"metadata": data.to_yaml(), "name": name, "projections": projections, "packages": packages}
+    made["perplexities"] = perplexities
     return _CARD.format(**{**record, **public, **made})
 
 

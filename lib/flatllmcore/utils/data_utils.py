@@ -3,7 +3,10 @@
 Windows are cut from token ids, never from text made of tokens again, so every one has exactly the tokens asked for.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import cycle, islice
 from typing import Any
 
 import torch
@@ -11,12 +14,42 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..errors import InputError, door
+from .layer_utils import public_name
 from .progress import progress
 from .text_sources import TextDataset, document_of
 
 LONGEST_WINDOW = 4096  # the published one
 # A tokenizer works with about 550 bytes per token; one call on a whole C4 shard would take 90 GB.
 _PIECE_CHARACTERS = 2**24
+
+
+def text_names(mixture: str) -> list[str]:
+    """Return the names and paths that ``+`` joins; a path that is there is one, whatever is in it."""
+    return [mixture] if os.path.exists(os.path.expanduser(mixture)) else mixture.split("+")
+
+
+def public_text(mixture: str) -> str:
+    """Return a mixture of texts as it may be published: of every path here its last part."""
+    return "+".join(map(public_name, text_names(mixture)))
+
+
+def sample_mixture(
+    sample: Callable[..., Tensor],
+    texts: Sequence[TextDataset],
+    tokenizer: PreTrainedTokenizerBase,
+    nsamples: int,
+    seqlen: int,
+    seed: int,
+) -> Tensor:
+    """Return windows (nsamples, seqlen), text by text, each text's made by one of the functions below.
+
+    Shares are equal, or one window larger for the first texts; one that is there twice has two.
+    """
+    if nsamples < len(texts):
+        raise InputError(f"asked {nsamples} windows of {len(texts)} texts; give more windows, or fewer texts")
+    by_name = {text.name: text for text in texts}
+    shares = Counter(text.name for text in islice(cycle(texts), nsamples))
+    return torch.cat([sample(by_name[name], tokenizer, share, seqlen, seed) for name, share in shares.items()])
 
 
 def sample_documents(

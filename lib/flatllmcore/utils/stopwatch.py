@@ -18,9 +18,14 @@ class Stopwatch:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.elapsed_s: dict[str, float] = defaultdict(float)
         self._stage: str | None = None
         self._since = 0.0
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin to count anew; between stages."""
+        self.elapsed_s: dict[str, float] = defaultdict(float)
+        self.started = time.perf_counter()
 
     @contextmanager
     def running(self) -> Iterator["Stopwatch"]:
