@@ -5,7 +5,7 @@
 #   MODEL=meta-llama/Llama-2-7b-hf RATIOS="20 30" bash scripts/compress.sh
 #
 # Variables, besides those of scripts/settings.sh:
-#   MODEL          local folder or hub id
+#   MODEL          local folder, GGUF file or hub id
 #   RATIOS         percentages of decoder-layer linear weights to remove (default: 10 20 30 40 50)
 #   NSAMPLES       windows to compress on (default: 256)
 #   RANK_MULTIPLE  1 gives the published floors (default: 8 if heads are 64 wide or more, else 1)
@@ -17,7 +17,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/settings.sh"
 : "${MODEL:?is not set; name a local folder or a hub id}"
-name="$(basename "$MODEL")"
+name="$(basename "$MODEL" .gguf)"
 ratios="${RATIOS:-10 20 30 40 50}"
 scores="${BI_SCORE:-ranks/$name}"
 out="${OUT:-results}"

@@ -13,9 +13,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import redirect_stderr
 from importlib.metadata import version
-from io import StringIO
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -26,6 +24,7 @@ from flatllmcore.config import checked
 from flatllmcore.errors import InputError, door
 from flatllmcore.utils.devices import parse_device
 from flatllmcore.utils.loading import load_model, load_tokenizer
+from flatllmcore.utils.progress import bars_on_terminals_alone
 
 from .command_line import ROWS, add_flags, check_include_path, read_flags, run_program
 from .records import describe_model, hardware, keep_record
@@ -56,7 +55,7 @@ def load_tasks(
     chosen: dict[str, Any] = {}
     for name in PAPER_TASKS if names is None else dict.fromkeys(names):
         try:
-            with _bars_on_terminals_alone():
+            with bars_on_terminals_alone():
                 found = manager.load([name])
                 for task in found["tasks"].values():
                     defined = task.get_config("num_fewshot")
@@ -70,11 +69,6 @@ def load_tasks(
         except Exception as error:  # a definition is its author's templates and code, and data come from anywhere
             raise InputError(f"task {name!r} cannot be set up ({type(error).__name__}: {error})") from error
     return chosen
-
-
-def _bars_on_terminals_alone() -> redirect_stderr[Any]:
-    """Keep out of files the progress bars that the harness always draws."""
-    return redirect_stderr(sys.stderr if sys.stderr.isatty() else StringIO())
 
 
 def evaluate_saved(
@@ -98,7 +92,7 @@ def evaluate_saved(
     if harnessed.prefix_token_id is None:
         raise InputError(f"the tokenizer at {model!r} has no BOS or EOS token; the harness puts one before each text")
     length = f"what fits its {harnessed.max_length} tokens of context is accepted"
-    with _bars_on_terminals_alone(), door(f"the harness cannot evaluate {model!r}", length):
+    with bars_on_terminals_alone(), door(f"the harness cannot evaluate {model!r}", length):
         found = simple_evaluate(harnessed, tasks=[*tasks.values()], limit=limit, task_manager=known, log_samples=False)
     results = {name: _result(name, task, found) for name, task in tasks.items()}
     paper = [row["value"] for n, row in results.items() if (row["num_fewshot"], row["metric"]) == PAPER_TASKS.get(n)]
@@ -146,7 +140,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the arguments of the program."""
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m flatllmbench.zero_shot", description=__doc__, formatter_class=layout)
-    parser.add_argument("model", metavar="FOLDER", help="dense or compressed model: a local folder or a hub id")
+    parser.add_argument("model", metavar="FOLDER", help="dense or compressed model: folder, GGUF file or hub id")
     add_flags(parser, FLAGS)
     return parser.parse_args(argv)
 

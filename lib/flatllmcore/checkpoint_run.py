@@ -30,8 +30,8 @@ from .utils.checkpoint import partial_folder
 from .utils.data_utils import check_token_ids, consecutive_windows
 from .utils.devices import GIB, free_host_memory, parse_device
 from .utils.files import check_disk_space, check_writable, digest, temporary_folder, to_json_bytes, write_json
-from .utils.layer_utils import count_parameters, dimensions_from_config, load_config, public_name
-from .utils.loading import found_file, load_tokenizer
+from .utils.layer_utils import count_parameters, dimensions_from_config, public_name
+from .utils.loading import found_file, load_config, load_tokenizer
 from .utils.processes import broadcast_object, is_rank_0, local_world_size, world_size
 from .utils.stopwatch import stage
 from .utils.text_sources import load_text
@@ -133,6 +133,7 @@ class CheckpointRun:
             "nsamples": len(windows),
             "seqlen": pipeline.seqlen,
             "seed": config.seed,
+            "rounded_to": getattr(pipeline.model_config, "rounded_to", None),
         }
         names = {"base_model": config.model, "dataset": config.cal_dataset, "eval_dataset": config.eval_text}
         published = {field: public_name(name) for field, name in names.items()}  # with the model

@@ -139,7 +139,7 @@ class FlatLLMConfig:
 class RunConfig(FlatLLMConfig):
     """What a run from a dense checkpoint to scores or to a compressed checkpoint takes beside the library's options."""
 
-    model: str = option(MISSING, TEXT, "local model folder or hub id")
+    model: str = option(MISSING, TEXT, "local model folder, GGUF file or hub id")
     eval_dataset: str | None = option(None, TEXT, "text for perplexity (the test split of --dataset)")
     bi_score: Path | None = option(
         None, PATH, "folder of importance.json and ranks_<percent>.json, or one such file (ranks/<model>)"

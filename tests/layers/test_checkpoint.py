@@ -20,6 +20,7 @@ RECORD = {
     "nsamples": 256,
     "seqlen": 4096,
     "seed": 42,
+    "rounded_to": None,
     "perplexity": {"dense": 5.4723, "compressed": 6.7, "dataset": "wikitext2", "seqlen": 4096},
     "versions": {"torch": "2.13.0"},
     "command": "python main.py --model x",

@@ -38,6 +38,7 @@ _CARD = """\
 | perplexity ({perplexity[dataset]}, windows of {perplexity[seqlen]} tokens) | {perplexity[dense]:.3f} \
 | {perplexity[compressed]:.3f} |
 
+- Base model: {name}{rounded}.
 - Removed: {sparsity_ratio:g} % asked, {achieved_sparsity_percent:.3f} % achieved.
 - Calibration: {dataset}, {nsamples} samples of {seqlen} tokens, seed {seed}.
 - Versions: {packages}.
@@ -120,8 +121,9 @@ def model_card(record: Mapping[str, Any]) -> str:
     )
     measured = record["perplexity"] | {"dataset": public_name(record["perplexity"]["dataset"])}
     public = {"dataset": public_name(record["dataset"]), "perplexity": measured, "command": shlex.join(words)}
+    rounded = f", whose weights its publisher had rounded to {bits}" if (bits := record["rounded_to"]) else ""
     made = {"metadata": data.to_yaml(), "name": name, "projections": projections, "packages": packages}
-    return _CARD.format(**{**record, **public, **made})
+    return _CARD.format(**{**record, **public, **made}, rounded=rounded)
 
 
 def put_in_place(complete: Path, folder: Path, overwrite: bool) -> None:
