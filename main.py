@@ -136,7 +136,8 @@ class Program:
         options = self.options
         # Refused before anything is read, and not counted among the costs.
         is_evaluated = options.eval_zero_shot and is_rank_0()
-        tasks = load_tasks(options.tasks, options.num_fewshot, options.include_path) if is_evaluated else None
+        where = (options.include_path, options.dataset_root)
+        tasks = load_tasks(options.tasks, options.num_fewshot, *where) if is_evaluated else None
         if unevaluated is not None:
             logger.info("the compressed model is in %s and is still to be evaluated", options.save_model)
             self.evaluate(unevaluated, str(options.save_model), tasks)

@@ -158,7 +158,11 @@ def test_processes_are_started_by_accelerate(commands, tmp_path):
 @pytest.mark.parametrize(
     ("script", "models", "variables"),
     [
-        ("eval.sh", "m", "TASKS=a,b NUM_FEWSHOT=3 LIMIT=9 BATCH_SIZE=2 INCLUDE_PATH=mine DEVICE=cpu CACHE_DIR=c"),
+        (
+            "eval.sh",
+            "m",
+            "TASKS=a,b NUM_FEWSHOT=3 LIMIT=9 BATCH_SIZE=2 INCLUDE_PATH=mine DATASET_ROOT=d DEVICE=cpu CACHE_DIR=c",
+        ),
         (
             "test_speedup.sh",
             "dense a",

@@ -12,11 +12,13 @@ type of the weights, log-likelihoods are sums of float32 log-probabilities, as t
 import argparse
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from statistics import mean
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -33,18 +35,22 @@ from .records import describe_model, hardware, keep_record
 PAPER_TASKS = dict.fromkeys(
     ("mmlu", "piqa", "winogrande", "hellaswag", "arc_easy", "arc_challenge", "openbookqa"), (0, "acc_norm")
 ) | {"mmlu": (5, "acc"), "winogrande": (0, "acc")}
-_FIELDS = ("tasks", "num_fewshot", "limit", "include_path", "eval_batch_size", "device", "dtype", "save", "cache_dir")
-FLAGS = {field: field.removeprefix("eval_") for field in _FIELDS}
+_FIELDS = ("tasks", "num_fewshot", "limit", "include_path", "dataset_root", "eval_batch_size", "device", "dtype")
+FLAGS = {field: field.removeprefix("eval_") for field in (*_FIELDS, "save", "cache_dir")}
 logger = logging.getLogger("flatllmbench.zero_shot")  # also where this file is the program
 
 
 def load_tasks(
-    names: Sequence[str] | None = None, num_fewshot: int | None = None, include_path: Path | None = None
+    names: Sequence[str] | None = None,
+    num_fewshot: int | None = None,
+    include_path: Path | None = None,
+    dataset_root: Path | None = None,
 ) -> dict[str, Any]:
     """Return the harness's tasks, and its groups that have a score, with their data, by name; see the flags' help.
 
     One question of each is put together: what does not work is an InputError before a model is touched. Definitions in
-    ``include_path`` replace the harness's own where names are equal.
+    ``include_path`` replace the harness's own where names are equal; ``dataset_root`` has copies of the data, in folders
+    called like their hub ids, and the hub is not asked.
     """
     try:
         import accelerate  # noqa: F401 (needed with the model, which is too late to say so)
@@ -55,7 +61,7 @@ def load_tasks(
     chosen: dict[str, Any] = {}
     for name in PAPER_TASKS if names is None else dict.fromkeys(names):
         try:
-            with bars_on_terminals_alone():
+            with bars_on_terminals_alone(), _local_data(dataset_root):
                 found = manager.load([name])
                 for task in found["tasks"].values():
                     defined = task.get_config("num_fewshot")
@@ -69,6 +75,32 @@ def load_tasks(
         except Exception as error:  # a definition is its author's templates and code, and data come from anywhere
             raise InputError(f"task {name!r} cannot be set up ({type(error).__name__}: {error})") from error
     return chosen
+
+
+@contextmanager
+def _local_data(root: Path | None) -> Iterator[None]:
+    """Have the tasks that are set up meanwhile find their data below ``root``, if there is one, and not on the hub.
+
+    A copy without a train split, where examples would come from, will do for questions without any.
+    """
+    import datasets
+
+    class Copy(datasets.DatasetDict):
+        def __missing__(self, split: str) -> Any:
+            if split != "train":
+                raise FileNotFoundError(f"no {split} split, but {', '.join(self)}")
+            return next(iter(self.values())).select([])
+
+    def load_copy(path: str, *args: Any, **options: Any) -> Any:
+        if root is None or "data_files" in options:
+            return load(path, *args, **options)
+        if not (root / path).is_dir():
+            raise FileNotFoundError(f"no copy of {path} in {root / path}")
+        return Copy(load(str(root / path), *args, **options))
+
+    load = datasets.load_dataset
+    with patch.object(datasets, "load_dataset", load_copy):
+        yield
 
 
 def evaluate_saved(
@@ -152,7 +184,7 @@ def keep_evaluation(args: argparse.Namespace, argv: Sequence[str] | None) -> Non
 
     def evaluate() -> dict[str, Any]:
         device, described = parse_device(asked["device"]), describe_model(args.model, asked["cache_dir"])
-        tasks = load_tasks(asked["tasks"], asked["num_fewshot"], asked["include_path"])
+        tasks = load_tasks(*(asked[name] for name in ("tasks", "num_fewshot", "include_path", "dataset_root")))
         loading = {name: asked[name] for name in ("dtype", "cache_dir")}
         found = evaluate_saved(args.model, tasks, device, asked["eval_batch_size"], asked["limit"], **loading)
         return {"hardware": hardware(device), "model": described, "zero_shot": found}
