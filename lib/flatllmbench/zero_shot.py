@@ -49,8 +49,8 @@ def load_tasks(
     """Return the harness's tasks, and its groups that have a score, with their data, by name; see the flags' help.
 
     One question of each is put together: what does not work is an InputError before a model is touched. Definitions in
-    ``include_path`` replace the harness's own where names are equal; ``dataset_root`` has copies of the data, in folders
-    called like their hub ids, and the hub is not asked.
+    ``include_path`` replace the harness's own where names are equal. With a ``dataset_root``, where data are in folders
+    called like their hub ids, the hub is not asked.
     """
     try:
         import accelerate  # noqa: F401 (needed with the model, which is too late to say so)

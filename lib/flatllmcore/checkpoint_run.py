@@ -159,7 +159,8 @@ class CheckpointRun:
         """Return the token windows that perplexity is measured on, (N, S)."""
         config = self.config
         with stage("data"):
-            text = load_text(config.eval_text, "test", dataset_root=config.dataset_root, cache_dir=config.cache_dir)
+            places = {"dataset_root": config.dataset_root, "cache_dir": config.cache_dir}
+            text = load_text(config.eval_text, "test", **places, tokenizer=self.tokenizer)
             windows = consecutive_windows(text, self.tokenizer, self.pipeline.seqlen)
             check_token_ids(windows, self.pipeline.model_config.vocab_size)
         return windows

@@ -89,9 +89,11 @@ class Pipeline:
     def _data(self) -> TextDataset | list[Tensor]:
         config = self.config
         if isinstance(config.cal_dataset, str):
-            return load_text(config.cal_dataset, "train", dataset_root=config.dataset_root, cache_dir=config.cache_dir)
+            places = {"dataset_root": config.dataset_root, "cache_dir": config.cache_dir}
+            return load_text(config.cal_dataset, "train", **places, tokenizer=self.tokenizer)
         padding_ids = data_utils.padding_ids_of(self.model_config, self.tokenizer)
-        return data_utils.read_calibration_data(config.cal_dataset, config.cal_nsamples or TO_COMPRESS, padding_ids)
+        most = config.cal_nsamples or TO_COMPRESS
+        return data_utils.read_calibration_data(config.cal_dataset, most, padding_ids, self.tokenizer)
 
     def _windows(self, sample: Callable[..., Tensor], published: int) -> Tensor:
         """Return calibration windows, (N, S): sampled from a text, or the token ids given."""
