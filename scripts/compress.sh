@@ -7,6 +7,7 @@
 # Variables, besides those of scripts/settings.sh:
 #   MODEL          local folder, GGUF file or hub id
 #   RATIOS         percentages of decoder-layer linear weights to remove (default: 10 20 30 40 50)
+#   METHOD         compression method (default: flatllm)
 #   NSAMPLES       windows to compress on (default: 256)
 #   RANK_MULTIPLE  1 gives the published floors (default: 8 if heads are 64 wide or more, else 1)
 #   PRUNE_QK       1 prunes Q and K too (default: they stay whole)
@@ -21,6 +22,7 @@ name="$(basename "$MODEL" .gguf)"
 ratios="${RATIOS:-10 20 30 40 50}"
 scores="${BI_SCORE:-ranks/$name}"
 out="${OUT:-results}"
+method="${METHOD:-flatllm}"
 records="$out/records/$name"
 rank_flags=()
 [[ -z "${RANK_MULTIPLE:-}" ]] || rank_flags+=(--rank_multiple "$RANK_MULTIPLE")
@@ -34,12 +36,12 @@ fi
 run "$PYTHON" compute_rank.py --bi_score "$scores" --sparsity_ratio $ratios "${rank_flags[@]}"
 
 for percent in $ratios; do
-    record="$records/${name}_flatllm_$percent.json"
+    record="$records/${name}_${method}_$percent.json"
     if [[ "${OVERWRITE:-}" != 1 && -e "$record" && -e "$out/$name-$percent/config.json" ]]; then
         printf '\n%s is there; OVERWRITE=1 does it again\n' "$record"
         continue
     fi
-    run "${main[@]}" --prune_method flatllm --model "$MODEL" --sparsity_ratio "$percent" --bi_score "$scores" \
+    run "${main[@]}" --prune_method "$method" --model "$MODEL" --sparsity_ratio "$percent" --bi_score "$scores" \
         --nsamples "${NSAMPLES:-256}" --save "$records" --save_model "$out/$name-$percent" "${flags[@]}" "$@"
 done
 run "$PYTHON" -m flatllmbench.report "$out/records" --out "$out"

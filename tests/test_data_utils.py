@@ -230,7 +230,7 @@ class TestPaths:
     @pytest.mark.parametrize(
         ("template", "messages", "message"),
         [
-            (None, [{"role": "user", "content": "w1"}], "record 2 is a conversation, and there is no chat template"),
+            (None, [{"role": "user", "content": "w1"}], "record 2 is a conversation; give a tokenizer that has a chat"),
             (
                 "{{ messages[0].role }}",
                 ["w1"],

@@ -17,6 +17,8 @@ from transformers import AutoModelForCausalLM
 
 from conftest import tiny_model
 from flatllmbench.report import MODELS, TABLE_1
+from flatllmbench.zero_shot import PAPER_TASKS
+from tiny_gguf import tiny_llama, write_gguf
 from tiny_text import documents, word_tokenizer, write_texts
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -244,6 +246,51 @@ def test_the_demo_ends_with_a_table_a_picture_and_a_sentence_of_each_model(perfo
     assert "| 50 " in (out / "README.md").read_text()
     for model in (tiny[0], out / "tiny-llama-20", out / "tiny-llama-50"):
         assert f"{model}: w1 w2 w" in printed
+
+
+TRIAL = {"SEQLEN": "32", "NSAMPLES": "4", "BI_NSAMPLES": "4", "RATIOS": "20", "REPEATS": "1", "NEW_TOKENS": "4"}
+
+
+def test_smollm2_makes_records_a_report_and_a_chat_of_a_gguf_and_does_nothing_twice(
+    performed, commands, text, tmp_path
+):
+    out, gguf = tmp_path / "out", tmp_path / "tiny.Q4_1.gguf"
+    write_gguf(gguf, "Q4_1", model=tiny_llama(max_position_embeddings=4096))
+    settings = {**TRIAL, "GGUF": gguf, "OUT": out, "DATASET": text, "EVAL_DATASET": text, "SKIP_INSTALL": "1"}
+    printed = performed("smollm2.sh", LIMIT="2", DEVICE="cpu", **settings)
+    records = {path.relative_to(out).as_posix() for path in out.glob("**/records/**/*.json")}
+    tasks = "zero_shot_pydocs_endings+pydocs_text_limit-2"
+    dense, method = "records/tiny.Q4_1/tiny.Q4_1", "flatllm/records/tiny.Q4_1/tiny.Q4_1"
+    assert records == {
+        *(f"{dense}_{kind}.json" for kind in (tasks, "speed")),
+        *(f"{method}{kind}.json" for kind in ("_bi", "_flatllm_20", f"-20_{tasks}")),
+    }
+    page = (out / "README.md").read_text()
+    assert all(name in page for name in ("| tiny.Q4_1 ", "| tiny.Q4_1-20 ", "pydocs_endings", "grid, bfloat16"))
+    for model in (out / "tiny.Q4_1", out / "flatllm" / "tiny.Q4_1-20"):
+        assert f"\n{model}: " in printed
+        assert json.loads((model / "config.json").read_text())["rounded_to"] == "4 bits (Q4_1)"
+        assert (model / "generation_config.json").exists()
+    again = [call[call[0] == "-m"] for call in commands("smollm2.sh", LIMIT="2", **settings)]
+    assert again == ["compute_rank.py", "flatllmbench.report", "scripts/generate.py", "flatllmbench.report"]
+
+
+def test_smollm2_takes_texts_and_tasks_of_dataset_root_and_one_run_per_method(commands, tmp_path):
+    (tmp_path / "wikitext2_raw").mkdir()
+    (tmp_path / "zero_shot").mkdir()
+    settings = {"DATASET_ROOT": tmp_path, "GGUF": "x.gguf", "OUT": tmp_path / "out", "SKIP_INSTALL": "1"}
+    calls = commands("smollm2.sh", METHODS="flatllm other", **settings)
+    compressing = [call for call in calls if call[0] == "main.py" and "bi" not in call]
+    assert {value_of("--prune_method", call) for call in compressing} == {"flatllm", "other"}
+    texts = [str(tmp_path / "wikitext2_raw"), "c4", str(tmp_path / "tinystories_eval.txt")]
+    for call in compressing:
+        found = [value_of(flag, call) for flag in ("--dataset", "--nsamples", "--seqlen", "--model")]
+        assert found == ["wikitext2", "128", "1024", str(tmp_path / "out" / "x")]
+        assert call[call.index("--eval_dataset") + 1 :] == texts
+    evaluating = [call for call in calls if "flatllmbench.zero_shot" in call]
+    assert len(evaluating) == 11
+    assert {value_of("--dataset_root", call) for call in evaluating} == {str(tmp_path / "zero_shot")}
+    assert value_of("--tasks", evaluating[0]).split(",") == [task for task in PAPER_TASKS if task != "mmlu"]
 
 
 def test_eval_runs_the_paper_s_tasks_and_test_speedup_slicegpt_s_protocol_by_default(commands):

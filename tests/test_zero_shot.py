@@ -291,7 +291,7 @@ def test_tasks_find_their_data_below_dataset_root(tiny, tmp_path):
     ("fields", "shots", "reason"),
     [
         ({"dataset_path": "user/others"}, None, "no copy of user/others in {root}/user/others"),
-        ({"test_split": None, "validation_split": "validation"}, None, "no validation split, but test"),
+        ({"test_split": None, "validation_split": "validation"}, None, "cannot be set up (KeyError: 'validation')"),
         ({}, 1, "no documents available for sampling"),
     ],
 )

@@ -26,8 +26,8 @@ NAMES = {
 }
 
 
-def tiny_llama(seed: int = 0) -> LlamaForCausalLM:
-    return tiny_model(seed=seed, **SIZES).float()
+def tiny_llama(seed: int = 0, **overrides: int) -> LlamaForCausalLM:
+    return tiny_model(seed=seed, **SIZES | overrides).float()
 
 
 def write_gguf(

@@ -49,8 +49,7 @@ def load_tasks(
     """Return the harness's tasks, and its groups that have a score, with their data, by name; see the flags' help.
 
     One question of each is put together: what does not work is an InputError before a model is touched. Definitions in
-    ``include_path`` replace the harness's own where names are equal. With a ``dataset_root``, where data are in folders
-    called like their hub ids, the hub is not asked.
+    ``include_path`` replace the harness's own where names are equal; ``dataset_root`` has folders called as hub ids.
     """
     try:
         import accelerate  # noqa: F401 (needed with the model, which is too late to say so)
@@ -79,26 +78,20 @@ def load_tasks(
 
 @contextmanager
 def _local_data(root: Path | None) -> Iterator[None]:
-    """Have the tasks that are set up meanwhile find their data below ``root``, if there is one, and not on the hub.
-
-    A copy without a train split, where examples would come from, will do for questions without any.
-    """
+    """Have the tasks that are set up meanwhile find their data below ``root``, if there is one, and not on the hub."""
     import datasets
 
-    class Copy(datasets.DatasetDict):
-        def __missing__(self, split: str) -> Any:
-            if split != "train":
-                raise FileNotFoundError(f"no {split} split, but {', '.join(self)}")
-            return next(iter(self.values())).select([])
+    load = datasets.load_dataset
 
-    def load_copy(path: str, *args: Any, **options: Any) -> Any:
+    def load_copy(path: str, **options: Any) -> Any:
         if root is None or "data_files" in options:
-            return load(path, *args, **options)
+            return load(path, **options)
         if not (root / path).is_dir():
             raise FileNotFoundError(f"no copy of {path} in {root / path}")
-        return Copy(load(str(root / path), *args, **options))
+        found = load(str(root / path), **options)
+        found.setdefault("train", next(iter(found.values())).select([]))  # read for examples, also where none are asked
+        return found
 
-    load = datasets.load_dataset
     with patch.object(datasets, "load_dataset", load_copy):
         yield
 

@@ -122,9 +122,7 @@ class FlatLLMConfig:
     device: str | None = option(
         None, Accepted(DEVICE_NAMES, is_device_name), f"{DEVICE_NAMES}: where layers run (the GPU if any)"
     )
-    dataset_root: Path | None = option(
-        None, PATH, "folder with local copies of the named datasets, and of the data of tasks"
-    )
+    dataset_root: Path | None = option(None, PATH, "folder with copies of the named datasets and of the tasks' data")
     cache_dir: Path | None = option(None, PATH, "where hub downloads are kept (the hub's own cache)")
 
     def __post_init__(self) -> None:

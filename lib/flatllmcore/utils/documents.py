@@ -8,8 +8,6 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import InputError, door
 
-_ACCEPTED = "text (str), or messages (list), or instruction, output and perhaps input"
-
 
 def document_of(record: Any, place: Path | str, number: int, tokenizer: PreTrainedTokenizerBase | None = None) -> str:
     """Return a record's ``text``, its ``messages`` rendered, or the Alpaca prompt made of it.
@@ -20,22 +18,21 @@ def document_of(record: Any, place: Path | str, number: int, tokenizer: PreTrain
         return record
     columns = record if isinstance(record, Mapping) else {"text": record}
     if "text" not in columns and isinstance(columns.get("messages"), list):
-        return _conversation(columns["messages"], f"{place}, record {number}", tokenizer)
+        if tokenizer is None or tokenizer.chat_template is None:
+            raise InputError(f"{place}, record {number} is a conversation; give a tokenizer that has a chat template")
+        with door(
+            f"{place}, record {number} does not fit the chat template", "accepted: messages with role and content"
+        ):
+            return tokenizer.apply_chat_template(columns["messages"], tokenize=False)
     names = ("text",) if "text" in columns else ("instruction", "input", "output")
     parts: list[Any] = [columns.get(name) for name in names]
     if parts[1:] and parts[1] is None:
         parts[1] = ""
     if not all(isinstance(part, str) for part in parts):
         found = ", ".join(f"{name} ({type(value).__name__})" for name, value in columns.items())
-        raise InputError(f"{place}, record {number} has {found:.200}; accepted: {_ACCEPTED}")
+        accepted = "text (str), or messages (list), or instruction, output and perhaps input"
+        raise InputError(f"{place}, record {number} has {found:.200}; accepted: {accepted}")
     return parts[0] if len(parts) == 1 else _alpaca_prompt(*parts)
-
-
-def _conversation(messages: list[Any], where: str, tokenizer: PreTrainedTokenizerBase | None) -> str:
-    if tokenizer is None or tokenizer.chat_template is None:
-        raise InputError(f"{where} is a conversation, and there is no chat template; give a chat model's tokenizer")
-    with door(f"{where} does not fit the chat template", "accepted: messages with role and content"):
-        return tokenizer.apply_chat_template(messages, tokenize=False)
 
 
 def _alpaca_prompt(instruction: str, given: str, output: str) -> str:
