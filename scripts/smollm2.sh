@@ -75,7 +75,7 @@ for model in "${models[@]}"; do
         OUT="$records" TASKS="$tasks" DATASET_ROOT="$tasks_root" bash scripts/eval.sh "$model"
 done
 is_done "$out/records/$name/${name}_speed.json" ||
-    OUT="$out/records/$name" PROTOCOL=grid PROMPT_LENGTH=128 bash scripts/test_speedup.sh "${models[@]}"
+    OUT="$out/records/$name" PROTOCOL=grid PROMPT_LENGTH="${PROMPT_LENGTH:-128}" bash scripts/test_speedup.sh "${models[@]}"
 "$PYTHON" scripts/generate.py "${models[@]}" --chat --prompt "${PROMPT:-Why is the sky blue?}"
 "$PYTHON" -m flatllmbench.report "${reports[@]}" --out "$out"
 printf '\nDone in %d min; tables and picture: %s/README.md. The weights of %s had been rounded by their publisher.\n' \

