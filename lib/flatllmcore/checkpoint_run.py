@@ -133,7 +133,7 @@ class CheckpointRun:
             "nsamples": len(windows),
             "seqlen": pipeline.seqlen,
             "seed": config.seed,
-            "rounded_to": getattr(pipeline.model_config, "rounded_to", None),
+            "rounded_to": getattr(self.pipeline.model_config, "rounded_to", None),
         }
         names = {"base_model": config.model, "dataset": config.cal_dataset, "eval_dataset": config.eval_text}
         published = {field: public_name(name) for field, name in names.items()}  # with the model

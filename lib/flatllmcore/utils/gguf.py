@@ -1,6 +1,7 @@
 """GGUF files, dequantised into folders that all else reads: which of them are read is the business of transformers."""
 
 import atexit
+import logging
 import re
 from collections import Counter
 from contextlib import ExitStack
@@ -16,6 +17,8 @@ from ..errors import InputError, door
 from .files import check_disk_space, temporary_folder
 from .layer_utils import WEIGHT_DTYPES, family_name
 from .progress import bars_on_terminals_alone
+
+logger = logging.getLogger(__name__)
 
 
 def checkpoint_folder(model: str) -> str:
@@ -39,6 +42,7 @@ def _dequantised(file: Path, _modified_ns: int) -> str:
 
     That type is the file's own, or bfloat16 of a quantised one; then the config has in ``rounded_to`` what it was.
     """
+    logger.info("dequantising %s", file)
     until_exit = ExitStack()
     atexit.register(until_exit.close)
     folder = until_exit.enter_context(temporary_folder(None))
