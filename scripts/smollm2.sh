@@ -10,9 +10,9 @@
 #   SEQLEN=256 NSAMPLES=2 BI_NSAMPLES=2 RATIOS=20 LIMIT=2 REPEATS=1 bash scripts/smollm2.sh     # a trial
 #
 # With DATASET_ROOT it is calibrated on wikitext2 there. Perplexity is that of its test split (wikitext2_raw, where that
-# is there), of c4 and of $DATASET_ROOT/tinystories_eval.txt, accuracy that of six of the paper's tasks, whose data are in
-# folders called like their hub ids, in $DATASET_ROOT/zero_shot or in $DATASET_ROOT. Without it the text is pydocs, of
-# this repository, with two small tasks made of it: what is measured then compares with nothing published.
+# is there), of c4 and of $DATASET_ROOT/tinystories_eval.txt. Accuracy is that of six of the paper's tasks, whose data
+# are in folders called like their hub ids, in $DATASET_ROOT/zero_shot or in $DATASET_ROOT. Without it the text is
+# pydocs, of this repository, with two small tasks made of it: nothing published compares with what is measured then.
 #
 # Variables: VENV, PYTHON, SKIP_INSTALL (see scripts/environment.sh), those of scripts/compress.sh and
 #   GGUF          file to take (default: the one in the wheel)
@@ -29,6 +29,7 @@ pip_install evaluation -e '.[eval]'
 export PYTHON
 out="${OUT:-out/smollm2}"
 export SEQLEN="${SEQLEN:-1024}" NSAMPLES="${NSAMPLES:-128}" RANK_MULTIPLE="${RANK_MULTIPLE:-1}" # the published floors
+export PROTOCOL=grid PROMPT_LENGTH="${PROMPT_LENGTH:-128}"
 if [[ -n "${DATASET_ROOT:-}" ]]; then
     texts=("$DATASET_ROOT/wikitext2_raw" c4 "$DATASET_ROOT/tinystories_eval.txt")
     [[ -e "${texts[0]}" ]] || texts[0]=wikitext2
@@ -36,7 +37,7 @@ if [[ -n "${DATASET_ROOT:-}" ]]; then
     tasks_root="$DATASET_ROOT"
     [[ ! -e "$tasks_root/zero_shot" ]] || tasks_root+=/zero_shot
 else
-    printf 'No DATASET_ROOT: calibrated and measured on the text pydocs, which compares with nothing published.\n'
+    printf 'No DATASET_ROOT: calibrated and measured on the text pydocs, with which nothing published compares.\n'
     export DATASET="${DATASET:-pydocs}" INCLUDE_PATH="${INCLUDE_PATH:-tests/tasks}"
     texts=(pydocs)
     tasks="${TASKS:-pydocs_endings,pydocs_text}"
@@ -76,8 +77,8 @@ for model in "${models[@]}"; do
         OUT="$records" TASKS="$tasks" DATASET_ROOT="$tasks_root" bash scripts/eval.sh "$model"
 done
 is_done "$out/records/$name/${name}_speed.json" ||
-    OUT="$out/records/$name" PROTOCOL=grid PROMPT_LENGTH="${PROMPT_LENGTH:-128}" bash scripts/test_speedup.sh "${models[@]}"
+    OUT="$out/records/$name" bash scripts/test_speedup.sh "${models[@]}"
 "$PYTHON" scripts/generate.py "${models[@]}" --chat --prompt "${PROMPT:-Why is the sky blue?}"
 "$PYTHON" -m flatllmbench.report "${reports[@]}" --out "$out"
-printf '\nDone in %d min; tables and picture: %s/README.md. The weights of %s had been rounded by their publisher.\n' \
+printf '\nDone in %d min; tables and picture: %s/README.md. The weights had been rounded by their publisher: %s.\n' \
     $((SECONDS / 60)) "$out" "$name"
