@@ -23,7 +23,8 @@ from flatllmcore.core.rank_files import ranks_file, save_ranks
 from flatllmcore.errors import InputError
 from flatllmcore.utils.dimensions import ModelDimensions
 from flatllmcore.utils.files import digest, read_json
-from flatllmcore.utils.layer_utils import dimensions_from_config, load_config
+from flatllmcore.utils.layer_utils import dimensions_from_config
+from flatllmcore.utils.loading import load_config
 
 IMPORTANCE_FILES = (IMPORTANCE_FILE, "bi_score.pt")
 

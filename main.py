@@ -131,7 +131,8 @@ class Program:
         options = self.options
         # Refused before anything is read, and not counted among the costs.
         is_evaluated = options.eval_zero_shot and is_rank_0()
-        tasks = load_tasks(options.tasks, options.num_fewshot, options.include_path) if is_evaluated else None
+        where = (options.include_path, options.dataset_root)
+        tasks = load_tasks(options.tasks, options.num_fewshot, *where) if is_evaluated else None
         each = list(zip(options.each_ratio(), kept, strict=True))
         done = [(one, record) for one, record in each if record is not None]
         for one, record in done:

@@ -25,8 +25,8 @@ from flatllmcore.methods import METHODS
 from flatllmcore.utils.data_utils import consecutive_windows, sample_documents, sample_windows
 from flatllmcore.utils.devices import float32_product, synchronize
 from flatllmcore.utils.dimensions import ModelDimensions
-from flatllmcore.utils.layer_utils import dimensions_from_config, load_config
-from flatllmcore.utils.loading import load_tokenizer
+from flatllmcore.utils.layer_utils import dimensions_from_config
+from flatllmcore.utils.loading import load_config, load_tokenizer
 from flatllmcore.utils.text_sources import load_text
 
 ROOT = Path(__file__).resolve().parents[1]

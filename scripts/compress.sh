@@ -5,8 +5,9 @@
 #   MODEL=meta-llama/Llama-2-7b-hf RATIOS="20 30" bash scripts/compress.sh
 #
 # Variables, besides those of scripts/settings.sh:
-#   MODEL          local folder or hub id
+#   MODEL          local folder, GGUF file or hub id
 #   RATIOS         percentages of decoder-layer linear weights to remove (default: 10 20 30 40 50)
+#   METHOD         compression method (default: flatllm)
 #   NSAMPLES       windows to compress on (default: 256)
 #   RANK_MULTIPLE  1 gives the published floors (default: 8 if heads are 64 wide or more, else 1)
 #   PRUNE_QK       1 prunes Q and K too (default: they stay whole)
@@ -17,10 +18,11 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/settings.sh"
 : "${MODEL:?is not set; name a local folder or a hub id}"
-name="$(basename "$MODEL")"
+name="$(basename "$MODEL" .gguf)"
 ratios="${RATIOS:-10 20 30 40 50}"
 scores="${BI_SCORE:-ranks/$name}"
 out="${OUT:-results}"
+method="${METHOD:-flatllm}"
 records="$out/records/$name"
 rank_flags=()
 [[ -z "${RANK_MULTIPLE:-}" ]] || rank_flags+=(--rank_multiple "$RANK_MULTIPLE")
@@ -35,7 +37,7 @@ run "$PYTHON" compute_rank.py --bi_score "$scores" --sparsity_ratio $ratios "${r
 
 left=()
 for percent in $ratios; do
-    record="$records/${name}_flatllm_$percent.json"
+    record="$records/${name}_${method}_$percent.json"
     if [[ "${OVERWRITE:-}" != 1 && -e "$record" && -e "$out/$name-$percent/config.json" ]]; then
         printf '\n%s is there; OVERWRITE=1 does it again\n' "$record"
     else
@@ -45,7 +47,7 @@ done
 if ((${#left[@]} > 0)); then
     folder="$out/$name" # main.py puts the percentage behind it, unless there is only one
     ((${#left[@]} > 1)) || folder+="-${left[0]}"
-    run "${main[@]}" --prune_method flatllm --model "$MODEL" --sparsity_ratio "${left[@]}" --bi_score "$scores" \
+    run "${main[@]}" --prune_method "$method" --model "$MODEL" --sparsity_ratio "${left[@]}" --bi_score "$scores" \
         --nsamples "${NSAMPLES:-256}" --save "$records" --save_model "$folder" "${flags[@]}" "$@"
 fi
 run "$PYTHON" -m flatllmbench.report "$out/records" --out "$out"

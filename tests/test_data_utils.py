@@ -21,6 +21,7 @@ from flatllmcore.utils import data_utils, text_sources
 from flatllmcore.utils.data_utils import (
     consecutive_windows,
     public_text,
+    read_calibration_data,
     sample_documents,
     sample_mixture,
     sample_windows,
@@ -28,6 +29,7 @@ from flatllmcore.utils.data_utils import (
 )
 from flatllmcore.utils.text_sources import TextDataset, has_test_split, load_text
 from python_process import run_python
+from tiny_text import word_tokenizer
 
 BOS = 0
 DAMAGED = "; accepted: .txt"
@@ -248,6 +250,46 @@ class TestPaths:
             "Write a response that appropriately completes the request.\n\n### Instruction:\nIdentify it.\n\n"
             "### Input:\nTwitter, Instagram\n\n### Response:\nTelegram",
         ]
+
+    def test_conversations_become_what_the_chat_template_makes_of_them(self, tmp_path):
+        """In a file, of which a record may have a text as well, and in the library."""
+        tokenizer = word_tokenizer()
+        tokenizer.chat_template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+        turns = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]
+        rows = [{"messages": turns}, {"text": "w3", "messages": turns}, {"messages": turns[:1]}]
+        expected = ["<user>w1<assistant>w2", "w3", "<user>w1"]
+        (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        assert load_text(str(tmp_path / "a.jsonl"), "train", tokenizer=tokenizer).documents == expected
+        assert read_calibration_data(rows, 9, (), tokenizer).documents == expected
+
+    @pytest.mark.parametrize(
+        ("template", "messages", "message"),
+        [
+            (None, [{"role": "user", "content": "w1"}], "record 2 is a conversation; give a tokenizer that has a chat"),
+            (
+                "{{ messages[0].role }}",
+                ["w1"],
+                "record 2 does not fit the chat template .* accepted: messages with role",
+            ),
+            (
+                "{{ raise_exception('no x') }}",
+                [{"role": "x", "content": ""}],
+                r"record 2 does not fit .*no x\); accepted",
+            ),
+            ("{{ messages }}", "w1", r"record 2 has messages \(str\); accepted: text \(str\), or messages"),
+        ],
+    )
+    def test_a_conversation_that_cannot_be_rendered_is_one_line(self, tmp_path, template, messages, message):
+        tokenizer = word_tokenizer()
+        tokenizer.chat_template = template
+        rows = [{"text": "w2"}, {"messages": messages}]
+        (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        for one in (tokenizer, *([] if template else [None])):
+            with pytest.raises(InputError, match=message) as caught:
+                load_text(str(tmp_path / "a.jsonl"), "train", tokenizer=one)
+            assert "\n" not in str(caught.value)
+            with pytest.raises(InputError, match=f"the calibration data, {message}"):
+                read_calibration_data(rows, 9, (), one)
 
     @pytest.mark.parametrize(
         ("files", "train", "test"),

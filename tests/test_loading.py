@@ -105,12 +105,28 @@ def test_pickled_weights_are_not_read(checkpoint, load):
 
 
 @pytest.mark.parametrize("load", [load_model, on_disk])
-@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.float8_e4m3fn, torch.complex64], ids=str)
-def test_weights_that_are_no_plain_numbers_are_refused_by_name(checkpoint, load, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "method"),
+    [
+        (torch.bool, None),
+        (torch.complex64, None),
+        (torch.uint8, "bitsandbytes"),
+        (torch.int32, "gptq"),
+        (torch.int32, "awq"),
+        (torch.float8_e4m3fn, "fp8"),
+    ],
+    ids=str,
+)
+def test_weights_that_are_no_plain_numbers_are_refused_by_name(checkpoint, load, dtype, method):
+    """With the method that quantised them, where the config says so."""
     path, name = checkpoint / "model.safetensors", "model.layers.1.mlp.up_proj.weight"
+    config = json.loads((checkpoint / "config.json").read_text())
+    stated = {"quantization_config": {"quant_method": method}} if method else {}
+    (checkpoint / "config.json").write_text(json.dumps(config | stated))
     weights = load_file(path)
     save_file(weights | {name: weights[name].to(dtype)}, path, {"format": "pt"})
-    with pytest.raises(InputError, match=rf"1 weights are \w+, not F64, F32, F16, BF16, first {name}"):
+    state = f"is quantised by {method}" if method else "is damaged"
+    with pytest.raises(InputError, match=rf"{state}: 1 weights are \w+, not F64, F32, F16, BF16, first {name}"):
         load(str(checkpoint))
 
 

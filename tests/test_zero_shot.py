@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import lm_eval
 import pytest
 import torch
+from datasets import Dataset
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedTokenizerFast
 
@@ -267,6 +268,40 @@ def test_a_definition_that_does_not_work_is_refused_by_name(tmp_path, fields, re
         load_tasks(["broken"], include_path=tmp_path)
 
 
+def write_copy(root: Path, include_path: Path, **fields: object) -> None:
+    """Write a task whose data are on the hub, and below ``root`` a copy of them that has no train split."""
+    (root / "user" / "questions").mkdir(parents=True)
+    Dataset.from_list(QUESTIONS[:8]).to_parquet(root / "user" / "questions" / "test.parquet")
+    published = {"dataset_path": "user/questions", "dataset_kwargs": None, "training_split": "train"}
+    write_endings(include_path, "copied", **published | {"fewshot_split": None} | fields)
+
+
+def test_tasks_find_their_data_below_dataset_root(tiny, tmp_path):
+    """Oracle: the same questions by a task that names their file."""
+    write_endings(tmp_path, "named")
+    write_copy(tmp_path / "root", tmp_path)
+    argv = ["--tasks", "named,copied", "--include_path", str(tmp_path), "--dataset_root", str(tmp_path / "root")]
+    assert program.main([tiny, *argv, "--device", "cpu", "--save", str(tmp_path / "logs")]) == 0
+    (place,) = (tmp_path / "logs").glob("*.json")
+    tasks = json.loads(place.read_text())["zero_shot"]["tasks"]
+    assert tasks["copied"] == tasks["named"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "shots", "reason"),
+    [
+        ({"dataset_path": "user/others"}, None, "no copy of user/others in {root}/user/others"),
+        ({"test_split": None, "validation_split": "validation"}, None, "cannot be set up (KeyError: 'validation')"),
+        ({}, 1, "no documents available for sampling"),
+    ],
+)
+def test_what_a_copy_of_a_task_s_data_lacks_is_named(tmp_path, fields, shots, reason):
+    root = tmp_path / "root"
+    write_copy(root, tmp_path, **fields)
+    with pytest.raises(InputError, match=re.escape(reason.format(root=root))):
+        load_tasks(["copied"], shots, tmp_path, root)
+
+
 @pytest.mark.parametrize("package", ["lm_eval.tasks", "accelerate"])
 def test_a_package_that_is_missing_is_told_with_what_installs_it(monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
@@ -369,6 +404,7 @@ def test_main_evaluates_what_it_compressed_at_every_ratio(compress, tmp_path):
     [
         (("--eval_zero_shot", "--tasks", "nosuch"), "task 'nosuch' cannot be set up"),
         (("--eval_zero_shot",), "task 'mmlu' cannot be set up (ConnectionError: Couldn't reach 'cais/mmlu'"),
+        (("--eval_zero_shot", "--dataset_root", "models"), "no copy of cais/mmlu in models/cais/mmlu)"),
         (("--tasks", "pydocs_text"), "give --eval_zero_shot too"),
     ],
 )

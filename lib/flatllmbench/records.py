@@ -20,8 +20,8 @@ from flatllmcore.layers import FAMILIES
 from flatllmcore.utils.checkpoint import MANIFEST
 from flatllmcore.utils.devices import device_name
 from flatllmcore.utils.files import read_json, write_json
-from flatllmcore.utils.layer_utils import count_parameters, dense_dimensions, load_config, model_name
-from flatllmcore.utils.loading import empty_causal_lm, found_file
+from flatllmcore.utils.layer_utils import count_parameters, dense_dimensions, model_name
+from flatllmcore.utils.loading import empty_causal_lm, found_file, load_config
 
 from .command_line import as_given, logging_to
 

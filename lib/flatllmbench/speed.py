@@ -31,8 +31,8 @@ from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector
 from flatllmcore.errors import InputError
 from flatllmcore.layers import compressed_config
 from flatllmcore.utils.devices import parse_device, peak_allocated_bytes, reset_peak_allocated, synchronize
-from flatllmcore.utils.layer_utils import count_parameters, dense_dimensions, dimensions_from_config, load_config
-from flatllmcore.utils.loading import empty_causal_lm, load_model
+from flatllmcore.utils.layer_utils import count_parameters, dense_dimensions, dimensions_from_config
+from flatllmcore.utils.loading import empty_causal_lm, load_config, load_model
 from flatllmcore.utils.progress import progress
 
 from .command_line import ROWS, add_flags, read_flags, run_program

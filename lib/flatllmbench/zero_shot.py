@@ -12,13 +12,13 @@ type of the weights, log-likelihoods are sums of float32 log-probabilities, as t
 import argparse
 import logging
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import redirect_stderr
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
-from io import StringIO
 from pathlib import Path
 from statistics import mean
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -26,6 +26,7 @@ from flatllmcore.config import checked
 from flatllmcore.errors import InputError, door
 from flatllmcore.utils.devices import parse_device
 from flatllmcore.utils.loading import load_model, load_tokenizer
+from flatllmcore.utils.progress import bars_on_terminals_alone
 
 from .command_line import ROWS, add_flags, check_include_path, read_flags, run_program
 from .records import describe_model, hardware, keep_record
@@ -34,18 +35,21 @@ from .records import describe_model, hardware, keep_record
 PAPER_TASKS = dict.fromkeys(
     ("mmlu", "piqa", "winogrande", "hellaswag", "arc_easy", "arc_challenge", "openbookqa"), (0, "acc_norm")
 ) | {"mmlu": (5, "acc"), "winogrande": (0, "acc")}
-_FIELDS = ("tasks", "num_fewshot", "limit", "include_path", "eval_batch_size", "device", "dtype", "save", "cache_dir")
-FLAGS = {field: field.removeprefix("eval_") for field in _FIELDS}
+_FIELDS = ("tasks", "num_fewshot", "limit", "include_path", "dataset_root", "eval_batch_size", "device", "dtype")
+FLAGS = {field: field.removeprefix("eval_") for field in (*_FIELDS, "save", "cache_dir")}
 logger = logging.getLogger("flatllmbench.zero_shot")  # also where this file is the program
 
 
 def load_tasks(
-    names: Sequence[str] | None = None, num_fewshot: int | None = None, include_path: Path | None = None
+    names: Sequence[str] | None = None,
+    num_fewshot: int | None = None,
+    include_path: Path | None = None,
+    dataset_root: Path | None = None,
 ) -> dict[str, Any]:
     """Return the harness's tasks, and its groups that have a score, with their data, by name; see the flags' help.
 
     One question of each is put together: what does not work is an InputError before a model is touched. Definitions in
-    ``include_path`` replace the harness's own where names are equal.
+    ``include_path`` replace the harness's own where names are equal; ``dataset_root`` has folders called as hub ids.
     """
     try:
         import accelerate  # noqa: F401 (needed with the model, which is too late to say so)
@@ -56,7 +60,7 @@ def load_tasks(
     chosen: dict[str, Any] = {}
     for name in PAPER_TASKS if names is None else dict.fromkeys(names):
         try:
-            with _bars_on_terminals_alone():
+            with bars_on_terminals_alone(), _local_data(dataset_root):
                 found = manager.load([name])
                 for task in found["tasks"].values():
                     defined = task.get_config("num_fewshot")
@@ -72,9 +76,24 @@ def load_tasks(
     return chosen
 
 
-def _bars_on_terminals_alone() -> redirect_stderr[Any]:
-    """Keep out of files the progress bars that the harness always draws."""
-    return redirect_stderr(sys.stderr if sys.stderr.isatty() else StringIO())
+@contextmanager
+def _local_data(root: Path | None) -> Iterator[None]:
+    """Have the tasks that are set up meanwhile find their data below ``root``, if there is one, and not on the hub."""
+    import datasets
+
+    load = datasets.load_dataset
+
+    def load_copy(path: str, **options: Any) -> Any:
+        if root is None or "data_files" in options:
+            return load(path, **options)
+        if not (root / path).is_dir():
+            raise FileNotFoundError(f"no copy of {path} in {root / path}")
+        found = load(str(root / path), **options)
+        found.setdefault("train", next(iter(found.values())).select([]))  # read for examples, also where none are asked
+        return found
+
+    with patch.object(datasets, "load_dataset", load_copy):
+        yield
 
 
 def evaluate_saved(
@@ -98,7 +117,7 @@ def evaluate_saved(
     if harnessed.prefix_token_id is None:
         raise InputError(f"the tokenizer at {model!r} has no BOS or EOS token; the harness puts one before each text")
     length = f"what fits its {harnessed.max_length} tokens of context is accepted"
-    with _bars_on_terminals_alone(), door(f"the harness cannot evaluate {model!r}", length):
+    with bars_on_terminals_alone(), door(f"the harness cannot evaluate {model!r}", length):
         found = simple_evaluate(harnessed, tasks=[*tasks.values()], limit=limit, task_manager=known, log_samples=False)
     results = {name: _result(name, task, found) for name, task in tasks.items()}
     paper = [row["value"] for n, row in results.items() if (row["num_fewshot"], row["metric"]) == PAPER_TASKS.get(n)]
@@ -146,7 +165,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the arguments of the program."""
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m flatllmbench.zero_shot", description=__doc__, formatter_class=layout)
-    parser.add_argument("model", metavar="FOLDER", help="dense or compressed model: a local folder or a hub id")
+    parser.add_argument("model", metavar="FOLDER", help="dense or compressed model: folder, GGUF file or hub id")
     add_flags(parser, FLAGS)
     return parser.parse_args(argv)
 
@@ -158,7 +177,7 @@ def keep_evaluation(args: argparse.Namespace, argv: Sequence[str] | None) -> Non
 
     def evaluate() -> dict[str, Any]:
         device, described = parse_device(asked["device"]), describe_model(args.model, asked["cache_dir"])
-        tasks = load_tasks(asked["tasks"], asked["num_fewshot"], asked["include_path"])
+        tasks = load_tasks(*(asked[name] for name in ("tasks", "num_fewshot", "include_path", "dataset_root")))
         loading = {name: asked[name] for name in ("dtype", "cache_dir")}
         found = evaluate_saved(args.model, tasks, device, asked["eval_batch_size"], asked["limit"], **loading)
         return {"hardware": hardware(device), "model": described, "zero_shot": found}

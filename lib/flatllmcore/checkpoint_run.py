@@ -31,8 +31,8 @@ from .utils.checkpoint import partial_folder
 from .utils.data_utils import check_token_ids, consecutive_windows, public_text
 from .utils.devices import GIB, free_host_memory, parse_device
 from .utils.files import check_disk_space, check_writable, digest, temporary_folder, to_json_bytes, write_json
-from .utils.layer_utils import count_parameters, dimensions_from_config, load_config, public_name
-from .utils.loading import found_file, load_tokenizer
+from .utils.layer_utils import count_parameters, dimensions_from_config, public_name
+from .utils.loading import found_file, load_config, load_tokenizer
 from .utils.processes import broadcast_object, is_rank_0, local_world_size, world_size
 from .utils.stopwatch import stage
 from .utils.text_sources import load_text
@@ -138,7 +138,8 @@ class CheckpointRun:
         """The token windows of each text that perplexity is measured on, (N, S)."""
         config, found = self.config, {}
         for name in config.eval_texts:
-            text = load_text(name, "test", dataset_root=config.dataset_root, cache_dir=config.cache_dir)
+            places = {"dataset_root": config.dataset_root, "cache_dir": config.cache_dir}
+            text = load_text(name, "test", **places, tokenizer=self.tokenizer)
             found[name] = consecutive_windows(text, self.tokenizer, self.pipeline.seqlen)[: config.eval_nsamples]
             check_token_ids(found[name], self.pipeline.model_config.vocab_size)
         return found
@@ -218,6 +219,7 @@ class CheckpointRun:
             "nsamples": len(self.windows),
             "seqlen": self.pipeline.seqlen,
             "seed": config.seed,
+            "rounded_to": getattr(self.pipeline.model_config, "rounded_to", None),
         }
         depends_on = {
             **self.source.identity,

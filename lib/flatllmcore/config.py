@@ -134,7 +134,7 @@ class FlatLLMConfig:
     device: str | None = option(
         None, Accepted(DEVICE_NAMES, is_device_name), f"{DEVICE_NAMES}: where layers run (the GPU if any)"
     )
-    dataset_root: Path | None = option(None, PATH, "folder with local copies of the named datasets")
+    dataset_root: Path | None = option(None, PATH, "folder with copies of the named datasets and of the tasks' data")
     cache_dir: Path | None = option(None, PATH, "where hub downloads are kept (the hub's own cache)")
 
     def __post_init__(self) -> None:
@@ -151,7 +151,7 @@ class FlatLLMConfig:
 class RunConfig(FlatLLMConfig):
     """What a run from a dense checkpoint to scores or to a compressed checkpoint takes beside the library's options."""
 
-    model: str = option(MISSING, TEXT, "local model folder or hub id")
+    model: str = option(MISSING, TEXT, "local model folder, GGUF file or hub id")
     eval_dataset: list[str] | None = option(
         None,
         TEXT,

@@ -93,10 +93,13 @@ class Pipeline:
         config = self.config
         if isinstance(config.cal_dataset, str):
             names = data_utils.text_names(config.cal_dataset)
-            root, cache = config.dataset_root, config.cache_dir
-            return [load_text(name, "train", dataset_root=root, cache_dir=cache) for name in names], []
-        padding_ids = data_utils.padding_ids_of(self.model_config, self.tokenizer)
-        data = data_utils.read_calibration_data(config.cal_dataset, config.cal_nsamples or TO_COMPRESS, padding_ids)
+            places = {"dataset_root": config.dataset_root, "cache_dir": config.cache_dir}
+            return [load_text(name, "train", **places, tokenizer=self.tokenizer) for name in names], []
+        padding_ids, most = (
+            data_utils.padding_ids_of(self.model_config, self.tokenizer),
+            config.cal_nsamples or TO_COMPRESS,
+        )
+        data = data_utils.read_calibration_data(config.cal_dataset, most, padding_ids, self.tokenizer)
         return ([data], []) if isinstance(data, TextDataset) else ([], data)
 
     def _windows(self, sample: Callable[..., Tensor], published: int) -> Tensor:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from flatllmcore.utils.layer_utils import FAMILY_NAMES, load_config
+from flatllmcore.utils.layer_utils import FAMILY_NAMES
+from flatllmcore.utils.loading import load_config
 
 from .published import COMMON, PUBLISHED
 from .tiny_models import SIZES, compress, dense_model_of, random_model

@@ -21,6 +21,7 @@ RECORD = {
     "seqlen": 4096,
     "seed": 42,
     "perplexity": [{"dense": 5.4723, "compressed": 6.7, "dataset": "wikitext2", "seqlen": 4096}],
+    "rounded_to": None,
     "versions": {"torch": "2.13.0"},
     "command": "python main.py --model x",
 }

@@ -21,7 +21,8 @@ from flatllmcore.engine.memory import ModelInMemory, layer_arguments
 from flatllmcore.engine.perplexity import perplexity
 from flatllmcore.layers import FAMILIES, family_of
 from flatllmcore.methods import METHODS
-from flatllmcore.utils.layer_utils import FAMILY_NAMES, dimensions_from_config, load_config
+from flatllmcore.utils.layer_utils import FAMILY_NAMES, dimensions_from_config
+from flatllmcore.utils.loading import load_config
 
 from .published import PUBLISHED
 from .tiny_models import generate, random_model

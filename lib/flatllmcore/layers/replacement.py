@@ -90,6 +90,8 @@ def adopt_compressed_layers(
     causal_lm = family_of(flat_config)
     if not issubclass(causal_lm, type(model)):
         raise TypeError(f"a {causal_lm.__name__} cannot be made of a {type(model).__name__}")
+    if quantizer := getattr(model, "hf_quantizer", None):  # of a GGUF file: its weights are plain numbers
+        quantizer.remove_quantization_config(model)  # or transformers would not save it
     dense_config = model.config
     flat_config._attn_implementation = dense_config._attn_implementation
     new_layers = nn.ModuleList(layers)

@@ -37,6 +37,7 @@ _CARD = """\
 | decoder-layer linear weights | {parameters_before[decoder_linear]:,} | {parameters_after[decoder_linear]:,} |
 | all parameters | {parameters_before[total]:,} | {parameters_after[total]:,} |
 {perplexities}
+- Base model: {name}{rounded}.
 - Removed: {sparsity_ratio:g} % asked, {achieved_sparsity_percent:.3f} % achieved.
 - Calibration: {dataset}, {nsamples} samples of {seqlen} tokens, seed {seed}.
 - Versions: {packages}.
@@ -124,8 +125,9 @@ def model_card(record: Mapping[str, Any]) -> str:
         f"{of['compressed']:.3f} |\n"
         for of in record["perplexity"]
     )
+    rounded = f", whose weights its publisher had rounded to {bits}" if (bits := record["rounded_to"]) else ""
     made = {"metadata": data.to_yaml(), "name": name, "projections": projections, "packages": packages}
-    made["perplexities"] = perplexities
+    made |= {"perplexities": perplexities, "rounded": rounded}
     return _CARD.format(**{**record, **public, **made})
 
 

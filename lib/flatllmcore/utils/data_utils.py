@@ -14,9 +14,10 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..errors import InputError, door
+from .documents import document_of
 from .layer_utils import public_name
 from .progress import progress
-from .text_sources import TextDataset, document_of
+from .text_sources import TextDataset
 
 LONGEST_WINDOW = 4096  # the published one
 # A tokenizer works with about 550 bytes per token; one call on a whole C4 shard would take 90 GB.
@@ -110,10 +111,13 @@ def calibration_statistics(windows: Tensor) -> dict[str, int]:
     return {"nsamples": nsamples, "seqlen": seqlen, "tokens": nsamples * seqlen, "distinct_tokens": distinct}
 
 
-def read_calibration_data(cal_dataset: Any, nsamples: int, padding_ids: Sequence[int]) -> TextDataset | list[Tensor]:
+def read_calibration_data(
+    cal_dataset: Any, nsamples: int, padding_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase | None = None
+) -> TextDataset | list[Tensor]:
     """Return the texts given, to sample windows from, or the first ``nsamples`` rows of token ids without padding.
 
     ``cal_dataset`` is what ``FlatLLMConfig.cal_dataset`` takes except a name or path; rows are int64 (n,).
+    Conversations are rendered by the tokenizer's chat template.
     """
     texts: list[str] = []
     rows: list[Tensor] = []
@@ -126,7 +130,7 @@ def read_calibration_data(cal_dataset: Any, nsamples: int, padding_ids: Sequence
             rows += real_rows(batch, None, padding_ids)
         else:
             numbered = enumerate(records, len(texts) + 1)
-            texts += [document_of(record, "the calibration data", number) for number, record in numbered]
+            texts += [document_of(record, "the calibration data", number, tokenizer) for number, record in numbered]
         if len(rows) >= nsamples:
             break
     if bool(texts) == bool(rows):

@@ -8,15 +8,14 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from ..errors import InputError, door
+from ..errors import InputError
 from .dimensions import ModelDimensions
 
 FAMILY_NAMES = ("llama", "mistral", "qwen2", "qwen3")  # the ``model_type`` of dense models
 _SUPPORTED = ", ".join(FAMILY_NAMES)
-_MOST_LAYERS = 2**12  # of which transformers makes modules in seconds, before their weights are looked for
 # What weights may be, as safetensors spells it; float8 is a floating-point type too.
 WEIGHT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -25,22 +24,14 @@ DecoderModule: TypeAlias = Any
 
 
 def model_name(model: str | Path) -> str:
-    """Return the last part of a model's folder or hub id."""
-    return Path(model).absolute().name  # absolute: "." has no name
+    """Return the last part of a model's folder or hub id, and of a GGUF file its name without the suffix."""
+    name = Path(model).absolute().name  # absolute: "." has no name
+    return name.removesuffix(".gguf")
 
 
 def public_name(model: str) -> str:
     """Return a hub id, or a name, as it is, and of a path here its last part: what may be published."""
     return model_name(model) if os.path.exists(model) else model
-
-
-def load_config(model: str, cache_dir: Path | None = None) -> PretrainedConfig:
-    """Return the config of a local folder or a hub id; no weight is read."""
-    with door(f"no usable model config at {model!r}", f"give a model of one of the families {_SUPPORTED}"):
-        fields, _ = PretrainedConfig.get_config_dict(model, cache_dir=cache_dir)
-        if isinstance(layers := fields.get("num_hidden_layers"), int) and layers > _MOST_LAYERS:
-            raise ValueError(f"num_hidden_layers is {layers:,}; accepted: at most {_MOST_LAYERS:,}")
-        return AutoConfig.from_pretrained(model, cache_dir=cache_dir, trust_remote_code=False)
 
 
 def family_name(config: PretrainedConfig) -> str:
@@ -100,6 +91,9 @@ def check_causal_lm(model: PreTrainedModel) -> None:
     # By name: another copy of this package, or a model folder's own files, have a compressed class of their own.
     if type(model).__name__ not in (expected, f"Flat{expected}"):
         raise InputError(f"the model is a {type(model).__name__}; accepted of this family: {expected}")
+    method = getattr(getattr(model, "quantization_method", None), "value", None)
+    if method not in (None, "gguf"):  # whose weights transformers has dequantised
+        raise InputError(f"the model is quantised by {method}; accepted: one that is not, or one from a GGUF file")
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise InputError(f"the weight {name} is offloaded; load the model without a device map, or on the CPU")

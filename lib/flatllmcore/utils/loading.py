@@ -1,4 +1,4 @@
-"""Models and tokenizers from a local folder or the hub, whose downloads are kept in ``cache_dir``."""
+"""Models and tokenizers from a local folder, a GGUF file, or the hub, whose downloads are kept in ``cache_dir``."""
 
 import hashlib
 import logging
@@ -12,23 +12,36 @@ from unittest.mock import patch
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.generation import GenerationConfig
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from ..errors import InputError, door
 from .files import digest, file_digest, to_json_bytes
-from .layer_utils import WEIGHT_DTYPES, dense_dimensions, load_config
+from .gguf import checkpoint_folder
+from .layer_utils import FAMILY_NAMES, WEIGHT_DTYPES, dense_dimensions
 
 logger = logging.getLogger(__name__)
 
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # as the model classes of all families name them
 _COMPUTED = r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$|(^|\.)masked_bias$"  # in old checkpoints, and never read
+_MOST_LAYERS = 2**12  # of which transformers makes modules in seconds, before their weights are looked for
 _TOKENIZER_FILES = (  # all that one of any kind is read from
     *("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json", "merges.txt"),
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
 )
+
+
+def load_config(model: str, cache_dir: Path | None = None) -> PretrainedConfig:
+    """Return the config of a local folder, a GGUF file or a hub id; of a folder or hub id no weight is read."""
+    place = checkpoint_folder(model)
+    with door(f"no usable model config at {model!r}", f"give a model of one of the families {', '.join(FAMILY_NAMES)}"):
+        fields, _ = PretrainedConfig.get_config_dict(place, cache_dir=cache_dir)
+        if isinstance(layers := fields.get("num_hidden_layers"), int) and layers > _MOST_LAYERS:
+            raise ValueError(f"num_hidden_layers is {layers:,}; accepted: at most {_MOST_LAYERS:,}")
+        return AutoConfig.from_pretrained(place, cache_dir=cache_dir, trust_remote_code=False)
 
 
 def load_model(model: str, *, dtype: str = "auto", cache_dir: Path | None = None) -> PreTrainedModel:
@@ -78,8 +91,9 @@ def empty_causal_lm(config: PretrainedConfig) -> PreTrainedModel:
 def load_tokenizer(model: str, *, cache_dir: Path | None = None) -> PreTrainedTokenizerBase:
     """Return the tokenizer that stands beside a model, and that can be saved again."""
     accepted = "tokenizer.json beside the weights, or tokenizer.model with the packages sentencepiece and protobuf"
+    place = checkpoint_folder(model)
     with TemporaryDirectory() as folder, door(f"no usable tokenizer at {model!r}", f"accepted: {accepted}"):
-        tokenizer = AutoTokenizer.from_pretrained(model, cache_dir=cache_dir, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(place, cache_dir=cache_dir, trust_remote_code=False)
         tokenizer.save_pretrained(folder)  # tried now, not after all the work
     return tokenizer
 
@@ -101,8 +115,9 @@ class WeightFiles:
             if single := found_file(model, SAFE_WEIGHTS_NAME, cache_dir):  # first, as in transformers
                 files = [str(single)]
             else:
-                index = cached_file(model, SAFE_WEIGHTS_INDEX_NAME, cache_dir=cache_dir)
-                files, _ = get_checkpoint_shard_files(model, index, cache_dir=cache_dir)
+                place = checkpoint_folder(model)
+                index = cached_file(place, SAFE_WEIGHTS_INDEX_NAME, cache_dir=cache_dir)
+                files, _ = get_checkpoint_shard_files(place, index, cache_dir=cache_dir)
             for file in files:
                 with safe_open(file, "pt") as weights:
                     for name in weights.keys():  # noqa: SIM118 (not a mapping)
@@ -177,7 +192,7 @@ class WeightFiles:
 
 def found_file(model: str, name: str, cache_dir: Path | None) -> Path | None:
     """Return where a file beside a model is, local or from the hub, if there is one."""
-    file = cached_file(model, name, cache_dir=cache_dir, _raise_exceptions_for_missing_entries=False)
+    file = cached_file(checkpoint_folder(model), name, cache_dir=cache_dir, _raise_exceptions_for_missing_entries=False)
     return None if file is None else Path(file)
 
 

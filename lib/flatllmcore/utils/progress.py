@@ -1,6 +1,9 @@
 """Progress bars with an estimate of the time left, for people who watch a terminal."""
 
+import sys
 from collections.abc import Iterable
+from contextlib import redirect_stderr
+from io import StringIO
 from typing import Any
 
 from tqdm import tqdm
@@ -16,3 +19,8 @@ def progress(items: Iterable[Any] | None, doing: str, unit: str, total: float | 
     is_hidden = None if is_rank_0() else True  # None: where there is no terminal
     scaled = unit == "char"
     return tqdm(items, doing, total, unit=unit, unit_scale=scaled, leave=False, disable=is_hidden, dynamic_ncols=True)
+
+
+def bars_on_terminals_alone() -> redirect_stderr[Any]:
+    """Keep out of files the bars that some libraries always draw."""
+    return redirect_stderr(sys.stderr if sys.stderr.isatty() else StringIO())

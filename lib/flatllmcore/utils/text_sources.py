@@ -9,13 +9,16 @@ import re
 import zlib
 from codecs import BOM_UTF8
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from operator import ne
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from transformers import PreTrainedTokenizerBase
+
 from ..errors import InputError, door
+from .documents import document_of
 from .progress import progress
 
 logger = logging.getLogger(__name__)
@@ -79,26 +82,32 @@ DATASET_NAMES = ("pydocs", *_HUB_DATASETS)
 
 
 def load_text(
-    name_or_path: str, split: Split, *, dataset_root: Path | None = None, cache_dir: Path | None = None
+    name_or_path: str,
+    split: Split,
+    *,
+    dataset_root: Path | None = None,
+    cache_dir: Path | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> TextDataset:
     """Return one split of a dataset on the hub, of a named one, or of a local file or folder.
 
     The lines of a text file are its documents, and ``"\\n".join`` gives the file back exactly. Elsewhere every record
-    is one: its column ``text``, or the Alpaca prompt made of ``instruction``, ``input`` and ``output``. A single file
-    gives all of it as either split; a text without a test split gives its validation split as that.
+    is one: its column ``text``, or what is made of it (:func:`document_of`). A single file gives all of it as either
+    split; a text without a test split gives its validation split as that.
 
     Args:
         name_or_path: One of ``DATASET_NAMES``, a path (``./c4`` for a folder called like a dataset), or else a hub id.
         split: Which part.
         dataset_root: Folder with local copies of the datasets; when given, the hub is not asked.
         cache_dir: Where files from the hub are kept; the hub's own cache by default.
+        tokenizer: Whose chat template conversations are rendered by.
     """
     is_alpaca, hub = name_or_path == "alpaca", None if dataset_root else _hub_dataset(name_or_path)
     if hub and not hub.files:
-        documents = _documents(_hub_rows(hub.hub_id, split, cache_dir), name_or_path)
+        documents = _documents(_hub_rows(hub.hub_id, split, cache_dir), name_or_path, tokenizer)
         return TextDataset(name_or_path, split, documents, "\n\n")
     files = _files(name_or_path, "train" if is_alpaca else split, dataset_root, cache_dir)
-    documents = [document for path in files for document in _documents(_records(path), path)]
+    documents = [document for path in files for document in _documents(_records(path), path, tokenizer)]
     if is_alpaca:
         documents = _alpaca_split(documents, split)
     return TextDataset(name_or_path, split, documents, "\n" if _ends(files[0], _LINES) else "\n\n")
@@ -110,23 +119,6 @@ def has_test_split(name_or_path: str, dataset_root: Path | None = None) -> bool:
         return True
     place = _location(name_or_path, dataset_root)
     return name_or_path == "alpaca" or (place.is_dir() and bool(_files_in(place, name_or_path, "test")))
-
-
-def document_of(record: Any, place: Path | str, number: int) -> str:
-    """Return the text of a record, or the Alpaca prompt made of it; an InputError tells which one holds neither."""
-    if isinstance(record, str):
-        return record
-    columns = record if isinstance(record, Mapping) else {"text": record}
-    names = ("text",) if "text" in columns else ("instruction", "input", "output")
-    parts: list[Any] = [columns.get(name) for name in names]
-    if parts[1:] and parts[1] is None:
-        parts[1] = ""
-    if not all(isinstance(part, str) for part in parts):
-        found = ", ".join(f"{name} ({type(value).__name__})" for name, value in columns.items())
-        raise InputError(
-            f"{place}, record {number} has {found:.200}; accepted: text (str), or instruction, output and perhaps input"
-        )
-    return parts[0] if len(parts) == 1 else _alpaca_prompt(*parts)
 
 
 def _hub_dataset(name: str) -> _HubDataset | None:
@@ -223,9 +215,9 @@ def _hub_rows(hub_id: str, split: Split, cache_dir: Path | None) -> Iterator[Any
         yield from next(splits[name] for name in names if name in splits)
 
 
-def _documents(records: Iterable[Any], place: Path | str) -> list[str]:
+def _documents(records: Iterable[Any], place: Path | str, tokenizer: PreTrainedTokenizerBase | None) -> list[str]:
     rows = progress(records, f"reading {Path(place).name}", "record")
-    return [document_of(record, place, number) for number, record in enumerate(rows, 1)]
+    return [document_of(record, place, number, tokenizer) for number, record in enumerate(rows, 1)]
 
 
 def _records(path: Path) -> Iterator[Any]:
@@ -268,14 +260,6 @@ def _parsed(content: bytes, path: Path, line: int, parse: Callable[[str], Any]) 
         line += content.count(b"\n", 0, getattr(error, "start", 0)) + getattr(error, "lineno", 1) - 1
         reason = getattr(error, "msg", error)
         raise InputError(f"cannot read text from {path} (line {line}: {reason}); {_ACCEPTED}") from error
-
-
-def _alpaca_prompt(instruction: str, given: str, output: str) -> str:
-    context, asked = "", f"\n\n### Instruction:\n{instruction}"
-    if given:
-        context, asked = ", paired with an input that provides further context", f"{asked}\n\n### Input:\n{given}"
-    task = f"Below is an instruction that describes a task{context}. Write a response that appropriately completes the"
-    return f"{task} request.{asked}\n\n### Response:\n{output}"
 
 
 def _alpaca_split(documents: list[str], split: Split) -> list[str]:

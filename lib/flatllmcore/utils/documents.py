@@ -1,0 +1,43 @@
+"""The text of a record: as it stands, as the Alpaca prompt, or as the chat template has a conversation."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from ..errors import InputError, door
+
+
+def document_of(record: Any, place: Path | str, number: int, tokenizer: PreTrainedTokenizerBase | None = None) -> str:
+    """Return a record's ``text``, its ``messages`` rendered, or the Alpaca prompt made of it.
+
+    An InputError tells which record holds none of these, or a conversation that the tokenizer has no template for.
+    """
+    if isinstance(record, str):
+        return record
+    columns = record if isinstance(record, Mapping) else {"text": record}
+    if "text" not in columns and isinstance(columns.get("messages"), list):
+        if tokenizer is None or tokenizer.chat_template is None:
+            raise InputError(f"{place}, record {number} is a conversation; give a tokenizer that has a chat template")
+        with door(
+            f"{place}, record {number} does not fit the chat template", "accepted: messages with role and content"
+        ):
+            return tokenizer.apply_chat_template(columns["messages"], tokenize=False)
+    names = ("text",) if "text" in columns else ("instruction", "input", "output")
+    parts: list[Any] = [columns.get(name) for name in names]
+    if parts[1:] and parts[1] is None:
+        parts[1] = ""
+    if not all(isinstance(part, str) for part in parts):
+        found = ", ".join(f"{name} ({type(value).__name__})" for name, value in columns.items())
+        accepted = "text (str), or messages (list), or instruction, output and perhaps input"
+        raise InputError(f"{place}, record {number} has {found:.200}; accepted: {accepted}")
+    return parts[0] if len(parts) == 1 else _alpaca_prompt(*parts)
+
+
+def _alpaca_prompt(instruction: str, given: str, output: str) -> str:
+    context, asked = "", f"\n\n### Instruction:\n{instruction}"
+    if given:
+        context, asked = ", paired with an input that provides further context", f"{asked}\n\n### Input:\n{given}"
+    task = f"Below is an instruction that describes a task{context}. Write a response that appropriately completes the"
+    return f"{task} request.{asked}\n\n### Response:\n{output}"

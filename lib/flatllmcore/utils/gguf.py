@@ -1,0 +1,74 @@
+"""GGUF files, dequantised into folders that all else reads: which of them are read is the business of transformers."""
+
+import atexit
+import logging
+import re
+from collections import Counter
+from contextlib import ExitStack
+from functools import cache
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import CONFIG_NAME
+
+from ..errors import InputError, door
+from .files import check_disk_space, temporary_folder
+from .layer_utils import WEIGHT_DTYPES, family_name
+from .progress import bars_on_terminals_alone
+
+logger = logging.getLogger(__name__)
+
+
+def checkpoint_folder(model: str) -> str:
+    """Return a model's folder or hub id, or the temporary folder that its GGUF file became.
+
+    A folder stands for the one GGUF file in it, unless a config.json is there too.
+    """
+    place = Path(model)
+    is_bare = place.is_dir() and not (place / CONFIG_NAME).exists()
+    files = [file for file in (sorted(place.glob("*")) if is_bare else [place]) if file.suffix == ".gguf"]
+    if len(files) > 1:
+        raise InputError(f"there are {len(files)} GGUF files in {model}; give one of them, such as {files[0]}")
+    if files and files[0].is_file():
+        return _dequantised(files[0].resolve(), files[0].stat().st_mtime_ns)
+    return model
+
+
+@cache  # of a file as it is now
+def _dequantised(file: Path, _modified_ns: int) -> str:
+    """Return a checkpoint in float32, whose config says in which type it is meant to be; it goes when the process ends.
+
+    That type is the file's own, or bfloat16 of a quantised one; then the config has in ``rounded_to`` what it was.
+    """
+    logger.info("dequantising %s", file)
+    until_exit = ExitStack()
+    atexit.register(until_exit.close)
+    folder = until_exit.enter_context(temporary_folder(None))
+    accepted = "accepted: what transformers reads, of a supported family, with the packages gguf and accelerate"
+    with door(f"cannot read {file}", accepted), bars_on_terminals_alone():
+        import gguf
+        from transformers import GgufConfig
+
+        # Or transformers would read the file again for the config, the weights and the tokenizer, for seconds each.
+        with patch.object(gguf, "GGUFReader", cache(gguf.GGUFReader)):
+            tensors = gguf.GGUFReader(str(file)).tensors
+            check_disk_space(folder, sum(int(tensor.n_elements) for tensor in tensors) * torch.float32.itemsize)
+            given = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
+            config = AutoConfig.from_pretrained(**given, trust_remote_code=False)
+            family_name(config)  # refuses others
+            how = {"config": config, "dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)}
+            model = AutoModelForCausalLM.from_pretrained(**given, **how, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(**given, trust_remote_code=False)
+    # More where some would be random, and fewer where others are left out: rope_freqs.weight makes another model.
+    if (count := len(list(model.parameters()))) != len(tensors):
+        raise InputError(f"cannot read {file} (of its {len(tensors)} tensors transformers makes {count}); {accepted}")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    kind = Counter(tensor.tensor_type.name for tensor in tensors if len(tensor.shape) > 1).most_common(1)[0][0]
+    model.config.dtype = WEIGHT_DTYPES.get(kind, torch.bfloat16)
+    if kind not in WEIGHT_DTYPES:
+        model.config.rounded_to = f"{re.findall('[0-9]+', kind)[0]} bits ({kind})"
+    model.config.save_pretrained(folder)
+    return str(folder)

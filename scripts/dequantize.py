@@ -1,0 +1,38 @@
+"""Make an ordinary folder of a GGUF file, for programs that read no such files, and once for several runs.
+
+python scripts/dequantize.py model.Q4_1.gguf out/model
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from flatllmbench.command_line import keep_bars_to_terminals, run_program
+from flatllmcore import InputError
+from flatllmcore.utils.loading import load_model, load_tokenizer
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; return its exit status: 0, or 2 after one line on stderr about unusable input."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="GGUF file, or a folder that holds one")
+    parser.add_argument("folder", type=Path, help="which must not be there yet")
+    args = parser.parse_args(argv)
+    keep_bars_to_terminals()
+    return run_program(lambda: dequantize(args.model, args.folder), args.folder)
+
+
+def dequantize(model: str, folder: Path) -> None:
+    """Write a model with its tokenizer to ``folder``, which is there when all is in it."""
+    if folder.exists():
+        raise InputError(f"{folder} is there; give another folder")
+    partial = folder.with_name(f"{folder.name}.partial")
+    load_model(model).save_pretrained(partial)
+    load_tokenizer(model).save_pretrained(partial)
+    partial.rename(folder)
+    print(f"the dequantised model is in {folder}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
