@@ -20,6 +20,7 @@ from ..utils.layer_utils import DecoderModule
 from .storage import StatesStorage
 
 Sums: TypeAlias = dict[str, Tensor]
+STREAM, DENSE, HELD_OUT = "stream", "dense", "held out"
 
 
 class Solution(NamedTuple):
@@ -30,21 +31,33 @@ class Solution(NamedTuple):
 
 
 class Step(Protocol):
-    """One pass of the calibration tokens through a layer, and the weights that follow from it."""
+    """One pass of the calibration tokens through a layer or a part of it, and the weights that follow from it."""
 
     @property
     def part(self) -> str:
-        """What is compressed for later steps to look at, ``self_attn`` or ``mlp``, or "" for the whole layer."""
+        """What the pass goes through, ``self_attn`` or ``mlp``, norm and residual included, or "", the whole layer."""
 
     @property
     def taps(self) -> Sequence[str]:
         """What is looked at, ``mlp.down_proj.input`` or ``self_attn.v_proj.output``; the pass ends at the last."""
 
+    @property
+    def target(self) -> str | None:
+        """Where the dense model's stream is looked at beside, the part's ``input`` or ``output``; None for nowhere."""
+
+    @property
+    def leaves(self) -> Kept:
+        """What the layer keeps when this step is done; later steps look at that."""
+
     def zeros(self, layer: DecoderModule) -> Sums:
         """Return the sums before any token; the engine adds them up over batches and processes."""
 
-    def add(self, sums: Sums, seen: Mapping[str, Tensor]) -> None:
-        """Add a batch in place: what passed each tap, (tokens, width)."""
+    def add(self, layer: DecoderModule, sums: Sums, seen: Mapping[str, Tensor]) -> None:
+        """Add a batch in place: what passed each tap, (tokens, width).
+
+        With a target there are also ``STREAM``, what enters the part, and ``DENSE``, the dense model's stream at the
+        target, (tokens, D), and ``HELD_OUT``, whether a token is one to check a fit with, (tokens,).
+        """
 
     def solve(self, layer: DecoderModule, sums: Sums) -> Solution:
         """Return the layer's new weights; an ArithmeticError, to which the engine adds the layer, if there are none."""
@@ -54,6 +67,7 @@ class Method(Protocol):
     """How much each layer keeps, and how it is brought there."""
 
     name: str
+    follows_dense: bool  # whether steps have targets: the dense model's stream is led on beside the compressed one
 
     def allocate(
         self, selector: ImportancePreservingRankSelector, scores: Sequence[float], keep_ratio: float

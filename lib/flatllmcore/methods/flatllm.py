@@ -31,6 +31,7 @@ class FlatLLM:
     """FLAT-LLM as published; Q and K stay whole unless the allocation prunes them."""
 
     name = "flatllm"
+    follows_dense = False
 
     def allocate(
         self, selector: ImportancePreservingRankSelector, scores: Sequence[float], keep_ratio: float
@@ -60,6 +61,12 @@ class FlatLLMStep:
     kept: Kept
 
     part = ""
+    target = None
+
+    @property
+    def leaves(self) -> Kept:
+        """The whole layer is done at once."""
+        return self.kept
 
     @property
     def heads(self) -> dict[str, int]:
@@ -80,7 +87,7 @@ class FlatLLMStep:
         device = layer.mlp.down_proj.weight.device
         return {tap: torch.zeros(shape, dtype=torch.float64, device=device) for tap, shape in shapes.items()}
 
-    def add(self, sums: Sums, seen: Mapping[str, Tensor]) -> None:
+    def add(self, layer: DecoderModule, sums: Sums, seen: Mapping[str, Tensor]) -> None:
         """Add a batch's moments; of the MLP's the lower triangle alone."""
         for tap in self.heads:
             add_head_moments(sums[tap], seen[tap])
