@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..layers.replacement import fill_parameters
-from ..utils.layer_utils import DecoderModule, load_config
+from ..utils.layer_utils import DecoderModule, load_config, stored_tensors
 from ..utils.loading import EMBEDDINGS, HEAD, WeightFiles, empty_causal_lm
 from .memory import layer_arguments
 from .storage import StatesStorage
@@ -48,7 +48,7 @@ class CheckpointSource:
         self.config = self.skeleton.config
         self._files = WeightFiles(model, cache_dir)
         self._files.check(self.skeleton)
-        self._names = [name for name, _ in self.skeleton.named_parameters()]  # tied ones once
+        self._names = list(stored_tensors(self.skeleton))  # tied ones once
         stored = config.dtype or self._files.read(EMBEDDINGS, rows=1).dtype
         self.dtype = self.config.dtype = stored if dtype == "auto" else getattr(torch, dtype)
         self._decoder = self.skeleton.get_decoder()
@@ -128,4 +128,5 @@ class CheckpointSource:
         return weights
 
     def _read(self, name: str) -> Tensor:
-        return self._files.read(name).to(self.dtype)
+        weight = self._files.read(name)
+        return weight.to(self.dtype) if weight.is_floating_point() else weight

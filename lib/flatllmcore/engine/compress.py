@@ -16,7 +16,7 @@ from ..core.rank_allocation import RankAllocation
 from ..errors import InputError
 from ..layers import replacement
 from ..layers.flat_attention import FlatDecoderLayer
-from ..utils.layer_utils import DecoderModule
+from ..utils.layer_utils import DecoderModule, stored_tensors
 from ..utils.processes import all_reduce, broadcast
 from ..utils.progress import progress
 from ..utils.stopwatch import stage
@@ -97,6 +97,8 @@ class _Loop:
             self.sink.put(index, compressed, record)
         monitored = "" if rank is None else f" ({rank:.1f} would keep {self.tolerance:g} of the mass)"
         query_key = "" if kept.query_key_rank is None else f", Q and K {kept.query_key_rank}"
+        if kept.query_key_pairs is not None:
+            query_key = f", Q and K {2 * kept.query_key_pairs}/{sizes.head_dim}"
         parts = f"rank {kept.value_rank}/{sizes.head_dim}{monitored}{query_key}"
         parts += f", mlp {kept.mlp_width}/{sizes.intermediate_size}"
         logger.info("layer %d: keep %.3f, %s, %.1f s", index, kept.keep, parts, elapsed_s)
@@ -137,7 +139,7 @@ class _Loop:
         config = replacement.compressed_config(self.walk.source.config, layers)
         part = replacement.compress_decoder_layer(dense, config, index, solution.weights, step.part)
         for name in solution.weights:  # one for all: the signs of eigenvectors are anybody's choice
-            broadcast(part.get_parameter(name.removeprefix(f"{step.part}.")))
+            broadcast(stored_tensors(part)[name.removeprefix(f"{step.part}.")])
         if step.part == "":
             return part
         stack.callback(dense.set_submodule, step.part, dense.get_submodule(step.part))

@@ -21,6 +21,7 @@ from ..utils.devices import float32_product
 from ..utils.dimensions import Kept, ModelDimensions
 from ..utils.layer_utils import DecoderModule
 
+QUERIES, KEYS = "self_attn.q_proj.output", "self_attn.k_proj.output"
 SHARE = 0.5  # of the way to the dense model's stream
 OWN_RIDGE = 1e-2  # of the fit to a layer's own dense output
 
@@ -40,10 +41,10 @@ class FlatLLMPlus:
         pass
 
     def steps(self, dimensions: ModelDimensions, kept: Kept) -> list["FittedStep"]:
-        whole = replace(kept, value_rank=dimensions.head_dim, mlp_width=dimensions.intermediate_size)
-        behind = replace(whole, value_rank=kept.value_rank)
+        turned = replace(kept, value_rank=dimensions.head_dim, mlp_width=dimensions.intermediate_size)
+        behind = replace(turned, value_rank=kept.value_rank)
         return [
-            InputStep(dimensions, whole, "self_attn", "input_layernorm", ("q_proj", "k_proj", "v_proj")),
+            InputStep(dimensions, turned, "self_attn", "input_layernorm", ("q_proj", "k_proj", "v_proj")),
             OutputStep(dimensions, behind, "self_attn", "o_proj"),
             InputStep(dimensions, behind, "mlp", "post_attention_layernorm", ("gate_proj", "up_proj")),
             OutputStep(dimensions, kept, "mlp", "down_proj"),
@@ -88,22 +89,50 @@ class InputStep(FittedStep):
     target = "input"
 
     @property
+    def prunes_pairs(self) -> bool:
+        """Whether rotary pairs of Q and K go in this step."""
+        return self.part == "self_attn" and self.leaves.query_key_pairs is not None
+
+    @property
     def taps(self) -> list[str]:
-        return [f"{self.norm}.output"]
+        return [f"{self.norm}.output", *((QUERIES, KEYS) if self.prunes_pairs else ())]
 
     def zeros(self, layer: DecoderModule) -> Sums:
-        size = self.dimensions.hidden_size
-        return self.zeros_of(size, size, layer.mlp.down_proj.weight.device)
+        sizes, device = self.dimensions, layer.mlp.down_proj.weight.device
+        sums = self.zeros_of(sizes.hidden_size, sizes.hidden_size, device)
+        if self.prunes_pairs:
+            for tap, heads in ((QUERIES, sizes.num_heads), (KEYS, sizes.num_kv_heads)):
+                sums[tap] = torch.zeros(heads, sizes.head_dim // 2, dtype=torch.float64, device=device)
+        return sums
 
     def add(self, layer: DecoderModule, sums: Sums, seen: Mapping[str, Tensor]) -> None:
         dense = layer.get_submodule(self.norm).forward(seen[DENSE])  # not called: its hooks look at it
         self.add_rows(sums, seen[self.taps[0]], dense, seen[HELD_OUT])
+        for tap in self.taps[1:]:
+            pairs = seen[tap].view(len(seen[tap]), -1, 2, self.dimensions.head_dim // 2)  # a pair is half a head apart
+            sums[tap] += pairs.float().square().sum((0, 2))
 
     def solve(self, layer: DecoderModule, sums: Sums) -> Solution:
         identity = torch.eye(self.dimensions.hidden_size, dtype=torch.float64, device=sums["fit C"].device)
         mapped = led_towards(identity, *self.moments(sums), SHARE)
         projections = {name: f"{self.part}.{name}.weight" for name in self.readers}
-        return Solution({full: layer.get_parameter(full).double() @ mapped for full in projections.values()})
+        weights = {full: layer.get_parameter(full).double() @ mapped for full in projections.values()}
+        return Solution(weights | self._without_pairs(layer, weights, sums) if self.prunes_pairs else weights)
+
+    def _without_pairs(self, layer: DecoderModule, weights: Mapping[str, Tensor], sums: Sums) -> dict[str, Tensor]:
+        sizes = self.dimensions
+        energies = sums[QUERIES].unflatten(0, (sizes.num_kv_heads, -1)).sum(1) * sums[KEYS]  # (G, d / 2)
+        pairs = energies.argsort(descending=True, stable=True)[:, : self.leaves.query_key_pairs].sort().values
+        places = torch.cat([pairs, pairs + sizes.head_dim // 2], 1)  # (G, 2·pairs)
+        kept = {"self_attn.rotary_places": places}
+        for name, heads in (("q_proj", sizes.num_heads), ("k_proj", sizes.num_kv_heads)):
+            of_head = places.repeat_interleave(heads // sizes.num_kv_heads, 0)
+            rows = (of_head + sizes.head_dim * torch.arange(heads, device=places.device)[:, None]).flatten()
+            kept |= {
+                f"self_attn.{name}.{of}": weights.get(f"self_attn.{name}.{of}", part)[rows]
+                for of, part in layer.self_attn.get_submodule(name).named_parameters()
+            }
+        return kept
 
 
 @dataclass(frozen=True)

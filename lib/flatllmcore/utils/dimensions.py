@@ -13,7 +13,8 @@ class Kept:
     keep: float  # share of V, O and MLP allotted to it (of Q and K too where they are pruned), in (0, 1]
     value_rank: int  # directions per value head, 1..head_dim
     mlp_width: int  # channels, 1..intermediate_size
-    query_key_rank: int | None = None  # rank per head; None where Q and K stay whole
+    query_key_rank: int | None = None  # rank per head in two factors; None where Q and K have none
+    query_key_pairs: int | None = None  # rotary pairs per head; None for all
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,11 @@ class ModelDimensions:
 
     def parameters_of(self, kept: Kept) -> int:
         """Return the weights of a layer that keeps this much."""
-        qk = self.qk_parameters if kept.query_key_rank is None else kept.query_key_rank * self.factor_parameters
+        qk = self.qk_parameters
+        if kept.query_key_rank is not None:
+            qk = kept.query_key_rank * self.factor_parameters
+        elif kept.query_key_pairs is not None:
+            qk = 2 * kept.query_key_pairs * self.rank_parameters
         return qk + kept.value_rank * self.rank_parameters + kept.mlp_width * self.width_parameters
 
     def kept(self, keep: float, value_rank: int, mlp_width: int, prune_qk: bool) -> Kept:
