@@ -20,8 +20,7 @@ def rounded_layers(
     stay whole; the others keep at least one step and at most as many as fit. The parameters removed are
     within 0.1 % of the target, or one step of the smaller kind where that is more; InputError if no steps come there.
     """
-    is_wide_step_cheap = WIDE_STEP * dimensions.width_parameters < WIDE_STEP_SHARE * dimensions.layer_parameters
-    width_step = WIDE_STEP if WIDE_STEP % rank_step == 0 and is_wide_step_cheap else rank_step
+    width_step = width_step_for(dimensions, rank_step)
     most_ranks, most_widths = dimensions.head_dim // rank_step, dimensions.intermediate_size // width_step
     width_cost = width_step * dimensions.width_parameters
     rank_costs = [
@@ -55,6 +54,12 @@ def rounded_layers(
         f"ranks in steps of {rank_step} and MLP widths in steps of {width_step} cannot remove "
         f"{100 * (1 - keep_ratio):g} % of this model; they can remove {least:.1f} to {most:.1f} %"
     )
+
+
+def width_step_for(dimensions: ModelDimensions, rank_step: int) -> int:
+    """Return the step of MLP widths: 64 channels where that is cheap, else ``rank_step``."""
+    is_cheap = WIDE_STEP * dimensions.width_parameters < WIDE_STEP_SHARE * dimensions.layer_parameters
+    return WIDE_STEP if WIDE_STEP % rank_step == 0 and is_cheap else rank_step
 
 
 def largest_remainder(ideal: Sequence[float], total: int, most: int) -> list[int]:

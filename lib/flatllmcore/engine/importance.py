@@ -2,19 +2,26 @@
 
 import logging
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from ..core.curve_allocation import Curves
 from ..core.importance import angles_between
+from ..layers import replacement
+from ..utils.layer_utils import DecoderModule
 from ..utils.processes import all_reduce, own_share
 from ..utils.progress import progress
 from ..utils.stopwatch import stage
-from .protocols import LayerSource
-from .walk import Walk, check_finite, lent_layer
+from .protocols import Evidence, LayerSource, Trial
+from .walk import Walk, check_finite, forward_of, lent_layer, tapped
 
 logger = logging.getLogger(__name__)
+
+OUTPUT = ".output"  # of the layer itself
+TRIAL_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -23,6 +30,7 @@ class LayerImportance:
 
     scores: tuple[float, ...]  # angular: mean angles in units of π, 0 to 0.5
     zero_rows: int
+    curves: tuple[Curves, ...] | None = None  # of the damage that removing weights of each layer does
 
 
 def layer_importance(source: LayerSource, windows: Tensor, batch_size: int, method: str = "angular") -> LayerImportance:
@@ -51,6 +59,61 @@ def angular_importance(source: LayerSource, windows: Tensor, batch_size: int) ->
                 stored.copy_(outputs)
     all_reduce(sums)
     return LayerImportance(tuple((sums[0] / windows.numel()).tolist()), int(sums[1].sum()))
+
+
+@torch.no_grad()
+def damage_importance(source: LayerSource, windows: Tensor, batch_size: int, evidence: Evidence) -> LayerImportance:
+    """Score every layer as :func:`angular_importance` does, and measure its curves of damage on the way."""
+    walk = Walk(source, windows, batch_size)
+    found = torch.zeros(2, source.num_layers, dtype=torch.float64, device=source.device)  # of angles; of rows of zeros
+    curves = []
+    for index in progress(range(source.num_layers), "damage", "layer"):
+        with lent_layer(source, index) as layer:
+            sums = evidence.zeros(layer)
+            trial_states = walk.states[: max(1, TRIAL_TOKENS // windows.shape[1])].clone()
+            with tapped(layer, [*evidence.taps, OUTPUT]) as look:
+                for states, stored in walk.batches():
+                    seen = look(partial(walk.run, layer, index, states))
+                    with stage("angles"):
+                        angles, zero_rows = angles_between(states.flatten(0, 1), seen[OUTPUT])
+                        found[0, index] += angles.sum()
+                        found[1, index] += zero_rows
+                    with stage("moments"):
+                        evidence.add(layer, sums, seen)
+                    stored.copy_(seen[OUTPUT].view_as(stored))
+            for total in sums.values():
+                all_reduce(total)
+            with stage("solves"):
+                measured = evidence.curves(layer, sums)
+            for trial in evidence.trials(layer, sums):
+                damage = _damage_of(walk, layer, index, trial, trial_states)
+                measured.setdefault(trial.kind, [(0, 0.0)]).append((trial.removed, damage))
+            curves.append(measured)
+    all_reduce(found)
+    scores = tuple((found[0] / windows.numel()).tolist())
+    return LayerImportance(scores, int(found[1].sum()), tuple(curves))
+
+
+def _damage_of(walk: Walk, layer: DecoderModule, index: int, trial: Trial, states: Tensor) -> float:
+    """Return the mean over tokens of ``‖y' - y‖² / ‖y‖²`` of what leaves a part of a layer with a trial's weights."""
+    source = walk.source
+    config = replacement.compressed_config(source.config, [trial.leaves] * source.num_layers)
+    part = replacement.compress_decoder_layer(layer, config, index, trial.weights, trial.part)
+    total = torch.zeros(2, dtype=torch.float64, device=source.device)
+    whole = layer.get_submodule(trial.part)
+    for batch in states.split(walk.batch_size):
+        batch = batch.to(source.device)
+        outputs = []
+        for module in (whole, part):
+            layer.set_submodule(trial.part, module)
+            with forward_of(layer, trial.part) as forward:
+                outputs.append(walk.run(forward, index, batch).double().flatten(0, 1))
+        layer.set_submodule(trial.part, whole)
+        dense, changed = outputs
+        total[0] += ((changed - dense).square().sum(-1) / dense.square().sum(-1)).sum()
+        total[1] += len(dense)
+    all_reduce(total)
+    return (total[0] / total[1]).item()
 
 
 @torch.no_grad()

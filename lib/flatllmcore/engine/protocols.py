@@ -4,7 +4,7 @@ The engine owns *how*: order of layers, batches, hooks, sums over processes, tim
 A method never sees a file, a device choice or a process group, and the engine never looks at a method's name.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeAlias
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from ..core.curve_allocation import Curves
 from ..core.rank_allocation import ImportancePreservingRankSelector, RankAllocation
 from ..layers.flat_attention import FlatDecoderLayer
 from ..utils.dimensions import Kept, ModelDimensions
@@ -61,6 +62,36 @@ class Step(Protocol):
 
     def solve(self, layer: DecoderModule, sums: Sums) -> Solution:
         """Return the layer's new weights; an ArithmeticError, to which the engine adds the layer, if there are none."""
+
+
+class Trial(NamedTuple):
+    """A part of a layer with other weights, whose damage is to be measured."""
+
+    kind: str  # of the curve that it is a point of
+    removed: int  # weights
+    part: str
+    leaves: Kept
+    weights: dict[str, Tensor]
+
+
+class Evidence(Protocol):
+    """What a method wants to know of a dense layer before it allocates."""
+
+    @property
+    def taps(self) -> Sequence[str]:
+        """What is looked at, as of :class:`Step`."""
+
+    def zeros(self, layer: DecoderModule) -> Sums:
+        """Return the sums before any token."""
+
+    def add(self, layer: DecoderModule, sums: Sums, seen: Mapping[str, Tensor]) -> None:
+        """Add a batch in place: what passed each tap, (tokens, width)."""
+
+    def curves(self, layer: DecoderModule, sums: Sums) -> Curves:
+        """Return the damage that removing weights does, by kind, as far as the sums tell."""
+
+    def trials(self, layer: DecoderModule, sums: Sums) -> Iterable[Trial]:
+        """Return further points of curves, which are measured by running them on some tokens."""
 
 
 class Method(Protocol):

@@ -4,7 +4,7 @@ A layer's attention is done before its MLP is looked at, and each in two passes:
 stream are led towards what they would read in the dense model, then those that write to it are fitted.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,13 +15,16 @@ from ..core.channel_obs import channels_by_damage
 from ..core.moments import add_moment, mirror_lower_triangle
 from ..core.output_pca import output_bases
 from ..core.rank_allocation import ImportancePreservingRankSelector, RankAllocation
-from ..core.refit import change_towards, led_towards
-from ..engine.protocols import DENSE, HELD_OUT, STREAM, Solution, Sums
+from ..core.refit import change_towards, led_towards, solved_from_right, with_ridge
+from ..engine.protocols import DENSE, HELD_OUT, STREAM, Solution, Sums, Trial
+from ..engine.walk import MIDDLE
 from ..utils.devices import float32_product
 from ..utils.dimensions import Kept, ModelDimensions
 from ..utils.layer_utils import DecoderModule
 
 QUERIES, KEYS = "self_attn.q_proj.output", "self_attn.k_proj.output"
+VALUE_SHARES = (15 / 16, 7 / 8, 3 / 4, 5 / 8, 1 / 2, 3 / 8, 1 / 4)
+PAIR_SHARES = (7 / 8, 3 / 4, 5 / 8, 1 / 2)
 SHARE = 0.5  # of the way to the dense model's stream
 OWN_RIDGE = 1e-2  # of the fit to a layer's own dense output
 
@@ -49,6 +52,60 @@ class FlatLLMPlus:
             InputStep(dimensions, behind, "mlp", "post_attention_layernorm", ("gate_proj", "up_proj")),
             OutputStep(dimensions, kept, "mlp", "down_proj"),
         ]
+
+
+@dataclass(frozen=True)
+class DamageEvidence:
+    """Damage of narrower values, MLPs and Q and K, as a share of the stream's energy, token by token."""
+
+    dimensions: ModelDimensions
+
+    taps = (QUERIES, KEYS, "self_attn.o_proj.input", MIDDLE, "mlp.down_proj.input")
+
+    def zeros(self, layer: DecoderModule) -> Sums:
+        sizes, device = self.dimensions, layer.mlp.down_proj.weight.device
+        shapes = {
+            "values": (sizes.num_heads * sizes.head_dim,) * 2,
+            "mlp": (sizes.intermediate_size,) * 2,
+            "tokens": (),
+            QUERIES: (sizes.num_heads, sizes.head_dim // 2),
+            KEYS: (sizes.num_kv_heads, sizes.head_dim // 2),
+        }
+        return {name: torch.zeros(shape, dtype=torch.float64, device=device) for name, shape in shapes.items()}
+
+    def add(self, layer: DecoderModule, sums: Sums, seen: Mapping[str, Tensor]) -> None:
+        middle = seen[MIDDLE].float()
+        output = middle + layer.mlp.down_proj.forward(seen["mlp.down_proj.input"]).float()
+        for name, features, stream in (("values", "self_attn.o_proj.input", middle), ("mlp", "mlp.down_proj.input", output)):
+            add_moment(sums[name], seen[features].float() * stream.square().sum(-1, keepdim=True).rsqrt())
+        for tap in (QUERIES, KEYS):
+            sums[tap] += pair_energies(seen[tap], self.dimensions.head_dim)
+        sums["tokens"] += len(middle)
+
+    def curves(self, layer: DecoderModule, sums: Sums) -> dict[str, list[tuple[float, float]]]:
+        sizes, tokens = self.dimensions, sums["tokens"].item()
+        for name in ("values", "mlp"):
+            mirror_lower_triangle(sums[name])
+        weight, moment = layer.self_attn.o_proj.weight.double(), sums["values"]
+        values = [(0.0, 0.0)]
+        energy = ((weight @ moment) * weight).sum()
+        for rank in dict.fromkeys(int(share * sizes.head_dim) for share in VALUE_SHARES):
+            bases = output_bases(moment, weight, sizes.num_kv_heads, sizes.head_dim, rank)
+            reduced = torch.block_diag(*bases.repeat_interleave(sizes.num_heads // sizes.num_kv_heads, 0))
+            cross = weight @ moment @ reduced
+            explained = (solved_from_right(with_ridge(reduced.T @ moment @ reduced, 1e-9), cross) * cross).sum()
+            lost = max(0.0, (energy - explained).item()) / tokens
+            values.append(((sizes.head_dim - rank) * sizes.rank_parameters, lost))
+        _, damage = channels_by_damage(layer.mlp.down_proj.weight, sums["mlp"], round(0.9 * sizes.intermediate_size))
+        return {"values": values, "mlp": [(n * sizes.width_parameters, lost / tokens) for n, lost in damage]}
+
+    def trials(self, layer: DecoderModule, sums: Sums) -> Iterable[Trial]:
+        sizes = self.dimensions
+        for pairs in dict.fromkeys(int(share * sizes.head_dim / 2) for share in PAIR_SHARES):
+            kept = Kept(1.0, sizes.head_dim, sizes.intermediate_size, None, pairs)
+            weights = without_pairs(sizes, layer, {}, sums[QUERIES], sums[KEYS], pairs)
+            removed = (sizes.head_dim - 2 * pairs) * sizes.rank_parameters
+            yield Trial("pairs", removed, "self_attn", kept, weights)
 
 
 @dataclass(frozen=True)
@@ -109,30 +166,17 @@ class InputStep(FittedStep):
         dense = layer.get_submodule(self.norm).forward(seen[DENSE])  # not called: its hooks look at it
         self.add_rows(sums, seen[self.taps[0]], dense, seen[HELD_OUT])
         for tap in self.taps[1:]:
-            pairs = seen[tap].view(len(seen[tap]), -1, 2, self.dimensions.head_dim // 2)  # a pair is half a head apart
-            sums[tap] += pairs.float().square().sum((0, 2))
+            sums[tap] += pair_energies(seen[tap], self.dimensions.head_dim)
 
     def solve(self, layer: DecoderModule, sums: Sums) -> Solution:
         identity = torch.eye(self.dimensions.hidden_size, dtype=torch.float64, device=sums["fit C"].device)
         mapped = led_towards(identity, *self.moments(sums), SHARE)
         projections = {name: f"{self.part}.{name}.weight" for name in self.readers}
         weights = {full: layer.get_parameter(full).double() @ mapped for full in projections.values()}
-        return Solution(weights | self._without_pairs(layer, weights, sums) if self.prunes_pairs else weights)
-
-    def _without_pairs(self, layer: DecoderModule, weights: Mapping[str, Tensor], sums: Sums) -> dict[str, Tensor]:
-        sizes = self.dimensions
-        energies = sums[QUERIES].unflatten(0, (sizes.num_kv_heads, -1)).sum(1) * sums[KEYS]  # (G, d / 2)
-        pairs = energies.argsort(descending=True, stable=True)[:, : self.leaves.query_key_pairs].sort().values
-        places = torch.cat([pairs, pairs + sizes.head_dim // 2], 1)  # (G, 2·pairs)
-        kept = {"self_attn.rotary_places": places}
-        for name, heads in (("q_proj", sizes.num_heads), ("k_proj", sizes.num_kv_heads)):
-            of_head = places.repeat_interleave(heads // sizes.num_kv_heads, 0)
-            rows = (of_head + sizes.head_dim * torch.arange(heads, device=places.device)[:, None]).flatten()
-            kept |= {
-                f"self_attn.{name}.{of}": weights.get(f"self_attn.{name}.{of}", part)[rows]
-                for of, part in layer.self_attn.get_submodule(name).named_parameters()
-            }
-        return kept
+        if self.prunes_pairs:
+            pairs = self.leaves.query_key_pairs
+            weights |= without_pairs(self.dimensions, layer, weights, sums[QUERIES], sums[KEYS], pairs)
+        return Solution(weights)
 
 
 @dataclass(frozen=True)
@@ -186,3 +230,30 @@ class OutputStep(FittedStep):
             f"mlp.{name}.{of}": p[stay] for name in ("gate_proj", "up_proj") for of, p in mlp.get_submodule(name).named_parameters()
         }
         return torch.eye(len(moment), dtype=moment.dtype, device=moment.device)[:, stay], weights
+
+
+def pair_energies(outputs: Tensor, head_dim: int) -> Tensor:
+    """Return the energy of each rotary pair of each head, (heads, d / 2), in queries or keys (tokens, heads·d)."""
+    pairs = outputs.view(len(outputs), -1, 2, head_dim // 2)  # the two of a pair stand half a head apart
+    return pairs.float().square().sum((0, 2))
+
+
+def without_pairs(
+    sizes: ModelDimensions, layer: DecoderModule, weights: Mapping[str, Tensor], queries: Tensor, keys: Tensor, left: int
+) -> dict[str, Tensor]:
+    """Return Q and K, ``weights`` where given, with the ``left`` rotary pairs of most energy in each key/value head.
+
+    That is the product of the energies, ``queries`` (H, d / 2), summed over a group, and ``keys`` (G, d / 2).
+    """
+    energies = queries.unflatten(0, (sizes.num_kv_heads, -1)).sum(1) * keys
+    pairs = energies.argsort(descending=True, stable=True)[:, :left].sort().values
+    places = torch.cat([pairs, pairs + sizes.head_dim // 2], 1)  # (G, 2·left)
+    kept = {"self_attn.rotary_places": places}
+    for name, heads in (("q_proj", sizes.num_heads), ("k_proj", sizes.num_kv_heads)):
+        of_head = places.repeat_interleave(heads // sizes.num_kv_heads, 0)
+        rows = (of_head + sizes.head_dim * torch.arange(heads, device=places.device)[:, None]).flatten()
+        kept |= {
+            f"self_attn.{name}.{of}": weights.get(f"self_attn.{name}.{of}", part)[rows]
+            for of, part in layer.self_attn.get_submodule(name).named_parameters()
+        }
+    return kept
