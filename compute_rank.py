@@ -36,6 +36,7 @@ class Importance:
     model_id: str
     dimensions: ModelDimensions
     scores: Sequence[float]
+    fingerprint: str | None = None  # the authors' files have none
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,7 +52,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--bi_score",
-        type=Path,
         default=Path("ranks"),
         metavar="PATH",
         help="importance.json, bi_score.pt, or a folder searched for both (default: ranks)",
@@ -85,8 +85,10 @@ def allocate_all(args: argparse.Namespace) -> None:
     """Write the ranks of every importance file, and say what they are."""
     row = ROWS["sparsity_ratio"]
     shares = {percent: checked(row, percent, "--sparsity_ratio") / 100 for percent in args.sparsity_ratio}
-    dimensions = dimensions_from_config(load_config(args.model)) if args.model else None
-    files = [read_importance(path, args.model, dimensions) for path in find_importance_files(args.bi_score)]
+    model = None if args.model is None else checked(ROWS["model"], args.model, "--model")
+    dimensions = dimensions_from_config(load_config(model)) if model else None
+    place = checked(ROWS["bi_score"], args.bi_score, "--bi_score")
+    files = [read_importance(path, model, dimensions) for path in find_importance_files(place)]
     allocated = [(importance, allocate(importance, shares, args)) for importance in files]
     for importance, allocations in allocated:
         write_ranks(importance, allocations, args.plot)
@@ -115,7 +117,7 @@ def read_importance(path: Path, model: str | None, dimensions: ModelDimensions |
         ours = read_json(path, ImportanceScores)
         if dimensions is not None:
             ours.check_matches(dimensions, fingerprint=None)
-        return Importance(path, ours.model_id, ours.dimensions, ours.scores)
+        return Importance(path, ours.model_id, ours.dimensions, ours.scores, ours.fingerprint)
     if model is None or dimensions is None:
         raise InputError(f"{path} does not say what model it is about; name it by --model, a local folder or a hub id")
     return Importance(path, model, dimensions, read_author_numbers(path))
@@ -128,12 +130,13 @@ def allocate(importance: Importance, shares: dict[int, float], args: argparse.Na
         selector = ImportancePreservingRankSelector(
             importance.dimensions, rank_multiple=args.rank_multiple, prune_qk=args.prune_qk
         )
-        return {
-            percent: replace(selector.allocate(importance.scores, 1 - share), importance_sha256=sha256)
-            for percent, share in shares.items()
-        }
+        allocated = {percent: selector.allocate(importance.scores, 1 - share) for percent, share in shares.items()}
     except InputError as error:
         raise InputError(f"{importance.path}: {error}") from error
+    return {
+        percent: replace(allocation, importance_sha256=sha256, fingerprint=importance.fingerprint)
+        for percent, allocation in allocated.items()
+    }
 
 
 def write_ranks(importance: Importance, allocations: dict[int, RankAllocation], is_plotted: bool) -> None:

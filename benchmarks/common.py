@@ -4,6 +4,7 @@ import argparse
 import copy
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -66,6 +67,15 @@ def find_config(model: str) -> PretrainedConfig:
         raise InputError(f"{error}; or one of the names {', '.join(PUBLISHED)}") from error
 
 
+def one_layer(config: PretrainedConfig) -> PretrainedConfig:
+    """Return the config of a model of one layer of ``config``, which all have the same sizes."""
+    config = copy.deepcopy(config)
+    config.num_hidden_layers = 1
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:1]
+    return config
+
+
 def operations(config: PretrainedConfig, allocation: RankAllocation, windows: int, seqlen: int) -> dict[str, float]:
     """Return the operations of a compression that cuts every layer, by stage; a multiplication and an addition are two.
 
@@ -76,7 +86,9 @@ def operations(config: PretrainedConfig, allocation: RankAllocation, windows: in
     dims, tokens = dimensions_from_config(config), windows * seqlen
     D, F, d, G = dims.hidden_size, dims.intermediate_size, dims.head_dim, dims.num_kv_heads
     layers = allocation.layers
-    both = forward_operations(config, seqlen) + forward_operations(compressed_config(config, layers), seqlen)
+    one = one_layer(config)
+    both = dims.num_layers * forward_operations(one, seqlen)
+    both += sum(n * forward_operations(compressed_config(one, [kept]), seqlen) for kept, n in Counter(layers).items())
     ahead = seqlen**2 * dims.num_heads * sum(3 * d + kept.value_rank for kept in layers)
     solves = 0.0
     for r, k in ((kept.value_rank, kept.mlp_width) for kept in layers):

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from transformers import PretrainedConfig
 
-from common import PUBLISHED, find_config, moment_bytes, operations, peak_rates, solve_bytes
+from common import PUBLISHED, find_config, moment_bytes, one_layer, operations, peak_rates, solve_bytes
 from flatllmbench.command_line import run_program
 from flatllmbench.speed import forward_operations
 from flatllmbench.tables import markdown_table
@@ -76,7 +76,7 @@ def plan(config: PretrainedConfig, args: argparse.Namespace) -> Plan:
     seqlen = window_length(args.seqlen, config.max_position_embeddings)
     selector = ImportancePreservingRankSelector(dimensions)
     allocation = selector.allocate([1.0] * dimensions.num_layers, 1 - args.sparsity_ratio / 100)
-    importance = args.importance_nsamples * forward_operations(config, seqlen)
+    importance = args.importance_nsamples * dimensions.num_layers * forward_operations(one_layer(config), seqlen)
     return Plan(
         parameters=count_parameters(empty_causal_lm(config))["total"],
         layer_bytes=ITEMSIZE * dimensions.layer_parameters,

@@ -9,4 +9,4 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 pip_install dev -e ".[dev]"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # of each worker: there are as many of them as cores
-exec "$PYTHON" -m pytest -n auto "$@"
+exec "$PYTHON" -m pytest -n auto --dist worksteal "$@" # neighbours share fixtures

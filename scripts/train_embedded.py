@@ -22,6 +22,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from flatllmcore.utils.files import replacing
 from flatllmcore.utils.text_sources import load_text
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,7 +41,7 @@ def main() -> None:
     tokens = load_or_tokenize(args.work_dir / "train.npy", tokenizer, "train")
     model = LlamaForCausalLM(embedded_config(tokenizer)).to(args.device)
     history = train(model, tokens, args)
-    perplexity, windows = test_perplexity(model.to(torch.bfloat16), tokenizer, args)
+    measured = test_perplexity(model.to(torch.bfloat16), tokenizer, args)
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     log = {
@@ -48,11 +49,11 @@ def main() -> None:
         "train_tokens": len(tokens),
         "parameters": model.num_parameters(),
         "optimizer": {"name": "AdamW", "lr": args.lr, "batch_size": args.batch_size, "seqlen": args.seqlen},
-        "test_perplexity": {"dtype": "bfloat16", "seqlen": args.seqlen, "windows": windows, "value": perplexity},
+        "test_perplexity": {"dtype": "bfloat16", "seqlen": args.seqlen} | measured,
         **history,
     }
     (args.out / "training_log.json").write_text(json.dumps(log, indent=1) + "\n")
-    print(f"test perplexity {perplexity:.3f} over {windows} windows of {args.seqlen} tokens -> {args.out}")
+    print(f"test perplexity {measured['value']:.3f} over {measured['windows']} windows -> {args.out}")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -186,23 +187,24 @@ def training_step(model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, ids
 
 def save_state(path: Path, model, optimizer, elapsed_s: float, step: int, losses: list) -> None:
     """Write the state to a temporary file and rename it, so that a kill leaves the earlier one whole."""
-    temporary = path.with_suffix(".tmp")
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-    torch.save(state | {"elapsed_s": elapsed_s, "step": step, "losses": losses}, temporary)
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        torch.save(state | {"elapsed_s": elapsed_s, "step": step, "losses": losses}, temporary)
 
 
 @torch.inference_mode()
-def test_perplexity(model, tokenizer, args: argparse.Namespace) -> tuple[float, int]:
-    """Return the perplexity of the test split over whole windows, and how many windows there were."""
+def test_perplexity(model, tokenizer, args: argparse.Namespace) -> dict[str, float]:
+    """Return the perplexity of the test split over whole windows, how many these are, and that of the first 32."""
     model.eval()
     ids = torch.tensor(tokenizer("\n\n".join(load_text("pydocs", "test").documents)).input_ids)
     windows = ids[: len(ids) // args.seqlen * args.seqlen].view(-1, args.seqlen)
-    nll = 0.0
+    nll = []
     for batch in tqdm(windows.split(8), desc="test perplexity", disable=None):
         logits = model(batch.to(args.device), use_cache=False).logits[:, :-1].cpu()
-        nll += cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="sum").item()
-    return math.exp(nll / (windows.shape[0] * (args.seqlen - 1))), len(windows)
+        nll.append(cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="sum").item())
+    value = math.exp(sum(nll) / len(windows) / (args.seqlen - 1))
+    first = math.exp(sum(nll[:4]) / 32 / (args.seqlen - 1))
+    return {"windows": len(windows), "value": value, "value_of_first_32": first}
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from flatllmcore.engine.protocols import LayerRecord, LayerSource
 from flatllmcore.methods import METHODS
 from flatllmcore.utils.layer_utils import dimensions_from_config
 from flatllmcore.utils.loading import load_model
-from tiny_text import word_tokenizer, write_texts
+from tiny_text import documents, word_tokenizer, write_texts
 
 CPU = torch.device("cpu")
 SCORES = (0.3, 0.2, 0.4, 0.25)
@@ -71,6 +71,7 @@ def save_inputs(folder: Path, dtype: torch.dtype) -> Path:
     tiny_model(num_hidden_layers=3).to(dtype).save_pretrained(folder / "dense")
     word_tokenizer().save_pretrained(folder / "dense")
     write_texts(folder / "text")
+    (folder / "text" / "test.txt").write_text("\n".join(documents(5, seed=1)))  # perplexity takes the whole of it
     return folder
 
 

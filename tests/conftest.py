@@ -1,7 +1,7 @@
+"""Settings, models and fixtures of all tests. Libraries are imported where they are used: not all processes do."""
+
 import pytest
-import torch
 from hypothesis import settings
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 # No deadlines: how long an example takes on a busy machine is no property. --hypothesis-profile=long looks further.
 settings.register_profile("short", deadline=None, max_examples=25)
@@ -11,6 +11,9 @@ settings.load_profile("short")
 
 def tiny_model(family: str = "llama", seed: int = 0, **overrides):
     """A random model of two layers in float64, with grouped heads and a head width that is not hidden / heads."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+
     torch.manual_seed(seed)
     sizes = {
         "vocab_size": 97,
@@ -39,18 +42,24 @@ def tiny_model(family: str = "llama", seed: int = 0, **overrides):
 
 def assert_same_weights(found, expected):
     """Compare state dicts bit by bit."""
+    import torch
+
     assert found.keys() == expected.keys()
     assert [name for name in found if not torch.equal(found[name], expected[name])] == []
 
 
-@pytest.fixture(params=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
-def device(request):
-    return torch.device(request.param)
+def pytest_generate_tests(metafunc):
+    if "device" in metafunc.fixturenames:
+        import torch
+
+        names = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+        metafunc.parametrize("device", [torch.device(name) for name in names], ids=names)
 
 
 def pytest_terminal_summary(terminalreporter):
-    if not torch.cuda.is_available():
-        terminalreporter.write_line("on the CPU alone: there is no GPU here")
+    reports = [report for reports in terminalreporter.stats.values() for report in reports]
+    if not any("cuda" in getattr(report, "nodeid", "") for report in reports):
+        terminalreporter.write_line("on the CPU alone: no test was run on a GPU")
 
 
 @pytest.fixture(params=["llama", "mistral"])
@@ -60,4 +69,6 @@ def model(request):
 
 @pytest.fixture
 def windows():
+    import torch
+
     return torch.randint(97, (24, 16), generator=torch.Generator().manual_seed(1))

@@ -1,9 +1,5 @@
-"""Runs of `main.py` in processes of their own, alone or in groups, without paying for the imports each time.
+"""Runs of `main.py` in processes of their own, alone or in groups, without paying for the imports each time."""
 
-A server process imports everything once, and each run is a fork of it.
-"""
-
-import multiprocessing
 import os
 import sys
 from collections.abc import Callable
@@ -12,8 +8,7 @@ from pathlib import Path
 
 from torch.distributed import TCPStore
 
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["main", "process_groups"])
+from python_process import SERVER, redirect
 
 
 def start(
@@ -26,15 +21,18 @@ def start(
 
 
 def run_group(
-    count: int, argv: list[str], folder: Path, patch: Callable[[], None] | None = None
+    count: int, argv: list[str], folder: Path, patch: Callable[[], None] | None = None, *, has_agent: bool = True
 ) -> tuple[list[int | None], str]:
     """Run `main.py` in ``count`` processes that share out the windows; return exit statuses and all of stderr.
 
     As under torchrun, the store they meet at is this process's, and so is its port: nobody else can have taken it.
+    Without an agent it is rank 0's, and ends with it.
     """
     store = TCPStore("127.0.0.1", 0, is_master=True)
     group = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    if not has_agent:
+        del store, group["TORCHELASTIC_USE_AGENT_STORE"]
     errors = [folder / f"stderr-{rank}" for rank in range(count)]
     processes = [
         start(argv, folder, error, patch, RANK=str(rank), LOCAL_RANK=str(rank), **group)
@@ -55,9 +53,7 @@ def _run(
     torch.set_num_threads(1)
     os.environ.update(environment)
     os.chdir(folder)
-    os.dup2(os.open(error, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115 (the process ends with it)
+    redirect(os.devnull, error)
     if patch is not None:
         patch()
     sys.exit(main.main(argv))

@@ -2,11 +2,13 @@ import contextlib
 import gzip
 import json
 import lzma
+import os
 
+import datasets
 import huggingface_hub
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
@@ -16,6 +18,7 @@ from flatllmcore.errors import InputError
 from flatllmcore.utils import data_utils, text_sources
 from flatllmcore.utils.data_utils import consecutive_windows, sample_documents, sample_windows
 from flatllmcore.utils.text_sources import TextDataset, has_test_split, load_text
+from python_process import run_python
 
 BOS = 0
 DAMAGED = "; accepted: .txt"
@@ -100,6 +103,7 @@ class TestSampleDocuments:
             seen.append(text)
             return TOKENIZER(text, **options)
 
+        recording_tokenizer.name_or_path = "tokenizer"
         text = text_of(*[30] * 12)
         sample_documents(text, recording_tokenizer, 8, 10, seed=0)
         assert len(seen) == len(set(seen)) < 12
@@ -232,16 +236,35 @@ class TestPaths:
     @pytest.mark.parametrize(
         ("name", "content", "message"),
         [
-            ("a.jsonl", b'{"title": "x", "body": "y"}', "columns title, body where text, or instruction, input"),
-            ("a.json", b'[{"text": 3}]', "int where text was expected"),
-            ("a.json", b'[{"instruction": "x", "output": null}]', "NoneType where text was expected"),
-            ("a.jsonl", b'{"text": "x"}\n{"text": ', DAMAGED),
+            (
+                "a.jsonl",
+                b'{"title": "x", "body": "y"}',
+                r"record 1 has title \(str\), body \(str\); accepted: text \(str\), or",
+            ),
             ("a.jsonl", b"", "a.jsonl is empty"),
+            ("a.json.gz", b"", "a.json.gz is empty"),
+            ("a.jsonl", b'{"text": "x"}\n{"text": null}', r"record 2 has text \(NoneType\); accepted"),
+            ("a.jsonl", b'{"text": "x"}\n{"url": "x"}', r"record 2 has url \(str\); accepted"),
+            ("a.jsonl", b'{"text": "x"}\n[5]', r"record 2 has text \(int\); accepted"),
+            ("a.json", b'[{"text": "x"}, {"text": ["y"]}]', r"record 2 has text \(list\); accepted"),
+            ("a.json", b'[{"instruction": "x", "output": null}]', r"has instruction \(str\), output \(NoneType\); acc"),
+            (
+                "a.json",
+                b'[{"instruction": "x", "input": 0, "output": "y"}]',
+                r"input \(int\), output \(str\); accepted",
+            ),
+            ("a.jsonl", b'{"text": "x"}\n\n{"text": ', r"line 3: Expecting value\); accepted"),
+            ("a.jsonl", b'{"text": "x"}\n{"text": "\xe9"}', r"line 2: 'utf-8' codec .*\); accepted"),
+            ("a.json", b'[\n{"text": "x"},\n{]', r"line 3: Expecting property name .*\); accepted"),
+            ("a.json", b"[" * 100_000, r"line 1: maximum recursion depth exceeded .*\); accepted"),
+            ("a.jsonl", b'{"text": "x", "y": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "line 1: maximum recursion"),
             ("a.json.gz", gzip.compress(b'{"text": "x"}\n' * 99, mtime=0)[:-12], DAMAGED),
             ("a.json.gz", b"plain", DAMAGED),
             ("a.jsonl.xz", b"plain", DAMAGED),
             ("a.parquet", b"plain", DAMAGED),
-            ("a.txt", b"\xff\xfe\x00", DAMAGED),
+            ("a.jsonl.xz", lzma.compress(b'{"text": "x"}\n' * 99)[:-12], DAMAGED),
+            ("a.arrow", b"plain", DAMAGED),
+            ("a.txt", b"x\n\xed\xa0\xbd", r"line 2: 'utf-8' codec .*\); accepted"),  # a surrogate is no UTF-8
             ("a.pdf", b"%PDF-1.7", DAMAGED),
         ],
     )
@@ -251,6 +274,67 @@ class TestPaths:
             load_text(str(tmp_path / name), "train")
         assert str(tmp_path / name) in str(caught.value)
         assert "\n" not in str(caught.value)
+
+    @pytest.mark.parametrize("start", ["\n", "\r\n", "  \n\n", "\ufeff", ""])
+    def test_blank_lines_and_missing_inputs_are_no_matter(self, tmp_path, start):
+        """Oracle: the Alpaca prompt of the same record without input; a date and a number in quotes are texts."""
+        records = ['{"text": "2020-01-01"}', " ", '{"instruction": "a", "input": null, "output": "b"}', '{"text": "5"}']
+        (tmp_path / "a.jsonl").write_text(start + "\n".join(records), newline="")
+        (tmp_path / "b.json").write_text(start + '{\n"instruction": "a",\n"output": "b"}', newline="")
+        (prompt,) = load_text(str(tmp_path / "b.json"), "train").documents
+        assert load_text(str(tmp_path / "a.jsonl"), "train").documents == ["2020-01-01", prompt, "5"]
+
+    @pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+    def test_lone_surrogates_become_one_character_that_is_counted(self, tmp_path, name, caplog):
+        rows = [{"text": "x \ud83d y\udc00"}, {"text": "\ud83d\ude00 ü"}, {"text": "z"}]
+        (tmp_path / name).write_text("\n".join(map(json.dumps, rows)) if name == "a.jsonl" else json.dumps(rows))
+        assert load_text(str(tmp_path / name), "train").documents == ["x \ufffd y\ufffd", "\U0001f600 ü", "z"]
+        assert [record.getMessage() for record in caplog.records] == [
+            f"{tmp_path / name}: lone surrogates in 1 documents are read as U+FFFD"
+        ]
+
+    def test_what_datasets_saved_to_disk_is_read(self, tmp_path):
+        parts = {split: Dataset.from_dict({"text": [f"{split} {n}" for n in range(4)]}) for split in ("train", "test")}
+        DatasetDict(parts).save_to_disk(tmp_path / "both", num_shards={"train": 2, "test": 1})
+        parts["train"].save_to_disk(tmp_path / "one")
+        (tmp_path / "one" / "cache-0123456789abcdef.arrow").write_bytes(b"of a map")
+        for split in ("train", "test"):
+            assert load_text(str(tmp_path / "both"), split).documents == parts[split]["text"][:]
+        assert has_test_split(str(tmp_path / "both"))
+        assert load_text(str(tmp_path / "one"), "train").documents == parts["train"]["text"][:]
+        assert not has_test_split(str(tmp_path / "one"))
+
+    def test_links_are_followed_and_what_is_hidden_is_not(self, tmp_path):
+        """Two folders that link to one another, one whose parts lie elsewhere, and a hidden one."""
+        for file in ("elsewhere/0.txt", "elsewhere/1.txt", "a/train-2.txt", "a/.cache/train.txt"):
+            write(tmp_path / file, file[-5:-4].encode())
+        (tmp_path / "a" / "train").symlink_to(tmp_path / "elsewhere")
+        (tmp_path / "a" / "train-3.txt").symlink_to(tmp_path / "elsewhere" / "0.txt")
+        (tmp_path / "a" / "again").symlink_to(tmp_path / "a")
+        files = text_sources._files_in(tmp_path / "a", "a", "train")
+        found = [str(file.relative_to(tmp_path / "a")) for file in files]
+        assert found == ["train/0.txt", "train/1.txt", "train-2.txt", "train-3.txt"]
+
+    @pytest.mark.parametrize("path", ["pipe", "pipe.txt", "folder/pipe.txt", "folder/broken.txt"])
+    def test_what_is_no_ordinary_file_is_refused_unopened(self, tmp_path, path):
+        write(tmp_path / "folder" / "train.txt", b"x")
+        (tmp_path / path).symlink_to("nowhere") if "broken" in path else os.mkfifo(tmp_path / path)
+        place = tmp_path / "folder" if path.startswith("folder") else tmp_path / path
+        for call in (lambda: load_text(str(place), "train"), lambda: has_test_split(str(place))):
+            with pytest.raises(InputError, match=f"{path} is a pipe, a device or a broken link|no dataset, file or"):
+                call()
+
+    def test_a_folder_of_everything_is_refused_before_it_is_gone_through(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(text_sources, "_MOST_FOLDERS", 100)
+        with pytest.raises(InputError, match=r"(over 100 folders in|cannot read) /"):
+            load_text("/", "train")
+        monkeypatch.setattr(os, "scandir", lambda path: (_ for _ in ()).throw(PermissionError(13, "no", str(path))))
+        with pytest.raises(InputError, match=rf"cannot read {tmp_path} \(no\); give the folder"):
+            load_text(str(tmp_path), "train")
+
+    def test_the_home_of_nobody_is_no_path(self):
+        with pytest.raises(InputError, match=r"called '~no such user/x' \(.*home directory"):
+            load_text("~no such user/x", "train")
 
     def test_texts_in_several_folders_are_not_mixed(self, tmp_path):
         for folder in ("wikitext-103-v1", "wikitext-2-v1"):
@@ -331,7 +415,88 @@ class TestNamedDatasets:
         assert has_test_split(name)
 
 
+class TestHubIds:
+    """The library reads a folder in the hub's layout: only the way from the id to a folder is another."""
+
+    @pytest.fixture
+    def hub(self, tmp_path, monkeypatch):
+        folder, load_dataset = tmp_path / "hub", datasets.load_dataset
+        monkeypatch.setattr(datasets, "load_dataset", lambda hub_id, **options: load_dataset(str(folder), **options))
+        return folder
+
+    @pytest.mark.parametrize("test", ["test", "validation"])
+    def test_a_dataset_is_read_by_its_id_with_its_splits(self, hub, tmp_path, test):
+        for split in ("train", test):
+            write(hub / "data" / f"{split}-00000-of-00001.jsonl", f'{{"text": "{split} \\ud83d\\ude00"}}'.encode())
+        for split, found in (("train", "train"), ("test", test)):
+            text = load_text("some/text", split, cache_dir=tmp_path / "cache")
+            assert text == TextDataset("some/text", split, [f"{found} \U0001f600"], "\n\n")
+        assert has_test_split("some/text")
+
+    @pytest.mark.parametrize(
+        ("files", "message"),
+        [
+            ({"README.md": "---\nconfigs:\n- {config_name: a, data_files: x.jsonl}\n- {config_name: b, data_files: "
+              "x.jsonl}\n---\n", "x.jsonl": '{"text": "x"}'}, r"could not get some/text .*\['a', 'b'\].*; without a"),
+            ({"hub.py": "raise SystemExit('run')"}, r"could not get some/text .*scripts are no longer.*; without"),
+            ({"x.jsonl": '{"text": "x"}\n{"text": '}, "could not get some/text .*; without a network"),
+            ({"x.jsonl": '{"text": null}'}, r"some/text, record 1 has text \(NoneType\); accepted"),
+            ({"test.jsonl": '{"text": "x"}'}, "some/text has no train split, but test; give"),
+        ],
+    )  # fmt: skip
+    def test_what_cannot_be_used_is_one_line(self, hub, tmp_path, files, message):
+        for name, content in files.items():
+            write(hub / name, content.encode())
+        with pytest.raises(InputError, match=message) as caught:
+            load_text("some/text", "train", cache_dir=tmp_path / "cache")
+        assert "\n" not in str(caught.value)
+
+    @pytest.mark.parametrize(("content", "count"), [(b"plain", 1), (None, 0)])
+    def test_a_program_says_one_line_about_it_or_none(self, tmp_path, content, count):
+        """In a process of its own: the library reads how much to say when it is imported."""
+        file = tmp_path / "hub" / "train.parquet"
+        file.parent.mkdir()
+        Dataset.from_list([{"text": "x"}]).to_parquet(file)
+        if content is not None:
+            file.write_bytes(content)
+        said = run_python(f"""if True:
+            import contextlib, io, pathlib
+            from flatllmbench.command_line import logging_to, run_program
+            from flatllmcore.utils.text_sources import load_text
+            def work():
+                with logging_to(pathlib.Path({str(tmp_path)!r}, "log")):
+                    import datasets
+                    load_dataset = datasets.load_dataset
+                    datasets.load_dataset = lambda hub_id, **options: load_dataset({str(file.parent)!r}, **options)
+                    assert load_text("some/text", "train", cache_dir={str(tmp_path)!r}).documents == ["x"]
+            with contextlib.redirect_stderr(io.StringIO()) as said:
+                run_program(work)
+            print(said.getvalue(), end="")""")
+        assert said.count("\n") == said.count("error: could not get some/text") == count
+
+    @pytest.mark.parametrize("is_offline", [True, False])
+    def test_a_missing_network_is_one_line(self, tmp_path, unreachable_hub, monkeypatch, is_offline):
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", is_offline)
+        with pytest.raises(InputError, match=r"could not get some/text .*\(.+\); without .*--dataset_root") as caught:
+            load_text("some/text", "train", cache_dir=tmp_path)
+        assert "\n" not in str(caught.value)
+
+    @pytest.mark.parametrize("place", ["root/some/text", "root/text", "some/text"])
+    def test_a_local_copy_or_a_path_is_never_downloaded(self, tmp_path, monkeypatch, place):
+        monkeypatch.setattr(datasets, "load_dataset", pytest.fail)
+        monkeypatch.chdir(tmp_path)
+        write(tmp_path / place / "test.txt", b"x")
+        root = tmp_path / "root" if place.startswith("root") else None
+        assert load_text("some/text", "test", dataset_root=root).documents == ["x"]
+        assert has_test_split("some/text", root)
+        with pytest.raises(InputError, match="called 'other/text'; known datasets"):
+            load_text("other/text", "test", dataset_root=tmp_path / "other")
+        with pytest.raises(InputError, match=r"called 'some/file\.txt'; known datasets"):
+            load_text("some/file.txt", "test")
+
+
 @pytest.fixture
 def unreachable_hub(monkeypatch):
-    """Points the hub's client at a port that nobody listens on."""
+    """Points the hub's client at a port that nobody listens on; it tries again at once and not after seconds."""
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("time.sleep", lambda _seconds: None)

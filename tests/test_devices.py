@@ -5,7 +5,7 @@ import torch
 
 from flatllmcore.errors import InputError
 from flatllmcore.utils.devices import best_device, float32_product, parse_device, peak_memory_gib
-from python_process import run_python
+from python_process import run_python_anew
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
@@ -31,11 +31,19 @@ def test_a_device_is_the_named_one_or_the_best():
     assert best_device().type == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@pytest.mark.parametrize("rank", ["", "first", "-1", "1.0"])
+def test_a_local_rank_that_is_no_number_is_refused(rank, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    with pytest.raises(InputError, match=f"LOCAL_RANK is '{rank}', not 0 to"):
+        best_device()
+
+
 def test_peak_memory_is_this_process_s_and_not_that_of_the_one_that_started_it():
     """A child takes less for its imports than the block of its parent."""
     block = torch.ones(2**28)  # 1 GiB
     code = "import torch; from flatllmcore.utils.devices import peak_memory_gib; "
-    printed = run_python(code + "print(peak_memory_gib(torch.device('cpu'))['host'])")
+    printed = run_python_anew(code + "print(peak_memory_gib(torch.device('cpu'))['host'])")
     assert block.sum() == 2**28
     assert 0.1 < float(printed) < 0.9
     assert peak_memory_gib(torch.device("cpu"))["host"] > 1

@@ -21,6 +21,7 @@ from flatllmcore.engine.memory import ModelInMemory
 from flatllmcore.engine.perplexity import perplexity
 from flatllmcore.errors import InputError
 from flatllmcore.layers.flat_attention import HeadwiseFactoredLinear
+from flatllmcore.methods import flatllm
 from flatllmcore.utils.layer_utils import count_parameters
 
 TEST_WINDOWS = torch.randint(97, (6, 16), generator=torch.Generator().manual_seed(2))
@@ -133,6 +134,51 @@ def test_few_calibration_tokens_are_warned_of_and_do_not_blow_up(model, windows,
     assert perplexity(ModelInMemory(small, CPU), TEST_WINDOWS, 4).value < 3 * before
 
 
+def with_massive_token(dtype):
+    """A model whose second layer has six massive MLP channels, nearly multiples of each other, at token 3."""
+    model = tiny_model(intermediate_size=96, initializer_range=0.05)
+    scale = (1e4 * torch.tensor([1, 0.7, 0.5, 0.3, 0.2, 0.1], dtype=torch.float64)).sqrt() / 32**0.5
+    with torch.no_grad():
+        embeddings = model.get_input_embeddings().weight
+        embeddings[:, 0] = 0
+        embeddings[3] *= 0.02
+        embeddings[3, 0] = 1
+        for layer in model.model.layers:  # nobody writes dimension 0, so it marks the token
+            layer.self_attn.o_proj.weight[0] = layer.mlp.down_proj.weight[0] = 0
+            layer.post_attention_layernorm.weight[0] = 1
+        mlp = model.model.layers[1].mlp
+        for projection in (mlp.gate_proj, mlp.up_proj):
+            projection.weight[:6] *= 0.04
+            projection.weight[:6, 0] = scale
+        mlp.down_proj.weight[:, :6] *= 1e-3
+    return model.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_with_massive_activations_is_compressed_as_by_float64_sums(dtype, windows, monkeypatch):
+    """Oracle: the same activations summed in float64. The same channels stay, and the weights are close."""
+    windows[::3, ::5] = 3
+    model = with_massive_token(dtype)
+    seen = []
+    with model.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda _, given: seen.append(given[0])):
+        model(windows)
+    assert seen[0].abs().max() > 3000
+    found, _, _ = compressed(copy.deepcopy(model), windows, prune_qk=True)
+
+    def add_head_moments(total, outputs):
+        heads = outputs.double().unflatten(1, total.shape[:2]).transpose(0, 1)
+        total += heads.mT @ heads
+
+    monkeypatch.setattr(flatllm, "add_moment", lambda total, rows: total.add_(rows.double().T @ rows.double()))
+    monkeypatch.setattr(flatllm, "add_head_moments", add_head_moments)
+    expected, _, _ = compressed(model, windows, prune_qk=True)
+    for (name, weight), right in zip(found.state_dict().items(), expected.state_dict().values(), strict=True):
+        if "gate_proj" in name or "up_proj" in name:
+            assert torch.equal(weight, right), name
+        error = (weight.abs() - right.abs()).norm() / right.norm()  # an eigenvector's sign is anybody's choice
+        assert error < 1e-2, name
+
+
 @pytest.mark.parametrize("method", ["angular", "gradient"])
 def test_infinite_activations_name_their_layer(model, windows, method):
     with torch.no_grad():
@@ -157,26 +203,25 @@ def test_gradient_importance_equals_finite_differences(model, windows):
     together = layer_importance(ModelInMemory(model, CPU), windows, 2, "gradient").scores
     assert found == pytest.approx(together, rel=1e-6)
 
-    def losses(layer, token, unit, scale):
-        def scale_unit(_module, _inputs, outputs):
-            scaled = outputs.clone()
-            scaled[:, token, unit] *= scale
-            return scaled
+    def losses(layer, token, scale):
+        """Return the loss of every window, and of each unit scaled: the units are 32 copies of the windows."""
 
-        hook = model.model.layers[layer].register_forward_hook(scale_unit)
+        def scale_units(_module, _inputs, outputs):
+            scaled = outputs.clone().unflatten(0, (32, -1))  # (units, windows, S, D)
+            torch.diagonal(scaled[:, :, token], dim1=0, dim2=2).mul_(scale)
+            return scaled.flatten(0, 1)
+
+        hook = model.model.layers[layer].register_forward_hook(scale_units)
         try:
-            logits = model(windows).logits[:, :-1]
+            logits = model(windows.repeat(32, 1)).logits[:, :-1]
         finally:
             hook.remove()
-        per_token = torch.nn.functional.cross_entropy(logits.mT, windows[:, 1:], reduction="none")
-        return per_token.mean(1)  # (windows,)
+        per_token = torch.nn.functional.cross_entropy(logits.mT, windows[:, 1:].repeat(32, 1), reduction="none")
+        return per_token.mean(1)  # (units * windows,)
 
     for layer in range(2):
-        total = sum(
-            (losses(layer, token, unit, 1 + epsilon) - losses(layer, token, unit, 1 - epsilon)).abs().sum().item()
-            for token in range(4)
-            for unit in range(32)
-        )
+        changes = (losses(layer, token, 1 + epsilon) - losses(layer, token, 1 - epsilon) for token in range(4))
+        total = sum(change.abs().sum().item() for change in changes)
         assert found[layer] == pytest.approx(total / (2 * epsilon) / windows.numel(), rel=2e-3)
 
 

@@ -6,9 +6,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from flatllmcore.errors import InputError
-from flatllmcore.utils.files import check_disk_space, write_atomically
+from flatllmcore.utils.files import check_disk_space, check_writable, replacing, temporary_folder, write_atomically
 
 
 @pytest.mark.parametrize("failing", ["os.fsync", "pathlib.Path.replace"])
@@ -33,6 +35,24 @@ def test_a_file_is_replaced_whole_or_left_as_it_was_and_folders_are_made(tmp_pat
     assert os.listdir(path.parent) == ["file"]
 
 
+def test_a_temporary_is_new_under_a_name_that_nobody_knows(tmp_path, monkeypatch):
+    names = {write_and_name(tmp_path / "file") for _ in range(9)}
+    assert len(names) == 9
+    assert all(name.startswith(".tmp") for name in names)
+    (tmp_path / "theirs").write_bytes(b"precious")
+    (tmp_path / ".tmp.known").symlink_to(tmp_path / "theirs")
+    monkeypatch.setattr("flatllmcore.utils.files.token_hex", lambda _: "known")
+    with pytest.raises(FileExistsError):
+        write_atomically(tmp_path / "file", b"new")
+    assert ((tmp_path / "theirs").read_bytes(), (tmp_path / "file").read_bytes()) == (b"precious", b"old")
+
+
+def write_and_name(path: Path) -> str:
+    with replacing(path) as temporary:
+        temporary.write(b"old")
+        return Path(temporary.name).name
+
+
 def test_space_is_asked_of_the_file_system_that_the_folder_will_be_on(tmp_path, monkeypatch):
     asked = []
     usage = shutil.disk_usage(tmp_path)
@@ -49,3 +69,44 @@ def test_space_is_asked_of_the_file_system_that_the_folder_will_be_on(tmp_path, 
     monkeypatch.chdir(tmp_path)
     check_disk_space(Path("new"), 3 * 2**30)
     assert asked == [tmp_path] * 3
+
+
+def test_what_kills_left_goes_and_what_another_run_writes_or_others_made_stays(tmp_path):
+    path, dead = tmp_path / "file", tmp_path / ".tmp.0123456789abcdef"
+    others = [tmp_path / ".tmp.fedcba9876543210", tmp_path / ".tmp.mine"]
+    dead.touch()
+    others[0].mkdir()
+    others[1].touch()
+    with replacing(path) as file:
+        file.write(b"slow")
+        write_atomically(tmp_path / "other", b"fast")
+        assert not dead.exists()
+    assert path.read_bytes() == b"slow"
+    assert {*tmp_path.iterdir()} == {path, tmp_path / "other", *others}
+
+
+def test_temporary_folders_of_killed_runs_go_and_those_of_others_stay(tmp_path):
+    for name in ("flat-llm-dead", "flat-llm-mine"):
+        (tmp_path / name / "model").mkdir(parents=True)
+    (tmp_path / "flat-llm-dead" / ".lock").touch()
+    with temporary_folder(tmp_path) as first, temporary_folder(tmp_path) as second:
+        assert {*tmp_path.iterdir()} == {first, second, tmp_path / "flat-llm-mine"}
+    assert {*tmp_path.iterdir()} == {tmp_path / "flat-llm-mine"}
+
+
+@pytest.mark.parametrize("name", ["file", "file/sub/folder", "loop", "dangling"])
+def test_a_place_that_cannot_be_written_to_is_refused(tmp_path, name):
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    check_writable(tmp_path / "not" / "yet")
+    with pytest.raises(InputError, match=f"cannot write to .*/{name}: "):
+        check_writable(tmp_path / name)
+
+
+def test_what_a_library_puts_in_the_place_of_the_temporary_file_is_as_readable_as_any(tmp_path):
+    with replacing(tmp_path / "weights.safetensors") as file:
+        save_file({"a": torch.ones(3)}, file.name)
+    write_atomically(tmp_path / "plain", b"")
+    assert torch.equal(load_file(tmp_path / "weights.safetensors")["a"], torch.ones(3))
+    assert (tmp_path / "weights.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode

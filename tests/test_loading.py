@@ -2,16 +2,19 @@
 
 import json
 import re
+import shutil
 import socket
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from checkpoints import on_disk
-from conftest import tiny_model
+from conftest import assert_same_weights, tiny_model
 from flatllmcore.errors import InputError
 from flatllmcore.utils.loading import load_model
+from tiny_text import word_tokenizer
 
 DTYPES = ["float64", "float32", "bfloat16", "float16"]
 
@@ -54,7 +57,14 @@ def test_weights_are_those_of_the_checkpoint_in_its_dtype_or_the_one_asked_for(c
         ),
         # A bias that no one adds would change every result unseen.
         ([], {"1.self_attn.q_proj.bias": (48,)}, {}, "1 weights have no place .* model.layers.1.self_attn.q_proj.bias"),
-        ([], {"0.self_attn.rotary_emb.inv_freq": (6,)}, {}, None),  # as old checkpoints have
+        # As old checkpoints have.
+        ([], {"0.self_attn.rotary_emb.inv_freq": (6,), "1.self_attn.masked_bias": ()}, {}, None),
+        (
+            [],
+            {"0.mlp.up_proj.weight_scale": ()},
+            {"quantization_config": {"quant_method": "fp8"}},
+            "quantised by fp8: 1 ",
+        ),
         ([], {}, {"vocab_size": 98}, "2 weights have other shapes .* first lm_head.weight"),
         ([], {}, {"tie_word_embeddings": True}, "an lm_head.weight that differs from its embeddings"),
     ],
@@ -76,6 +86,17 @@ def test_weights_that_do_not_fit_the_config_are_counted_and_the_first_is_named(
 
 
 @pytest.mark.parametrize("load", [load_model, on_disk])
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize(("layers", "complaint"), [(30, "are missing"), (10**5, "is 100,000;"), (10**12, "is 1,000,0")])
+def test_layers_that_are_not_there_are_refused_before_they_take_minutes(checkpoint, load, layers, complaint, family):
+    config = json.loads((checkpoint / "config.json").read_text())
+    changed = config | {"num_hidden_layers": layers, "model_type": family}
+    (checkpoint / "config.json").write_text(json.dumps(changed))
+    with pytest.raises(InputError, match=complaint):
+        load(str(checkpoint))
+
+
+@pytest.mark.parametrize("load", [load_model, on_disk])
 def test_pickled_weights_are_not_read(checkpoint, load):
     torch.save(load_file(checkpoint / "model.safetensors"), checkpoint / "pytorch_model.bin")
     (checkpoint / "model.safetensors").unlink()
@@ -83,14 +104,78 @@ def test_pickled_weights_are_not_read(checkpoint, load):
         load(str(checkpoint))
 
 
-@pytest.mark.parametrize("matrix", ["embed_tokens", "layers.0.self_attn.q_proj", "layers.1.mlp.down_proj"])
-def test_the_fingerprint_tells_that_one_matrix_was_trained_on_and_no_dtype(checkpoint, matrix):
-    """A merged adapter changes a few projections and neither embeddings nor norms."""
-    (dense,) = {on_disk(str(checkpoint), dtype).fingerprint() for dtype in DTYPES}
-    assert re.fullmatch("[0-9a-f]{16}", dense)
-    model = load_model(str(checkpoint))
-    weight = model.model.get_submodule(matrix).weight
-    with torch.no_grad():
-        weight += 0.05 * weight.std() * torch.randn(weight.shape, generator=torch.Generator().manual_seed(3))
-    model.save_pretrained(checkpoint)
-    assert on_disk(str(checkpoint)).fingerprint() != dense
+@pytest.mark.parametrize("load", [load_model, on_disk])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.float8_e4m3fn, torch.complex64], ids=str)
+def test_weights_that_are_no_plain_numbers_are_refused_by_name(checkpoint, load, dtype):
+    path, name = checkpoint / "model.safetensors", "model.layers.1.mlp.up_proj.weight"
+    weights = load_file(path)
+    save_file(weights | {name: weights[name].to(dtype)}, path, {"format": "pt"})
+    with pytest.raises(InputError, match=rf"1 weights are \w+, not F64, F32, F16, BF16, first {name}"):
+        load(str(checkpoint))
+
+
+def without_prefix(weights):
+    return {name.removeprefix("model."): weight for name, weight in weights.items()}
+
+
+def tied_as_head(weights):
+    return {name.replace("model.embed_tokens", "lm_head"): weight for name, weight in weights.items()}
+
+
+@pytest.mark.parametrize("spell", [without_prefix, tied_as_head, lambda weights: tied_as_head(without_prefix(weights))])
+def test_weights_are_found_by_the_names_that_transformers_finds_them_by(tmp_path, spell):
+    """Of a base model, and of a tied pair. Oracle: transformers' own loading; the identity is that of usual names."""
+    model = tiny_model(tie_word_embeddings=True)
+    model.save_pretrained(tmp_path)
+    usual = on_disk(str(tmp_path)).identity
+    path = tmp_path / "model.safetensors"
+    save_file(spell(load_file(path)), path, {"format": "pt"})
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+    assert_same_weights(expected, model.state_dict())
+    assert_same_weights(load_model(str(tmp_path)).state_dict(), expected)
+    source = on_disk(str(tmp_path))
+    assert_same_weights(
+        {name: source._read(name) for name in source._names} | {"lm_head.weight": model.lm_head.weight}, expected
+    )
+    assert source.identity == usual
+
+
+def test_an_adapter_beside_the_weights_is_not_used(checkpoint, monkeypatch, caplog):
+    """transformers would where peft is installed, whether it is merged already or not."""
+    expected = load_model(str(checkpoint)).state_dict()
+    (checkpoint / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "no/such"}')
+    for module in ("models.auto.auto_factory", "integrations.peft"):
+        monkeypatch.setattr(f"transformers.{module}.is_peft_available", lambda: True)
+    assert_same_weights(load_model(str(checkpoint)).state_dict(), expected)
+    assert "the adapter beside the weights" in caplog.text
+
+
+def test_the_generation_config_is_that_of_the_folder(checkpoint):
+    GenerationConfig(temperature=0.3, do_sample=True).save_pretrained(checkpoint)
+    assert load_model(str(checkpoint)).generation_config.temperature == 0.3
+
+
+def respelled(config):
+    rope = config.pop("rope_parameters")
+    return config | {"rope_theta": rope["rope_theta"], "rope_scaling": None, "torch_dtype": config.pop("dtype")}
+
+
+def test_the_identity_does_not_depend_on_how_the_same_model_is_stored_or_loaded(checkpoint):
+    """Files, place, spelling of the config as by earlier versions, what is left at defaults, and --dtype."""
+    first = on_disk(str(checkpoint))
+    assert re.fullmatch("[0-9a-f]{16}(-[0-9a-f]{16}){2}", first.fingerprint())
+    load_model(str(checkpoint)).save_pretrained(checkpoint / "sharded", max_shard_size="20KB")
+    path = checkpoint / "sharded" / "config.json"
+    config = respelled(json.loads(path.read_text()))
+    path.write_text(json.dumps({name: value for name, value in config.items() if name != "rms_norm_eps"}))
+    assert len(list(path.parent.glob("*.safetensors"))) > 1
+    for dtype in DTYPES:
+        assert on_disk(str(path.parent), dtype).identity == first.identity
+
+
+def test_a_tokenizer_is_part_of_the_identity_and_its_folder_is_not(checkpoint, tmp_path_factory):
+    bare = on_disk(str(checkpoint)).fingerprint()
+    word_tokenizer().save_pretrained(checkpoint)
+    first = on_disk(str(checkpoint)).fingerprint()
+    copied = shutil.copytree(checkpoint, tmp_path_factory.mktemp("elsewhere") / "copy")
+    assert on_disk(str(copied)).fingerprint() == first != bare

@@ -4,10 +4,16 @@ import errno
 import json
 import math
 import os
+import re
+import runpy
 import shutil
+import signal
 import socket
+import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -19,6 +25,7 @@ import main
 from checkpoints import weights_in
 from conftest import tiny_model
 from flatllmcore.methods.flatllm import FlatLLMStep
+from python_process import SERVER, redirect
 from tiny_text import word_tokenizer, write_texts
 
 SEQLEN = 32
@@ -36,6 +43,16 @@ def run(*argv: str, model: str = "llama") -> int:
 
 def read(path: Path | str) -> dict:
     return json.loads(Path(path).read_text())
+
+
+def edit(path: Path | str, **fields: object) -> None:
+    Path(path).write_text(json.dumps(read(path) | fields))
+
+
+def add_to(name: str, amount: float, rows: slice = slice(None)) -> None:
+    tensors = load_file("llama/model.safetensors")
+    tensors[name][rows] += amount
+    save_file(tensors, "llama/model.safetensors", {"format": "pt"})
 
 
 def layer_ranks(record: dict) -> list[tuple]:
@@ -270,22 +287,40 @@ def test_argparse_refuses_in_one_line_after_the_usage(here, capsys, argv, reason
     [
         ("--sparsity_ratio 0", "--sparsity_ratio is 0; accepted: an integer, 1 to 95"),
         ("--sparsity_ratio 95", "Q and K stay whole; the largest possible target is 76 %"),
-        ("--nsamples 0", "--nsamples is 0; accepted: an integer, 1 or more"),
+        ("--nsamples 0", "--nsamples is 0; accepted: an integer, 1 to 1000000"),
+        (f"--nsamples {10**20}", "--nsamples is 1000"),
+        (f"--batch_size {10**20}", "--batch_size is 1000"),
         ("--seed -1", "--seed is -1; accepted: an integer, 0 to"),
         ("--tol nan", "--tol is nan; accepted: a share above 0 and at most 1"),
-        ("--host_memory_gib -1", "--host_memory_gib is -1.0; accepted: a number, 0 or more"),
+        ("--host_memory_gib -1", "--host_memory_gib is -1.0; accepted: a number, 0 to 1e9"),
+        ("--host_memory_gib 1e308", "--host_memory_gib is 1e+308"),
+        ("--save_model ~nobody9/x", "--save_model is PosixPath('~nobody9/x'); accepted: a path in UTF-8, with ~ for"),
+        ("--dataset ~nobody9/x", "--dataset is '~nobody9/x'; accepted: a dataset's name, a path"),
+        ("--model llama\udcff", r"--model is 'llama\udcff'; accepted: a name or path in UTF-8"),
+        ("--cache_dir a\0b", r"--cache_dir is PosixPath('a\x00b')"),
+        ("--save_model loop", "--save_model loop is no place (RuntimeError: Symlink loop from"),
+        ("--model loop", "--model loop is no place"),
+        (f"--save_model {256 * 'n'}", f"File name too long: {256 * 'n'}"),
+        (f"--dataset {256 * 'n'}", "File name too long"),
         ("--rank_multiple 13", "accepted: 1 to 12"),
         ("--seqlen 129", "this model takes 2 to 128 tokens"),
         ("--nsamples 9999", "asked 9999 windows of 32 tokens, text 'text' (train) gives at most"),
         ("--device meta", "--device is 'meta'; accepted: cpu, cuda or cuda:N"),
         ("--dtype int8", "--dtype is 'int8'; accepted: auto or bfloat16"),
         ("--device cuda:99", "device 'cuda:99'"),
-        ("--dataset nosuch", "no dataset or path called 'nosuch'; known datasets: pydocs, wikitext2"),
+        ("--dataset nosuch", "no dataset, file or folder called 'nosuch'; known datasets: pydocs, wikitext2"),
         ("--dataset wikitext2", "without a network give --dataset_root"),
         ("--dataset text/train.txt", "no test split to measure perplexity on; name an --eval_dataset"),
         ("--eval_dataset short.txt", "has 2 tokens, fewer than one window of 32"),
         (f"--save_model {MODEL}", "it is not empty"),
-        ("--save_model text --overwrite", "it holds no model"),
+        ("--save_model text --overwrite", "no run wrote text/"),
+        ("--save_model logs", "overlaps with --save logs"),
+        ("--save_model new --save new/logs", "overlaps with --save new/logs"),
+        ("--save_model new --bi_score new.partial", "overlaps with --bi_score new.partial"),
+        ("--save_model new --offload_folder new", "overlaps with --offload_folder new"),
+        ("--model llama.partial --save_model llama --overwrite", "overlaps with --model llama.partial"),
+        ("--save_model text/train.txt/new", "cannot write to "),
+        ("--offload_folder text/train.txt", "cannot write to text/train.txt: Not a directory"),
         ("--save_model llama --overwrite", "overlaps with --model"),
         ("--save_model llama/small", "overlaps with --model"),
         ("--save_model text/train.txt", "it is a file"),
@@ -293,8 +328,8 @@ def test_argparse_refuses_in_one_line_after_the_usage(here, capsys, argv, reason
         (f"--prune_method bi --bi_score {SCORES}", f"{SCORES} is a file"),
         ("--bi_score ranks/llama/ranks_40.json", "ranks_40.json does not exist"),
         ("--bi_score bi_score.pt", "bi_score.pt: 'scores' has 2 entries; the model has 3 layers"),
-        ("--save text/train.txt", "text/train.txt"),
-        ("--bi_score text/train.txt/x", "text/train.txt/x"),
+        ("--save text/train.txt", "cannot write to text/train.txt: Not a directory"),
+        ("--bi_score text/train.txt/x", "cannot write to text/train.txt/x: Not a directory"),
         (f"--model {MODEL}", "compressed already"),
         ("--model nosuch/model", "no usable model config at 'nosuch/model'"),
         ("--model ./no/such/model", "no usable model config at './no/such/model'"),
@@ -302,6 +337,7 @@ def test_argparse_refuses_in_one_line_after_the_usage(here, capsys, argv, reason
 )
 def test_unusable_arguments_are_refused(here, refused, argv, reason):
     Path("short.txt").write_text("too short")
+    Path("loop").symlink_to("loop")
     torch.save([0.1, 0.2], "bi_score.pt")
     assert reason in refused(*argv.split())
 
@@ -312,8 +348,14 @@ def test_unusable_arguments_are_refused(here, refused, argv, reason):
 def not_a_number(folder: Path, name: str = "model.layers.1.mlp.up_proj.weight") -> None:
     tensors = load_file(folder / "model.safetensors")
     flat = tensors[name].flatten()
-    flat[0] = math.copysign(math.nan, flat[0])  # of the sign that the fingerprint knows
+    flat[0] = math.nan
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def template(folder: Path, name: str) -> None:
+    config = read(folder / "tokenizer_config.json")
+    config["chat_template"] = [{"name": name, "template": "x"}]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
 @pytest.mark.parametrize(
@@ -321,24 +363,39 @@ def not_a_number(folder: Path, name: str = "model.layers.1.mlp.up_proj.weight") 
     [
         ({"model_type": "gpt2"}, "model family 'gpt2' is not supported; supported: llama, mistral"),
         ({"model_type": "nonsense"}, "nonsense"),
+        ({"model_type": "theirs", "auto_map": {"AutoConfig": "theirs.Config"}}, "contains custom code"),
         ({"head_dim": "wide"}, "Field 'head_dim'"),
         ({"num_attention_heads": 0}, "no usable model config at 'llama'"),
         ({"num_hidden_layers": 4}, "9 weights are missing, first model.layers.3"),
-        ({"hidden_act": "nosuch"}, "config asks for 'nosuch'"),
+        ({"hidden_act": "nosuch"}, "config of 'llama' is unusable (KeyError: 'nosuch'); mend its config.json"),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "required keys in `rope_parameters` for"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": "1e4"}}, "'str' and 'Tensor'"),
+        ({"num_key_value_heads": 3}, "RuntimeError: The size of tensor"),  # of 4 heads
+        ({"attention_dropout": 5.0}, "dropout probability has to be between 0 and 1, but got 5.0"),
+        ({"attn_implementation": "flash_attention_2"}, "FlashAttention2 has been toggled on"),
+        ({"output_attentions": True}, "The `output_attentions` attribute is not supported"),
+        ({"output_hidden_states": "x"}, "TypeError: '<=' not supported between instances"),
+        ({"dtype": "float99"}, "module 'torch' has no attribute 'float99'"),
+        ({"pad_token_id": 97}, "AssertionError: Padding_idx must be within num_embeddings"),
+        ({"vocab_size": -4}, "the model knows 0 to -5"),
+        ({"vocab_size": 10**30}, "Overflow"),
+        ({"max_position_embeddings": -5}, "windows of 32 tokens are out of range; this model takes 2 to -5 tokens"),
+        (lambda folder: (folder / "config.json").write_text("[" * 10**5), "RecursionError"),
+        (lambda folder: (folder / "config.json").write_text("null"), "no usable model config at 'llama'"),
         (lambda folder: (folder / "config.json").write_text("{"), "no usable model config at 'llama'"),
         (lambda folder: os.truncate(folder / "model.safetensors", 9999), "checkpoint 'llama' is missing or damaged"),
         (lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"), "expected safetensors"),
         (not_a_number, "layer 1 gives NaN or infinite activations; a wider dtype"),
         (lambda folder: not_a_number(folder, "lm_head.weight"), "the dense model's perplexity is nan"),
         (lambda folder: (folder / "tokenizer.json").write_text("{}"), "no usable tokenizer at 'llama'"),
+        (lambda folder: template(folder, "../elsewhere"), "no usable tokenizer at 'llama' (Invalid chat template name"),
     ],
 )
-def test_a_damaged_or_unsupported_model_is_refused(here, refused, damage, reason):
-    if isinstance(damage, dict):
-        Path("llama/config.json").write_text(json.dumps(read("llama/config.json") | damage))
-    else:
-        damage(here / "llama")
-    assert reason in refused("--save_model", "new")
+def test_a_damaged_or_unsupported_model_is_refused(here, refused, monkeypatch, damage, reason):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("code of the model's folder was offered to be run"))
+    torch.save(read(SCORES)["scores"], "bi_score.pt")  # which is any model's of three layers
+    damage(here / "llama") if callable(damage) else edit("llama/config.json", **damage)
+    assert reason in refused("--save_model", "new", "--bi_score", "bi_score.pt")
 
 
 @pytest.mark.parametrize("flags", [("--sparsity_ratio", "95"), ("--seqlen", "64", "--nsamples", "100000")], ids=str)
@@ -349,13 +406,51 @@ def test_a_request_that_cannot_be_met_is_refused_before_weights_are_looked_for(h
     assert "checkpoint 'llama' is missing" in refused("--save_model", "new")
 
 
+CHANGES = [  # of the model, and what is said to be another: what sizes, signs and the first rows do not show
+    (lambda: add_to("model.layers.2.mlp.down_proj.weight", 1e-3, slice(17, None)), "weights"),
+    (lambda: add_to("model.norm.weight", 1e-3), "weights"),
+    (lambda: add_to("lm_head.weight", 1e-3), "weights"),
+    (lambda: edit("llama/config.json", rope_parameters={"rope_type": "default", "rope_theta": 500.0}), "config"),
+    (lambda: edit("llama/config.json", rms_norm_eps=1e-3), "config"),
+    (lambda: edit("llama/config.json", hidden_act="gelu"), "config"),
+    (lambda: edit("llama/tokenizer_config.json", padding_side="left"), "tokenizer"),
+]
+
+
 @pytest.mark.parametrize("place", ["ranks/llama", SCORES, RANKS])
-def test_scores_and_ranks_of_other_models_and_other_weights_are_refused(here, refused, place):
+def test_scores_and_ranks_of_other_models_are_refused(here, refused, place):
     assert "architecture llama, not mistral" in refused("--bi_score", place, model="mistral")
-    tensors = load_file("llama/model.safetensors")
-    tensors["model.layers.2.self_attn.q_proj.weight"] += 0.1
-    save_file(tensors, "llama/model.safetensors", {"format": "pt"})
-    assert "other weights of the same sizes" in refused("--bi_score", place)
+    for change, named in CHANGES[::3]:
+        shutil.copytree("llama", "unchanged")
+        change()
+        assert f"belong to other {named}" in refused("--bi_score", place)
+        shutil.rmtree("llama")
+        Path("unchanged").rename("llama")
+    Path(SCORES).unlink()
+    change()
+    assert "ranks_30.json: the ranks belong to other tokenizer" in refused("--bi_score", RANKS)
+
+
+def test_ranks_of_another_target_are_refused(here, refused):
+    """By either way to name them; the authors' files state no target."""
+    shutil.copytree("ranks/llama", "renamed")
+    Path("renamed/ranks_30.json").rename("renamed/ranks_20.json")
+    for place in ("renamed", RANKS):
+        reason = "the ranks are to remove 30 %, and here it is 20 %"
+        assert reason in refused("--sparsity_ratio", "20", "--bi_score", place)
+    torch.save([0.5, 0.6, 0.7], "sparsity_score_56%.pt")
+    assert run("--sparsity_ratio", "20", "--bi_score", "sparsity_score_56%.pt") == 0
+
+
+@pytest.mark.parametrize("flags", [(), ("--out_of_core",)], ids=["memory", "disk"])
+def test_a_quantization_config_over_plain_weights_is_left_out(here, flags):
+    edit("llama/config.json", quantization_config={"quant_method": "gptq", "bits": 4})
+    assert run("--save_model", "plain", *flags) == 0
+    assert shards("plain") == shards(MODEL)
+    assert Path("plain/config.json").read_bytes() == Path(MODEL, "config.json").read_bytes()
+    assert (
+        "llama is not quantised, though its config.json says so (gptq)" in Path("logs/llama_flatllm_30.log").read_text()
+    )
 
 
 # Full disk and interruption
@@ -363,6 +458,28 @@ def test_scores_and_ranks_of_other_models_and_other_weights_are_refused(here, re
 
 def full_disk(_descriptor: int) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("name", ["EIO", "ESTALE", "EPERM", "EFBIG", "ENODEV", "ENOTCONN", "ETIMEDOUT"])
+def test_a_disk_that_fails_is_one_clear_line_but_a_mistake_of_ours_is_none(refused, monkeypatch, name):
+    def fail(_descriptor: int) -> None:
+        raise OSError(getattr(errno, name), os.strerror(getattr(errno, name)))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    assert f"{os.strerror(getattr(errno, name))}: " in refused("--bi_score", "new")
+    name = "EBADF"
+    with pytest.raises(OSError, match=os.strerror(errno.EBADF)):
+        run("--bi_score", "new")
+
+
+def test_the_home_folder_may_be_called_by_its_sign(here, monkeypatch):
+    monkeypatch.setenv("HOME", str(here))
+    places = ("--dataset=~/text", "--save_model=~/out/new", "--bi_score=~/new", "--save=~/records")
+    assert run(*places, model="~/llama") == 0
+    assert Path("new/importance.json").is_file()
+    assert Path("records/llama_flatllm_30.json").is_file()
+    assert shards("out/new") == shards(MODEL)
+    assert not Path("~").exists()
 
 
 @pytest.mark.parametrize("argv", ["--bi_score new", "--save_model out/new", ""], ids=["scores", "model", "record"])
@@ -429,19 +546,38 @@ def test_the_command_of_a_run_starts_as_many_processes(monkeypatch, sizes, start
     assert main.command_line(["--model", "a b"]) == f"{start} main.py --model 'a b'"
 
 
-def test_an_interrupted_run_says_how_to_go_on_and_its_command_then_succeeds(here, capfd, monkeypatch):
-    solve, calls = FlatLLMStep.solve, []
+@pytest.fixture
+def interrupted(monkeypatch) -> Callable[..., None]:
+    """Run until the second layer, and interrupt it there."""
 
-    def interrupt_second(*args: object) -> object:
-        calls.append(args)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return solve(*args)
+    def run_interrupted(*argv: str) -> None:
+        solve, calls = FlatLLMStep.solve, []
 
+        def interrupt_second(*args: object) -> object:
+            calls.append(args)
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+            return solve(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(FlatLLMStep, "solve", interrupt_second)
+            assert run(*argv) == 2
+
+    return run_interrupted
+
+
+@pytest.mark.parametrize(("change", "named"), CHANGES)
+def test_an_interrupted_run_does_not_go_on_with_another_model(here, refused, interrupted, change, named):
+    torch.save(read(SCORES)["scores"], "bi_score.pt")
+    argv = ("--bi_score", "bi_score.pt", "--save_model", "out/new")
+    interrupted(*argv)
+    change()
+    assert re.search(rf"another request \({named} \w{{16}}, not \w{{16}}\)", refused(*argv))
+
+
+def test_an_interrupted_run_says_how_to_go_on_and_its_command_then_succeeds(here, capfd, interrupted):
     argv = ("--bi_score", "new", "--save_model", "out/new")
-    with monkeypatch.context() as patch:
-        patch.setattr(FlatLLMStep, "solve", interrupt_second)
-        assert run(*argv) == 2
+    interrupted(*argv)
     line = capfd.readouterr().err
     assert line.startswith("error: interrupted; scores and ranks finished so far stay in new, finished layers in /")
     assert "/out/new.partial; go on with: python main.py" in line
@@ -453,3 +589,79 @@ def test_an_interrupted_run_says_how_to_go_on_and_its_command_then_succeeds(here
     assert run(*argv) == 0
     assert Path("new/importance.json").read_bytes() == scores
     assert shards("out/new") == shards(MODEL)
+
+
+def test_a_place_for_scores_that_cannot_be_written_to_is_refused_before_they_are_computed(refused, monkeypatch):
+    monkeypatch.setattr("flatllmcore.pipeline.Pipeline.score", None)
+    for method in ("bi", "flatllm"):
+        assert "cannot write to text/train.txt/x" in refused("--bi_score", "text/train.txt/x", "--prune_method", method)
+
+
+def test_ranks_are_written_beside_scores_that_a_stopped_run_left(here):
+    """Not beside a file of scores given by name, nor beside the authors' scores, which do not say their digest."""
+    ranks = Path(RANKS).read_bytes()
+    Path(RANKS).unlink()
+    Path("theirs").mkdir()
+    torch.save(read(SCORES)["scores"], "theirs/bi_score.pt")
+    for place in (SCORES, "theirs"):
+        assert run("--bi_score", place) == 0
+        assert {*os.listdir("ranks/llama"), *os.listdir("theirs")} == {"importance.json", "bi_score.pt"}
+    assert run() == 0
+    assert Path(RANKS).read_bytes() == ranks
+
+
+def test_a_run_stopped_in_the_evaluation_goes_on_with_it(here, monkeypatch, capfd):
+    """Whatever stops it; after another run, and when it is done, the folder is one that is not empty."""
+    argv = ("--save_model", "new", "--eval_zero_shot")
+    monkeypatch.setattr(main, "load_tasks", lambda *_: {})
+    monkeypatch.setattr(main, "evaluate_saved", Mock(side_effect=KeyboardInterrupt))
+    assert run(*argv) == 2
+    model, record = files(Path("new")), read(RECORD)
+    assert run(*argv[:2]) == 2
+    assert "it is not empty" in capfd.readouterr().err
+    monkeypatch.setattr(main, "evaluate_saved", lambda folder, *_: {"tasks": {}, "folder": folder})
+    monkeypatch.setattr(main.CheckpointRun, "compressed", None)
+    assert run(*argv) == 0
+    assert read(RECORD) == record | {"zero_shot": {"tasks": {}, "folder": "new"}}
+    assert files(Path("new")) == model
+    assert run(*argv) == 2
+    assert "it is not empty" in capfd.readouterr().err
+
+
+def test_what_is_published_names_no_folder_of_this_machine(here):
+    """With paths for all that can be one; the record is the user's own."""
+    places = ("--dataset", f"{here}/text", "--save_model", f"{here}/a/new", "--bi_score", f"{here}/b/scores")
+    assert run(*places, model=f"{here}/llama") == 0
+    for published in (Path("a/new"), Path("b/scores")):
+        for name, content in files(published).items():
+            assert str(here).encode() not in content, name
+    assert read("b/scores/importance.json")["model_id"] == "llama"
+    assert read("a/new/flat_llm.json")["request"]["base_model"] == "llama"
+    assert read(RECORD)["base_model"] == f"{here}/llama"
+
+
+def run_program_until(ending: signal.Signals, folder: Path, argv: list[str]) -> None:
+    """Run main.py; the signal comes when the weights of a layer are there."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+    def hook(event: str, args: tuple) -> None:
+        if event == "os.rename" and "00003-of" in str(args[1]):
+            os.kill(os.getpid(), ending)
+
+    sys.addaudithook(hook)
+    os.chdir(folder)
+    redirect(os.devnull, Path("stderr"))
+    sys.argv, tempfile.tempdir = argv, "temporary"
+    runpy.run_path(main.__file__, run_name="__main__")
+
+
+@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_that_ends_the_program_leaves_no_temporary_folder(here, monkeypatch, ending):
+    monkeypatch.undo()  # the server that forks is asked by a socket
+    (here / "temporary").mkdir()
+    argv = ["main.py", "--model", "llama", "--dataset", "text", "--sparsity_ratio", "30", *SHORT]
+    process = SERVER.Process(target=run_program_until, args=(ending, here, argv), daemon=True)
+    process.start()
+    process.join()
+    assert process.exitcode == 128 + ending, (here / "stderr").read_text()
+    assert os.listdir(here / "temporary") == []

@@ -3,11 +3,11 @@
 import torch
 from transformers import LlamaConfig
 
-from python_process import LIBRARY, run_python
+from python_process import LIBRARY, run_python_anew
 from random_checkpoint import write_random_checkpoint
 from tiny_text import WORDS, documents, word_tokenizer
 
-LAYERS, HIDDEN = 64, 768
+LAYERS, HIDDEN = 24, 768
 LAYER_BYTES = 4 * 7 * HIDDEN**2
 SOLVE_BYTES = 8 * (4 * HIDDEN**2 + HIDDEN * 256)  # the MLP's moment and at most three matrices as large, and a strip
 
@@ -28,7 +28,7 @@ Path("growth").write_text(str(memory("VmHWM") - before))
 def test_memory_is_bounded_by_a_layer_and_not_by_the_model(tmp_path, monkeypatch):
     """Three layers (at work, being read, and mapped while it is read), a solve, and what libraries take.
 
-    All of it together is less than a quarter of the model, which is read four times and written once. The C library
+    All of it together is less than half of the model, which is read four times and written once. The C library
     keeps freed tensors of less than 32 MB for later, which these are and those of a large model are not: it is told
     not to.
     """
@@ -41,7 +41,7 @@ def test_memory_is_bounded_by_a_layer_and_not_by_the_model(tmp_path, monkeypatch
     flags += ["--seqlen", "16", "--nsamples", "2", "--device", "cpu", "--save_model", "out", "--out_of_core"]
     monkeypatch.chdir(tmp_path)
     paths = (LIBRARY, LIBRARY.parent)
-    run_python(PROGRAM.replace("FLAGS", str(flags)), paths, MALLOC_MMAP_THRESHOLD_=str(2**20))
+    run_python_anew(PROGRAM.replace("FLAGS", str(flags)), paths, MALLOC_MMAP_THRESHOLD_=str(2**20))
     growth = int((tmp_path / "growth").read_text())
     assert growth < 3 * LAYER_BYTES + SOLVE_BYTES + 100 * 2**20
-    assert growth < LAYERS * LAYER_BYTES / 4
+    assert growth < LAYERS * LAYER_BYTES / 2

@@ -15,11 +15,13 @@ from unittest import mock
 import pytest
 import torch
 
+import main
 import process_groups
 from checkpoints import save_inputs, weights_in
 from flatllmcore.core import cholesky
 from flatllmcore.errors import InputError
 from flatllmcore.methods import flatllm
+from flatllmcore.utils.processes import own_share
 
 ARGV = ["--model", "dense", "--dataset", "text", "--sparsity_ratio", "30", "--seqlen", "32", "--device", "cpu"]
 OUT = [*ARGV, "--save_model", "out", "--bi_score", "scores", "--save", "logs", "--nsamples", "7"]
@@ -82,6 +84,55 @@ def test_a_group_gives_what_one_process_gives(copied, count, flags):
         torch.testing.assert_close(*pair, rtol=1e-5, atol=1e-8, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.parametrize(
+    ("windows", "batch_size", "shares"),
+    [(7, 2, [4, 3]), (6, 2, [4, 2]), (9, 3, [6, 3]), (4, 4, [2, 2]), (5, 4, [4, 1]), (1, 1, [1, 0]), (7, 2, [4, 2, 1])],
+)
+def test_shares_are_whole_batches_where_each_process_has_one(monkeypatch, windows, batch_size, shares):
+    monkeypatch.setattr("flatllmcore.utils.processes.world_size", lambda: len(shares))
+    found = []
+    for rank in range(len(shares)):
+        monkeypatch.setattr("flatllmcore.utils.processes._rank", lambda rank=rank: rank)
+        found.append(own_share(torch.arange(windows), batch_size))
+    assert [len(share) for share in found] == shares
+    assert torch.cat(found).tolist() == list(range(windows))
+
+
+def test_a_group_with_whole_batches_gives_the_bytes_of_one_process(tmp_path):
+    """In bf16, where a sum over other batches may round a weight otherwise."""
+    written = []
+    for count in (1, 2):
+        folder = save_inputs(tmp_path / str(count), torch.bfloat16)
+        argv = [*OUT, "--nsamples", "6", "--batch_size", "2"]
+        assert process_groups.run_group(count, argv, folder) == ([0] * count, "")
+        written.append(shards(folder))
+    assert written[0] == written[1]
+
+
+@pytest.mark.parametrize(
+    ("variables", "complaint"),
+    [
+        ("WORLD_SIZE=2", "RANK is ''"),
+        ("WORLD_SIZE=2 LOCAL_WORLD_SIZE=2 RANK=0 MASTER_PORT=1", "MASTER_ADDR is not; unset WORLD_SIZE"),
+        ("WORLD_SIZE=2 RANK=0 MASTER_ADDR=h MASTER_PORT=70000", "MASTER_PORT is '70000', not 0 to 65535"),
+        ("WORLD_SIZE=2 RANK=2 MASTER_ADDR=h MASTER_PORT=1", "RANK is '2', not 0 to 1"),
+        ("WORLD_SIZE=2 RANK=1 LOCAL_WORLD_SIZE=0", "LOCAL_WORLD_SIZE is '0', not 1 to 2"),
+        *((f"WORLD_SIZE={value}", f"WORLD_SIZE is '{value}', not 1 to") for value in ("", "two", "0", "-1", "2.0")),
+    ],
+)
+@pytest.mark.parametrize("argv", [OUT, [*OUT, "--nsamples", "0"]], ids=["valid", "invalid"])
+def test_variables_of_no_launcher_are_one_line(monkeypatch, tmp_path, capsys, variables, complaint, argv):
+    monkeypatch.chdir(tmp_path)
+    for variable in variables.split():
+        monkeypatch.setenv(*variable.split("="))
+    assert main.main(argv) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("error: ")
+    assert complaint in line
+    assert line.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
 def before_layer_1(happen: Callable[[], None]) -> None:
     solve, calls = flatllm.FlatLLMStep.solve, []
 
@@ -112,6 +163,14 @@ def test_a_group_of_which_one_is_killed_ends_and_goes_on_to_the_same_bytes(strai
     assert errors.startswith("error: another process ended")
     assert process_groups.run_group(2, argv, folder) == ([0, 0], "")
     assert shards(folder) == straight
+
+
+def test_the_death_of_the_process_that_all_meet_at_is_told_in_one_line(copied):
+    kill = functools.partial(before_layer_1, functools.partial(kill_one, "0"))
+    statuses, errors = process_groups.run_group(3, OUT, copied("killed"), kill, has_agent=False)
+    assert statuses == [-signal.SIGKILL, 2, 2]
+    assert errors.startswith("error: another process ended")
+    assert errors.count("\n") == 1
 
 
 def test_a_stopped_group_goes_on_to_the_same_bytes(straight, copied):
@@ -170,6 +229,7 @@ def test_one_failure_ends_all_and_is_told_once(copied, patch, flags, reason):
 def test_the_launcher_of_accelerate_starts_a_group(copied):
     folder = copied("launched")
     launch = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]  # as scripts/settings.sh has it
     launch += ["--main_process_port", "0"]  # one that is free
     command = [sys.executable, "-m", *launch, str(Path(__file__).parents[1] / "main.py"), *OUT]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)

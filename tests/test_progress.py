@@ -8,14 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 
 import main
+from checkpoints import save_inputs
 from flatllmbench import speed
 from flatllmcore.utils.progress import progress
 
-ROOT = Path(__file__).resolve().parents[1]
-EMBEDDED = ROOT / "models" / "pydocs-llama"
-SENTENCES = ["If the file does not exist, an error is raised. " * 20] * 8
 TIME_LEFT = re.compile(r"\[\d\d:\d\d<(\?|\d\d:\d\d)")  # elapsed < left
 
 
@@ -36,19 +35,16 @@ def terminal() -> Iterator[Terminal]:
         yield sys.stderr
 
 
-def compress(folder: Path) -> None:
-    (folder / "text").mkdir()
-    for split in ("train", "test"):
-        lines = [f'{{"text": "{sentence}"}}\n' for sentence in SENTENCES]
-        (folder / "text" / f"{split}.jsonl").write_text("".join(lines))
-    places = {"--bi_score": "scores", "--save": "logs", "--save_model": "model", "--dataset": "text"}
+def compress(inputs: Path, folder: Path) -> None:
+    places = {"--bi_score": "scores", "--save": "logs", "--save_model": "model"}
     flags = [part for flag, name in places.items() for part in (flag, str(folder / name))]
-    assert main.main(["--model", str(EMBEDDED), *flags, "--nsamples", "2", "--seqlen", "32", "--device", "cpu"]) == 0
+    flags += ["--model", str(inputs / "dense"), "--dataset", str(inputs / "text")]
+    assert main.main([*flags, "--nsamples", "2", "--seqlen", "32", "--device", "cpu"]) == 0
 
 
-def measure_speed(folder: Path) -> None:
+def measure_speed(inputs: Path, folder: Path) -> None:
     sizes = ["--batch_size", "1", "--prompt_length", "8", "--new_tokens", "2", "--repeats", "2"]
-    assert speed.main([str(EMBEDDED), *sizes, "--device", "cpu", "--save", str(folder)]) == 0
+    assert speed.main([str(inputs / "dense"), *sizes, "--device", "cpu", "--save", str(folder)]) == 0
 
 
 @pytest.mark.parametrize(
@@ -59,13 +55,13 @@ def measure_speed(folder: Path) -> None:
     ],
 )
 def test_every_long_stage_has_a_bar_with_the_time_left_on_a_terminal_and_nowhere_else(program, stages, capfd, tmp_path):
-    (tmp_path / "watched").mkdir()
+    inputs = save_inputs(tmp_path / "inputs", torch.float32)
     with terminal() as drawn:
-        program(tmp_path / "watched")
+        program(inputs, tmp_path / "watched")
     frames = [frame for frame in re.split(r"[\r\n]", drawn.getvalue()) if TIME_LEFT.search(frame)]
     assert stages <= {frame.partition(":")[0] for frame in frames}
     capfd.readouterr()
-    program(tmp_path)
+    program(inputs, tmp_path / "unwatched")
     assert capfd.readouterr().err == ""
 
 

@@ -5,8 +5,10 @@ import json
 
 import accelerate
 import datasets
+import pandas
 import pytest
 import torch
+from torch.nn.utils import prune
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
@@ -147,6 +149,7 @@ class TestCalibrationData:
             lambda texts: {"text": texts},
             lambda texts: DataLoader(texts, batch_size=7),
             lambda texts: datasets.Dataset.from_dict({"text": texts}),
+            lambda texts: pandas.DataFrame({"text": texts})["text"],
         ],
     )
     def test_texts_in_any_container_are_sampled_as_the_program_samples(self, form):
@@ -215,7 +218,19 @@ class TestCalibrationData:
             (DataLoader(TensorDataset(torch.ones(2, 8), torch.ones(2, 8))), r"no texts or token ids .* \(list\): only"),
             ([object()], r"no texts or token ids .* \(object\): "),
             (["a", torch.ones(4, dtype=torch.int64)], "mix texts and token ids"),
-            (datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": ["a"]})}), r"columns \['train'\]; exp"),
+            (
+                datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": ["a"]})}),
+                r"has train \(Dataset\); acc",
+            ),
+            (datasets.Dataset.from_dict({"text": ["a", "b", None]}), r"data, record 3 has text \(NoneType\); accepted"),
+            ([{"text": "a"}, {"text": 5}], r"data, record 2 has text \(int\); accepted"),
+            ([{"text": ["a"]}, {"text": ["b", None]}], r"data, record 3 has text \(NoneType\); accepted"),
+            (["a", None], r"data, record 2 has text \(NoneType\); accepted"),
+            ({"text": [["a"]]}, r"data, record 1 has text \(list\); accepted"),
+            (pandas.DataFrame({"text": documents(60)}), "are a DataFrame; accepted: a list of its texts"),
+            (pandas.DataFrame({"text": ["a", None]})["text"], r"record 2 has text \((NoneType|float)\); accepted"),
+            (datasets.Dataset.from_dict({"text": ["a"]}).data.table, "are a Table; accepted: a list of its texts"),
+            (b"bytes", "are a bytes; accepted"),
             (torch.full((2, 8), 97), "token ids 97 to 97 are out of range"),
             (torch.zeros(2, 8, dtype=torch.int64), "0 tokens without padding"),
             ({"input_ids": torch.ones(4, 6, dtype=torch.int64), "attention_mask": torch.ones(4, 5)}, "mask"),
@@ -232,12 +247,51 @@ class TestCalibrationData:
 
 
 PARTS = ("model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head")
+
+
+class LoraLinear(torch.nn.Module):
+    """A linear layer with a low-rank adapter beside it, not merged."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.A, self.B = base, torch.nn.Parameter(torch.ones(4, 32)), torch.nn.Parameter(torch.ones(56, 4))
+
+
+def changed(change):
+    """A model whose second MLP has been changed."""
+    model = tiny_model()
+    change(model.model.layers[1].mlp)
+    return model
+
+
+def whole_numbers(weight):
+    return torch.nn.Parameter((100 * weight).to(torch.int8), requires_grad=False)
+
+
 MAKERS = {
     "'gpt2' is not supported; supported: llama, mistral": lambda _: GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2)),
     r"accepted of this family: \w+ForCausalLM": lambda _: tiny_model().model,
     r"layers\.1\..* is offloaded": lambda folder: accelerate.dispatch_model(
         tiny_model(), dict.fromkeys(PARTS, "cpu") | {PARTS[2]: "disk"}, offload_dir=folder
     ),
+    r"mlp.up_proj is Linear\(weight_orig\), and by the config Linear\(weight\)": lambda _: changed(
+        lambda mlp: prune.random_unstructured(mlp.up_proj, "weight", 0.5)
+    ),
+    r"mlp.up_proj is ParametrizedLinear\(\)": lambda _: changed(
+        lambda mlp: torch.nn.utils.parametrizations.weight_norm(mlp.up_proj)
+    ),
+    r"mlp.up_proj is LoraLinear\(A, B\)": lambda _: changed(
+        lambda mlp: setattr(mlp, "up_proj", LoraLinear(mlp.up_proj))
+    ),
+    r"mlp.adapter is Linear\(weight\), and by the config None": lambda _: changed(
+        lambda mlp: mlp.add_module("adapter", torch.nn.Linear(32, 32, bias=False))
+    ),
+    r"mlp.act_fn is ReLU\(\), and by the config SiLU": lambda _: changed(
+        lambda mlp: setattr(mlp, "act_fn", torch.nn.ReLU())
+    ),
+    "is torch.float8_e4m3fn; accepted: models that are not quantised": lambda _: tiny_model().to(torch.float8_e4m3fn),
+    "is torch.complex64": lambda _: changed(lambda mlp: mlp.up_proj.to(torch.complex64)),
+    "is torch.int8": lambda _: changed(lambda mlp: setattr(mlp.up_proj, "weight", whole_numbers(mlp.up_proj.weight))),
     "compressed already": lambda _: apply_flat_llm(tiny_model(), TOKENIZER, 0.5, documents(60), **SMALL),
 }
 

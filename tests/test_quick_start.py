@@ -1,29 +1,29 @@
-"""The quick start, run as a reader would run it, from another folder and without a network."""
+"""The quick start, from another folder; the gate runs it as a reader would, with all of its calibration data."""
 
-import os
 import re
-import subprocess
-import sys
+import runpy
 from pathlib import Path
 
 import pytest
 from safetensors import safe_open
+
+from flatllmcore import FlatLLMConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 EMBEDDED = ROOT / "models" / "pydocs-llama"
 PROMPT = "If the file does not exist,"
 
 
-def quick_start(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "scripts" / "quick_start.py"), *arguments]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False)
+MAIN = runpy.run_path(str(ROOT / "scripts" / "quick_start.py"))["main"]
 
 
-def test_it_compresses_saves_reloads_and_writes(tmp_path):
-    done = quick_start(tmp_path)
-    assert done.returncode == 0, done.stderr
-    sizes, removed, reloaded, text = done.stdout.splitlines()
+def test_it_compresses_saves_reloads_and_writes(tmp_path, monkeypatch, capsys):
+    """On a few windows of the shorter split."""
+    few = {"cal_nsamples": 12, "cal_dataset": next((EMBEDDED / "text").glob("test*"))}
+    monkeypatch.setitem(MAIN.__globals__, "FlatLLMConfig", lambda **options: FlatLLMConfig(**options | few))
+    monkeypatch.chdir(tmp_path)
+    MAIN([])
+    sizes, removed, reloaded, text = capsys.readouterr().out.splitlines()
     before, after = map(int, re.fullmatch(r"Parameters: (\d+) before, (\d+) after", sizes).groups())
     with safe_open(EMBEDDED / "model.safetensors", "pt") as file:
         assert before == sum(file.get_tensor(name).numel() for name in file.keys())  # noqa: SIM118  not a dict
@@ -36,9 +36,9 @@ def test_it_compresses_saves_reloads_and_writes(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_no_folder_is_refused(tmp_path):
-    done = quick_start(tmp_path, "nowhere")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.splitlines()[-1].endswith(
-        "error: nowhere is not a folder; give one that save_pretrained has written"
-    )
+def test_what_is_no_folder_is_refused(capsys):
+    with pytest.raises(SystemExit, match=r"^2$"):
+        MAIN(["nowhere"])
+    out, error = capsys.readouterr()
+    assert out == ""
+    assert error.splitlines()[-1].endswith("error: nowhere is not a folder; give one that save_pretrained has written")

@@ -102,6 +102,12 @@ class TestKeepRatios:
         assert allocate_keep_ratios([score] * num_layers, keep_ratio) == pytest.approx([keep_ratio] * num_layers)
         assert allocate_keep_ratios([score] * num_layers, 1.0) == [1.0] * num_layers
 
+    @pytest.mark.parametrize("scale", [2.0**1020, 2.0**-1000])
+    def test_shares_are_the_same_at_any_scale_of_the_scores(self, scale):
+        """Three scores of 1e308 have no sum in float64."""
+        scores = [7.0, 5.0, 3.3]
+        assert allocate_keep_ratios([scale * s for s in scores], 0.6) == allocate_keep_ratios(scores, 0.6)
+
     @given(st.lists(st.floats(1e-3, 1.0), min_size=1, max_size=12), st.integers(1, 99))
     def test_shares_equal_capping_all_at_once_in_exact_fractions(self, scores, percent):
         """The oracle is the published loop: cap every share above 1, share the rest anew, repeat."""

@@ -50,7 +50,7 @@ def edit(path: Path, **fields: object) -> None:
 
 @pytest.mark.parametrize("selector", [SELECTOR, PRUNING])
 def test_what_is_saved_comes_back_equal_to_the_last_bit(tmp_path, selector):
-    allocation = replace(selector.allocate([0.1, 0.2], 0.8), importance_sha256="ab" * 32)
+    allocation = replace(selector.allocate([0.1, 0.2], 0.8), importance_sha256="ab" * 32, fingerprint=WEIGHTS)
     path = tmp_path / "new" / "ranks_20.json"
     save_ranks(allocation, path)
     assert read_ranks(path) == allocation
@@ -141,10 +141,18 @@ def test_a_damaged_file_is_named(tmp_path, name, content):
         ("ranks_20.json", {"keep": [1, 1.5]}, "'keep' of layer 1 is 1.5; accepted: more than 0, at most 1"),
         ("ranks_20.json", {"keep": [1, float("nan")]}, "is not JSON"),
         ("ranks_20.json", {"prune_qk": 1}, r"Expected `bool`, got `int` - at `\$\.prune_qk`"),
+        ("ranks_20.json", {"sparsity_ratio": 1e9}, r"the ranks are to remove 1e\+09 %, and here it is 20 %"),
         ("ranks_20.json", {"dimensions": {"architecture": "llama"}}, "missing required field `num_layers`"),
         ("importance.json", {"scores": [0.1]}, "'scores' has 1 entries; the model has 2 layers"),
         ("importance.json", {"scores": [0.1, -0.2]}, "the score of layer 1 is -0.2; accepted: finite"),
         ("importance.json", {"dimensions": {"head_dim": 0}}, r"at `\$\.dimensions`"),
+        (
+            "importance.json",
+            {"dimensions": vars(DIMENSIONS) | {"head_dim": 10**9}},
+            "head_dim is 1,000,000,000; accepted",
+        ),
+        ("ranks_20.json", {"dimensions": vars(DIMENSIONS) | {"head_dim": 10**400}}, "not JSON|head_dim"),
+        ("importance.json", {"scores": [10**400, 1]}, "importance.json"),
         (AUTHORS_KEPT, [0.5] * 3, "'layers' has 3 entries; the model has 2 layers"),
         (AUTHORS_KEPT, [0.5, 1.01], "'keep' of layer 1 is 1.01; accepted: more than 0, at most 1"),
         (AUTHORS_KEPT, [0.0, 0.5], "'keep' of layer 0 is 0.0; accepted: more than 0, at most 1"),

@@ -10,7 +10,7 @@ from conftest import tiny_model
 from flatllmbench import records
 from flatllmbench.records import describe_model, hardware, versions
 from flatllmcore import FlatLLMPruner, InputError
-from flatllmcore.engine.checkpoint_sink import MANIFEST
+from flatllmcore.utils.checkpoint import MANIFEST
 from flatllmcore.utils.files import write_json
 from tiny_text import documents, word_tokenizer
 
@@ -64,6 +64,11 @@ def test_the_base_model_of_a_hub_id_is_read_without_network(compressed, tmp_path
     compressed.rename(repository / "snapshots" / ("0" * 40))
     described = describe_model("someone/small", tmp_path / "cache")
     assert (described["model"], described["base_model"]) == ("small", "Llama-2-7b-hf" if has_manifest else None)
+
+
+def test_a_manifest_that_does_not_say_what_was_compressed_is_none(compressed):
+    (compressed / MANIFEST).write_text('{"request": {}}')
+    assert describe_model(str(compressed))["base_model"] is None
 
 
 @pytest.mark.parametrize("manifest", ["{", "{}"])

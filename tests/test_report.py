@@ -48,6 +48,10 @@ class TestRecords:
             ({"achieved_sparsity_percent": "1"}, "is not usable: Unknown format code 'f'"),
             ({"perplexity": {"dense": 1}}, "is not usable: the field 'perplexity.windows' is missing"),
             ({"elapsed_s": float("nan")}, "this is not JSON: "),
+            ({"elapsed_s": 10**400}, "is not usable: "),
+            ({"dataset": "\ud800"}, "this is not JSON: .*surrogate"),
+            ({"base_model": 5}, "is not usable: "),
+            ({"hardware": None}, "is not usable: "),
         ],
     )
     def test_a_record_that_cannot_be_used_is_named_with_what_is_wrong(self, tmp_path, change, reason):
@@ -181,6 +185,20 @@ def test_the_pictures_named_are_those_written(tmp_path, record, pictures):
     named = set(re.findall(r"!\[[^]]+\]\(([^)]+)\)", (tmp_path / "README.md").read_text()))
     assert named == {path.name for path in tmp_path.glob("*.png")} == pictures
     assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in named)
+
+
+def test_a_page_that_cannot_be_made_whole_leaves_the_one_before(tmp_path, capsys):
+    """Perplexities that no picture can show; a dollar in a name is one, not mathematics."""
+    out = tmp_path / "out"
+    argv = [str(saved(tmp_path, "a", COMPRESSION, dataset="$x^{")), "--out", str(out)]
+    assert report.main(argv) == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert before.keys() == {"README.md", "perplexity.png"}
+    saved(tmp_path, "a", COMPRESSION, perplexity=COMPRESSION["perplexity"] | {"dense": 0})
+    capsys.readouterr()
+    assert report.main(argv) == 2
+    assert capsys.readouterr().err.startswith("error: the perplexities cannot be drawn (")
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
 def test_what_cannot_be_used_is_one_line_and_nothing_is_written(tmp_path, capsys):

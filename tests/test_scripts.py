@@ -6,6 +6,7 @@ The interpreter is given as PYTHON, so that nothing is installed.
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -20,7 +21,6 @@ from tiny_text import documents, word_tokenizer, write_texts
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = [*sorted(ROOT.glob("scripts/*.sh")), ROOT / ".ci" / "run"]
-EMBEDDED = ROOT / "models" / "pydocs-llama"
 PUBLISHED = {
     "llama_7b.sh": "meta-llama/Llama-2-7b-hf",
     "llama_13b.sh": "meta-llama/Llama-2-13b-hf",
@@ -77,6 +77,22 @@ def commands(tmp_path):
         return [line.split("\t")[:-1] for line in calls.read_text().splitlines()]
 
     return commands_of
+
+
+@pytest.fixture
+def performed(commands, monkeypatch, capsys):
+    """Run what a script calls, one program after the other, in this process; return what they print."""
+    monkeypatch.chdir(ROOT)
+
+    def perform(script: str, **settings: str | Path) -> str:
+        for command in commands(script, **settings):
+            is_module = command[0] == "-m"
+            monkeypatch.setattr(sys, "argv", command[is_module:])
+            with pytest.raises(SystemExit, match=r"^0$"):
+                (runpy.run_module if is_module else runpy.run_path)(command[is_module], run_name="__main__")
+        return capsys.readouterr().out
+
+    return perform
 
 
 def value_of(flag: str, command: list[str]) -> str:
@@ -193,34 +209,33 @@ def test_a_failing_step_ends_the_script(tmp_path):
     assert "compute_rank" not in done.stdout
 
 
-def test_llama_bi_leaves_scores_for_every_model_with_the_record_beside(tiny, text, tmp_path):
-    run("llama_bi.sh", MODELS=f"{tiny[0]} {tiny[1]}", DATASET=text, SEQLEN="32", BI_NSAMPLES="4", OUT=tmp_path)
+def test_llama_bi_leaves_scores_for_every_model_with_the_record_beside(performed, tiny, text, tmp_path):
+    """The first in a process of its own, which makes its scores: they are left alone after that."""
+    settings = {"DATASET": text, "SEQLEN": "32", "BI_NSAMPLES": "4", "OUT": tmp_path, "DEVICE": "cpu"}
+    run("llama_bi.sh", MODELS=tiny[0], **settings)
+    performed("llama_bi.sh", MODELS=f"{tiny[0]} {tiny[1]}", **settings)
     for folder in (tmp_path / model.name for model in tiny):
         assert len(json.loads((folder / "importance.json").read_text())["scores"]) == 2
         assert json.loads((folder / f"{folder.name}_bi.json").read_text())["request"]["nsamples"] == 4
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("script", ["llama_7b.sh", "llama_70b.sh"])
-def test_each_experiment_compresses_the_embedded_model_by_its_variables(script, text, tmp_path):
-    """Alone and in two processes; that the other experiments run the same commands is tested further up."""
-    settings = {"MODEL": EMBEDDED, "DATASET": text, "BI_NSAMPLES": "4", "BI_SCORE": tmp_path / "scores"}
-    settings |= {"PROCESSES": "2" if "70b" in script else "1", "RATIOS": "20", "OUT": tmp_path / "out"}
-    printed = run(script, SEQLEN="32", NSAMPLES="4", **settings)
-    record = json.loads((tmp_path / "out/records/pydocs-llama/pydocs-llama_flatllm_20.json").read_text())
-    compressed = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "pydocs-llama-20")
+def test_each_experiment_compresses_the_model_of_its_variables(performed, tiny, text, tmp_path):
+    """By one of them; that the others run the same commands is tested further up."""
+    settings = {"MODEL": tiny[0], "DATASET": text, "BI_NSAMPLES": "4", "BI_SCORE": tmp_path / "scores"}
+    printed = performed("llama_7b.sh", SEQLEN="32", NSAMPLES="4", RATIOS="20", OUT=tmp_path / "out", **settings)
+    record = json.loads((tmp_path / "out/records/tiny-llama/tiny-llama_flatllm_20.json").read_text())
+    compressed = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "tiny-llama-20")
     assert compressed.num_parameters() == record["parameters_after"]["total"] < record["parameters_before"]["total"]
     assert f"{record['perplexity']['compressed']:.3f}" in printed
     assert {path.name for path in (tmp_path / "out").iterdir()} >= {"README.md", "perplexity.png"}
 
 
-@pytest.mark.slow
-def test_the_demo_ends_with_a_table_a_picture_and_a_sentence_of_each_model(tiny, text, tmp_path):
+def test_the_demo_ends_with_a_table_a_picture_and_a_sentence_of_each_model(performed, tiny, text, tmp_path):
     out = tmp_path / "demo"
     (out / "ranks").mkdir(parents=True)
     (out / "ranks" / "importance.json").write_text("left by a demo of another model")
     settings = {"MODEL": tiny[0], "DATASET": text, "SEQLEN": "32", "NSAMPLES": "4", "BI_NSAMPLES": "4"}
-    printed = run("demo.sh", RATIOS="20 50", PROMPT="w1 w2", OUT=out, SKIP_INSTALL="1", **settings)
+    printed = performed("demo.sh", RATIOS="20 50", PROMPT="w1 w2", OUT=out, SKIP_INSTALL="1", **settings)
     assert (out / "perplexity.png").read_bytes().startswith(b"\x89PNG")
     assert "| 50 " in (out / "README.md").read_text()
     for model in (tiny[0], out / "tiny-llama-20", out / "tiny-llama-50"):
@@ -249,18 +264,22 @@ def test_test_sh_installs_once_and_passes_its_arguments_to_pytest(commands, tmp_
     (venv / "bin").mkdir(parents=True)
     (venv / "bin" / "python").symlink_to(tmp_path / "python")
     pip = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile"]
-    tests = ["-m", "pytest", "-n", "auto", "-k", "some name"]
+    tests = ["-m", "pytest", "-n", "auto", "--dist", "worksteal", "-k", "some name"]
     first = commands("test.sh", "-k", "some name", VENV=venv)
     assert first == [[*pip, "-r", "requirements.txt"], [*pip, "-e", ".[dev]"], tests]
     assert commands("test.sh", "-k", "some name", VENV=venv) == [tests]
     assert commands("test.sh", "-k", "some name", SKIP_INSTALL="1") == [tests]
 
 
-def test_generate_refuses_what_is_no_model_in_one_line(tmp_path):
-    command = [sys.executable, "scripts/generate.py", str(tmp_path), "--prompt", "w1"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-    assert str(tmp_path) in done.stderr
+def test_generate_refuses_what_is_no_model_in_one_line(tmp_path, capsys):
+    assert runpy.run_path(str(ROOT / "scripts" / "generate.py"))["main"]([str(tmp_path), "--prompt", "w1"]) == 2
+    out, error = capsys.readouterr()
+    assert (out, error.count("\n")) == ("", 1)
+    assert str(tmp_path) in error
+
+
+def test_docs_builds_the_reference_where_it_is_asked_to(commands):
+    assert commands("docs.sh", OUT="out", SKIP_INSTALL="1") == [["docs/build.py", "out"]]
 
 
 def test_requirements_are_pinned_to_what_is_tested_and_end_in_the_package_itself():

@@ -11,6 +11,7 @@ from flatllmcore.core import cholesky, moments
 from flatllmcore.core.attention_pca import headwise_pca, project_heads, project_output, rank_for_mass
 from flatllmcore.core.mlp_nystrom import few_tokens_jitter, reconstruct_down_projection, select_channels
 from flatllmcore.core.moments import add_head_moments, add_moment, mirror_lower_triangle
+from flatllmcore.utils.devices import float32_product
 
 
 def random(*shape, seed=0):
@@ -37,6 +38,46 @@ def test_moments_of_low_precision_activations_are_exact_to_float32_sums(dtype, d
     add_moment(total, rows)
     exact = rows.double().T @ rows.double()
     assert ((total - exact).tril().norm() / exact.norm()).item() < 1e-6
+
+
+MASSIVE = [1, 0.5, 0.3, 0.2, 0.1, 0.05]
+
+
+@pytest.mark.parametrize("largest", [1e3, 1e4, 1e5])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_massive_activations_give_what_sums_in_float64_give(dtype, largest, device):
+    """Eight tokens have six channels that are nearly multiples of each other, and the other tokens tell them apart."""
+    rows = 0.5 * random(1024, 128)
+    rows[:8, :6] += largest * torch.tensor(MASSIVE) * (1 + 0.02 * random(8, 1, seed=1))
+    rows, weight = rows.to(device, dtype), random(16, 128, seed=2).to(device)
+    total = torch.zeros(128, 128, dtype=torch.float64, device=device)
+    add_moment(total, rows)
+    mirror_lower_triangle(total)
+    exact = rows.double().T @ rows.double()
+    ordinary = rows[8:].double().square().sum(0).max()
+    assert ((total - exact).abs().max() / ordinary).item() < 1e-5
+    kept = select_channels(total, 96)
+    assert torch.equal(kept, select_channels(exact, 96))
+    fitted, expected = (reconstruct_down_projection(weight, moment, kept) for moment in (total, exact))
+    torch.testing.assert_close(fitted, expected, rtol=1e-4, atol=1e-5)
+    heads = torch.zeros(4, 32, 32, dtype=torch.float64, device=device)
+    add_head_moments(heads, rows)
+    blocks = torch.stack([exact[i : i + 32, i : i + 32] for i in range(0, 128, 32)])
+    assert ((heads - blocks).abs().max() / ordinary).item() < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_without_massive_activations_a_batch_is_one_product_in_float32(dtype, device):
+    """So that ordinary models stay what they were, to the bit; tokens of 15 times the usual length are ordinary."""
+    rows = random(512, 96).to(device, dtype)
+    rows[::50] *= 15
+    total, heads = (torch.zeros(*size, dtype=torch.float64, device=device) for size in ((96, 96), (3, 32, 32)))
+    add_moment(total, rows)
+    add_head_moments(heads, rows)
+    product = float32_product(rows.T, rows).double()
+    assert torch.equal(total, product)
+    per_head = rows.view(512, 3, 32).transpose(0, 1)
+    assert torch.equal(heads, float32_product(per_head.mT, per_head).double())
 
 
 def test_head_moments_are_the_products_of_each_head():
@@ -171,3 +212,17 @@ def test_a_matrix_that_is_not_positive_definite_is_told(place, monkeypatch):
     matrix[place, place] = -1e3
     with pytest.raises(ArithmeticError, match="not positive semidefinite"):
         select_channels(matrix, 10)
+
+
+def test_rounding_of_float32_sums_ends_no_run():
+    """Large activations of fewer tokens than channels: what their sums are rounded by is more than the ridge of 1."""
+    rows = (1e4 * random(100, 300)).float()
+    rows[:, 7] = 0
+    total = torch.zeros(300, 300, dtype=torch.float64)
+    add_moment(total, rows)
+    mirror_lower_triangle(total)
+    before = total.clone()
+    assert torch.linalg.eigvalsh(total)[0] < -1
+    kept = select_channels(total, 299)
+    assert 7 not in kept
+    assert torch.equal(total, before)

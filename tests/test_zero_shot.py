@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import socket
 import sys
@@ -13,8 +14,10 @@ import lm_eval
 import pytest
 import torch
 from lm_eval.tasks import TaskManager
+from transformers import PreTrainedTokenizerFast
 
 import main
+from conftest import tiny_model
 from flatllmbench import zero_shot as program
 from flatllmbench.records import describe_model
 from flatllmbench.zero_shot import PAPER_TASKS, evaluate_saved, load_tasks
@@ -52,12 +55,15 @@ def task_manager(include_path: Path | None = None, include_defaults: bool = True
 def offline(tmp_path_factory):
     """At the repository's root, where the tasks' data are found; nobody may use the network."""
 
-    def refuse(*_address: object) -> None:
-        raise AssertionError("the network was used")
+    connect = socket.socket.connect
+
+    def connect_here(self: socket.socket, address: object) -> None:
+        assert self.family == socket.AF_UNIX, "the network was used"
+        connect(self, address)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
-        patch.setattr(socket.socket, "connect", refuse)
+        patch.setattr(socket.socket, "connect", connect_here)
         patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         patch.setattr("datasets.config.HF_HUB_OFFLINE", True)
         patch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
@@ -77,6 +83,15 @@ def folders(tmp_path_factory) -> dict[str, str]:
     tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text("---\nflat_llm:\n  base_model: pydocs-llama\n---\n")
     return {"dense": EMBEDDED, "compressed": str(folder)}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> str:
+    """A random model with the embedded one's tokenizer, for what does not depend on the answers."""
+    folder, tokenizer = tmp_path_factory.mktemp("random") / "tiny", load_tokenizer(EMBEDDED)
+    tiny_model(vocab_size=len(tokenizer), max_position_embeddings=512).float().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
 
 
 @pytest.fixture(params=["dense", "compressed"])
@@ -103,19 +118,19 @@ def test_accuracies_equal_those_counted_by_hand(folder):
     """Oracle: the log-probabilities of each ending after the question, summed one text at a time."""
     model, tokenizer = load_model(folder, dtype="float32"), load_tokenizer(folder)
     hits = {"acc": 0, "acc_norm": 0}
-    for question in QUESTIONS[:16]:
+    for question in QUESTIONS[:8]:
         endings = question["endings"]
         sums = [own_log_likelihood(model, tokenizer, question["beginning"], ending) for ending in endings]
         means = [total / len(ending) for total, ending in zip(sums, endings, strict=True)]
         hits["acc"] += sums.index(max(sums)) == question["label"]
         hits["acc_norm"] += means.index(max(means)) == question["label"]
-    shares = {name: number / 16 for name, number in hits.items()}
-    errors = {f"{name}_stderr": math.sqrt(p * (1 - p) / 15) for name, p in shares.items()}
+    shares = {name: number / 8 for name, number in hits.items()}
+    errors = {f"{name}_stderr": math.sqrt(p * (1 - p) / 7) for name, p in shares.items()}
     assert 0.5 < shares["acc_norm"] < 1
-    row = results_of(folder, ["pydocs_endings"], limit=16)["tasks"]["pydocs_endings"]
+    row = results_of(folder, ["pydocs_endings"], limit=8)["tasks"]["pydocs_endings"]
     assert row.pop("metrics") == pytest.approx(shares | errors)
     assert row.pop("stderr") == pytest.approx(errors["acc_norm_stderr"])
-    facts = {"samples": 16, "num_fewshot": 0, "version": 1.0}
+    facts = {"samples": 8, "num_fewshot": 0, "version": 1.0}
     assert row == {"metric": "acc_norm", "value": shares["acc_norm"]} | facts
 
 
@@ -136,20 +151,27 @@ def test_log_likelihoods_are_those_of_our_perplexity_in_float32(folder, dtype, e
     assert math.log(row["metrics"]["byte_perplexity"]) == pytest.approx(nll / size, rel=error)
 
 
+# Without the 13,000 tasks of the harness itself, which take half a minute to read.
+PLAIN_HARNESS = """
+import functools, os
+import huggingface_hub.constants, lm_eval.tasks
+from lm_eval.__main__ import cli_evaluate
+os.chdir({root!r})
+huggingface_hub.constants.HF_HUB_OFFLINE = True
+lm_eval.tasks.TaskManager = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)
+sys.argv[1:] = {arguments}
+cli_evaluate()
+"""
+
+
 def test_the_plain_harness_gives_the_same_figures_without_this_package(folders, tmp_path):
     """The folder's own modelling files, by the harness's command line where flatllmcore cannot be imported."""
     model = f"pretrained={folders['compressed']},trust_remote_code=True,softmax_dtype=float32,dtype=float32"
     arguments = ["run", "--model", "hf", "--device", "cpu", "--batch_size", "8", "--output_path", str(tmp_path / "out")]
     arguments += ["--model_args", model, "--tasks", "pydocs_endings", "--include_path", str(LOCAL_TASKS)]
     arguments += ["--num_fewshot", "2", "--limit", "8"]
-    run_python(
-        f"{BLOCKED}from lm_eval.__main__ import cli_evaluate\nsys.argv[1:] = {arguments}\ncli_evaluate()\n",
-        paths=[],
-        HF_HUB_OFFLINE="1",
-        HF_DATASETS_CACHE=str(tmp_path / "datasets"),
-        HF_MODULES_CACHE=str(tmp_path / "modules"),
-        OMP_NUM_THREADS=str(torch.get_num_threads()),
-    )
+    code = BLOCKED + PLAIN_HARNESS.format(root=str(ROOT), arguments=arguments)
+    run_python(code, [], HF_DATASETS_CACHE=str(tmp_path / "datasets"))
     (place,) = (tmp_path / "out").rglob("results_*.json")
     plain = json.loads(place.read_text())["results"]["pydocs_endings"]
     ours = results_of(folders["compressed"], ["pydocs_endings"], num_fewshot=2, limit=8)["tasks"]["pydocs_endings"]
@@ -186,7 +208,7 @@ def write_endings(folder: Path, name: str, documents: list[dict] = QUESTIONS[:8]
     (folder / f"{name}.yaml").write_text(json.dumps(definition | fields))  # JSON is YAML
 
 
-def test_the_paper_s_tasks_are_run_by_its_protocol_unless_asked_otherwise(tmp_path):
+def test_the_paper_s_tasks_are_run_by_its_protocol_unless_asked_otherwise(tiny, tmp_path):
     """On local questions under the seven names, MMLU being a group with groups in it."""
     expected = dict.fromkeys(PAPER_TASKS, (0, "acc_norm")) | {"winogrande": (0, "acc"), "mmlu": (5, "acc")}
     for name in (*PAPER_TASKS, "law"):
@@ -196,15 +218,15 @@ def test_the_paper_s_tasks_are_run_by_its_protocol_unless_asked_otherwise(tmp_pa
         score = {"aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}]}
         (tmp_path / f"{group}.yaml").write_text(json.dumps({"group": group, "task": [member]} | score))
     tasks = load_tasks(include_path=tmp_path)
-    found = evaluate_saved(EMBEDDED, tasks, CPU, 32, None, dtype="float32")
+    found = evaluate_saved(tiny, tasks, CPU, 32, None, dtype="float32")
     order = ("mmlu", "piqa", "winogrande", "hellaswag", "arc_easy", "arc_challenge", "openbookqa")
     assert tuple(found["tasks"]) == order
     assert {name: (row["num_fewshot"], row["metric"]) for name, row in found["tasks"].items()} == expected
     values = [row["metrics"][expected[name][1]] for name, row in found["tasks"].items()]
     assert found["mean_accuracy"] == pytest.approx(100 * sum(values) / 7)
-    assert evaluate_saved(EMBEDDED, tasks, CPU, 32, 1, dtype="float32")["mean_accuracy"] is None
+    assert evaluate_saved(tiny, tasks, CPU, 32, 1, dtype="float32")["mean_accuracy"] is None
     other_shots = load_tasks(num_fewshot=0, include_path=tmp_path)
-    assert evaluate_saved(EMBEDDED, other_shots, CPU, 32, None, dtype="float32")["mean_accuracy"] is None
+    assert evaluate_saved(tiny, other_shots, CPU, 32, None, dtype="float32")["mean_accuracy"] is None
 
 
 def test_the_harness_defines_the_paper_s_tasks_with_the_metrics_reported():
@@ -214,14 +236,14 @@ def test_the_harness_defines_the_paper_s_tasks_with_the_metrics_reported():
         assert metrics - {"acc"} == {metric} - {"acc"}, name
 
 
-def test_a_group_with_a_score_is_reported_as_one_and_others_by_their_tasks(tmp_path):
+def test_a_group_with_a_score_is_reported_as_one_and_others_by_their_tasks(tiny, tmp_path):
     """Oracle: the tasks' own results, weighted by their questions, as MMLU's."""
     write_endings(tmp_path, "few", QUESTIONS[:4], num_fewshot=1)
     write_endings(tmp_path, "many", QUESTIONS[4:16], num_fewshot=0, tag="tagged")  # keeps to none
     score = {"aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}]}
     (tmp_path / "scored.yaml").write_text(json.dumps({"group": "scored", "task": ["few", "many"]} | score))
     (tmp_path / "plain.yaml").write_text(json.dumps({"group": "plain", "task": ["few", "many"]}))
-    each, both = (results_of(EMBEDDED, [name], tmp_path, num_fewshot=2)["tasks"] for name in ("plain", "scored"))
+    each, both = (results_of(tiny, [name], tmp_path, num_fewshot=2)["tasks"] for name in ("plain", "scored"))
     assert {name: row["num_fewshot"] for name, row in each.items()} == {"few": 2, "many": 0}
     pooled = (4 * each["few"]["metrics"]["acc"] + 12 * each["many"]["metrics"]["acc"]) / 16
     (row,) = both.values()
@@ -289,6 +311,26 @@ def test_unusable_arguments_are_one_line(tmp_path, capsys, argv, reason):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("context", "has_special_tokens", "reason"),
+    [
+        (8, True, r"cannot evaluate .* \(AssertionError: assert len\(.*\) <= self.max_length\).* its 8 tokens"),
+        (512, False, "the tokenizer at .* has no BOS or EOS token; the harness puts one before each text"),
+    ],
+)
+def test_what_the_harness_cannot_do_with_a_model_is_one_line(tmp_path, capsys, context, has_special_tokens, reason):
+    folder = tmp_path / "model"
+    tokenizer = load_tokenizer(EMBEDDED)
+    if not has_special_tokens:
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
+    tokenizer.save_pretrained(folder)
+    tiny_model(vocab_size=len(tokenizer), max_position_embeddings=context).float().save_pretrained(folder)
+    assert program.main([str(folder), *LOCAL, "--limit", "4", "--save", str(tmp_path / "logs")]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert re.search(reason, error)
+    assert not (tmp_path / "logs").exists()
+
+
 def test_a_model_that_gives_no_numbers_is_refused_in_one_line(folders, tmp_path, capsys):
     shutil.copytree(folders["compressed"], tmp_path / "model")
     model = load_model(folders["compressed"])
@@ -301,12 +343,12 @@ def test_a_model_that_gives_no_numbers_is_refused_in_one_line(folders, tmp_path,
 
 
 @pytest.fixture
-def compress(tmp_path):
-    """Run main.py on the embedded model on little text; return its exit status."""
+def compress(tiny, tmp_path):
+    """Run main.py on the random model on little text; return its exit status."""
     (tmp_path / "text").mkdir()
     for split in ("train", "test"):
         (tmp_path / "text" / f"{split}.txt").write_text("\n\n".join(PASSAGES))
-    model = ["--model", EMBEDDED, "--dataset", str(tmp_path / "text"), "--device", "cpu", "--sparsity_ratio", "40"]
+    model = ["--model", tiny, "--dataset", str(tmp_path / "text"), "--device", "cpu", "--sparsity_ratio", "40"]
     sampling = ["--nsamples", "4", "--seqlen", "64", "--bi_score", str(tmp_path / "scores")]
     output = ["--save", str(tmp_path / "logs"), "--save_model", str(tmp_path / "small")]
     return lambda *argv: main.main([*model, *sampling, *output, *argv])
@@ -315,7 +357,7 @@ def compress(tmp_path):
 def test_main_evaluates_what_it_compressed(compress, tmp_path):
     """Oracle: the same evaluation of the folder it saved."""
     assert compress("--eval_zero_shot", *LOCAL, "--dtype", "float32", "--eval_batch_size", "8", "--limit", "5") == 0
-    record = json.loads((tmp_path / "logs" / "pydocs-llama_flatllm_40.json").read_text())
+    record = json.loads((tmp_path / "logs" / "tiny_flatllm_40.json").read_text())
     assert record["zero_shot"] == results_of(str(tmp_path / "small"), BOTH, limit=5)
     assert record["request"]["eval_zero_shot"] is True
 
@@ -343,7 +385,7 @@ def test_an_interrupted_evaluation_leaves_the_model_and_its_record(compress, tmp
     monkeypatch.setattr("lm_eval.simple_evaluate", interrupt)
     assert compress("--eval_zero_shot", *LOCAL, "--dtype", "float32") == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith("error: interrupted in the evaluation; the record of the compression is in ")
-    assert line.endswith("is evaluated by: python -m flatllmbench.zero_shot FOLDER")
-    record = json.loads((tmp_path / "logs" / "pydocs-llama_flatllm_40.json").read_text())
+    assert line.startswith("error: interrupted; ")
+    assert "; go on with: python main.py --model" in line
+    record = json.loads((tmp_path / "logs" / "tiny_flatllm_40.json").read_text())
     assert record["parameters_after"]["total"] == describe_model(tmp_path / "small")["parameters"]["total"]

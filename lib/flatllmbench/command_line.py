@@ -1,8 +1,8 @@
 """Command lines made from the table of options, and what the programs share in talking to a terminal."""
 
 import argparse
-import errno
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,17 +14,16 @@ from typing import Any
 import huggingface_hub
 import transformers
 
-from flatllmcore.config import PATH, SWITCH, Accepted, RunConfig, checked, integer, one_of, option
+from flatllmcore.config import MOST, PATH, SWITCH, Accepted, RunConfig, checked, integer, one_of, option
 from flatllmcore.core.importance import IMPORTANCE_FILE
-from flatllmcore.errors import InputError
+from flatllmcore.errors import UNUSABLE_PLACE, InputError, door
 from flatllmcore.methods import METHODS
-from flatllmcore.utils.checkpoint import check_output_folder
+from flatllmcore.utils.checkpoint import check_output_folder, partial_folder
+from flatllmcore.utils.files import check_writable
 from flatllmcore.utils.layer_utils import model_name
 from flatllmcore.utils.processes import is_rank_0, local_world_size
 from flatllmcore.utils.text_sources import has_test_split
 
-# What a user can mend about a place that cannot be written to.
-UNUSABLE_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOTDIR, errno.EEXIST)
 TASK_NAMES = Accepted(
     "tasks of the evaluation harness, comma-separated",
     lambda value: isinstance(value, str | list),
@@ -41,7 +40,7 @@ class Options(RunConfig):
     """
 
     sparsity_ratio: int = option(20, integer(1, 95), "percentage of the decoder layers' linear weights that is removed")
-    cal_nsamples: int | None = option(None, integer(1), "windows of text (128 for scores, 256 to compress)")
+    cal_nsamples: int | None = option(None, integer(1, MOST), "windows of text (128 for scores, 256 to compress)")
     prune_qk: bool = option(False, SWITCH, "prune Q and K too, each kept as two factors, instead of leaving them whole")
     prune_method: str = option("flatllm", one_of(("bi", *METHODS)), "bi: write importance scores; the others compress")
     save: Path = option(Path("logs"), PATH, "folder for logs and records")
@@ -75,13 +74,13 @@ class Options(RunConfig):
 
     def check(self) -> None:
         """Refuse what can be refused without looking at the model."""
+        for name, flag in FLAGS.items():
+            place = Path(self.model) if name == "model" else getattr(self, name)
+            if isinstance(place, Path):
+                with door(f"--{flag} {place} is no place", "give another one"):
+                    place.resolve()  # RuntimeError of a link to itself
         if self.device is not None and ":" in self.device and local_world_size() > 1:
             raise InputError(f"--device {self.device} is one GPU for several processes; with cuda each has its own")
-        if self.save_model is not None:
-            check_output_folder(self.save_model, self.overwrite)
-            model, out = Path(self.model).resolve(), self.save_model.resolve()
-            if model.is_relative_to(out) or out.is_relative_to(model):
-                raise InputError(f"--save_model {self.save_model} overlaps with --model; give another folder")
         for flag in ("tasks", "num_fewshot", "limit", "include_path"):
             if getattr(self, flag) is not None and not self.eval_zero_shot:
                 raise InputError(f"--{flag} is about tasks of the evaluation harness; give --eval_zero_shot too")
@@ -98,6 +97,22 @@ class Options(RunConfig):
             raise InputError(f"--bi_score {place} does not exist; give an existing file, or a folder")
         if not (self.eval_dataset or has_test_split(self.cal_dataset, self.dataset_root)):
             raise InputError(f"{self.cal_dataset} has no test split to measure perplexity on; name an --eval_dataset")
+
+    def check_places(self) -> None:
+        """Refuse places that cannot be written to, and a model folder that another place would be part of."""
+        for place in filter(None, (self.save, self.offload_folder)):
+            check_writable(place)
+        if self.save_model is None:
+            return
+        out = Path(os.path.realpath(self.save_model))
+        places: dict[str, Path | None] = {"save": self.save, "bi_score": self.score_place, "model": Path(self.model)}
+        places |= {"offload_folder": self.offload_folder, "cache_dir": self.cache_dir}
+        for flag, path in places.items():
+            real = Path(os.path.realpath(path or "/"))  # which is part of nothing
+            is_part = any(real.is_relative_to(folder) for folder in (out, partial_folder(out)))
+            if is_part or (flag == "model" and out.is_relative_to(real)):
+                raise InputError(f"--save_model {self.save_model} overlaps with --{flag} {path}; give another folder")
+        check_output_folder(self.save_model, self.overwrite)
 
 
 ROWS = {row.name: row for row in fields(Options)}
@@ -177,6 +192,7 @@ def logging_to(path: Path) -> Iterator[None]:
     transformers.utils.logging.set_verbosity_error()
     keep_bars_to_terminals()
     huggingface_hub.utils.logging.set_verbosity_error()
+    os.environ["DATASETS_VERBOSITY"] = "critical"  # read when the library is imported; what it logs it raises too
     for name in ("flatllm", "flatllmcore", "flatllmbench"):
         logging.getLogger(name).setLevel(logging.INFO if is_rank_0() else logging.CRITICAL)
     handlers = (logging.StreamHandler(sys.stdout), LogFile(path, delay=True)) if is_rank_0() else ()
@@ -192,11 +208,12 @@ def logging_to(path: Path) -> Iterator[None]:
 
 
 def keep_bars_to_terminals() -> None:
-    """Let transformers and the hub draw their progress bars where stderr is a terminal, and nowhere else."""
+    """Let transformers, datasets and the hub draw their bars where stderr is a terminal, and nowhere else."""
     if sys.stderr.isatty() and is_rank_0():
         transformers.utils.logging.enable_progress_bar()
     else:
         transformers.utils.logging.disable_progress_bar()
+        os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 
 
 def run_program(work: Callable[[], None], place: Path | None = None) -> int:

@@ -44,7 +44,8 @@ def draw_perplexity(runs: Sequence[Record]) -> bytes:
             axes.annotate(f"{perplexity:.2f}", (x, y), (5, 5), textcoords="offset points", color=f"C{i}")
     axes.set(xlabel="decoder-layer weights kept, %", ylabel="ratio to the dense model's perplexity")
     axes.margins(0.08)
-    figure.legend(loc="outside lower center", frameon=False)
+    for text in figure.legend(loc="outside lower center", frameon=False).get_texts():
+        text.set_parse_math(False)
     return _png(figure)
 
 

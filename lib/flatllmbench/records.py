@@ -15,8 +15,9 @@ import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import PretrainedConfig
 
-from flatllmcore.engine.checkpoint_sink import MANIFEST, Manifest
+from flatllmcore.engine.checkpoint_sink import Manifest
 from flatllmcore.layers import FAMILIES
+from flatllmcore.utils.checkpoint import MANIFEST
 from flatllmcore.utils.devices import device_name
 from flatllmcore.utils.files import read_json, write_json
 from flatllmcore.utils.layer_utils import count_parameters, dense_dimensions, load_config, model_name
@@ -47,7 +48,7 @@ def describe_model(model: str, cache_dir: Path | None = None) -> dict[str, Any]:
     config, base_model = load_config(model, cache_dir), None
     if config.model_type not in FAMILIES:
         manifest = found_file(model, MANIFEST, cache_dir)
-        base_model = None if manifest is None else read_json(manifest, Manifest).request["base_model"]
+        base_model = None if manifest is None else read_json(manifest, Manifest).request.get("base_model")
     return describe_config(config, model, base_model)
 
 
@@ -58,7 +59,7 @@ def describe_config(config: PretrainedConfig, model: str, base_model: str | None
     kept = counted["decoder_linear"] / (dense.num_layers * dense.layer_parameters)
     return {
         "model": model_name(model),
-        "base_model": base_model and model_name(base_model),
+        "base_model": base_model and model_name(str(base_model)),
         "achieved_sparsity_percent": 100 * (1 - kept),
         "parameters": {"total": counted["total"], "decoder_layers": counted["decoder_linear"]},
     }

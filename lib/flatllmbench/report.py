@@ -12,14 +12,15 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from flatllmcore.errors import InputError
+from flatllmcore.config import checked
+from flatllmcore.errors import InputError, door
 from flatllmcore.utils.files import read_json, write_atomically
 from flatllmcore.utils.layer_utils import model_name
 
-from .command_line import run_program
+from .command_line import ROWS, run_program
 from .plots import draw_perplexity
 from .records import Record, as_evaluation, flat, of_kind, settings
-from .tables import KINDS, NOT_RUN, NOT_THERE, figure, markdown_table, measured_tables
+from .tables import NOT_RUN, NOT_THERE, figure, markdown_table, measured_tables
 
 _REPORT = """\
 # Results
@@ -78,43 +79,51 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the arguments of the command line."""
     parser = argparse.ArgumentParser(description="Make README.md and its picture from records.")
-    parser.add_argument("records", nargs="+", type=Path, metavar="RECORDS", help="records, or folders of them")
-    parser.add_argument("--out", type=Path, default=Path("results"), metavar="DIR", help="(default: %(default)s)")
+    parser.add_argument("records", nargs="+", metavar="RECORDS", help="records, or folders of them")
+    parser.add_argument("--out", default=Path("results"), metavar="DIR", help="(default: %(default)s)")
     return parser.parse_args(argv)
 
 
 def read_records(paths: Sequence[Path]) -> list[Record]:
-    """Return the records of files, each once; a folder stands for all ``*.json`` files below it."""
+    """Return the records of files, each once and fit for a page; a folder stands for all ``*.json`` files below it."""
     files: list[Path] = []
-    for path in paths:
+    for path in (checked(ROWS["save"], path, "RECORDS") for path in paths):
         files += sorted(path.rglob("*.json")) if path.is_dir() else [path]
     if not files:
         raise InputError(f"no records in {', '.join(map(str, paths))}: expected *.json files")
-    records = {path: flat(read_json(path, dict[str, Any])) for path in files}
+    records = {path: read_json(path, dict[str, Any]) for path in files}
     for path, record in records.items():
         try:
-            for kind in KINDS:
-                measured_tables([record], kind)
-        except (LookupError, TypeError, ValueError, AttributeError) as error:  # fields are missing or of other types
+            records[path] = flat(record)
+            page([records[path]])
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
             problem = f"the field {error} is missing" if isinstance(error, KeyError) else error
             raise InputError(f"{path} is not usable: {problem}") from error
     return list(records.values())
 
 
-def write_report(runs: Sequence[Record], out: Path) -> None:
-    """Write README.md and its picture, and print their tables of compressions."""
-    compressions, has_curve = measured_tables(runs, "flatllm"), bool(of_kind(runs, "flatllm"))
+def page(runs: Sequence[Record]) -> bytes:
+    """Return README.md."""
     markdown = _REPORT.format(
-        table_1=table_1(runs),
-        picture=_PICTURE if has_curve else "",
-        compressions=compressions,
+        picture=_PICTURE if of_kind(runs, "flatllm") else "",
+        compressions=measured_tables(runs, "flatllm"),
         accuracies=measured_tables(runs, "zero_shot"),
         speeds=measured_tables(runs, "speed"),
+        table_1=table_1(runs),
     )
-    if has_curve:
-        write_atomically(out / "perplexity.png", draw_perplexity(runs))
-    write_atomically(out / "README.md", markdown.encode())
-    sys.stdout.write(f"{compressions}\nthe report is {out / 'README.md'}\n")
+    return markdown.encode()
+
+
+def write_report(runs: Sequence[Record], out: Path) -> None:
+    """Write README.md and its picture, and print their tables of compressions."""
+    out = checked(ROWS["save"], out, "--out")
+    markdown = page(runs)
+    if of_kind(runs, "flatllm"):
+        with door("the perplexities cannot be drawn", "accepted: those of runs that ended well"):
+            picture = draw_perplexity(runs)
+        write_atomically(out / "perplexity.png", picture)
+    write_atomically(out / "README.md", markdown)
+    sys.stdout.write(f"{measured_tables(runs, 'flatllm')}\nthe report is {out / 'README.md'}\n")
 
 
 def table_1(runs: Sequence[Record]) -> str:

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedModel
 
+from flatllmcore.config import MOST, checked
 from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector
 from flatllmcore.errors import InputError
 from flatllmcore.layers import compressed_config
@@ -33,7 +34,7 @@ from flatllmcore.utils.layer_utils import count_parameters, dense_dimensions, di
 from flatllmcore.utils.loading import empty_causal_lm, load_model
 from flatllmcore.utils.progress import progress
 
-from .command_line import add_flags, read_flags, run_program
+from .command_line import ROWS, add_flags, read_flags, run_program
 from .records import describe_config, flat, hardware, keep_record
 from .tables import measured_tables
 
@@ -91,8 +92,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _number(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is out of range; 1 or more is accepted")
+    if not 1 <= int(text) <= MOST:
+        raise argparse.ArgumentTypeError(f"{text} is out of range; 1 to {MOST} is accepted")
     return int(text)
 
 
@@ -111,7 +112,7 @@ def keep_measurement(args: argparse.Namespace, argv: Sequence[str] | None) -> No
 
 def read_configs(args: argparse.Namespace) -> Iterator[tuple[str, PretrainedConfig]]:
     """Yield what each model is called and its config, the dense one's first."""
-    first, *others = args.models or [args.shape]
+    first, *others = [checked(ROWS["model"], name, "MODEL") for name in args.models or [args.shape]]
     dense = load_config(first, args.cache_dir)
     dimensions = dimensions_from_config(dense)
     yield first, dense
@@ -139,7 +140,8 @@ def measure_models(args: argparse.Namespace, configs: dict[str, PretrainedConfig
     for name, config in progress(configs.items(), "loading", "model"):
         if args.shape:
             with torch.device(device):
-                models.append(AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval())
+                made = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=False)
+            models.append(made.eval())
         else:
             models.append(load_model(name, dtype=dtype, cache_dir=args.cache_dir).to(device))
         about = describe_config(config, name, None if name == first else first)

@@ -22,11 +22,12 @@ from typing import Any
 
 import torch
 
-from flatllmcore.errors import InputError
+from flatllmcore.config import checked
+from flatllmcore.errors import InputError, door
 from flatllmcore.utils.devices import parse_device
 from flatllmcore.utils.loading import load_model, load_tokenizer
 
-from .command_line import add_flags, check_include_path, read_flags, run_program
+from .command_line import ROWS, add_flags, check_include_path, read_flags, run_program
 from .records import describe_model, hardware, keep_record
 
 # Examples before every question, and the metric that is reported.
@@ -94,7 +95,10 @@ def evaluate_saved(
     loaded.register_forward_hook(_refuse_logits_that_are_not_finite)
     harnessed = HFLM(loaded, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32")
     known = TaskManager(include_defaults=False)  # they are loaded
-    with _bars_on_terminals_alone():
+    if harnessed.prefix_token_id is None:
+        raise InputError(f"the tokenizer at {model!r} has no BOS or EOS token; the harness puts one before each text")
+    length = f"what fits its {harnessed.max_length} tokens of context is accepted"
+    with _bars_on_terminals_alone(), door(f"the harness cannot evaluate {model!r}", length):
         found = simple_evaluate(harnessed, tasks=[*tasks.values()], limit=limit, task_manager=known, log_samples=False)
     results = {name: _result(name, task, found) for name, task in tasks.items()}
     paper = [row["value"] for n, row in results.items() if (row["num_fewshot"], row["metric"]) == PAPER_TASKS.get(n)]
@@ -149,7 +153,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def keep_evaluation(args: argparse.Namespace, argv: Sequence[str] | None) -> None:
     """Evaluate the model and write the record, named by model and tasks so that a trial leaves others alone."""
-    asked = read_flags(args, FLAGS)
+    asked, args.model = read_flags(args, FLAGS), checked(ROWS["model"], args.model, "FOLDER")
     check_include_path(asked["include_path"])
 
     def evaluate() -> dict[str, Any]:

@@ -5,12 +5,12 @@ A run goes on where an earlier one of the same request was stopped, and measures
 
 import logging
 import math
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import Tensor
@@ -20,16 +20,17 @@ from .config import RunConfig
 from .core.importance import IMPORTANCE_FILE, ImportanceScores
 from .core.rank_allocation import RankAllocation
 from .core.rank_files import find_ranks, ranks_file, save_ranks
-from .engine.checkpoint_sink import CheckpointSink, partial_folder
+from .engine.checkpoint_sink import CheckpointSink
 from .engine.checkpoint_source import CheckpointSource
 from .engine.perplexity import Perplexity, perplexity
 from .engine.storage import StatesStorage
 from .errors import InputError
 from .pipeline import Pipeline
+from .utils.checkpoint import partial_folder
 from .utils.data_utils import check_token_ids, consecutive_windows
 from .utils.devices import GIB, free_host_memory, parse_device
-from .utils.files import check_disk_space, digest, to_json_bytes, write_json
-from .utils.layer_utils import count_parameters, dimensions_from_config, load_config
+from .utils.files import check_disk_space, check_writable, digest, temporary_folder, to_json_bytes, write_json
+from .utils.layer_utils import count_parameters, dimensions_from_config, load_config, public_name
 from .utils.loading import found_file, load_tokenizer
 from .utils.processes import broadcast_object, is_rank_0, local_world_size, world_size
 from .utils.stopwatch import stage
@@ -77,13 +78,15 @@ class CheckpointRun:
 
     def score(self) -> ImportanceScores:
         """Return the importance of every layer, with what it takes to compute it again; written to its place."""
-        config, windows = self.config, self.pipeline.windows_to_score()
+        config = self.config
+        broadcast_object(lambda: check_writable(config.score_place))
+        windows = self.pipeline.windows_to_score()
         found = self.pipeline.score(self.source, windows)
         scores = ImportanceScores(
-            model_id=config.model,
+            model_id=public_name(config.model),
             fingerprint=self.source.fingerprint(),
             dimensions=self.dimensions,
-            dataset=config.cal_dataset,
+            dataset=public_name(config.cal_dataset),
             nsamples=len(windows),
             seqlen=self.pipeline.seqlen,
             seed=config.seed,
@@ -103,12 +106,9 @@ class CheckpointRun:
         if self.config.save_model is not None:
             yield self.config.save_model
             return
-        parent = self.config.offload_folder
-        if parent is not None:
-            parent.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
-            made = broadcast_object(lambda: stack.enter_context(TemporaryDirectory(prefix="flat-llm-", dir=parent)))
-            yield Path(made, "model")
+            made = broadcast_object(lambda: stack.enter_context(temporary_folder(self.config.offload_folder)))
+            yield made / "model"
 
     @contextmanager
     def compressed(self, folder: Path) -> Iterator[tuple[dict[str, Any], CheckpointSink]]:
@@ -134,7 +134,9 @@ class CheckpointRun:
             "seqlen": pipeline.seqlen,
             "seed": config.seed,
         }
-        request = about | self._request(allocation, windows, test_windows)
+        names = {"base_model": config.model, "dataset": config.cal_dataset, "eval_dataset": config.eval_text}
+        published = {field: public_name(name) for field, name in names.items()}  # with the model
+        request = about | self._request(allocation, windows, test_windows) | published
         with CheckpointSink(folder, self.source.num_layers, request, config.overwrite).opened() as sink:
             if "dense_perplexity" not in sink.results:
                 sink.remember("dense_perplexity", asdict(self._perplexity("dense", self.source, test_windows)))
@@ -180,12 +182,14 @@ class CheckpointRun:
             logger.info("no ranks or scores in %s: scoring the layers first", place)
             scores = self.score()
             allocation = pipeline.allocate(scores.scores, digest(to_json_bytes(scores)))
-            if is_rank_0():
-                save_ranks(allocation, place / ranks_file(allocation.sparsity_ratio))
         elif config.rank_multiple not in (None, allocation.rank_multiple):
             raise InputError(
                 f"the ranks in {place} go with --rank_multiple {allocation.rank_multiple}, not {config.rank_multiple}"
             )
+        ranks = place / ranks_file(allocation.sparsity_ratio)
+        is_of_scores_here = allocation.importance_sha256 is not None and place.is_dir() and not ranks.exists()
+        if is_rank_0() and is_of_scores_here and os.access(place, os.W_OK):
+            save_ranks(replace(allocation, fingerprint=fingerprint), ranks)
         logger.info(
             "asked to remove %g %% of %d decoder-layer weights; the ranks remove %.3f %%",
             allocation.sparsity_ratio,
@@ -197,7 +201,7 @@ class CheckpointRun:
     def _request(self, allocation: RankAllocation, windows: Tensor, test_windows: Tensor) -> dict[str, Any]:
         """Return what else decides the bytes of the result, in words where there are some, for a run that goes on."""
         return {
-            "fingerprint": self.source.fingerprint(),
+            **self.source.identity,
             "dtype": str(self.source.dtype),
             "ranks": digest(to_json_bytes(allocation.layers))[:16],
             "windows": digest(windows.numpy().tobytes())[:16],

@@ -19,6 +19,8 @@ from .methods import METHODS
 from .utils.devices import DEVICE_NAMES, is_device_name
 from .utils.layer_utils import model_name
 
+MOST = 10**6  # windows: more than anybody means, and still a number of things that memory might take
+
 
 @dataclass(frozen=True)
 class Accepted:
@@ -47,13 +49,22 @@ def one_of(choices: Collection[str]) -> Accepted:
     return Accepted(" or ".join(choices), lambda value: isinstance(value, str) and value in choices)
 
 
+def _is_name(value: Any) -> bool:
+    """Tell whether ``value`` is a name or path in UTF-8, and a ~ at its beginning the home of a user that there is."""
+    name = os.fspath(value) if isinstance(value, str | os.PathLike) else ""
+    is_utf8 = isinstance(name, str) and name == name.encode(errors="ignore").decode()
+    return is_utf8 and name != "" and "\0" not in name and not os.path.expanduser(name).startswith("~")
+
+
+_NAME = "in UTF-8, with ~ for a home folder that there is"
 SWITCH = Accepted("True or False", lambda value: isinstance(value, bool))
-PATH = Accepted("a path", lambda value: isinstance(value, str | os.PathLike), Path)
-TEXT = Accepted("text", lambda value: isinstance(value, str) and value != "")
+# Shells leave the ~ of ``--flag=~/here``. pathlib would raise RuntimeError where there is no such user.
+PATH = Accepted(f"a path {_NAME}", _is_name, lambda value: Path(os.path.expanduser(value)))
+TEXT = Accepted(f"a name or path {_NAME}", lambda value: isinstance(value, str) and _is_name(value), os.path.expanduser)
 DATA = Accepted(
-    "a dataset's name, a path, texts, token ids, or batches of them whose number is known",
-    lambda data: isinstance(data, os.PathLike | Sized) and not (isinstance(data, str) and data == ""),
-    lambda data: os.fspath(data) if isinstance(data, os.PathLike) else data,
+    f"a dataset's name, a path {_NAME}, texts, token ids, or batches of them whose number is known",
+    lambda data: _is_name(data) if isinstance(data, str | os.PathLike) else isinstance(data, Sized),
+    lambda data: os.path.expanduser(data) if isinstance(data, str | os.PathLike) else data,
 )
 
 
@@ -94,13 +105,13 @@ class FlatLLMConfig:
         number("a share above 0 and at most 1", lambda value: 0 < value <= 1),
         "share of eigenvalue mass whose rank is logged for comparison; changes nothing",
     )
-    cal_dataset: Any = option("wikitext2", DATA, "calibration text: wikitext2, c4, alpaca, pydocs, or a file or folder")
-    cal_nsamples: int | None = option(128, integer(1), "windows of text; with None 128 for scores, 256 to compress")
+    cal_dataset: Any = option("wikitext2", DATA, "text: wikitext2, c4, alpaca, pydocs, a hub id, or a file or folder")
+    cal_nsamples: int | None = option(128, integer(1, MOST), "windows of text; None: 128 for scores, 256 to compress")
     importance_method: str = option("angular", one_of(IMPORTANCE_METHODS), "how layers are scored")
     preserve_qk_layers: bool = option(True, SWITCH, "leave Q and K whole")
     method: str = option("flatllm", one_of(METHODS), "the compression method")
     seqlen: int | None = option(None, integer(2), "tokens per window (4096, or less if the model takes less)")
-    batch_size: int | None = option(None, integer(1), "windows run at a time (about 4096 tokens)")
+    batch_size: int | None = option(None, integer(1, MOST), "windows run at a time (about 4096 tokens)")
     seed: int = option(42, integer(0, 2**63 - 1), "seed of the sampling")
     rank_multiple: int | None = option(
         None,
@@ -141,14 +152,14 @@ class RunConfig(FlatLLMConfig):
     out_of_core: bool = option(False, SWITCH, "leave the weights on disk also where they fit in half of the memory")
     host_memory_gib: float | None = option(
         None,
-        number("a number, 0 or more", lambda value: 0 <= value < inf),
+        number("a number, 0 to 1e9", lambda value: 0 <= value <= 1e9),
         "host memory to plan with, per process (what is free, shared by the processes)",
     )
     offload_folder: Path | None = option(
         None, PATH, "where hidden states go that memory is too small for (the temporary folder)"
     )
     save_model: Path | None = option(None, PATH, "folder for the compressed model (a temporary one)")
-    overwrite: bool = option(False, SWITCH, "replace scores or a model folder that exist")
+    overwrite: bool = option(False, SWITCH, "replace scores that exist, or a model folder that a run wrote")
 
     @property
     def score_place(self) -> Path:

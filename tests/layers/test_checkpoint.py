@@ -1,8 +1,13 @@
+import os
+from pathlib import Path
+from unittest import mock
+
 import pytest
 from huggingface_hub import ModelCard
 
 from flatllmcore import InputError
-from flatllmcore.utils.checkpoint import check_output_folder, model_card, put_in_place
+from flatllmcore.utils.checkpoint import MANIFEST, check_output_folder, model_card, put_in_place
+from flatllmcore.utils.files import write_json
 
 RECORD = {
     "base_model": "meta-llama/Llama-2-7b-hf",
@@ -21,20 +26,82 @@ RECORD = {
 }
 
 
-def test_overwriting_spares_what_is_no_model(tmp_path):
-    (tmp_path / "thesis.tex").touch()
-    with pytest.raises(InputError, match="holds no model"):
-        check_output_folder(tmp_path, overwrite=True)
+def publish(folder: Path, *names: str) -> Path:
+    """Write a folder as a run leaves it: files by the names given, and the manifest that lists them."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("ours")
+    write_json(folder / MANIFEST, {"request": {}, "files": names})
+    return folder
+
+
+def link(path: Path) -> None:
+    path.symlink_to(path.parent)
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "reason"),
+    [
+        ("out/thesis.tex", Path.touch, "no run wrote .*/out/thesis.tex"),
+        ("out/templates/mine", Path.touch, "no run wrote .*/out/templates/mine"),
+        ("out/empty", Path.mkdir, "no run wrote .*/out/empty"),
+        ("out/link", link, "no run wrote .*/out/link"),
+        ("out.partial", Path.touch, "out.partial is in the way"),
+        ("out.partial", os.mkfifo, "out.partial is in the way"),
+        (".out.partial.lock", link, "out.partial.lock is in the way"),
+        ("out.partial", link, "out.partial is in the way"),
+        ("out.partial/.env", Path.touch, "out.partial is in the way"),
+        ("out.partial/README.md", Path.touch, "out.partial is in the way"),
+        ("out.partial/.tmp.0123456789abcdef", Path.mkdir, "out.partial is in the way"),
+    ],
+)
+def test_overwriting_spares_what_no_run_wrote(tmp_path, name, make, reason):
+    out = publish(tmp_path / "out", "config.json", "templates/chat.jinja")
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    make(tmp_path / name)
+    with pytest.raises(InputError, match=reason):
+        check_output_folder(out, overwrite=True)
+
+
+def test_overwriting_takes_what_a_run_wrote_in_whatever_state_a_kill_left_it(tmp_path):
+    out = publish(tmp_path / "out", "config.json", "templates/chat.jinja")
+    (publish(out / ".replaced") / "config.json").touch()  # a kill left the model before the last
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / ".tmp.0123456789abcdef").touch()
+    check_output_folder(out, overwrite=True)
+    with pytest.raises(InputError, match="not empty"):
+        check_output_folder(out, overwrite=False)
     with pytest.raises(InputError, match="is a file"):
-        check_output_folder(tmp_path / "thesis.tex", overwrite=True)
+        check_output_folder(out / "config.json", overwrite=True)
 
 
 def test_a_model_that_cannot_be_put_in_place_leaves_the_old_one(tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "weights").touch()
-    with pytest.raises(FileNotFoundError):
-        put_in_place(tmp_path / "missing", tmp_path / "out")
-    assert [path.name for path in tmp_path.rglob("*")] == ["out", "weights"]
+    out = publish(tmp_path / "out", "weights")
+    new = publish(tmp_path / "out.partial", "new")
+    rename = Path.rename
+
+    def refuse_the_new_one(path: Path, target: Path) -> Path:
+        if path == new:
+            raise PermissionError
+        return rename(path, target)
+
+    with mock.patch("pathlib.Path.rename", refuse_the_new_one), pytest.raises(PermissionError):
+        put_in_place(new, out, overwrite=True)
+    (out / "notes").touch()  # in the hours that the run took
+    with pytest.raises(InputError, match="no run wrote"):
+        put_in_place(new, out, overwrite=True)
+    assert {path.name for path in tmp_path.rglob("*")} == {"out", "weights", MANIFEST, "notes", "out.partial", "new"}
+
+
+def test_an_old_model_that_cannot_be_deleted_is_told_and_no_failure(tmp_path, monkeypatch, caplog):
+    def refuse(_path: Path) -> None:
+        raise PermissionError(1, "Operation not permitted", "config.json")
+
+    out, new = publish(tmp_path / "out", "old"), publish(tmp_path / "out.partial", "new")
+    monkeypatch.setattr("shutil.rmtree", refuse)
+    put_in_place(new, out, overwrite=True)
+    assert (out / "new").exists()
+    assert f"the new model is in {out}; the earlier one, in it, cannot be deleted: [Errno 1]" in caplog.text
 
 
 def test_the_card_states_how_the_model_was_made_and_names_no_path(tmp_path):
@@ -46,8 +113,16 @@ def test_the_card_states_how_the_model_was_made_and_names_no_path(tmp_path):
     for fact in ("20.000 % achieved", "5.472", "6.700", "256 samples of 4096 tokens, seed 42", "torch 2.13.0", "800"):
         assert fact in card
     assert "trust_remote_code=True" in card
-    of_local_model = model_card(RECORD | {"base_model": str(tmp_path)})
+    (tmp_path / "texts").mkdir()
+    text = str(tmp_path / "texts")
+    command = f"python main.py --model {tmp_path} --dataset={text} --save_model {tmp_path}/a/out --tasks a,b"
+    local = {"base_model": str(tmp_path), "dataset": text, "perplexity": RECORD["perplexity"] | {"dataset": text}}
+    of_local_model = model_card(RECORD | local | {"command": command})
     stated = ModelCard(of_local_model).data.to_dict()
     assert "base_model" not in stated
     assert stated["flat_llm"] == {"base_model": tmp_path.name, "sparsity_ratio": 20}
     assert str(tmp_path.parent) not in of_local_model
+    assert f"`python main.py --model {tmp_path.name} --dataset=texts --save_model out --tasks a,b`" in of_local_model
+    assert "`python main.py --model meta-llama/Llama-2-7b-hf`" in model_card(
+        RECORD | {"command": "python main.py --model meta-llama/Llama-2-7b-hf"}
+    )

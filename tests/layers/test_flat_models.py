@@ -8,6 +8,8 @@ import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from transformers import AutoModelForCausalLM
 
+from flatllmcore.utils.layer_utils import FAMILY_NAMES
+
 from .tiny_models import RANKS, SIZES, compress, dense_model_of, generate, project_in_full_size
 
 
@@ -41,11 +43,14 @@ def test_a_uniform_model_needs_no_per_layer_config(dense_model, tokens, tmp_path
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(tokens).logits, model(tokens).logits)
 
 
-def test_the_folder_loads_where_the_package_is_not_installed(flat_model, tokens, tmp_path):
+def test_the_folder_loads_where_the_package_is_not_installed(tokens, tmp_path):
     """Also from there it can be saved again."""
-    model = flat_model()
-    model.save_pretrained(tmp_path / "model")
-    torch.save({"tokens": tokens, "logits": model(tokens).logits}, tmp_path / "expected.pt")
+    expected = {}
+    for family in FAMILY_NAMES:
+        model = compress(dense_model_of(family))
+        model.save_pretrained(tmp_path / family / "model")
+        expected[family] = model(tokens).logits
+    torch.save({"tokens": tokens, "logits": expected}, tmp_path / "expected.pt")
     program = f"""
         import sys
         sys.modules["flatllmcore"] = None  # makes its import fail
@@ -53,19 +58,23 @@ def test_the_folder_loads_where_the_package_is_not_installed(flat_model, tokens,
         from transformers import AutoModelForCausalLM
 
         expected = torch.load({str(tmp_path / "expected.pt")!r})
-        for source, copy in (("model", "again"), ("again", "third")):
-            model = AutoModelForCausalLM.from_pretrained({str(tmp_path)!r} + "/" + source, trust_remote_code=True)
-            assert type(model).__module__.startswith("transformers_modules"), type(model)
-            assert torch.equal(model(expected["tokens"]).logits, expected["logits"])
-            model.generate(expected["tokens"], max_new_tokens=2, cache_implementation="static", disable_compile=True)
-            model.save_pretrained({str(tmp_path)!r} + "/" + copy)
+        tokens = expected["tokens"]
+        for family, logits in expected["logits"].items():
+            folder = {str(tmp_path)!r} + "/" + family
+            for source, copy in (("/model", "/again"), ("/again", "/third")):
+                model = AutoModelForCausalLM.from_pretrained(folder + source, trust_remote_code=True)
+                assert type(model).__module__.startswith("transformers_modules"), type(model)
+                assert torch.equal(model(tokens).logits, logits)
+                model.generate(tokens, max_new_tokens=2, cache_implementation="static", disable_compile=True)
+                model.save_pretrained(folder + copy)
     """
     subprocess.run(
         [sys.executable, "-I", "-c", textwrap.dedent(program)],
         env={"HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1", "PATH": ""},
         check=True,
     )
-    assert contents(tmp_path / "third") == contents(tmp_path / "model")
+    for family in FAMILY_NAMES:
+        assert contents(tmp_path / family / "third") == contents(tmp_path / family / "model")
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -80,8 +89,9 @@ def test_gradient_checkpointing_gives_the_same_gradients(flat_model, tokens, use
     torch.testing.assert_close(*gradients)
 
 
-def assert_compiled_equals_eager(model, tokens, **options):
+def assert_compiled_equals_eager(family, ranks, widths, tokens, **options):
     """Compare a prompt and one more token; the whole model must be one graph."""
+    model = compress(dense_model_of(family, num_hidden_layers=len(ranks)), ranks, widths)
     compiled = torch.compile(model, fullgraph=True, **options)
     next_token = torch.full((len(tokens), 1), 3)
     with torch.no_grad():
@@ -93,13 +103,15 @@ def assert_compiled_equals_eager(model, tokens, **options):
     torch._dynamo.reset()
 
 
-def test_prompt_and_decoding_trace_to_one_graph_each(flat_model, tokens):
-    assert_compiled_equals_eager(flat_model(), tokens, backend="aot_eager")
+def test_prompt_and_decoding_trace_to_one_graph_each(family, tokens):
+    """By the tracer alone: what is made of its graphs is tested below."""
+    assert_compiled_equals_eager(family, (5, 11), (96, 33), tokens, backend="eager")
 
 
 @pytest.mark.slow
 def test_compiled_prompt_and_decoding_equal_eager_ones(tokens):
-    assert_compiled_equals_eager(compress(dense_model_of("llama")), tokens)
+    """Of one layer: a compiler of C++ takes seconds for each step."""
+    assert_compiled_equals_eager("llama", (5,), (33,), tokens)
 
 
 @pytest.mark.parametrize("fields", [{"value_head_dim": 17}, {"query_key_rank": 0}, {"intermediate_size": 97}])

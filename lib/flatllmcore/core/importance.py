@@ -1,6 +1,7 @@
 """Step 1 of the method: angles between a layer's input and output, and files of scores, ours and the authors'."""
 
 import math
+from array import array
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ def angles_between(inputs: Tensor, outputs: Tensor) -> tuple[Tensor, int]:
 class ImportanceScores:
     """The content of ``importance.json``: one score per decoder layer, and all that is needed to compute them again.
 
-    ``fingerprint`` names the weights; angular scores are mean angles in units of π; ``zero_rows`` had no angle.
+    ``fingerprint`` names the model; angular scores are mean angles in units of π; ``zero_rows`` had no angle.
     """
 
     model_id: str
@@ -57,10 +58,14 @@ class ImportanceScores:
         if differences := self.dimensions.differences_from(dimensions):
             raise InputError(f"the scores belong to another model, {self.model_id}: {differences}")
         if fingerprint not in (None, self.fingerprint):
-            raise InputError(
-                f"the scores belong to other weights of the same sizes, {self.model_id} (fingerprint "
-                f"{self.fingerprint}, not {fingerprint}); score this model anew"
-            )
+            other = differing_parts(self.fingerprint, fingerprint)
+            raise InputError(f"the scores belong to other {other}, of {self.model_id}; score this model anew")
+
+
+def differing_parts(fingerprint: str, other: str) -> str:
+    """Return which parts of two models of the same sizes differ, by their fingerprints, in words."""
+    parts = zip(("weights", "config", "tokenizer"), fingerprint.split("-"), other.split("-"), strict=False)
+    return " and ".join(name for name, one, another in parts if one != another) or "weights"
 
 
 def read_author_numbers(path: Path) -> list[float]:
@@ -73,12 +78,15 @@ def read_author_numbers(path: Path) -> list[float]:
     try:
         with torch.serialization.safe_globals(_numpy_globals()):
             content = torch.load(path, map_location="cpu", weights_only=True)
-        numbers = torch.as_tensor(content, dtype=torch.float64)
+        if isinstance(content, Tensor | np.ndarray):
+            content = content.tolist() if math.prod(content.shape) <= path.stat().st_size else ()
+        numbers = array("d", content if isinstance(content, list | tuple) else ())  # takes neither text nor lists
     except Exception as error:  # damaged bytes raise a dozen kinds, AssertionError and struct.error among them
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        # In torch's own words: how to load it unsafely.
+        reason = error.strerror if isinstance(error, OSError) else "it is damaged, or holds something else"
         raise InputError(f"cannot read {path} ({reason}); {expected}") from error
-    if numbers.ndim != 1 or len(numbers) == 0 or not numbers.isfinite().all():
-        found = f"{numbers.numel()} numbers in {numbers.ndim} dimensions, {numbers.isfinite().sum()} of them finite"
+    if not numbers or not all(map(math.isfinite, numbers)):
+        found = f"{len(numbers)} such numbers, {sum(map(math.isfinite, numbers))} of them finite"
         raise InputError(f"{path} holds {found}; {expected}")
     return numbers.tolist()
 

@@ -16,6 +16,8 @@ from .cholesky import cholesky, inverse_column_energies
 logger = logging.getLogger(__name__)
 
 RIDGE = 1.0  # λ of the leverage scores, on the unnormalised sum
+# Tried in turn, as shares of each channel's own energy: float32 sums can round a moment to one a little indefinite.
+SUM_ROUNDING = (0.0, 1e-6, 1e-4)
 # Tried in turn, where none is not enough, on the kept channels' correlation matrix: relative to each one's own energy.
 JITTERS = (1e-10, 1e-8, 1e-6, 1e-4, 1e-2)
 # With few tokens per channel an exact solve fits their noise, worst where the kept channels are about as many as the
@@ -32,21 +34,26 @@ def select_channels(second_moment: Tensor, width: int) -> Tensor:
     """Return the indices, rising, of the ``width`` channels with the highest ridge leverage score in ``C = Σ z zᵀ``.
 
     The score ``s_i = 1 - λ [(C + λI)⁻¹]_ii`` crowds against 1, so channels are ranked by the diagonal of the inverse,
-    smallest first: with ``C + λI = L Lᵀ`` entry ``i`` is the squared length of column ``i`` of ``L⁻¹``. Ties go to the
-    lower index. A dead channel scores 0, the least there is. A ridge that would be lost to rounding beside ``C``,
-    (F, F), is raised to what is not: 8 times the machine's epsilon of the trace.
+    smallest first. Ties go to the lower index. A dead channel scores 0, the least there is.
+    """
+    return diagonal_of_ridge_inverse(second_moment).argsort(stable=True)[:width].sort().values
 
-    Raises:
-        ArithmeticError: If ``C`` is not positive semidefinite.
+
+def diagonal_of_ridge_inverse(second_moment: Tensor) -> Tensor:
+    """Return the diagonal of ``(C + λI)⁻¹``, (F,): squared lengths of the columns of ``L⁻¹``, where ``C + λI = L Lᵀ``.
+
+    A ridge that would be lost to rounding beside ``C``, (F, F), is raised to what is not: 8 times the machine's epsilon
+    of the trace. ArithmeticError if ``C`` is not positive semidefinite, by more than float32 sums round.
     """
     diagonal = second_moment.diagonal().clone()
     smallest = 8 * torch.finfo(diagonal.dtype).eps * second_moment.trace().item()
-    second_moment.diagonal().add_(max(RIDGE, smallest))
-    factor = cholesky(second_moment)
-    second_moment.diagonal().copy_(diagonal)  # back as it was: a copy of the whole would be as large as the factor
-    if factor is None:
-        raise ArithmeticError("the MLP moment is not positive semidefinite")
-    return inverse_column_energies(factor).argsort(stable=True)[:width].sort().values
+    for share in SUM_ROUNDING:
+        second_moment.diagonal().mul_(1 + share).add_(max(RIDGE, smallest))
+        factor = cholesky(second_moment)
+        second_moment.diagonal().copy_(diagonal)  # back as it was: a copy of the whole would be as large as the factor
+        if factor is not None:
+            return inverse_column_energies(factor)
+    raise ArithmeticError("the MLP moment is not positive semidefinite")
 
 
 def few_tokens_jitter(tokens: int, channels: int) -> float:

@@ -17,8 +17,8 @@ class RankAllocation:
     """What each decoder layer of a model keeps.
 
     ``sparsity_ratio`` is the percentage of the decoder layers' linear weights asked to be removed, ``dimensions`` are
-    those of the dense model, and ``importance_sha256`` is the digest of the file of scores that this was made from. An
-    InputError names an entry out of its bounds.
+    those of the dense model, and ``importance_sha256`` is the digest of the file of scores that this was made from,
+    ``fingerprint`` what that says of the model. An InputError names an entry out of its bounds.
     """
 
     sparsity_ratio: float
@@ -27,6 +27,7 @@ class RankAllocation:
     dimensions: ModelDimensions
     layers: tuple[Kept, ...]
     importance_sha256: str | None = None
+    fingerprint: str | None = None
 
     def __post_init__(self) -> None:
         largest = {"keep": 1, "value_rank": self.dimensions.head_dim, "mlp_width": self.dimensions.intermediate_size}
@@ -129,6 +130,8 @@ def allocate_keep_ratios(scores: Sequence[float], keep_ratio: float) -> list[flo
     keep = [1.0] * len(scores)
     if keep_ratio == 1:
         return keep  # also where equal scores would give 1 less a rounding error
+    _, exponent = math.frexp(max(scores, default=1.0))
+    scores = [math.ldexp(score, -exponent) for score in scores]  # exact, and no sum of them overflows
     budget = len(scores) * keep_ratio
     active = sorted(range(len(scores)), key=lambda i: -scores[i])
     total = math.fsum(scores)

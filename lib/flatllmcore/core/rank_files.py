@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 from ..errors import InputError
 from ..utils.dimensions import ModelDimensions, check_length
 from ..utils.files import digest, read_json, write_json
-from .importance import IMPORTANCE_FILE, ImportanceScores, read_author_numbers
+from .importance import IMPORTANCE_FILE, ImportanceScores, differing_parts, read_author_numbers
 from .rank_allocation import ImportancePreservingRankSelector, RankAllocation
 
 logger = logging.getLogger(__name__)
@@ -38,6 +38,7 @@ class RanksFile:
     keep: list[float]
     value_rank: list[int]
     mlp_width: list[int]
+    fingerprint: str | None = None  # of the model; ranks of the authors' scores have none
 
 
 _PER_LAYER = ("keep", "value_rank", "mlp_width")
@@ -58,7 +59,7 @@ def read_ranks(path: Path) -> RankAllocation:
     sizes = zip(file.keep, file.value_rank, file.mlp_width, strict=True)
     layers = tuple(file.dimensions.kept(*layer, file.prune_qk) for layer in sizes)
     asked = (file.sparsity_ratio, file.prune_qk, file.rank_multiple)
-    return RankAllocation(*asked, file.dimensions, layers, file.importance_sha256)
+    return RankAllocation(*asked, file.dimensions, layers, file.importance_sha256, file.fingerprint)
 
 
 def find_ranks(
@@ -68,22 +69,23 @@ def find_ranks(
 
     A file is used as it is. In a folder the first of these decides: ``ranks_<percent>.json``, ``importance.json``, the
     authors' ``sparsity_score_<percent kept of V, O and MLP>%.pt`` and their ``bi_score.pt``. An InputError names one
-    that is damaged, or made for another model or from other scores.
+    that is damaged, or made for another model or target (the authors' state neither) or from other scores.
     """
     authors = f"sparsity_score_{int(100 * selector.prunable_keep_ratio(keep_ratio) + 1e-9)}%.pt"
-    names = (ranks_file(round(100 * (1 - keep_ratio), 9)), IMPORTANCE_FILE, authors, "bi_score.pt")
+    percent = round(100 * (1 - keep_ratio), 9)
+    names = (ranks_file(percent), IMPORTANCE_FILE, authors, "bi_score.pt")
     for path in [place] if place.is_file() else [place / name for name in names]:
         if path.is_file():
             logger.info("ranks from %s", path)
             try:
-                return _ranks_of(path, selector, fingerprint, allocate)
+                return _ranks_of(path, selector, fingerprint, percent, allocate)
             except InputError as error:
                 raise InputError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
     return None
 
 
 def _ranks_of(
-    path: Path, selector: ImportancePreservingRankSelector, fingerprint: str, allocate: Allocate
+    path: Path, selector: ImportancePreservingRankSelector, fingerprint: str, percent: float, allocate: Allocate
 ) -> RankAllocation:
     if path.suffix == ".pt":
         numbers = read_author_numbers(path)
@@ -97,6 +99,11 @@ def _ranks_of(
     allocation, scores_file = read_ranks(path), path.with_name(IMPORTANCE_FILE)
     if differences := allocation.dimensions.differences_from(selector.dimensions):
         raise InputError(f"the ranks belong to another model: {differences}")
+    if allocation.fingerprint is not None and allocation.fingerprint != fingerprint:
+        other = differing_parts(allocation.fingerprint, fingerprint)
+        raise InputError(f"the ranks belong to other {other}; score this model anew")
+    if allocation.sparsity_ratio != percent:
+        raise InputError(f"the ranks are to remove {allocation.sparsity_ratio:g} %, and here it is {percent:g} %")
     if allocation.prune_qk != selector.prune_qk:
         raise InputError(f"the ranks are made with prune_qk {allocation.prune_qk}, and here it is {selector.prune_qk}")
     if allocation.importance_sha256 is not None and scores_file.is_file():

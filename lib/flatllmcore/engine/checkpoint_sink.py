@@ -9,17 +9,25 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import custom_object_save
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from ..errors import InputError
 from ..layers.flat_attention import FlatDecoderLayer
-from ..utils.checkpoint import check_output_folder, put_in_place
-from ..utils.files import naming_place, read_json, replacing, write_atomically, write_json
+from ..utils.checkpoint import (
+    MANIFEST,
+    MODEL_CARD,
+    check_output_folder,
+    find_other,
+    lock_file,
+    partial_folder,
+    put_in_place,
+)
+from ..utils.files import file_digest, naming_place, read_json, replacing, write_atomically, write_json
 from ..utils.layer_utils import stored_tensors
 from ..utils.loading import empty_causal_lm
 from ..utils.processes import barrier, broadcast_object, is_rank_0
@@ -27,8 +35,6 @@ from .checkpoint_source import LAYERS, CheckpointSource
 from .protocols import LayerRecord
 
 logger = logging.getLogger(__name__)
-
-MANIFEST = "flat_llm.json"
 
 
 @dataclass
@@ -38,12 +44,8 @@ class Manifest:
     request: dict[str, Any]
     results: dict[str, Any] = field(default_factory=dict)
     layers: list[LayerRecord] = field(default_factory=list)
-
-
-def partial_folder(folder: Path) -> Path:
-    """Return where a model is written until it is whole."""
-    folder = folder.resolve()
-    return folder.with_name(f"{folder.name}.partial")
+    shards: dict[str, str] = field(default_factory=dict)  # SHA-256 of each layer's file
+    files: list[str] = field(default_factory=list)  # in its folder that the run writes, itself apart
 
 
 class CheckpointSink:
@@ -63,6 +65,9 @@ class CheckpointSink:
         self.request = dict(request)
         self.results: dict[str, Any] = {}
         self.finished: dict[int, LayerRecord] = {}
+        self._shards: dict[str, str] = {}
+        shards = [self._shard(number).name for number in range(num_layers + 2)]
+        self._files = {*shards, SAFE_WEIGHTS_INDEX_NAME, CONFIG_NAME, MODEL_CARD}  # that are written, by name
 
     @contextmanager
     def opened(self) -> Iterator["CheckpointSink"]:
@@ -82,6 +87,7 @@ class CheckpointSink:
         if is_rank_0():
             weights = {f"{LAYERS}{index}.{name}": weight for name, weight in stored_tensors(layer).items()}
             self._write_shard(1 + index, weights)
+            self._shards[self._shard(1 + index).name] = file_digest(self._shard(1 + index))
             self._write_manifest(finished)
         self.finished = finished
 
@@ -114,28 +120,30 @@ class CheckpointSink:
                 self._write_index()
                 # The config, and the modelling files beside it, as ``save_pretrained`` of the model would.
                 model = empty_causal_lm(flat_config)
-                custom_object_save(model, self.partial, config=flat_config)
+                saved = custom_object_save(model, self.partial, config=flat_config)
                 flat_config.architectures = [type(model).__name__]
                 flat_config.dtype = source.dtype
                 flat_config.save_pretrained(self.partial)
                 if generation_config is not None:
-                    shutil.copyfile(generation_config, self.partial / generation_config.name)
-                tokenizer.save_pretrained(self.partial)
+                    saved.append(shutil.copyfile(generation_config, self.partial / generation_config.name))
+                saved += tokenizer.save_pretrained(self.partial)
+            self._files |= {Path(path).relative_to(self.partial).as_posix() for path in saved}
+            self._write_manifest(self.finished)
         barrier()
         return str(self.partial)
 
     def publish(self, model_card: str) -> None:
         """Put the finished model in its place."""
         if is_rank_0():
-            write_atomically(self.partial / "README.md", model_card.encode())
-            put_in_place(self.partial, self.folder)
+            write_atomically(self.partial / MODEL_CARD, model_card.encode())
+            put_in_place(self.partial, self.folder, self.overwrite)
 
     def _open(self, stack: ExitStack) -> tuple[dict[str, Any], dict[int, LayerRecord]]:
         """Lock the partial folder and return results and layers, without those whose shards are damaged."""
         check_output_folder(self.folder, self.overwrite)
         self.partial.parent.mkdir(parents=True, exist_ok=True)
         path = self.partial / MANIFEST
-        lock = FileLock(self.partial.with_name(f".{self.partial.name}.lock"))  # beside: it outlives the renaming
+        lock = FileLock(lock_file(self.folder))
         try:
             stack.enter_context(lock.acquire(timeout=0))
         except Timeout as error:
@@ -143,21 +151,20 @@ class CheckpointSink:
         stack.callback(Path(lock.lock_file).unlink, missing_ok=True)
         check_output_folder(self.folder, self.overwrite)  # which a run may have published just before
         self.partial.mkdir(exist_ok=True)
-        if not path.exists() and any(not other.name.startswith(".tmp") for other in self.partial.iterdir()):
-            raise InputError(f"{self.partial} is in the way: it holds no unfinished run; delete it")
         manifest = read_json(path, Manifest) if path.exists() else Manifest(self.request)
         self._check_request(manifest.request)
+        self._shards = manifest.shards
         layers = {record.layer: record for record in manifest.layers if self._is_whole(record.layer)}
         self.results, self.finished = manifest.results, layers
         stack.push(self._discard_if_useless)
-        for left_over in self.partial.glob(".tmp*"):
+        for left_over in filter(Path.is_file, self.partial.glob(".tmp*")):
             left_over.unlink()
         self._write_manifest(layers)
         return manifest.results, layers
 
     def _discard_if_useless(self, error: type[BaseException] | None, *_: object) -> None:
         """Remove the partial folder, its manifest last: what a kill leaves of it is still known as ours."""
-        if error is not None and not self.finished and not self.results:
+        if error is not None and not self.finished and not self.results and not find_other(self.partial):
             for path in sorted(self.partial.iterdir(), key=lambda path: path.name == MANIFEST):
                 path.unlink()
             self.partial.rmdir()
@@ -173,26 +180,28 @@ class CheckpointSink:
             raise InputError(f"{self.partial} holds a run of another request ({changed}); finish that one or delete it")
 
     def _is_whole(self, index: int) -> bool:
-        path = self._shard(1 + index)
+        path, problem = self._shard(1 + index), "its bytes are not those that were written"
         try:
-            with safe_open(path, "pt"):  # checks the header against the length of the file
+            if file_digest(path) == self._shards.get(path.name):
                 return True
-        except (OSError, SafetensorError) as error:
-            logger.warning("%s is damaged and its layer is done again: %s", path, error)
-            return False
+        except OSError as error:
+            problem = str(error)
+        logger.warning("%s is damaged and its layer is done again: %s", path, problem)
+        return False
 
     def _shard(self, number: int) -> Path:
         return self.partial / f"model-{number + 1:05d}-of-{self.num_layers + 2:05d}.safetensors"
 
     def _write_shard(self, number: int, weights: Mapping[str, Tensor]) -> None:
         on_host = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
-        with replacing(self._shard(number)) as temporary:
-            save_file(on_host, temporary, metadata={"format": "pt"})
+        with replacing(self._shard(number)) as file:
+            save_file(on_host, Path(file.name), metadata={"format": "pt"})
 
     def _write_manifest(self, finished: Mapping[int, LayerRecord]) -> None:
         # Without seconds: all that is written is the same in every run of the request.
         layers = [replace(record, elapsed_s=None) for record in finished.values()]
-        write_json(self.partial / MANIFEST, Manifest(self.request, self.results, layers))
+        manifest = Manifest(self.request, self.results, layers, self._shards, sorted(self._files))
+        write_json(self.partial / MANIFEST, manifest)
 
     def _write_index(self) -> None:
         weight_map, total_size = {}, 0

@@ -1,10 +1,11 @@
 """A checkpoint's files as source of the walk: layers are read as they are needed, and kept where memory allows."""
 
 import copy
-import hashlib
+import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..layers.replacement import fill_parameters
-from ..utils.layer_utils import DecoderModule, load_config, stored_tensors
-from ..utils.loading import EMBEDDINGS, HEAD, WeightFiles, empty_causal_lm
+from ..utils.files import digest, to_json_bytes
+from ..utils.layer_utils import DecoderModule, stored_tensors
+from ..utils.loading import EMBEDDINGS, HEAD, open_checkpoint, tokenizer_digest
 from .memory import layer_arguments
 from .storage import StatesStorage
 
 LAYERS = "model.layers."  # as the model classes of all families name them
+_NOT_OF_THE_MODEL = ("_name_or_path", "transformers_version", "architectures", "auto_map", "dtype")
 
 
 class CheckpointSource:
@@ -43,13 +46,10 @@ class CheckpointSource:
         self.device = device
         self.storage = storage or StatesStorage()
         self.is_kept = False
-        config = load_config(model, cache_dir)
-        self.skeleton = empty_causal_lm(config)
+        self._cache_dir = cache_dir
+        self.skeleton, self._files, stored = open_checkpoint(model, cache_dir)
         self.config = self.skeleton.config
-        self._files = WeightFiles(model, cache_dir)
-        self._files.check(self.skeleton)
         self._names = list(stored_tensors(self.skeleton))  # tied ones once
-        stored = config.dtype or self._files.read(EMBEDDINGS, rows=1).dtype
         self.dtype = self.config.dtype = stored if dtype == "auto" else getattr(torch, dtype)
         self._decoder = self.skeleton.get_decoder()
         self.num_layers = len(self._decoder.layers)
@@ -58,17 +58,28 @@ class CheckpointSource:
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="layer-reader")
         self._layers: dict[int, Future[dict[str, Tensor]]] = {}  # read ahead, or kept
 
-    def fingerprint(self) -> str:
-        """Return 16 hexadecimal digits that tell a model's weights from another's of the same shape.
+    @cached_property
+    def identity(self) -> dict[str, str]:
+        """Digests of the weights, of the config and of the tokenizer, 16 hexadecimal digits each.
 
-        A digest of signs, in the first 16 rows of every matrix of the decoder: they are what loading the checkpoint in
-        another dtype leaves alone, and training or a merged adapter does not.
+        Weights count by name, type, shape and bytes, however they are spread over files, which are all read for it once
+        (a second for a gigabyte or two); a config by what differs from its class's, however it is spelled, but for
+        names, versions and the type of the weights.
         """
-        names = [name for name in self._names if name != HEAD and len(self._files.shapes[name]) == 2]
-        signs = hashlib.sha256()
-        for name in names:
-            signs.update(self._files.read(name, rows=16).signbit().numpy().tobytes())
-        return signs.hexdigest()[:16]
+        with ThreadPoolExecutor(max_workers=4, thread_name_prefix="digest") as pool:
+            weights = dict(zip(self._names, pool.map(self._files.digest, self._names), strict=True))
+        config, default = self.config.to_dict(), type(self.config)().to_dict()
+        own = {n: value for n, value in config.items() if n not in _NOT_OF_THE_MODEL and value != default.get(n)}
+        digests = {
+            "weights": digest(to_json_bytes(weights)),
+            "config": digest(json.dumps(own, sort_keys=True).encode()),
+            "tokenizer": tokenizer_digest(self._files.model, self._cache_dir),
+        }
+        return {name: sha256[:16] for name, sha256 in digests.items()}
+
+    def fingerprint(self) -> str:
+        """Return the parts of :attr:`identity` in one word."""
+        return "-".join(self.identity.values())
 
     def weights_beside_layers(self) -> Iterator[dict[str, Tensor]]:
         """Yield the embeddings, then the final norm and the head, by name, in the run's dtype; a tied head once."""

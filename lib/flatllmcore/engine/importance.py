@@ -129,7 +129,7 @@ def gradient_importance(source: LayerSource, windows: Tensor, batch_size: int) -
     """
     arguments = source.layer_arguments(windows.shape[1])
     totals = torch.zeros(source.num_layers, dtype=torch.float64, device=source.device)
-    for ids in progress(own_share(windows).split(batch_size), "gradient importance", "batch"):
+    for ids in progress(own_share(windows, batch_size).split(batch_size), "gradient importance", "batch"):
         with source.embedding() as embed:
             states = [embed(ids)]  # states[l + 1] is the output of layer l
         with stage("forward"):

@@ -26,8 +26,8 @@ class Walk:
     """The hidden states of this process's share of the windows (N, S) of all, first those that enter layer 0."""
 
     def __init__(self, source: LayerSource, windows: Tensor, batch_size: int) -> None:
-        self.source, self.windows, self.batch_size = source, own_share(windows), batch_size
-        self.is_held_out = own_share(torch.arange(len(windows)) % HELD_OUT == HELD_OUT - 1)
+        self.source, self.windows, self.batch_size = source, own_share(windows, batch_size), batch_size
+        self.is_held_out = own_share(torch.arange(len(windows)) % HELD_OUT == HELD_OUT - 1, batch_size)
         shape = (*self.windows.shape, source.config.hidden_size)
         self.states = source.storage.empty(shape, source.dtype, source.device)
         with source.embedding() as embed:

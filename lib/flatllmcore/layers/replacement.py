@@ -11,7 +11,7 @@ from ..utils.layer_utils import DecoderModule, check_is_dense, stored_tensors
 from .families import family_of
 from .flat_attention import FlatDecoderLayer
 
-_LOST_IN_CONVERSION = ("model_type", "transformers_version", "architectures", "auto_map")
+_LOST_IN_CONVERSION = ("model_type", "transformers_version", "architectures", "auto_map", "quantization_config")
 
 
 def compressed_config(config: PreTrainedConfig, kept: Sequence[Kept]) -> PreTrainedConfig:

@@ -1,15 +1,25 @@
 """The folder of a compressed model: whether it may be written, how it is put in place, and its model card."""
 
+import logging
 import os
+import re
+import shlex
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
 
 from ..errors import InputError
-from .layer_utils import model_name
+from .files import LEFT_OVER, check_writable, read_json
+from .layer_utils import public_name
+
+logger = logging.getLogger(__name__)
+
+MANIFEST, MODEL_CARD = "flat_llm.json", "README.md"
+_REPLACED = ".replaced"  # where a model is, in the one that takes its place, until it is deleted
 
 _CARD = """\
 ---
@@ -38,25 +48,65 @@ After `import flatllmcore`, or with `trust_remote_code=True` where it is not ins
 """
 
 
+@dataclass
+class _Written:
+    """What of a manifest says which files a run writes to its folder, by relative names."""
+
+    files: list[str] = field(default_factory=list)
+
+
+def partial_folder(folder: Path) -> Path:
+    """Return where a model is written until it is whole."""
+    folder = Path(os.path.realpath(folder))
+    return folder.with_name(f"{folder.name}.partial")
+
+
+def lock_file(folder: Path) -> Path:
+    """Return the file that a run holds while it writes a model: beside it, so that it outlives the renaming."""
+    return partial_folder(folder).with_name(f".{partial_folder(folder).name}.lock")
+
+
 def check_output_folder(folder: Path, overwrite: bool) -> None:
-    """Refuse a folder that is neither missing nor empty, nor holds a model where ``overwrite`` is given."""
-    if not folder.exists():
-        return
-    if not folder.is_dir() or os.path.ismount(folder):  # to which nothing can be renamed
-        raise InputError(f"cannot save to {folder}: it is a file, or a file system is mounted there")
-    if not any(folder.iterdir()):
-        return
-    if not overwrite:
-        raise InputError(f"cannot save to {folder}: it is not empty; give another folder or ask to overwrite it")
-    if not (folder / "config.json").is_file():
-        raise InputError(f"cannot overwrite {folder}: it holds no model (no config.json); give another folder")
+    """Refuse a folder that a model cannot be put at, or not without harm to what is there.
+
+    It must be missing or empty, or, with ``overwrite``, hold what its manifest says that a run wrote and nothing else.
+    """
+    partial, lock = partial_folder(folder), lock_file(folder)
+    if folder.exists():
+        if not folder.is_dir() or os.path.ismount(folder):  # to which nothing can be renamed
+            raise InputError(f"cannot save to {folder}: it is a file, or a file system is mounted there")
+        if any(folder.iterdir()) and not overwrite:
+            raise InputError(f"cannot save to {folder}: it is not empty; give another folder or ask to overwrite it")
+        if other := find_other(folder):
+            raise InputError(f"cannot overwrite {folder}: no run wrote {other}; move it, or give another folder")
+    for place in (Path(os.path.realpath(folder)), partial.parent):
+        check_writable(place)
+    for place, is_ours in ((partial, _is_begun(partial)), (lock, lock.is_file() and not lock.is_symlink())):
+        if os.path.lexists(place) and not is_ours:
+            raise InputError(f"{place} is in the way: it is no unfinished run's; move it, or give another folder")
+
+
+def find_other(folder: Path) -> Path | None:
+    """Return something in a folder that its manifest does not say that a run wrote there, if there is such."""
+    manifest = folder / MANIFEST
+    names = [MANIFEST, *read_json(manifest, _Written).files] if manifest.is_file() else []
+    known = {place for name in names for place in (folder / name, *(folder / name).parents)}
+    found = (path for path in folder.rglob("*") if folder / _REPLACED not in (path, *path.parents))
+    return next((path for path in found if path not in known), None)
+
+
+def _is_begun(partial: Path) -> bool:
+    """Tell whether a folder holds an unfinished run, if only what a kill left of writing its manifest."""
+    if partial.is_symlink() or not partial.is_dir():  # a link would be renamed and not the folder
+        return False
+    return (partial / MANIFEST).is_file() or all(p.match(LEFT_OVER) and p.is_file() for p in partial.iterdir())
 
 
 def model_card(record: Mapping[str, Any]) -> str:
     """Return the Markdown model card, with YAML front matter, of a compressed model from the record of its run."""
     base_model = str(record["base_model"])
+    name = public_name(base_model)
     is_local = Path(base_model).exists()
-    name = model_name(base_model) if is_local else base_model
     data = ModelCardData(
         library_name="transformers",
         tags=["flat-llm", "compressed"],
@@ -65,20 +115,32 @@ def model_card(record: Mapping[str, Any]) -> str:
     )
     projections = "query, key, value and output" if record["prune_qk"] else "value and output"
     packages = ", ".join(f"{package} {version}" for package, version in record["versions"].items())
-    return _CARD.format(**record, metadata=data.to_yaml(), name=name, projections=projections, packages=packages)
+    words = (
+        word if word == name else re.sub(r"^(--\w+=)?.*/(?=.)", r"\1", word) for word in shlex.split(record["command"])
+    )
+    measured = record["perplexity"] | {"dataset": public_name(record["perplexity"]["dataset"])}
+    public = {"dataset": public_name(record["dataset"]), "perplexity": measured, "command": shlex.join(words)}
+    made = {"metadata": data.to_yaml(), "name": name, "projections": projections, "packages": packages}
+    return _CARD.format(**{**record, **public, **made})
 
 
-def put_in_place(complete: Path, folder: Path) -> None:
-    """Rename ``complete`` to ``folder``; what stood there is deleted when that is done."""
-    replaced = folder.with_name(f".{folder.name}.replaced")
-    if folder.exists():
-        shutil.rmtree(replaced, ignore_errors=True)  # of a run that was killed before it had deleted it
-        folder.rename(replaced)
+def put_in_place(complete: Path, folder: Path, overwrite: bool) -> None:
+    """Rename ``complete`` to ``folder``; a model that ``overwrite`` replaces goes into the former, and then away.
+
+    Where it cannot be deleted a warning says so: the new one is in its place all the same.
+    """
+    check_output_folder(folder, overwrite)  # others may have written there in the meantime
+    replaced = complete / _REPLACED
     try:
+        if folder.exists():
+            folder.rename(replaced)
         complete.rename(folder)
     except BaseException:
-        if replaced.exists():
+        if replaced.exists() and not folder.exists():
             replaced.rename(folder)
         raise
-    if replaced.exists():
-        shutil.rmtree(replaced)
+    try:
+        if (folder / _REPLACED).exists():
+            shutil.rmtree(folder / _REPLACED)
+    except OSError as error:
+        logger.warning("the new model is in %s; the earlier one, in it, cannot be deleted: %s", folder, error)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from ..errors import InputError
+from ..errors import InputError, door
 from .progress import progress
-from .text_sources import TextDataset
+from .text_sources import TextDataset, document_of
 
 LONGEST_WINDOW = 4096  # the published one
 # A tokenizer works with about 550 bytes per token; one call on a whole C4 shard would take 90 GB.
@@ -84,23 +84,30 @@ def read_calibration_data(cal_dataset: Any, nsamples: int, padding_ids: Sequence
     """
     texts: list[str] = []
     rows: list[Tensor] = []
+    if isinstance(cal_dataset, bytes) or hasattr(cal_dataset, "columns"):  # a table gives its columns, not its rows
+        raise InputError(f"the calibration data are a {type(cal_dataset).__name__}; accepted: a list of its texts")
     for batch in [cal_dataset] if isinstance(cal_dataset, Tensor | Mapping) else cal_dataset:
-        data, mask = batch, None
-        if isinstance(batch, Mapping):
-            data, mask = batch.get("input_ids", batch.get("text")), batch.get("attention_mask")
-            if data is None:
-                raise InputError(f"the calibration data have the columns {list(batch)}; expected input_ids or text")
-        if isinstance(data, str):
-            texts.append(data)
-        elif isinstance(data, Sequence) and data and isinstance(data[0], str):
-            texts += data
+        if isinstance(batch, Mapping) and "input_ids" in batch:
+            rows += real_rows(batch["input_ids"], batch.get("attention_mask"), padding_ids)
+        elif (records := _text_records(batch)) is None:
+            rows += real_rows(batch, None, padding_ids)
         else:
-            rows += real_rows(data, mask, padding_ids)
+            numbered = enumerate(records, len(texts) + 1)
+            texts += [document_of(record, "the calibration data", number) for number, record in numbered]
         if len(rows) >= nsamples:
             break
     if bool(texts) == bool(rows):
         raise InputError("the calibration data are empty or mix texts and token ids; accepted: texts, or token ids")
     return rows[:nsamples] or TextDataset("the texts given", "train", texts, "\n\n")
+
+
+def _text_records(batch: Any) -> Sequence[Any] | None:
+    """Return the records of a batch of texts, usable or not; None where it can only be token ids."""
+    if isinstance(batch, Mapping) and isinstance(batch.get("text"), list | tuple):
+        return batch["text"]
+    if isinstance(batch, Mapping | str | float | None):
+        return [batch]
+    return batch if isinstance(batch, Sequence) and batch and isinstance(batch[0], str | None) else None
 
 
 def real_rows(ids: Any, mask: Any, padding_ids: Sequence[int]) -> list[Tensor]:
@@ -143,11 +150,10 @@ def padding_ids_of(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase 
 
 def window_length(asked: int | None, longest: int) -> int:
     """Return the tokens per window: as asked, else ``LONGEST_WINDOW`` or what the model takes."""
-    if asked is None:
-        return min(LONGEST_WINDOW, longest)
-    if not 2 <= asked <= longest:
-        raise InputError(f"windows of {asked} tokens are out of range; this model takes 2 to {longest} tokens")
-    return asked
+    length = min(LONGEST_WINDOW, longest) if asked is None else asked
+    if not 2 <= length <= longest:
+        raise InputError(f"windows of {length} tokens are out of range; this model takes 2 to {longest} tokens")
+    return length
 
 
 def check_token_ids(windows: Tensor, vocab_size: int) -> None:
@@ -176,7 +182,8 @@ def _without_padding(ids: Tensor, padding_ids: Sequence[int]) -> Tensor:
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool = False) -> list[int]:
     # verbose: a text longer than the model takes is meant here, so no warning about it.
-    return tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
+    with door(f"the tokenizer at {tokenizer.name_or_path!r} cannot read the text", "mend its files, or the text"):
+        return tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
 
 
 def _token_ids(text: TextDataset, tokenizer: PreTrainedTokenizerBase, seqlen: int, add_special_tokens: bool) -> Tensor:

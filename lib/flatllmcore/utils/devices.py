@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from .processes import launch_number
 
 DEVICE_NAMES = "cpu, cuda or cuda:N"
 GIB = 2**30
@@ -23,7 +24,7 @@ def best_device() -> torch.device:
     """Return this process's GPU if there is one, else the CPU (float64 solves rule out devices without it)."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    index, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()  # of several processes launched
+    index, count = launch_number("LOCAL_RANK", range(2**16), "0"), torch.cuda.device_count()
     if index >= count:
         raise InputError(f"process {index} of this machine has no GPU of its own: there are {count}; start fewer")
     return torch.device("cuda", index)

@@ -5,6 +5,8 @@ from dataclasses import asdict, dataclass
 
 from ..errors import InputError
 
+LARGEST_SIZE = 2**17  # twice the widest MLP there is; the moment of one this wide takes 128 GiB
+
 
 @dataclass(frozen=True)
 class Kept:
@@ -31,8 +33,8 @@ class ModelDimensions:
 
     def __post_init__(self) -> None:
         for name, size in asdict(self).items():
-            if isinstance(size, int) and size < 1:
-                raise InputError(f"{name} is {size}; accepted: 1 or more")
+            if isinstance(size, int) and not 1 <= size <= LARGEST_SIZE:
+                raise InputError(f"{name} is {size:,}; accepted: 1 to {LARGEST_SIZE:,}")
 
     @property
     def qk_parameters(self) -> int:

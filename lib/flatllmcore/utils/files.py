@@ -1,37 +1,49 @@
 """Files as a whole: atomic writes, typed reading of our JSON, and whether there is room."""
 
-import errno
+import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from secrets import token_hex
+from typing import Any, BinaryIO, TypeVar
 
-from safetensors import SafetensorError
+from filelock import FileLock
 
 from ..errors import InputError
 from .devices import GIB
 
 T = TypeVar("T")
+LEFT_OVER = ".tmp." + 16 * "?"  # how :func:`replacing` names what it lends
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Lend the name of a file to write, which takes the place of ``path`` when it is on the disk; folders are made.
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Lend an empty file to write, which takes the place of ``path`` when it is on the disk; folders are made.
 
-    When anything fails ``path`` is as it was. What a kill leaves has a name that begins with ``.tmp``.
+    When anything fails ``path`` is as it was. What a kill leaves is deleted when the next file is written beside it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp.{path.name}.{os.getpid()}")
+    for left_over in path.parent.glob(LEFT_OVER):
+        with suppress(OSError), left_over.open("r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # an OSError while it is written
+            left_over.unlink()
+    temporary = path.with_name(f".tmp.{token_hex(8)}")
     try:
-        with naming_place(path):
-            yield temporary
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
+        with naming_place(path), temporary.open("xb") as file:  # exclusively: through no link
+            with suppress(OSError):  # of file systems without locks, where what a kill leaves stays
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield file
+            file.flush()
+            with temporary.open("rb") as written:  # safetensors puts another file there, that it alone may read
+                temporary.chmod(os.fstat(file.fileno()).st_mode)
+                os.fsync(written.fileno())
             temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -39,8 +51,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write ``content`` to ``path``, which is as it was when anything fails; missing folders are made."""
-    with replacing(path) as temporary:
-        temporary.write_bytes(content)
+    with replacing(path) as file:
+        file.write(content)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -66,7 +78,7 @@ def read_json(path: Path, kind: type[T]) -> T:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
     except msgspec.ValidationError as error:
         raise InputError(f"{path}: {error}") from error
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"{path}: this is not JSON: {error}") from error
 
 
@@ -75,23 +87,55 @@ def digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file, which is not read to memory as a whole."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 @contextmanager
 def naming_place(path: Path) -> Iterator[None]:
-    """Let an OSError name ``path``, and be one when the disk is full: safetensors hides the number in its message."""
+    """Let an OSError name ``path``, and be one where a library in Rust hides the number in the message of its own."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        if "os error 28" in str(error):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+    except Exception as error:  # the tokenizers library raises Exception itself
         if isinstance(error, OSError):
             error.filename = str(path)
+        elif hidden := re.search(r"\(os error (\d+)\)", str(error)):
+            number = int(hidden[1])
+            raise OSError(number, os.strerror(number), str(path)) from error
         raise
+
+
+@contextmanager
+def temporary_folder(parent: Path | None) -> Iterator[Path]:
+    """Lend a folder in ``parent``, or where the system has such, deleted at the end, as are those of killed runs."""
+    parent, prefix = parent or Path(tempfile.gettempdir()), "flat-llm-"
+    parent.mkdir(parents=True, exist_ok=True)
+    for lock in parent.glob(f"{prefix}*/.lock"):
+        with suppress(OSError), FileLock(lock, timeout=0):  # an OSError while it is in use, or if it is another user's
+            shutil.rmtree(lock.parent)
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=parent) as made, FileLock(Path(made, ".lock")):
+        yield Path(made)
+
+
+def _nearest(folder: Path) -> Path:
+    """Return a folder, or what there is of the folders around it where it is still to be made."""
+    return next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place))
+
+
+def check_writable(folder: Path) -> None:
+    """Refuse a folder, present or still to be made, where no file can be made."""
+    try:
+        with tempfile.TemporaryFile(dir=_nearest(folder)):
+            pass
+    except OSError as error:
+        raise InputError(f"cannot write to {folder}: {error.strerror}") from error
 
 
 def check_disk_space(folder: Path, needed_bytes: int) -> None:
     """Refuse a folder, present or still to be made, whose file system has too little room left."""
-    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    free_bytes = shutil.disk_usage(existing).free
+    free_bytes = shutil.disk_usage(_nearest(folder)).free
     if free_bytes < needed_bytes:
         needed, free = needed_bytes / GIB, free_bytes / GIB
         raise InputError(f"{folder} needs {needed:.3g} GiB of disk and {free:.3g} GiB are free")

@@ -1,19 +1,24 @@
 """What a model is made of: its family, its dimensions and where its layers are."""
 
+import copy
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from huggingface_hub.errors import StrictDataclassError
+import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from ..errors import InputError
+from ..errors import InputError, door
 from .dimensions import ModelDimensions
 
 FAMILY_NAMES = ("llama", "mistral", "qwen2", "qwen3")  # the ``model_type`` of dense models
 _SUPPORTED = ", ".join(FAMILY_NAMES)
+_MOST_LAYERS = 2**12  # of which transformers makes modules in seconds, before their weights are looked for
+# What weights may be, as safetensors spells it; float8 is a floating-point type too.
+WEIGHT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 # A decoder layer or a part of one. torch types a module's members as tensor or module, so their own are lost.
 DecoderModule: TypeAlias = Any
@@ -24,15 +29,18 @@ def model_name(model: str | Path) -> str:
     return Path(model).absolute().name  # absolute: "." has no name
 
 
+def public_name(model: str) -> str:
+    """Return a hub id, or a name, as it is, and of a path here its last part: what may be published."""
+    return model_name(model) if os.path.exists(model) else model
+
+
 def load_config(model: str, cache_dir: Path | None = None) -> PretrainedConfig:
     """Return the config of a local folder or a hub id; no weight is read."""
-    try:
-        return AutoConfig.from_pretrained(model, cache_dir=cache_dir)
-    except (OSError, ValueError, TypeError, ZeroDivisionError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split("\n")[:2])
-        raise InputError(
-            f"no usable model config at {model!r} ({reason}); give a model of one of the families {_SUPPORTED}"
-        ) from error
+    with door(f"no usable model config at {model!r}", f"give a model of one of the families {_SUPPORTED}"):
+        fields, _ = PretrainedConfig.get_config_dict(model, cache_dir=cache_dir)
+        if isinstance(layers := fields.get("num_hidden_layers"), int) and layers > _MOST_LAYERS:
+            raise ValueError(f"num_hidden_layers is {layers:,}; accepted: at most {_MOST_LAYERS:,}")
+        return AutoConfig.from_pretrained(model, cache_dir=cache_dir, trust_remote_code=False)
 
 
 def family_name(config: PretrainedConfig) -> str:
@@ -58,6 +66,7 @@ def dimensions_from_config(config: PretrainedConfig) -> ModelDimensions:
 def dense_dimensions(config: PretrainedConfig) -> ModelDimensions:
     """Return the sizes of the dense model, from the config of that model or of what it was compressed to."""
     family = family_name(config)
+    is_dense = config.model_type == family
     return ModelDimensions(
         architecture=family,
         num_layers=config.num_hidden_layers,
@@ -66,8 +75,8 @@ def dense_dimensions(config: PretrainedConfig) -> ModelDimensions:
         num_kv_heads=config.num_key_value_heads,
         # Some configs state it only where it is not that quotient.
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-        # A config of per-layer widths refuses to give one for all.
-        intermediate_size=config.intermediate_size if config.model_type == family else config.dense_intermediate_size,
+        # A config of per-layer widths refuses to give one for all; and that of the dense model may be missing.
+        intermediate_size=config.intermediate_size if is_dense else config.dense_intermediate_size or 0,
     )
 
 
@@ -84,7 +93,7 @@ def check_architecture(model: nn.Module, architecture: str | None) -> None:
 
 
 def check_causal_lm(model: PreTrainedModel) -> None:
-    """Refuse what is no causal language model, dense or compressed, with floating-point weights in memory."""
+    """Refuse what is no causal language model, dense or compressed, of its config's modules, with weights in memory."""
     expected = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[detect_architecture(model)]
     # By name: another copy of this package, or a model folder's own files, have a compressed class of their own.
     if type(model).__name__ not in (expected, f"Flat{expected}"):
@@ -92,8 +101,24 @@ def check_causal_lm(model: PreTrainedModel) -> None:
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise InputError(f"the weight {name} is offloaded; load the model without a device map, or on the CPU")
-        if not parameter.is_floating_point():
+        if parameter.dtype not in WEIGHT_DTYPES.values():
             raise InputError(f"the weight {name} is {parameter.dtype}; accepted: models that are not quantised")
+    with torch.device("meta"):
+        plain, found = map(_makeup, (type(model)(copy.deepcopy(model.config)), model))
+    if different := sorted(name for name in found.keys() | plain.keys() if found.get(name) != plain.get(name)):
+        name = different[0]
+        raise InputError(
+            f"the module {name} is {found.get(name)}, and by the config {plain.get(name)}; merge adapters into the "
+            "weights, and make masks and parametrizations permanent"
+        )
+
+
+def _makeup(model: PreTrainedModel) -> dict[str, str]:
+    """Return the kind of each module with its parameters."""
+    return {
+        name: f"{type(part).__name__}({', '.join(dict(part.named_parameters(recurse=False)))})"
+        for name, part in model.named_modules()
+    }
 
 
 def find_layers(module: nn.Module, kinds: tuple[type[nn.Module], ...] = (nn.Linear,)) -> dict[str, nn.Module]:

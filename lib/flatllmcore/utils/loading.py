@@ -1,45 +1,91 @@
 """Models and tokenizers from a local folder or the hub, whose downloads are kept in ``cache_dir``."""
 
+import hashlib
+import logging
+import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from unittest.mock import patch
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.generation import GenerationConfig
+from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
-from ..errors import InputError
-from .layer_utils import load_config
+from ..errors import InputError, door
+from .files import digest, file_digest, to_json_bytes
+from .layer_utils import WEIGHT_DTYPES, dense_dimensions, load_config
+
+logger = logging.getLogger(__name__)
 
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # as the model classes of all families name them
-_COMPUTED = "rotary_emb.inv_freq"  # in old checkpoints, and never read
+_COMPUTED = r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$|(^|\.)masked_bias$"  # in old checkpoints, and never read
+_TOKENIZER_FILES = (  # all that one of any kind is read from
+    *("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json", "merges.txt"),
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+)
 
 
 def load_model(model: str, *, dtype: str = "auto", cache_dir: Path | None = None) -> PreTrainedModel:
     """Return a causal language model in host memory, every weight read from safetensors, checked and cast."""
-    WeightFiles(model, cache_dir).check(empty_causal_lm(load_config(model, cache_dir)))
-    return AutoModelForCausalLM.from_pretrained(model, dtype=dtype, cache_dir=cache_dir, use_safetensors=True).eval()
+    skeleton, files, stored = open_checkpoint(model, cache_dir)
+    cast_to = stored if dtype == "auto" else getattr(torch, dtype)
+    with door(f"{model!r} cannot be loaded", "accepted: a model that transformers loads"):
+        generation_file = found_file(model, GENERATION_CONFIG_NAME, cache_dir)
+        return type(skeleton).from_pretrained(
+            None,  # given a folder it would look for weights by itself, and add an adapter that lies beside them
+            config=skeleton.config,
+            dtype=cast_to,
+            state_dict={name: files.read(name).to(cast_to) for name, _ in skeleton.named_parameters()},
+            generation_config=generation_file and GenerationConfig.from_pretrained(generation_file.parent),
+        )
+
+
+def open_checkpoint(model: str, cache_dir: Path | None) -> tuple[PreTrainedModel, "WeightFiles", torch.dtype]:
+    """Return a checkpoint's model on the meta device, and its weights with their type, checked against each other."""
+    skeleton, files = empty_causal_lm(load_config(model, cache_dir)), WeightFiles(model, cache_dir)
+    return skeleton, files, files.check(skeleton)
 
 
 def empty_causal_lm(config: PretrainedConfig) -> PreTrainedModel:
-    """Return the causal language model of a dense or compressed config, on the meta device: shapes and no weights."""
-    try:
+    """Return the causal language model of a dense or compressed config, on the meta device: shapes and no weights.
+
+    What its decoder does not run with, or transformers does not know or has no package for, is an InputError.
+    """
+    dense_dimensions(config)  # refuses sizes that are none
+    with door(f"the model config of {config._name_or_path!r} is unusable", "mend its config.json"):
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
-    except (KeyError, ValueError) as error:
-        raise InputError(f"the model config asks for {error}, which transformers has not; mend config.json") from error
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        model.config.validate()  # again, with the attention that was chosen for it
+        decoder = model.get_decoder()
+        rotary = type(decoder.rotary_emb)(config=model.config)  # not on meta: some look at the positions
+        angles = [part.to("meta") for part in rotary(torch.zeros(0, dtype=model.dtype), torch.arange(2)[None])]
+        chosen, model.config._attn_implementation = model.config._attn_implementation, "eager"  # it runs anywhere
+        with torch.no_grad(), patch.object(decoder.rotary_emb, "forward", lambda *_, **__: angles):
+            mask = torch.zeros(1, 1, 2, 2, device="meta")  # given, or the values of the tokens would be looked at
+            decoder(torch.zeros(1, 2, dtype=torch.long, device="meta"), attention_mask=mask, use_cache=False)
+        model.config._attn_implementation = chosen
+        return model
 
 
 def load_tokenizer(model: str, *, cache_dir: Path | None = None) -> PreTrainedTokenizerBase:
-    """Return the tokenizer that stands beside a model."""
-    try:
-        return AutoTokenizer.from_pretrained(model, cache_dir=cache_dir)
-    except Exception as error:  # damaged files raise KeyError, and the tokenizers library Exception itself
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"no usable tokenizer at {model!r} ({reason}); expected one beside the weights") from error
+    """Return the tokenizer that stands beside a model, and that can be saved again."""
+    accepted = "tokenizer.json beside the weights, or tokenizer.model with the packages sentencepiece and protobuf"
+    with TemporaryDirectory() as folder, door(f"no usable tokenizer at {model!r}", f"accepted: {accepted}"):
+        tokenizer = AutoTokenizer.from_pretrained(model, cache_dir=cache_dir, trust_remote_code=False)
+        tokenizer.save_pretrained(folder)  # tried now, not after all the work
+    return tokenizer
+
+
+def tokenizer_digest(model: str, cache_dir: Path | None = None) -> str:
+    """Return the SHA-256 of the files that the tokenizer beside a model is read from."""
+    found = {name: found_file(model, name, cache_dir) for name in _TOKENIZER_FILES}
+    return digest(to_json_bytes({name: file_digest(file) for name, file in found.items() if file}))
 
 
 class WeightFiles:
@@ -47,7 +93,7 @@ class WeightFiles:
 
     def __init__(self, model: str, cache_dir: Path | None = None) -> None:
         self.model = model
-        self._file_of: dict[str, str] = {}
+        self._stored: dict[str, tuple[str, str, str]] = {}  # file, name there, and type as safetensors spells it
         self.shapes: dict[str, tuple[int, ...]] = {}
         with _naming_checkpoint(model):
             if single := found_file(model, SAFE_WEIGHTS_NAME, cache_dir):  # first, as in transformers
@@ -58,34 +104,73 @@ class WeightFiles:
             for file in files:
                 with safe_open(file, "pt") as weights:
                     for name in weights.keys():  # noqa: SIM118 (not a mapping)
-                        self._file_of[name] = file
+                        self._stored[name] = file, name, weights.get_slice(name).get_dtype()
                         self.shapes[name] = tuple(weights.get_slice(name).get_shape())
+            if found_file(model, "adapter_config.json", cache_dir):
+                logger.warning("the adapter beside the weights of %s is not used, unless it is merged into them", model)
 
-    def check(self, skeleton: PreTrainedModel) -> None:
-        """Refuse weights that are not exactly the parameters of ``skeleton``, naming the first that is wrong."""
+    def check(self, skeleton: PreTrainedModel) -> torch.dtype:
+        """Refuse weights that are not exactly the parameters of ``skeleton``, naming the first that is wrong.
+
+        They have its names from then on, and its config no ``quantization_config``. Returns their type, as it says or
+        the embeddings have it.
+        """
+        self._name_as_in(skeleton)
         expected = {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}  # tied ones once
         found, known = self.shapes, expected.keys() | skeleton.state_dict().keys()
+        odd = sorted({dtype for _, _, dtype in self._stored.values()} - WEIGHT_DTYPES.keys())
         wrong = {
+            f"are {', '.join(odd)}, not {', '.join(WEIGHT_DTYPES)}": [n for n in found if self._stored[n][2] in odd],
             "are missing": expected.keys() - found.keys(),
             "have other shapes than config.json says": dict(expected.items() - found.items()),  # where none is missing
-            "have no place in the model": [name for name in found.keys() - known if not name.endswith(_COMPUTED)],
+            "have no place in the model": found.keys() - known,
         }
+        stated = getattr(skeleton.config, "quantization_config", None)
+        method = stated.get("quant_method", "some method") if isinstance(stated, dict) else stated
+        state = f"is quantised by {method}" if method else "is damaged"
         for problem, names in wrong.items():
             if names:
+                first = min(names)
+                raise InputError(f"checkpoint {self.model!r} {state}: {len(names)} weights {problem}, first {first}")
+        for tied, original in skeleton.all_tied_weights_keys.items():
+            if tied in found and not torch.equal(self.read(original), self.read(tied)):
                 raise InputError(
-                    f"checkpoint {self.model!r} is damaged: {len(names)} weights {problem}, first {min(names)}"
+                    f"checkpoint {self.model!r} has an {tied} that differs from its embeddings, but "
+                    "tie_word_embeddings is true in config.json"
                 )
-        if HEAD in found and HEAD not in expected and not torch.equal(self.read(EMBEDDINGS), self.read(HEAD)):
-            raise InputError(
-                f"checkpoint {self.model!r} has an {HEAD} that differs from its embeddings, but tie_word_embeddings "
-                "is true in config.json"
-            )
+        if stated is not None:
+            logger.warning("%s is not quantised, though its config.json says so (%s): left out", self.model, method)
+        vars(skeleton.config).pop("quantization_config", None)
+        return skeleton.config.dtype or WEIGHT_DTYPES[self._stored[EMBEDDINGS][2]]
 
-    def read(self, name: str, rows: int | None = None) -> Tensor:
-        """Return a weight, or its first ``rows``, in memory of its own: the file is closed again."""
-        with _naming_checkpoint(self.model), safe_open(self._file_of[name], "pt") as weights:
-            part = weights.get_tensor(name) if rows is None else weights.get_slice(name)[:rows]
-            return part.clone()
+    def _name_as_in(self, skeleton: PreTrainedModel) -> None:
+        """Name weights as transformers does, if they are a base model's or stand for a tied pair; leave out buffers."""
+        prefix, free = f"{skeleton.base_model_prefix}.", skeleton.state_dict().keys() - self.shapes.keys()
+        ignored = re.compile("|".join([_COMPUTED, *(skeleton._keys_to_ignore_on_load_unexpected or ())]))
+        names = {n: prefix + n if prefix + n in free else n for n in self.shapes if not ignored.search(n)}
+        for tied, original in skeleton.all_tied_weights_keys.items():
+            if original not in names.values() and tied in names:
+                names[tied] = original
+        self.shapes = {name: self.shapes[stored] for stored, name in names.items()}
+        self._stored = {name: self._stored[stored] for stored, name in names.items()}
+
+    def read(self, name: str) -> Tensor:
+        """Return a weight in memory of its own: the file is closed again."""
+        with self._mapped(name) as weight:
+            return weight.clone()
+
+    def digest(self, name: str) -> str:
+        """Return the SHA-256 of a weight as it is stored, type and shape included; no copy of it is made."""
+        sha256 = hashlib.sha256(f"{self._stored[name][2]} {self.shapes[name]}".encode())
+        with self._mapped(name) as weight:
+            sha256.update(weight.flatten().view(torch.uint8).numpy().data)
+        return sha256.hexdigest()
+
+    @contextmanager
+    def _mapped(self, name: str) -> Iterator[Tensor]:
+        file, stored_name, _ = self._stored[name]
+        with _naming_checkpoint(self.model), safe_open(file, "pt") as weights:
+            yield weights.get_tensor(stored_name)
 
 
 def found_file(model: str, name: str, cache_dir: Path | None) -> Path | None:
@@ -94,12 +179,5 @@ def found_file(model: str, name: str, cache_dir: Path | None) -> Path | None:
     return None if file is None else Path(file)
 
 
-@contextmanager
-def _naming_checkpoint(model: str) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, SafetensorError, ValueError, KeyError) as error:  # the latter two: of a damaged index
-        reason = str(error).splitlines()[0]
-        raise InputError(
-            f"checkpoint {model!r} is missing or damaged ({reason}); expected safetensors files"
-        ) from error
+def _naming_checkpoint(model: str) -> AbstractContextManager[None]:
+    return door(f"checkpoint {model!r} is missing or damaged", "expected safetensors files")

@@ -6,6 +6,7 @@ library has made for other work is not touched. Collectives raise OtherProcessEr
 """
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -15,6 +16,8 @@ from typing import ParamSpec, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from ..errors import InputError
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -40,6 +43,28 @@ def _collective(communicate: Callable[P, object]) -> Callable[P, None]:
                 raise OtherProcessError(f"another process ended, or cannot be reached: {error}") from error
 
     return communicate_in_group
+
+
+def launch_number(name: str, allowed: range, default: str = "") -> int:
+    """Return the number in one of the launcher's variables; an InputError names one that is not allowed."""
+    value = os.environ.get(name, default)
+    if not re.fullmatch("[0-9]{1,9}", value) or int(value) not in allowed:
+        raise InputError(
+            f"the environment variable {name} is {value[:80]!r}, not {allowed[0]} to {allowed[-1]}; torchrun and "
+            "accelerate launch set it, and for one process WORLD_SIZE and LOCAL_RANK are unset"
+        )
+    return int(value)
+
+
+def check_launch() -> None:
+    """Refuse a launcher's variables that are malformed, or left over without the others."""
+    count = launch_number("WORLD_SIZE", range(1, 2**16), "1")
+    if count > 1:
+        launch_number("RANK", range(count))
+        launch_number("LOCAL_WORLD_SIZE", range(1, count + 1), "1")
+        launch_number("MASTER_PORT", range(2**16))
+        if not os.environ.get("MASTER_ADDR"):
+            raise InputError("WORLD_SIZE is set and MASTER_ADDR is not; unset WORLD_SIZE for one process")
 
 
 @contextmanager
@@ -81,19 +106,28 @@ def is_rank_0() -> bool:
 def is_first_failure(is_own: bool) -> bool:
     """Leave the group as a failed process, and tell whether it is the first: one failure is reported, not all.
 
-    Where the process that counts has ended, the first is taken to be one that ``is_own``, no other process's end.
+    Where the process that counts has ended, the first is taken to be one that ``is_own``, no other process's end, or
+    rank 1: whatever ended rank 0 may have left it no time to say so.
     """
     global _store
     store, _store = _store, None
+    terminal = os.dup(2)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # a store that ends would fill it with where in its C++ it found that
     try:
         return store is None or store.add("failures", 1) == 1
     except RuntimeError:
-        return is_own
+        return is_own or dist.get_rank() == 1
+    finally:
+        os.dup2(terminal, 2)
 
 
-def own_share(rows: Tensor) -> Tensor:
-    """Return a view of the rows that this process takes; shares differ by one at most and may be empty."""
-    return rows.tensor_split(world_size())[_rank()]
+def own_share(rows: Tensor, batch_size: int = 1) -> Tensor:
+    """Return a view of the rows that this process takes: whole batches, or less than one if there are too few."""
+    count = world_size()
+    if len(rows) <= batch_size * (count - 1):
+        return rows.tensor_split(count)[_rank()]
+    own = torch.arange(0, len(rows), batch_size).tensor_split(count)[_rank()]
+    return rows[own[0] : own[-1] + batch_size]
 
 
 def is_own_turn(turn: int) -> bool:

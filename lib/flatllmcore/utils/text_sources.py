@@ -1,36 +1,58 @@
-"""Where text comes from: a named dataset (the hub's, a local copy of it, or pydocs), or a file or folder."""
+"""Where text comes from: a named dataset (the hub's, a local copy of it, or pydocs), a hub id, or a file or folder."""
 
-import glob
+import gzip
+import json
+import logging
 import lzma
+import os
 import re
 import zlib
+from codecs import BOM_UTF8
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from operator import ne
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Literal, NamedTuple
 
-from ..errors import InputError
+from ..errors import InputError, door
 from .progress import progress
+
+logger = logging.getLogger(__name__)
 
 Split = Literal["train", "test"]
 EMBEDDED_TEXT = Path(__file__).resolve().parents[3] / "models" / "pydocs-llama" / "text"
-_SUFFIXES = (".txt", ".raw", ".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.xz", ".parquet")
+_SUFFIXES = (".txt", ".raw", ".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.xz", ".parquet", ".arrow")
 _LINES = (".txt", ".raw")  # .raw: WikiText's own distribution
-_ACCEPTED = ", ".join(_SUFFIXES)
+_ACCEPTED = f"accepted: {', '.join(_SUFFIXES)}, in UTF-8"
+_WITHOUT_HUB = "without a network give --dataset_root DIR with a local copy, or a path as the dataset"
 _VALIDATION = ("validation", "valid", "val", "dev")
 _SPLIT_WORDS = re.compile(f"(?<![a-z])(?:train|test|{'|'.join(_VALIDATION)})(?![a-z])")
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+_NO_TEXT = re.compile(r"\..*|dataset_(?:info|infos|dict)\.json|state\.json|cache-.*\.arrow")  # of the datasets library
+_MOST_FOLDERS = 10**5  # below that of one text
 
 
 @dataclass(frozen=True)
 class TextDataset:
-    """One split of a text: ``separator.join(documents)`` is the whole of it."""
+    """One split of a text: ``separator.join(documents)`` is the whole of it.
+
+    Lone surrogates, which are no characters and which no tokenizer takes, become U+FFFD, and the log says so.
+    """
 
     name: str
     split: str
     documents: list[str]
     separator: str
+
+    def __post_init__(self) -> None:
+        read = [
+            text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            for text in self.documents
+        ]
+        if count := sum(map(ne, read, self.documents)):
+            logger.warning("%s: lone surrogates in %d documents are read as U+FFFD", self.name, count)
+            object.__setattr__(self, "documents", read)
 
 
 class _HubDataset(NamedTuple):
@@ -59,32 +81,58 @@ DATASET_NAMES = ("pydocs", *_HUB_DATASETS)
 def load_text(
     name_or_path: str, split: Split, *, dataset_root: Path | None = None, cache_dir: Path | None = None
 ) -> TextDataset:
-    """Return one split of a named dataset or of a local file or folder.
+    """Return one split of a dataset on the hub, of a named one, or of a local file or folder.
 
     The lines of a text file are its documents, and ``"\\n".join`` gives the file back exactly. Elsewhere every record
     is one: its column ``text``, or the Alpaca prompt made of ``instruction``, ``input`` and ``output``. A single file
-    gives all of it as either split; a folder without test files gives its validation files as test split.
+    gives all of it as either split; a text without a test split gives its validation split as that.
 
     Args:
-        name_or_path: One of ``DATASET_NAMES``, else a path (``./c4`` for a folder called like a dataset).
+        name_or_path: One of ``DATASET_NAMES``, a path (``./c4`` for a folder called like a dataset), or else a hub id.
         split: Which part.
-        dataset_root: Folder with local copies of the named datasets; when given, the hub is not asked.
+        dataset_root: Folder with local copies of the datasets; when given, the hub is not asked.
         cache_dir: Where files from the hub are kept; the hub's own cache by default.
     """
-    is_alpaca = name_or_path == "alpaca"
+    is_alpaca, hub = name_or_path == "alpaca", None if dataset_root else _hub_dataset(name_or_path)
+    if hub and not hub.files:
+        documents = _documents(_hub_rows(hub.hub_id, split, cache_dir), name_or_path)
+        return TextDataset(name_or_path, split, documents, "\n\n")
     files = _files(name_or_path, "train" if is_alpaca else split, dataset_root, cache_dir)
-    documents = [document for path in files for document in _read_documents(path)]
+    documents = [document for path in files for document in _documents(_records(path), path)]
     if is_alpaca:
         documents = _alpaca_split(documents, split)
     return TextDataset(name_or_path, split, documents, "\n" if _ends(files[0], _LINES) else "\n\n")
 
 
 def has_test_split(name_or_path: str, dataset_root: Path | None = None) -> bool:
-    """Tell whether a text keeps apart a part to evaluate on; a single file does not."""
-    if name_or_path in _HUB_DATASETS and dataset_root is None:
+    """Tell whether a text keeps apart a part to evaluate on; a single file does not, what is on the hub is taken to."""
+    if dataset_root is None and _hub_dataset(name_or_path):
         return True
     place = _location(name_or_path, dataset_root)
     return name_or_path == "alpaca" or (place.is_dir() and bool(_files_in(place, name_or_path, "test")))
+
+
+def document_of(record: Any, place: Path | str, number: int) -> str:
+    """Return the text of a record, or the Alpaca prompt made of it; an InputError tells which one holds neither."""
+    if isinstance(record, str):
+        return record
+    columns = record if isinstance(record, Mapping) else {"text": record}
+    names = ("text",) if "text" in columns else ("instruction", "input", "output")
+    parts: list[Any] = [columns.get(name) for name in names]
+    if parts[1:] and parts[1] is None:
+        parts[1] = ""
+    if not all(isinstance(part, str) for part in parts):
+        found = ", ".join(f"{name} ({type(value).__name__})" for name, value in columns.items())
+        raise InputError(
+            f"{place}, record {number} has {found:.200}; accepted: text (str), or instruction, output and perhaps input"
+        )
+    return parts[0] if len(parts) == 1 else _alpaca_prompt(*parts)
+
+
+def _hub_dataset(name: str) -> _HubDataset | None:
+    """Return what a name stands for on the hub: a named dataset, else one by its id, unless there is such a path."""
+    is_id = _HUB_ID.fullmatch(name) and not _ends(Path(name), _SUFFIXES) and not os.path.exists(name)
+    return _HUB_DATASETS.get(name) or (_HubDataset(name, {}, (name.partition("/")[2],)) if is_id else None)
 
 
 def _files(name: str, split: Split, dataset_root: Path | None, cache_dir: Path | None) -> list[Path]:
@@ -93,7 +141,7 @@ def _files(name: str, split: Split, dataset_root: Path | None, cache_dir: Path |
     place = _location(name, dataset_root)
     files = [place] if place.is_file() else _files_in(place, name, split)
     if not files:
-        raise InputError(f"no {split} text in {place}; expected {_ACCEPTED} files with the split in their name")
+        raise InputError(f"no {split} text in {place}; {_ACCEPTED}, with the split in the name")
     if len({(path.parent, path.suffix) for path in files}) > 1:
         raise InputError(f"several texts are called {split}: {files[0]}, {files[-1]}; give the folder or file of one")
     return files
@@ -101,87 +149,125 @@ def _files(name: str, split: Split, dataset_root: Path | None, cache_dir: Path |
 
 def _location(name: str, dataset_root: Path | None) -> Path:
     """Return the file or folder that a name or path stands for, where the hub is not asked."""
-    hub = _HUB_DATASETS.get(name)
-    if hub and dataset_root:
-        places = [dataset_root / folder for folder in (name, hub.hub_id, *hub.folders)]
-        files = [path for path in dataset_root.glob(f"{name}_*") if _ends(path, _SUFFIXES)]  # such as c4_demo.jsonl
-        places += files if len(files) == 1 else []
-    else:
-        places = [EMBEDDED_TEXT if name == "pydocs" else Path(name).expanduser()]
-    for place in places:
-        if place.exists():
-            return place
-    raise InputError(
-        f"no dataset or path called {name!r}; known datasets: {', '.join(DATASET_NAMES)}; "
-        f"looked for {', '.join(map(str, places))}"
-    )
+    problem, known = f"no dataset, file or folder called {name!r}", f"known datasets: {', '.join(DATASET_NAMES)}"
+    hub = _hub_dataset(name)
+    with door(problem, known):
+        if hub and dataset_root:
+            places = [dataset_root / folder for folder in dict.fromkeys((name, hub.hub_id, *hub.folders))]
+            files = [path for path in dataset_root.glob(f"{name}_*") if _ends(path, _SUFFIXES)]  # as c4_demo.jsonl
+            places += files if len(files) == 1 else []
+        else:
+            places = [EMBEDDED_TEXT if name == "pydocs" else Path(name).expanduser()]
+        for place in places:
+            if place.is_file() or place.is_dir():  # and no pipe or device
+                return place
+    raise InputError(f"{problem}; {known}; looked for {', '.join(map(str, places))}")
 
 
 def _files_in(folder: Path, name: str, split: Split) -> list[Path]:
-    """Return the files of one split, which is the last word in a file's path that names one.
+    """Return the texts of one split, which is the last word in a text's path that names one.
 
-    As on the Hugging Face Hub, files are all train when no path names a split.
+    As on the Hugging Face Hub, texts are all train when no path names a split.
     """
     if name in _HUB_DATASETS:  # a clone may hold other configurations and shards
         published = folder / _HUB_DATASETS[name].files[split]
         if published.is_file():
             return [published]
     splits = defaultdict(list)
-    for path in sorted(folder.rglob("[!.]*")):
-        if _ends(path, _SUFFIXES):
-            words = _SPLIT_WORDS.findall(str(path.relative_to(folder)).lower())
-            splits[words[-1] if words else "unnamed"].append(path)
+    for path in sorted(_texts_in(folder)):
+        words = _SPLIT_WORDS.findall(str(path.relative_to(folder)).lower())
+        splits[words[-1] if words else "unnamed"].append(path)
     if split == "test":
         return splits["test"] or [path for word in _VALIDATION for path in splits[word]]
     return splits["unnamed"] if splits.keys() == {"unnamed"} else splits["train"]
 
 
+def _texts_in(folder: Path) -> Iterator[Path]:
+    """Yield the text files below a folder, also where links lead; what is hidden, or in a hidden folder, is none."""
+    for number, (parent, folders, names) in enumerate(os.walk(folder, onerror=_refuse_folder, followlinks=True)):
+        place = Path(parent)
+        if number > _MOST_FOLDERS:
+            raise InputError(f"over {_MOST_FOLDERS} folders in {folder}; give the folder or file of one text")
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        if any(place.samefile(above) for above in place.parents if above.is_relative_to(folder)):
+            folders.clear()  # it is linked to where it is: nothing new
+            continue
+        for path in (place / name for name in names if not _NO_TEXT.fullmatch(name)):
+            if _ends(path, _SUFFIXES):
+                if not path.is_file():
+                    raise InputError(f"{path} is a pipe, a device or a broken link; {_ACCEPTED}")
+                yield path
+
+
+def _refuse_folder(error: OSError) -> None:
+    raise InputError(f"cannot read {error.filename} ({error.strerror}); give the folder or file of one text") from error
+
+
 def _download(hub: _HubDataset, split: Split, cache_dir: Path | None) -> Path:
     """Return a file in the hub's cache; ``load_dataset(hub_id)`` would ask the hub even for what is there."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HTTPError
 
-    try:
+    with door(f"could not get {hub.hub_id} from the Hugging Face Hub", _WITHOUT_HUB):
         return Path(hf_hub_download(hub.hub_id, hub.files[split], repo_type="dataset", cache_dir=cache_dir))
-    except (OSError, HTTPError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(
-            f"could not get {hub.hub_id} from the Hugging Face Hub ({reason}); "
-            "without a network give --dataset_root DIR with a local copy, or a path as the dataset"
-        ) from error
 
 
-def _read_documents(path: Path) -> list[str]:
+def _hub_rows(hub_id: str, split: Split, cache_dir: Path | None) -> Iterator[Any]:
+    """Yield the records of any dataset on the hub; the library runs no code of it."""
+    from datasets import load_dataset
+
+    names = ("train",) if split == "train" else ("test", *_VALIDATION)
+    with door(f"could not get {hub_id} from the Hugging Face Hub", _WITHOUT_HUB):
+        splits = load_dataset(hub_id, cache_dir=cache_dir)
+        if splits.keys().isdisjoint(names):
+            raise InputError(f"{hub_id} has no {split} split, but {', '.join(splits)}; give another dataset, or a path")
+        yield from next(splits[name] for name in names if name in splits)
+
+
+def _documents(records: Iterable[Any], place: Path | str) -> list[str]:
+    rows = progress(records, f"reading {Path(place).name}", "record")
+    return [document_of(record, place, number) for number, record in enumerate(rows, 1)]
+
+
+def _records(path: Path) -> Iterator[Any]:
+    """Yield the records of a file, or its lines."""
+    if _ends(path, (".parquet", ".arrow")):
+        from pyarrow import ipc, parquet
+
+        with door(f"cannot read text from {path}", _ACCEPTED), path.open("rb") as file:
+            is_arrow = _ends(path, (".arrow",))
+            for batch in ipc.open_stream(file) if is_arrow else parquet.ParquetFile(file).iter_batches():
+                batch.validate(full=True)
+                yield from batch.to_pylist()
+        return
+    opened: Any = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix.lower(), open)
     try:
-        if _ends(path, _LINES):  # not by load_dataset("text"), which makes line feeds of carriage returns
-            return path.read_bytes().decode().split("\n")
-        from datasets import load_dataset
+        with opened(path, "rb") as file:
+            if _ends(path, _LINES):
+                yield from _parsed(file.read(), path, 1, str).split("\n")
+                return
+            start = 3 if file.read(3) == BOM_UTF8 else file.seek(0)
+            first = next((line.strip() for line in file if line.strip()), b"")
+            if not first:
+                raise InputError(f"{path} is empty; {_ACCEPTED}")
+            file.seek(start)
+            are_lines = first[:1] == b"{" and first[-1:] == b"}"
+            for line, content in enumerate(file, 1) if are_lines else [(1, file.read())]:
+                if content.strip():
+                    # Not by load_dataset: it drops lone surrogates, takes texts for dates, and dies of nested brackets.
+                    found = _parsed(content, path, line, json.loads)
+                    yield from found if isinstance(found, list) else [found]
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        raise InputError(f"cannot read text from {path} ({error}); {_ACCEPTED}") from error
 
-        builder = "parquet" if _ends(path, (".parquet",)) else "json"
-        file = glob.escape(str(path.absolute()))
-        # Streaming makes no copy of the text; all that the cache gets is a lock.
-        with TemporaryDirectory() as cache:
-            rows = load_dataset(builder, data_files=file, split="train", streaming=True, cache_dir=cache)
-            return [_document(row) for row in progress(rows, f"reading {path.name}", "row")]
-    except StopIteration as error:
-        raise InputError(f"{path} is empty") from error
-    except (OSError, ValueError, TypeError, AttributeError, EOFError, zlib.error, lzma.LZMAError) as error:
-        reason = (str(error) or repr(error)).splitlines()[0]
-        raise InputError(f"cannot read text from {path} ({reason}); accepted: {_ACCEPTED}") from error
 
-
-def _document(row: Mapping[str, Any]) -> str:
-    """Return the text of a record, or the Alpaca prompt made of it."""
-    if "text" in row:
-        parts = [row["text"]]
-    elif {"instruction", "output"} <= row.keys():
-        parts = [row["instruction"], row.get("input") or "", row["output"]]
-    else:
-        raise ValueError(f"columns {', '.join(row)} where text, or instruction, input and output were expected")
-    for part in parts:
-        if not isinstance(part, str):
-            raise ValueError(f"{type(part).__name__} where text was expected")
-    return parts[0] if len(parts) == 1 else _alpaca_prompt(*parts)
+def _parsed(content: bytes, path: Path, line: int, parse: Callable[[str], Any]) -> Any:
+    """Return what is made of UTF-8 that begins on a line of a file."""
+    try:
+        return parse(content.decode())
+    except (ValueError, RecursionError) as error:
+        line += content.count(b"\n", 0, getattr(error, "start", 0)) + getattr(error, "lineno", 1) - 1
+        reason = getattr(error, "msg", error)
+        raise InputError(f"cannot read text from {path} (line {line}: {reason}); {_ACCEPTED}") from error
 
 
 def _alpaca_prompt(instruction: str, given: str, output: str) -> str:
@@ -196,8 +282,9 @@ def _alpaca_split(documents: list[str], split: Split) -> list[str]:
     """Return the split SliceGPT made: a fifth held out with seed 42, then the first half of that as test."""
     from datasets import Dataset
 
-    parts = Dataset.from_dict({"text": documents}).train_test_split(test_size=0.2, seed=42)
-    part = parts["train"] if split == "train" else parts["test"].train_test_split(test_size=0.5, seed=42)["train"]
+    with door(f"{len(documents)} records cannot be split as Alpaca's are", "give a longer text"):
+        parts = Dataset.from_dict({"text": documents}).train_test_split(test_size=0.2, seed=42)
+        part = parts["train"] if split == "train" else parts["test"].train_test_split(test_size=0.5, seed=42)["train"]
     return list(part["text"])
 
 
