@@ -22,7 +22,8 @@ def solved_from_right(moment: Tensor, cross: Tensor) -> Tensor:
     factor, failed_at = torch.linalg.cholesky_ex(moment)
     if failed_at.item():
         raise ArithmeticError("a moment of the calibration tokens is not positive definite")
-    return torch.cholesky_solve(cross.T, factor).T
+    halfway = torch.linalg.solve_triangular(factor.mT, cross, upper=True, left=False)
+    return torch.linalg.solve_triangular(factor, halfway, upper=False, left=False)
 
 
 def change_towards(weight: Tensor, moment: Tensor, cross: Tensor, ridge: float) -> Tensor:

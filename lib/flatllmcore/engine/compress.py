@@ -176,5 +176,5 @@ class _Loop:
             return
         held_out = self.walk.is_held_out.split(self.walk.batch_size)
         for (states, _), (dense, _), is_held_out in zip(self.walk.batches(), self.dense_walk.batches(), held_out, strict=False):
-            rows = is_held_out.to(states.device)[:, None].expand(states.shape[:2]).flatten()
+            rows = is_held_out.repeat_interleave(states.shape[1])  # on the host, which need not wait for the device then
             yield states, {STREAM: states.flatten(0, 1), DENSE: dense.flatten(0, 1), HELD_OUT: rows}

@@ -11,17 +11,18 @@ from torch.nn.functional import cross_entropy
 from ..core.curve_allocation import Curves
 from ..core.importance import angles_between
 from ..layers import replacement
+from ..utils.dimensions import Kept
 from ..utils.layer_utils import DecoderModule
 from ..utils.processes import all_reduce, own_share
 from ..utils.progress import progress
 from ..utils.stopwatch import stage
-from .protocols import Evidence, LayerSource, Trial
+from .protocols import Evidence, LayerSource
 from .walk import Walk, check_finite, forward_of, lent_layer, tapped
 
 logger = logging.getLogger(__name__)
 
 OUTPUT = ".output"  # of the layer itself
-TRIAL_TOKENS = 2048
+TRIED_TOKENS = 2048  # that weights are tried on whose damage has no closed form
 
 
 @dataclass(frozen=True)
@@ -65,12 +66,13 @@ def angular_importance(source: LayerSource, windows: Tensor, batch_size: int) ->
 def damage_importance(source: LayerSource, windows: Tensor, batch_size: int, evidence: Evidence) -> LayerImportance:
     """Score every layer as :func:`angular_importance` does, and measure its curves of damage on the way."""
     walk = Walk(source, windows, batch_size)
+    is_tried = own_share(torch.arange(len(windows)) * windows.shape[1] < TRIED_TOKENS, batch_size)
     found = torch.zeros(2, source.num_layers, dtype=torch.float64, device=source.device)  # of angles; of rows of zeros
     curves = []
     for index in progress(range(source.num_layers), "damage", "layer"):
         with lent_layer(source, index) as layer:
             sums = evidence.zeros(layer)
-            trial_states = walk.states[: max(1, TRIAL_TOKENS // windows.shape[1])].clone()
+            tried = walk.states[is_tried]
             with tapped(layer, [*evidence.taps, OUTPUT]) as look:
                 for states, stored in walk.batches():
                     seen = look(partial(walk.run, layer, index, states))
@@ -84,31 +86,27 @@ def damage_importance(source: LayerSource, windows: Tensor, batch_size: int, evi
             for total in sums.values():
                 all_reduce(total)
             with stage("solves"):
-                measured = evidence.curves(layer, sums)
-            for trial in evidence.trials(layer, sums):
-                damage = _damage_of(walk, layer, index, trial, trial_states)
-                measured.setdefault(trial.kind, [(0, 0.0)]).append((trial.removed, damage))
-            curves.append(measured)
+                curves.append(evidence.curves(layer, sums, partial(_damage_of, walk, layer, index, tried)))
     all_reduce(found)
     scores = tuple((found[0] / windows.numel()).tolist())
     return LayerImportance(scores, int(found[1].sum()), tuple(curves))
 
 
-def _damage_of(walk: Walk, layer: DecoderModule, index: int, trial: Trial, states: Tensor) -> float:
-    """Return the mean over tokens of ``‖y' - y‖² / ‖y‖²`` of what leaves a part of a layer with a trial's weights."""
-    source = walk.source
-    config = replacement.compressed_config(source.config, [trial.leaves] * source.num_layers)
-    part = replacement.compress_decoder_layer(layer, config, index, trial.weights, trial.part)
-    total = torch.zeros(2, dtype=torch.float64, device=source.device)
-    whole = layer.get_submodule(trial.part)
-    for batch in states.split(walk.batch_size):
-        batch = batch.to(source.device)
+def _damage_of(
+    walk: Walk, layer: DecoderModule, index: int, tried: Tensor, part: str, kept: Kept, weights: dict[str, Tensor]
+) -> float:
+    """Return the mean over tokens of ``‖y' - y‖² / ‖y‖²`` of what leaves a part of a layer with other weights."""
+    config = replacement.compressed_config(walk.source.config, [kept] * walk.source.num_layers)
+    whole = layer.get_submodule(part)
+    modules = (whole, replacement.compress_decoder_layer(layer, config, index, weights, part))
+    total = torch.zeros(2, dtype=torch.float64, device=walk.source.device)
+    for batch in tried.split(walk.batch_size) if len(tried) else ():
         outputs = []
-        for module in (whole, part):
-            layer.set_submodule(trial.part, module)
-            with forward_of(layer, trial.part) as forward:
-                outputs.append(walk.run(forward, index, batch).double().flatten(0, 1))
-        layer.set_submodule(trial.part, whole)
+        for module in modules:
+            layer.set_submodule(part, module)
+            with forward_of(layer, part) as forward:
+                outputs.append(walk.run(forward, index, batch.to(walk.source.device)).double().flatten(0, 1))
+        layer.set_submodule(part, whole)
         dense, changed = outputs
         total[0] += ((changed - dense).square().sum(-1) / dense.square().sum(-1)).sum()
         total[1] += len(dense)

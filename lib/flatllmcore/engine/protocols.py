@@ -64,14 +64,9 @@ class Step(Protocol):
         """Return the layer's new weights; an ArithmeticError, to which the engine adds the layer, if there are none."""
 
 
-class Trial(NamedTuple):
-    """A part of a layer with other weights, whose damage is to be measured."""
-
-    kind: str  # of the curve that it is a point of
-    removed: int  # weights
-    part: str
-    leaves: Kept
-    weights: dict[str, Tensor]
+# Gives the mean over some tokens of ``‖y' - y‖² / ‖y‖²``, of what leaves a part of a layer with other weights, by name:
+# the part, what the layer keeps then, and the weights.
+DamageOf: TypeAlias = Callable[[str, Kept, dict[str, Tensor]], float]
 
 
 class Evidence(Protocol):
@@ -87,11 +82,8 @@ class Evidence(Protocol):
     def add(self, layer: DecoderModule, sums: Sums, seen: Mapping[str, Tensor]) -> None:
         """Add a batch in place: what passed each tap, (tokens, width)."""
 
-    def curves(self, layer: DecoderModule, sums: Sums) -> Curves:
-        """Return the damage that removing weights does, by kind, as far as the sums tell."""
-
-    def trials(self, layer: DecoderModule, sums: Sums) -> Iterable[Trial]:
-        """Return further points of curves, which are measured by running them on some tokens."""
+    def curves(self, layer: DecoderModule, sums: Sums, damage_of: DamageOf) -> Curves:
+        """Return the damage that removing weights does, by kind."""
 
 
 class Method(Protocol):

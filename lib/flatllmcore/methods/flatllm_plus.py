@@ -1,10 +1,11 @@
-"""``flatllm+``: bases by what the output makes of them, channels by damage, and fits towards the dense model's stream.
+"""``flatllm+``: values by what the output makes of them, channels by damage, fits towards the dense model's stream.
 
 A layer's attention is done before its MLP is looked at, and each in two passes: first the projections that read the
-stream are led towards what they would read in the dense model, then those that write to it are fitted.
+stream are led towards what they would read in the dense model, then the one that writes to it is narrowed and fitted.
+``docs/FLATLLM_PLUS.md`` has the equations.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,25 +13,30 @@ from torch import Tensor
 
 from ..core.attention_pca import project_heads
 from ..core.channel_obs import channels_by_damage
-from ..core.moments import add_moment, mirror_lower_triangle
-from ..core.output_pca import output_bases
+from ..core.curve_allocation import Curves
+from ..core.moments import add_cross_moment, add_moment, mirror_lower_triangle
+from ..core.output_pca import lost_by_rank, output_bases, spread_over_queries
 from ..core.rank_allocation import ImportancePreservingRankSelector, RankAllocation
-from ..core.refit import change_towards, led_towards, solved_from_right, with_ridge
-from ..engine.protocols import DENSE, HELD_OUT, STREAM, Solution, Sums, Trial
+from ..core.refit import change_towards, led_towards
+from ..core.rotary_pairs import pair_energies, rows_of_pairs
+from ..engine.protocols import DENSE, HELD_OUT, STREAM, DamageOf, Solution, Sums
 from ..engine.walk import MIDDLE
-from ..utils.devices import float32_product
 from ..utils.dimensions import Kept, ModelDimensions
 from ..utils.layer_utils import DecoderModule
 
 QUERIES, KEYS = "self_attn.q_proj.output", "self_attn.k_proj.output"
+ATTENDED, CHANNELS = "self_attn.o_proj.input", "mlp.down_proj.input"
+# Where curves are measured, as shares of a head's width that stay.
 VALUE_SHARES = (15 / 16, 7 / 8, 3 / 4, 5 / 8, 1 / 2, 3 / 8, 1 / 4)
 PAIR_SHARES = (7 / 8, 3 / 4, 5 / 8, 1 / 2)
+MLP_SHARE = 0.9  # of the channels, that the curve of the MLP removes
 SHARE = 0.5  # of the way to the dense model's stream
+INPUT_SHARE = 0.5
 OWN_RIDGE = 1e-2  # of the fit to a layer's own dense output
 
 
 class FlatLLMPlus:
-    """The second method."""
+    """The second method: as accurate as closed forms get at equal size."""
 
     name = "flatllm+"
     follows_dense = True
@@ -44,6 +50,9 @@ class FlatLLMPlus:
         pass
 
     def steps(self, dimensions: ModelDimensions, kept: Kept) -> list["FittedStep"]:
+        """Return two steps for the attention and two for the MLP; none for a layer that stays whole."""
+        if dimensions.is_whole(kept):
+            return []
         turned = replace(kept, value_rank=dimensions.head_dim, mlp_width=dimensions.intermediate_size)
         behind = replace(turned, value_rank=kept.value_rank)
         return [
@@ -60,77 +69,66 @@ class DamageEvidence:
 
     dimensions: ModelDimensions
 
-    taps = (QUERIES, KEYS, "self_attn.o_proj.input", MIDDLE, "mlp.down_proj.input")
+    taps = (QUERIES, KEYS, ATTENDED, MIDDLE, CHANNELS)
 
     def zeros(self, layer: DecoderModule) -> Sums:
-        sizes, device = self.dimensions, layer.mlp.down_proj.weight.device
-        shapes = {
-            "values": (sizes.num_heads * sizes.head_dim,) * 2,
-            "mlp": (sizes.intermediate_size,) * 2,
-            "tokens": (),
-            QUERIES: (sizes.num_heads, sizes.head_dim // 2),
-            KEYS: (sizes.num_kv_heads, sizes.head_dim // 2),
-        }
-        return {name: torch.zeros(shape, dtype=torch.float64, device=device) for name, shape in shapes.items()}
+        """Return the moments ``Σ z zᵀ`` of what ``o_proj`` and ``down_proj`` read, and the pairs' energies."""
+        sizes = self.dimensions
+        shapes: dict[str, tuple[int, ...]] = {"tokens": ()}
+        shapes |= {ATTENDED: (sizes.num_heads * sizes.head_dim,) * 2, CHANNELS: (sizes.intermediate_size,) * 2}
+        return _zeros(layer, shapes | _pair_shapes(sizes))
 
     def add(self, layer: DecoderModule, sums: Sums, seen: Mapping[str, Tensor]) -> None:
-        middle = seen[MIDDLE].float()
-        output = middle + layer.mlp.down_proj.forward(seen["mlp.down_proj.input"]).float()
-        for name, features, stream in (("values", "self_attn.o_proj.input", middle), ("mlp", "mlp.down_proj.input", output)):
-            add_moment(sums[name], seen[features].float() * stream.square().sum(-1, keepdim=True).rsqrt())
+        """Add a batch, each token by the energy of the stream behind the part."""
+        output = seen[MIDDLE] + layer.mlp.down_proj.forward(seen[CHANNELS])
+        for features, stream in ((ATTENDED, seen[MIDDLE]), (CHANNELS, output)):
+            add_moment(sums[features], seen[features] * inverse_length(stream))
         for tap in (QUERIES, KEYS):
             sums[tap] += pair_energies(seen[tap], self.dimensions.head_dim)
-        sums["tokens"] += len(middle)
+        sums["tokens"] += len(output)
 
-    def curves(self, layer: DecoderModule, sums: Sums) -> dict[str, list[tuple[float, float]]]:
-        sizes, tokens = self.dimensions, sums["tokens"].item()
-        for name in ("values", "mlp"):
+    def curves(self, layer: DecoderModule, sums: Sums, damage_of: DamageOf) -> Curves:
+        """Return the curves of ``values`` and ``mlp`` from the moments, and of ``pairs`` by trying them."""
+        sizes, energy = self.dimensions, sums["tokens"].item() * self.dimensions.hidden_size
+        for name in (ATTENDED, CHANNELS):
             mirror_lower_triangle(sums[name])
-        weight, moment = layer.self_attn.o_proj.weight.double(), sums["values"]
-        values = [(0.0, 0.0)]
-        energy = ((weight @ moment) * weight).sum()
-        for rank in dict.fromkeys(int(share * sizes.head_dim) for share in VALUE_SHARES):
-            bases = output_bases(moment, weight, sizes.num_kv_heads, sizes.head_dim, rank)
-            reduced = torch.block_diag(*bases.repeat_interleave(sizes.num_heads // sizes.num_kv_heads, 0))
-            cross = weight @ moment @ reduced
-            explained = (solved_from_right(with_ridge(reduced.T @ moment @ reduced, 1e-9), cross) * cross).sum()
-            lost = max(0.0, (energy - explained).item()) / tokens
-            values.append(((sizes.head_dim - rank) * sizes.rank_parameters, lost))
-        _, damage = channels_by_damage(layer.mlp.down_proj.weight, sums["mlp"], round(0.9 * sizes.intermediate_size))
-        return {"values": values, "mlp": [(n * sizes.width_parameters, lost / tokens) for n, lost in damage]}
-
-    def trials(self, layer: DecoderModule, sums: Sums) -> Iterable[Trial]:
-        sizes = self.dimensions
-        for pairs in dict.fromkeys(int(share * sizes.head_dim / 2) for share in PAIR_SHARES):
-            kept = Kept(1.0, sizes.head_dim, sizes.intermediate_size, None, pairs)
-            weights = without_pairs(sizes, layer, {}, sums[QUERIES], sums[KEYS], pairs)
-            removed = (sizes.head_dim - 2 * pairs) * sizes.rank_parameters
-            yield Trial("pairs", removed, "self_attn", kept, weights)
+        ranks = dict.fromkeys(int(share * sizes.head_dim) for share in VALUE_SHARES)
+        lost = lost_by_rank(sums[ATTENDED], layer.self_attn.o_proj.weight, sizes.num_kv_heads, sizes.head_dim, ranks)
+        values = [((sizes.head_dim - rank) * sizes.rank_parameters, damage / energy) for rank, damage in lost.items()]
+        removed = round(MLP_SHARE * sizes.intermediate_size)
+        _, damages = channels_by_damage(layer.mlp.down_proj.weight, sums[CHANNELS], removed)
+        mlp = [(count * sizes.width_parameters, damage / energy) for count, damage in damages]
+        pairs = [(0, 0.0)]
+        for left in dict.fromkeys(int(share * sizes.head_dim / 2) for share in PAIR_SHARES):
+            kept = Kept(1.0, sizes.head_dim, sizes.intermediate_size, None, left)
+            weights = without_pairs(sizes, layer, {}, sums, left)
+            damage = damage_of("self_attn", kept, weights)
+            pairs.append(((sizes.head_dim - 2 * left) * sizes.rank_parameters, damage))
+        return {"values": values, "mlp": mlp, "pairs": pairs}
 
 
 @dataclass(frozen=True)
 class FittedStep:
-    """Moments of features and a target, of the tokens to fit and of those held out."""
+    """Moments ``C = Σ f fᵀ`` of features and ``R = Σ t fᵀ`` with a target, of tokens to fit and of those held out."""
 
     dimensions: ModelDimensions
     leaves: Kept
     part: str
 
-    def zeros_of(self, features: int, targets: int, device: torch.device) -> Sums:
+    def shapes_of(self, features: int, targets: int) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the moments, by name."""
         shapes = {"C": (features, features), "R": (targets, features)}
-        return {
-            f"{of} {moment}": torch.zeros(shape, dtype=torch.float64, device=device)
-            for of in ("fit", "held")
-            for moment, shape in shapes.items()
-        }
+        return {f"{of} {moment}": shape for of in ("fit", "held") for moment, shape in shapes.items()}
 
     def add_rows(self, sums: Sums, features: Tensor, targets: Tensor, is_held_out: Tensor) -> None:
+        """Add tokens, (tokens, width), in place."""
         for of, chosen in (("fit", ~is_held_out), ("held", is_held_out)):
             if chosen.any():
                 add_moment(sums[f"{of} C"], features[chosen])
-                sums[f"{of} R"] += float32_product(targets[chosen].T, features[chosen])
+                add_cross_moment(sums[f"{of} R"], targets[chosen], features[chosen])
 
     def moments(self, sums: Sums) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Return ``C`` and ``R`` of the tokens to fit, and of those held out."""
         for name in ("fit C", "held C"):
             mirror_lower_triangle(sums[name])
         return (sums["fit C"], sums["fit R"]), (sums["held C"], sums["held R"])
@@ -152,108 +150,111 @@ class InputStep(FittedStep):
 
     @property
     def taps(self) -> list[str]:
+        """What the norm gives; queries and keys where pairs go."""
         return [f"{self.norm}.output", *((QUERIES, KEYS) if self.prunes_pairs else ())]
 
     def zeros(self, layer: DecoderModule) -> Sums:
-        sizes, device = self.dimensions, layer.mlp.down_proj.weight.device
-        sums = self.zeros_of(sizes.hidden_size, sizes.hidden_size, device)
-        if self.prunes_pairs:
-            for tap, heads in ((QUERIES, sizes.num_heads), (KEYS, sizes.num_kv_heads)):
-                sums[tap] = torch.zeros(heads, sizes.head_dim // 2, dtype=torch.float64, device=device)
-        return sums
+        """Return moments of width D, and the energies of rotary pairs."""
+        sizes = self.dimensions
+        shapes = self.shapes_of(sizes.hidden_size, sizes.hidden_size)
+        return _zeros(layer, shapes | (_pair_shapes(sizes) if self.prunes_pairs else {}))
 
     def add(self, layer: DecoderModule, sums: Sums, seen: Mapping[str, Tensor]) -> None:
+        """Add a batch."""
         dense = layer.get_submodule(self.norm).forward(seen[DENSE])  # not called: its hooks look at it
         self.add_rows(sums, seen[self.taps[0]], dense, seen[HELD_OUT])
         for tap in self.taps[1:]:
             sums[tap] += pair_energies(seen[tap], self.dimensions.head_dim)
 
     def solve(self, layer: DecoderModule, sums: Sums) -> Solution:
+        """Return the readers' weights behind the map ``M`` with ``M f ≈ t``."""
         identity = torch.eye(self.dimensions.hidden_size, dtype=torch.float64, device=sums["fit C"].device)
-        mapped = led_towards(identity, *self.moments(sums), SHARE)
-        projections = {name: f"{self.part}.{name}.weight" for name in self.readers}
-        weights = {full: layer.get_parameter(full).double() @ mapped for full in projections.values()}
+        mapped = led_towards(identity, *self.moments(sums), INPUT_SHARE)
+        names = [f"{self.part}.{reader}.weight" for reader in self.readers]
+        weights = {name: layer.get_parameter(name).double() @ mapped for name in names}
         if self.prunes_pairs:
-            pairs = self.leaves.query_key_pairs
-            weights |= without_pairs(self.dimensions, layer, weights, sums[QUERIES], sums[KEYS], pairs)
+            weights |= without_pairs(self.dimensions, layer, weights, sums, self.leaves.query_key_pairs)
         return Solution(weights)
 
 
 @dataclass(frozen=True)
 class OutputStep(FittedStep):
-    """What writes to the stream is narrowed and fitted, to its own dense output and towards the dense model's stream."""
+    """What writes to the stream is narrowed, and fitted to its own dense output and towards the dense stream."""
 
     writer: str
 
     target = "output"
 
     @property
+    def name(self) -> str:
+        """Of the projection that writes."""
+        return f"{self.part}.{self.writer}"
+
+    @property
     def taps(self) -> list[str]:
-        return [f"{self.part}.{self.writer}.input"]
+        """What it reads."""
+        return [f"{self.name}.input"]
 
     def zeros(self, layer: DecoderModule) -> Sums:
-        weight = layer.get_parameter(f"{self.part}.{self.writer}.weight")
-        return self.zeros_of(weight.shape[1], weight.shape[0], weight.device)
+        """Return moments of what it reads and, crossed with it, of what it should write."""
+        writer = layer.get_submodule(self.name)
+        return _zeros(layer, self.shapes_of(writer.in_features, writer.out_features))
 
     def add(self, layer: DecoderModule, sums: Sums, seen: Mapping[str, Tensor]) -> None:
-        missing = seen[DENSE].float() - seen[STREAM].float()
-        bias = layer.get_submodule(f"{self.part}.{self.writer}").bias
-        self.add_rows(sums, seen[self.taps[0]], missing if bias is None else missing - bias, seen[HELD_OUT])
+        """Add a batch: what is missing of the dense stream, each token by that stream's length."""
+        bias = layer.get_submodule(self.name).bias
+        missing = seen[DENSE] - seen[STREAM] - (0 if bias is None else bias)
+        weight = inverse_length(seen[DENSE])
+        self.add_rows(sums, seen[self.taps[0]] * weight, missing * weight, seen[HELD_OUT])
 
     def solve(self, layer: DecoderModule, sums: Sums) -> Solution:
-        fit, held = self.moments(sums)
-        if self.part == "self_attn":
-            reduced, weights = self._values(layer, fit[0] + held[0])
-        else:
-            reduced, weights = self._channels(layer, fit[0] + held[0])
-        weight = layer.get_parameter(f"{self.part}.{self.writer}.weight").double()
-        moment = fit[0] + held[0]
-        own, own_cross = reduced.T @ moment @ reduced, weight @ moment @ reduced
+        """Return the weights of the whole part, narrowed."""
+        fit, held_out = self.moments(sums)
+        moment = fit[0] + held_out[0]
+        weight = layer.get_parameter(f"{self.name}.weight").double()
+        narrow = self._narrowed_values if self.part == "self_attn" else self._narrowed_channels
+        reduced, weights = narrow(layer, moment)  # columns: what is read then, in terms of what is read now
         start = weight @ reduced
-        start = start + change_towards(start, own, own_cross, OWN_RIDGE)
-        narrowed = [(reduced.T @ c @ reduced, r @ reduced) for c, r in (fit, held)]
-        weights[f"{self.part}.{self.writer}.weight"] = led_towards(start, *narrowed, SHARE)
-        return Solution(weights)
+        start = start + change_towards(start, reduced.T @ moment @ reduced, weight @ moment @ reduced, OWN_RIDGE)
+        fit, held_out = ((reduced.T @ C @ reduced, R @ reduced) for C, R in (fit, held_out))
+        return Solution(weights | {f"{self.name}.weight": led_towards(start, fit, held_out, SHARE)})
 
-    def _values(self, layer, moment):
-        sizes = self.dimensions
-        attention = layer.self_attn
-        bases = output_bases(moment, attention.o_proj.weight, sizes.num_kv_heads, sizes.head_dim, self.leaves.value_rank)
+    def _narrowed_values(self, layer: DecoderModule, moment: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        sizes, attention = self.dimensions, layer.self_attn
+        bases = output_bases(moment, attention.o_proj.weight, sizes.num_kv_heads, sizes.head_dim)
+        bases = bases[..., : self.leaves.value_rank]
         weights = {f"self_attn.v_proj.{of}": project_heads(p, bases) for of, p in attention.v_proj.named_parameters()}
-        repeats = sizes.num_heads // sizes.num_kv_heads
-        return torch.block_diag(*bases.repeat_interleave(repeats, 0)), weights
+        return spread_over_queries(bases, sizes.num_heads), weights
 
-    def _channels(self, layer, moment):
+    def _narrowed_channels(self, layer: DecoderModule, moment: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         sizes, mlp = self.dimensions, layer.mlp
         stay, _ = channels_by_damage(mlp.down_proj.weight, moment, sizes.intermediate_size - self.leaves.mlp_width)
-        weights = {
-            f"mlp.{name}.{of}": p[stay] for name in ("gate_proj", "up_proj") for of, p in mlp.get_submodule(name).named_parameters()
-        }
+        readers = {f"mlp.{name}": mlp.get_submodule(name) for name in ("gate_proj", "up_proj")}
+        weights = {f"{name}.{of}": part[stay] for name, it in readers.items() for of, part in it.named_parameters()}
         return torch.eye(len(moment), dtype=moment.dtype, device=moment.device)[:, stay], weights
 
 
-def pair_energies(outputs: Tensor, head_dim: int) -> Tensor:
-    """Return the energy of each rotary pair of each head, (heads, d / 2), in queries or keys (tokens, heads·d)."""
-    pairs = outputs.view(len(outputs), -1, 2, head_dim // 2)  # the two of a pair stand half a head apart
-    return pairs.float().square().sum((0, 2))
+def inverse_length(stream: Tensor) -> Tensor:
+    """Return the weight of each token, (tokens, 1): what reads the stream, (tokens, D), sees it at one length."""
+    return stream.square().mean(-1, keepdim=True).clamp(min=torch.finfo(stream.dtype).tiny).rsqrt()
 
 
 def without_pairs(
-    sizes: ModelDimensions, layer: DecoderModule, weights: Mapping[str, Tensor], queries: Tensor, keys: Tensor, left: int
+    sizes: ModelDimensions, layer: DecoderModule, weights: Mapping[str, Tensor], sums: Sums, left: int
 ) -> dict[str, Tensor]:
-    """Return Q and K, ``weights`` where given, with the ``left`` rotary pairs of most energy in each key/value head.
-
-    That is the product of the energies, ``queries`` (H, d / 2), summed over a group, and ``keys`` (G, d / 2).
-    """
-    energies = queries.unflatten(0, (sizes.num_kv_heads, -1)).sum(1) * keys
-    pairs = energies.argsort(descending=True, stable=True)[:, :left].sort().values
-    places = torch.cat([pairs, pairs + sizes.head_dim // 2], 1)  # (G, 2·left)
+    """Return Q and K, ``weights`` where given, with the ``left`` rotary pairs of most energy in each key/value head."""
+    places, rows = rows_of_pairs(sums[QUERIES], sums[KEYS], left)
     kept = {"self_attn.rotary_places": places}
-    for name, heads in (("q_proj", sizes.num_heads), ("k_proj", sizes.num_kv_heads)):
-        of_head = places.repeat_interleave(heads // sizes.num_kv_heads, 0)
-        rows = (of_head + sizes.head_dim * torch.arange(heads, device=places.device)[:, None]).flatten()
-        kept |= {
-            f"self_attn.{name}.{of}": weights.get(f"self_attn.{name}.{of}", part)[rows]
-            for of, part in layer.self_attn.get_submodule(name).named_parameters()
-        }
+    for name, chosen in zip(("self_attn.q_proj", "self_attn.k_proj"), rows, strict=True):
+        parts = {f"{name}.{of}": part for of, part in layer.get_submodule(name).named_parameters()}
+        kept |= {full: weights.get(full, part)[chosen] for full, part in parts.items()}
     return kept
+
+
+def _pair_shapes(sizes: ModelDimensions) -> dict[str, tuple[int, ...]]:
+    return {QUERIES: (sizes.num_heads, sizes.head_dim // 2), KEYS: (sizes.num_kv_heads, sizes.head_dim // 2)}
+
+
+def _zeros(layer: DecoderModule, shapes: Mapping[str, tuple[int, ...]]) -> Sums:
+    device = layer.mlp.down_proj.weight.device
+    return {name: torch.zeros(shape, dtype=torch.float64, device=device) for name, shape in shapes.items()}
