@@ -27,10 +27,11 @@ class ObsPeer:
     groups_removed: int
 
     name = "obs"
+    importance_method = "angular"
     follows_dense = False
 
-    def check_calibration(self, dimensions: ModelDimensions, tokens: int) -> None:
-        """Have no demands."""
+    def check(self, allocation: RankAllocation, tokens: int) -> None:
+        """Make no demands."""
 
     def steps(self, dimensions: ModelDimensions, kept: Kept) -> list["GroupStep | ChannelStep"]:
         """Return a step for the attention and one for the MLP."""
@@ -39,7 +40,7 @@ class ObsPeer:
 
 
 def uniform_allocation(dimensions: ModelDimensions, keep_ratio: float) -> tuple[int, RankAllocation]:
-    """Return how many groups each layer loses, and the widths that bring all layers to ``keep_ratio`` of the weights."""
+    """Return how many groups each layer loses, and the widths that leave ``keep_ratio`` of all linear weights."""
     groups = min(round((1 - keep_ratio) * dimensions.num_kv_heads), dimensions.num_kv_heads - 1)
     in_groups = groups * (dimensions.qk_parameters + dimensions.head_dim * dimensions.rank_parameters)
     to_remove = (1 - keep_ratio) * dimensions.layer_parameters - in_groups / dimensions.num_kv_heads
@@ -91,10 +92,13 @@ class GroupStep(_Step):
         left = list(range(len(columns)))
         for _ in range(self.groups_removed):
             stay = columns[left].flatten()
-            inverse = torch.linalg.inv(with_ridge(sums["C"][stay][:, stay], RIDGE)).view(len(left), columns.shape[1], len(left), -1)
+            inverse = torch.linalg.inv(with_ridge(sums["C"][stay][:, stay], RIDGE)).view(
+                len(left), columns.shape[1], len(left), -1
+            )
             fitted = self.refitted(layer, sums["C"], stay).view(len(weight), len(left), -1)
             damage = [
-                (solved_from_right(inverse[n, :, n], fitted[:, n]) * fitted[:, n]).sum().item() for n in range(len(left))
+                (solved_from_right(inverse[n, :, n], fitted[:, n]) * fitted[:, n]).sum().item()
+                for n in range(len(left))
             ]
             left.pop(damage.index(min(damage)))
         stay = columns[left].flatten()
@@ -114,5 +118,7 @@ class ChannelStep(_Step):
         mirror_lower_triangle(sums["C"])
         removed = self.dimensions.intermediate_size - self.leaves.mlp_width
         stay, _ = channels_by_damage(layer.mlp.down_proj.weight, sums["C"], removed)
-        weights = {f"mlp.{name}.weight": layer.get_parameter(f"mlp.{name}.weight")[stay] for name in ("gate_proj", "up_proj")}
+        weights = {
+            f"mlp.{name}.weight": layer.get_parameter(f"mlp.{name}.weight")[stay] for name in ("gate_proj", "up_proj")
+        }
         return Solution(weights | {"mlp.down_proj.weight": self.refitted(layer, sums["C"], stay)})

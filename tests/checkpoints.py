@@ -98,7 +98,7 @@ def compress_to(
     """Compress the checkpoint ``dense`` at 40 % to a folder; ``source`` gives its layers, the disk by default."""
     checkpoint = on_disk(dense)
     selector = ImportancePreservingRankSelector(dimensions_from_config(checkpoint.config), prune_qk=prune_qk)
-    allocation = METHODS[method].allocate(selector, SCORES, 0.6)
+    allocation = METHODS[method].allocate(selector, SCORES, None, 0.6)
     with CheckpointSink(folder, checkpoint.num_layers, request, overwrite).opened() as sink:
         before_layers(sink)
         config, _ = compress_layers(

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import FlatLLMConfig
+from .core.importance import LayerImportance
 from .engine.memory import ModelInMemory
 from .errors import InputError
 from .pipeline import Pipeline
@@ -45,8 +46,7 @@ class FlatLLMPruner:
 
     def compute_importance_scores(self) -> list[float]:
         """Return the importance of every decoder layer; the model is unchanged."""
-        with in_memory(self.model, self.device) as source:
-            return list(self._pipeline.score(source, self._pipeline.windows_to_score()).scores)
+        return list(self._importance().scores)
 
     def prune_model(self) -> PreTrainedModel:
         """Compress the model and return it, the same object, now of the compressed class.
@@ -61,7 +61,8 @@ class FlatLLMPruner:
         pipeline = self._pipeline
         pipeline.announce_target()
         before = count_parameters(self.model)
-        allocation = pipeline.allocate(self.compute_importance_scores())
+        found = self._importance()
+        allocation = pipeline.allocate(found.scores, found.curves)
         with in_memory(self.model, self.device) as source:
             flat_config, layers = pipeline.compress(source, source, pipeline.windows_to_compress(), allocation)
             source.adopt(flat_config)
@@ -87,6 +88,10 @@ class FlatLLMPruner:
         if self._stats is None:
             raise RuntimeError("there are no statistics before prune_model() has been called")
         return self._stats
+
+    def _importance(self) -> LayerImportance:
+        with in_memory(self.model, self.device) as source:
+            return self._pipeline.score(source, self._pipeline.windows_to_score())
 
 
 def apply_flat_llm(

@@ -93,6 +93,7 @@ class CheckpointRun:
             scores=found.scores,
             method=config.importance_method,
             zero_rows=found.zero_rows,
+            curves=found.curves,
             versions=self.provenance["versions"],
         )
         if is_rank_0():
@@ -181,7 +182,7 @@ class CheckpointRun:
         if allocation is None:
             logger.info("no ranks or scores in %s: scoring the layers first", place)
             scores = self.score()
-            allocation = pipeline.allocate(scores.scores, digest(to_json_bytes(scores)))
+            allocation = pipeline.allocate(scores.scores, scores.curves, digest(to_json_bytes(scores)))
         elif config.rank_multiple not in (None, allocation.rank_multiple):
             raise InputError(
                 f"the ranks in {place} go with --rank_multiple {allocation.rank_multiple}, not {config.rank_multiple}"

@@ -13,9 +13,11 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from .config import FlatLLMConfig
+from .core.curve_allocation import Curves
+from .core.importance import LayerImportance
 from .core.rank_allocation import ImportancePreservingRankSelector, RankAllocation
 from .engine.compress import compress_layers
-from .engine.importance import LayerImportance, layer_importance
+from .engine.importance import DAMAGE, layer_importance
 from .engine.protocols import LayerRecord, LayerSink, LayerSource
 from .errors import InputError
 from .methods import METHODS
@@ -64,9 +66,15 @@ class Pipeline:
         """Return the importance of every decoder layer."""
         return layer_importance(source, windows, self.batch_size(windows), self.config.importance_method)
 
-    def allocate(self, scores: Sequence[float], importance_sha256: str | None = None) -> RankAllocation:
-        """Return what each layer keeps by its importance; the digest is that of the file of scores."""
-        allocation = METHODS[self.config.method].allocate(self.selector, scores, self.config.keep_ratio)
+    def allocate(
+        self, scores: Sequence[float], curves: Sequence[Curves] | None, importance_sha256: str | None = None
+    ) -> RankAllocation:
+        """Return what each layer keeps by its scores, or by the curves; the digest is that of the file of both."""
+        is_by_damage = self.config.importance_method == DAMAGE
+        if is_by_damage and curves is None:
+            raise InputError("there are scores and no curves of damage; score anew with damage, or allocate by angular")
+        allocate, keep_ratio = METHODS[self.config.method].allocate, self.config.keep_ratio
+        allocation = allocate(self.selector, scores, curves if is_by_damage else None, keep_ratio)
         return replace(allocation, importance_sha256=importance_sha256)
 
     def compress(

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from .refit import with_ridge
+from .refit import inverted, solved_from_right, with_ridge
 
-RIDGE = 1e-2
+RIDGE = 1e-3
 ROUNDS = 32  # in which all channels would go: damages are updated between two
 
 
@@ -16,8 +16,7 @@ def channels_by_damage(weight: Tensor, moment: Tensor, removed: int) -> tuple[Te
     ``H = C + ridge``; those that cost least go, a 32nd of all at a time, and the weights and ``H⁻¹`` of the others make
     up for them.
     """
-    factor = torch.linalg.cholesky(with_ridge(moment, RIDGE))
-    inverse, weight = torch.cholesky_inverse(factor), weight.double()
+    inverse, weight = inverted(with_ridge(moment, RIDGE)), weight.double()
     left = torch.arange(len(moment), device=moment.device)
     curve = [(0, 0.0)]
     at_once = max(1, len(moment) // ROUNDS)
@@ -25,12 +24,11 @@ def channels_by_damage(weight: Tensor, moment: Tensor, removed: int) -> tuple[Te
         count = min(at_once, removed - curve[-1][0])
         order = (weight.square().sum(0) / inverse.diagonal()).argsort(stable=True)
         going, staying = order[:count], order[count:].sort().values
-        block = torch.linalg.cholesky(inverse[going][:, going])
         coupling = inverse[going][:, staying]
-        share = torch.cholesky_solve(coupling, block)
-        damage = (weight[:, going] * torch.cholesky_solve(weight[:, going].T, block).T).sum().item()
-        weight = weight[:, staying] - weight[:, going] @ share
-        inverse = inverse[staying][:, staying] - coupling.T @ share
+        undone = solved_from_right(inverse[going][:, going], weight[:, going])
+        damage = (weight[:, going] * undone).sum().item()
+        weight = weight[:, staying] - undone @ coupling
+        inverse = inverse[staying][:, staying] - solved_from_right(inverse[going][:, going], coupling.T) @ coupling
         left = left[staying]
         curve.append((curve[-1][0] + count, curve[-1][1] + damage))
     return left, curve

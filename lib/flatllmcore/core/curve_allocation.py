@@ -1,20 +1,22 @@
 """How much each part of each layer keeps, from measured curves of the damage that removing weights does.
 
-A curve is a list of (weights removed, damage), from (0, 0) on, for one kind of weights of one layer: ``values`` (V and
-O), ``mlp`` or ``pairs`` (Q and K). All are in one unit, so that weights go where they cost least.
+A curve is a list of (weights removed, damage), from (0, 0) on, for one kind of weights of one layer: V and O, the MLP,
+or rotary pairs of Q and K. All are in one unit, so that weights go where they cost least.
 """
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TypeAlias
 
 from ..errors import InputError
-from ..utils.dimensions import Kept, ModelDimensions
-from .rank_rounding import RELATIVE_TOLERANCE, largest_remainder, width_step_for
+from ..utils.dimensions import Kept, ModelDimensions, check_length
+from .rank_rounding import RELATIVE_TOLERANCE, Ideal
 
 Curve: TypeAlias = list[tuple[float, float]]
 Curves: TypeAlias = dict[str, Curve]  # of one layer, by kind
+VALUES, MLP, PAIRS = "values", "mlp", "pairs"  # the kinds
 LEAST, MOST = 0.5, 1.5  # times the mean share, that a layer loses
 
 
@@ -59,36 +61,41 @@ def removed_by_curves(
     return taken
 
 
-def allocated_by_curves(
+def ideals_by_curves(
     dimensions: ModelDimensions, curves: Sequence[Mapping[str, Curve]], keep_ratio: float, rank_step: int
-) -> list[Kept]:
-    """Return what each layer keeps, in steps, so that ``keep_ratio`` of all linear weights stays."""
-    total = dimensions.num_layers * dimensions.layer_parameters
-    taken = removed_by_curves(curves, (1 - keep_ratio) * total, dimensions.layer_parameters)
-    pair_step, width_step = max(1, rank_step // 2), width_step_for(dimensions, rank_step)
-    head_dim, pairs_in_all = dimensions.head_dim, dimensions.head_dim // 2
-    ranks = [head_dim - layer.get("values", 0.0) / dimensions.rank_parameters for layer in taken]
-    pairs = [pairs_in_all - layer.get("pairs", 0.0) / (2 * dimensions.rank_parameters) for layer in taken]
-    widths = [dimensions.intermediate_size - layer.get("mlp", 0.0) / dimensions.width_parameters for layer in taken]
-    pair_steps = [min(max(round(n / pair_step), 1), pairs_in_all // pair_step) * pair_step for n in pairs]
-    kept_pairs = [None if n == pairs_in_all else n for n in pair_steps]
-    ideal_ranks = [rank / rank_step for rank in ranks]
-    ideal_widths = [width / width_step for width in widths]
-    width_cost = width_step * dimensions.width_parameters
-    tolerance = max(RELATIVE_TOLERANCE * (1 - keep_ratio) * total, min(rank_step * dimensions.rank_parameters, width_cost))
-    most_ranks, most_widths = head_dim // rank_step, dimensions.intermediate_size // width_step
-    wanted = round(sum(ideal_ranks))
-    for rank_total in sorted(range(len(taken), len(taken) * most_ranks + 1), key=lambda n: abs(n - wanted)):
-        rank_steps = largest_remainder(ideal_ranks, rank_total, most_ranks)
-        attention = [Kept(1.0, n * rank_step, 0, None, p) for n, p in zip(rank_steps, kept_pairs, strict=True)]
-        rest = keep_ratio * total - sum(map(dimensions.parameters_of, attention))
-        width_total = min(max(round(rest / width_cost), len(taken)), len(taken) * most_widths)
-        if abs(rest - width_total * width_cost) <= tolerance:
-            found = largest_remainder(ideal_widths, width_total, most_widths)
-            layers = [Kept(1.0, of.value_rank, n * width_step, None, of.query_key_pairs) for of, n in zip(attention, found, strict=True)]
-            share = [dimensions.parameters_of(of) / dimensions.layer_parameters for of in layers]
-            return [Kept(s, of.value_rank, of.mlp_width, None, of.query_key_pairs) for s, of in zip(share, layers, strict=True)]
-    raise InputError(f"steps of {rank_step} cannot remove {100 * (1 - keep_ratio):g} % of this model")
+) -> list[Ideal]:
+    """Return what each layer is to keep by its curves so that ``keep_ratio`` of all linear weights stays."""
+    removed = (1 - keep_ratio) * dimensions.num_layers * dimensions.layer_parameters
+    taken = removed_by_curves(curves, removed, dimensions.layer_parameters)
+    return [_ideal(dimensions, of_layer, max(1, rank_step // 2)) for of_layer in taken]
+
+
+def check_curves(curves: Sequence[Curves], dimensions: ModelDimensions) -> None:
+    """Refuse curves that are not of this model, or not from (0, 0) on by rising, finite numbers."""
+    check_length("curves", curves, dimensions.num_layers)
+    for index, layer in enumerate(curves):
+        for kind, curve in layer.items():
+            removed, damages = [point[0] for point in curve], [point[1] for point in curve]
+            is_sound = curve[:1] == [(0, 0)] and all(map(math.isfinite, damages)) and min(damages) >= 0
+            if not is_sound or removed != sorted(set(removed)) or removed[-1] > dimensions.layer_parameters:
+                raise InputError(f"the curve {kind!r} of layer {index} is no curve of damage from (0, 0) on")
+        if layer.keys() - {VALUES, MLP, PAIRS}:
+            raise InputError(f"layer {index} has curves of {', '.join(layer)}; known: {VALUES}, {MLP}, {PAIRS}")
+
+
+def _ideal(dimensions: ModelDimensions, taken: Mapping[str, float], pair_step: int) -> Ideal:
+    """Return what a layer is to keep that loses so many weights of each kind; rotary pairs go in whole steps."""
+    half = dimensions.head_dim // 2
+    pairs = half - taken.get(PAIRS, 0.0) / (2 * dimensions.rank_parameters)
+    left = min(max(round(pairs / pair_step), 1), half // pair_step) * pair_step
+
+    def kept_with(rank: int, width: int) -> Kept:
+        kept = Kept(1.0, rank, width, query_key_pairs=None if pairs == half else left)
+        return replace(kept, keep=dimensions.parameters_of(kept) / dimensions.layer_parameters)
+
+    rank = dimensions.head_dim - taken.get(VALUES, 0.0) / dimensions.rank_parameters
+    width = dimensions.intermediate_size - taken.get(MLP, 0.0) / dimensions.width_parameters
+    return Ideal(rank, width, kept_with)
 
 
 def _pieces(index: int, layer: Mapping[str, Curve]) -> list[_Piece]:

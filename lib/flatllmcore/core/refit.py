@@ -19,11 +19,14 @@ def with_ridge(moment: Tensor, ridge: float) -> Tensor:
 
 def solved_from_right(moment: Tensor, cross: Tensor) -> Tensor:
     """Return ``R C⁻¹`` of a moment (n, n) and a cross moment (m, n); ArithmeticError if it is not positive definite."""
-    factor, failed_at = torch.linalg.cholesky_ex(moment)
-    if failed_at.item():
-        raise ArithmeticError("a moment of the calibration tokens is not positive definite")
+    factor = _factor(moment)
     halfway = torch.linalg.solve_triangular(factor.mT, cross, upper=True, left=False)
     return torch.linalg.solve_triangular(factor, halfway, upper=False, left=False)
+
+
+def inverted(moment: Tensor) -> Tensor:
+    """Return ``C⁻¹`` of a moment (n, n); ArithmeticError if it is not positive definite."""
+    return torch.cholesky_inverse(_factor(moment))
 
 
 def change_towards(weight: Tensor, moment: Tensor, cross: Tensor, ridge: float) -> Tensor:
@@ -45,3 +48,10 @@ def led_towards(weight: Tensor, fit: tuple[Tensor, Tensor], held_out: tuple[Tens
 
     moment, cross = (part + held for part, held in zip(fit, held_out, strict=True))
     return weight + share * change_towards(weight, moment, cross, max(RIDGES, key=gain))
+
+
+def _factor(moment: Tensor) -> Tensor:
+    factor, failed_at = torch.linalg.cholesky_ex(moment)
+    if failed_at.item():
+        raise ArithmeticError("a moment of the calibration tokens is not positive definite")
+    return factor

@@ -1,9 +1,10 @@
 """The loop that compresses, whatever the method: statistics, solve, replace, and on with the compressed output."""
 
+import copy
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -50,7 +51,7 @@ def compress_layers(
     Raises:
         InputError: If a layer's activations are not finite, or a layer cannot be solved.
     """
-    method.check_calibration(allocation.dimensions, windows.numel())
+    method.check(allocation, windows.numel())
     flat_config = replacement.compressed_config(source.config, allocation.layers)
     unfinished = [index for index in range(source.num_layers) if index not in sink.finished]
     if unfinished:
@@ -104,47 +105,42 @@ class _Loop:
         logger.info("layer %d: keep %.3f, %s, %.1f s", index, kept.keep, parts, elapsed_s)
 
     def _compressed(self, index: int, dense: DecoderModule) -> tuple[FlatDecoderLayer, Tensor | None]:
-        """Return a compressed layer, behind which the hidden states are then, and the eigenvalues that are monitored."""
+        """Return a compressed layer, behind which the hidden states are then, and the monitored eigenvalues."""
         steps = self.method.steps(self.allocation.dimensions, self.allocation.layers[index])
-        eigenvalues = None
-        with ExitStack() as stack:
-            for part in PARTS if any(step.part for step in steps) else ("",):
-                layer, is_dense_here = dense, True  # is the dense stream still where the part begins?
-                for step in (step for step in steps if step.part == part):
-                    if step.target == "output" and is_dense_here:
-                        is_dense_here = self._lead_dense(dense, index, part)
-                    solution = self._solved(index, dense, step)
-                    if is_dense_here:  # before anything in the part is replaced
-                        is_dense_here = self._lead_dense(dense, index, part)
-                    eigenvalues = eigenvalues if solution.eigenvalues is None else solution.eigenvalues
-                    layer = self._with_solution(index, dense, step, solution, stack)
-                    del solution
-                if is_dense_here:
-                    self._lead_dense(dense, index, part)
-                self.walk.advance(layer, index, part)
-            return replacement.compress_decoder_layer(layer, self.flat_config, index, {}), eigenvalues
+        layer, eigenvalues = _shallow_copy(dense), None
+        for part in PARTS if any(step.part for step in steps) else ("",):
+            is_dense_ahead = False
+            for step in (step for step in steps if step.part == part):
+                if step.target == "output" and not is_dense_ahead:
+                    is_dense_ahead = self._lead_dense(dense, index, part)
+                solution = self._solved(index, layer, step)
+                eigenvalues = eigenvalues if solution.eigenvalues is None else solution.eigenvalues
+                layer = self._with_solution(index, layer, step, solution)
+                del solution  # the layer has copies
+            if not is_dense_ahead:
+                self._lead_dense(dense, index, part)
+            self.walk.advance(layer, index, part)
+        return replacement.compress_decoder_layer(layer, self.flat_config, index, {}), eigenvalues
 
     def _lead_dense(self, dense: DecoderModule, index: int, part: str) -> bool:
-        """Lead the dense model's stream, if it is followed, through a part of its layer; return that it is not before."""
+        """Lead the dense model's stream, if it is followed, through a part of its layer; return True."""
         if self.dense_walk is not None:
             self.dense_walk.advance(dense, index, part)
-        return False
+        return True
 
-    def _with_solution(
-        self, index: int, dense: DecoderModule, step: Step, solution: Solution, stack: ExitStack
-    ) -> DecoderModule:
-        """Return the layer as a step leaves it: a compressed one, or the dense one, part replaced until ``stack`` ends."""
+    def _with_solution(self, index: int, layer: DecoderModule, step: Step, solution: Solution) -> DecoderModule:
+        """Return the layer as a step leaves it: a compressed one, or the same with another part."""
         layers = list(self.allocation.layers)
         layers[index] = step.leaves
         config = replacement.compressed_config(self.walk.source.config, layers)
-        part = replacement.compress_decoder_layer(dense, config, index, solution.weights, step.part)
+        part = replacement.compress_decoder_layer(layer, config, index, solution.weights, step.part)
+        stored = stored_tensors(part)
         for name in solution.weights:  # one for all: the signs of eigenvectors are anybody's choice
-            broadcast(stored_tensors(part)[name.removeprefix(f"{step.part}.")])
+            broadcast(stored[name.removeprefix(f"{step.part}.")])
         if step.part == "":
             return part
-        stack.callback(dense.set_submodule, step.part, dense.get_submodule(step.part))
-        dense.set_submodule(step.part, part)
-        return dense
+        layer.set_submodule(step.part, part)
+        return layer
 
     def _solved(self, index: int, layer: DecoderModule, step: Step) -> Solution:
         """Return the solution of a step."""
@@ -162,7 +158,7 @@ class _Loop:
             for states, beside in self._batches(step):
                 seen = look(partial(self.walk.run, layer, index, states))
                 with stage("moments"):
-                    step.add(layer, sums, seen | beside)
+                    step.add(layer, sums, {**seen, **beside})
         with stage("reduce"):
             for total in sums.values():
                 all_reduce(total)
@@ -175,6 +171,17 @@ class _Loop:
             yield from ((states, {}) for states, _ in self.walk.batches())
             return
         held_out = self.walk.is_held_out.split(self.walk.batch_size)
-        for (states, _), (dense, _), is_held_out in zip(self.walk.batches(), self.dense_walk.batches(), held_out, strict=False):
-            rows = is_held_out.repeat_interleave(states.shape[1])  # on the host, which need not wait for the device then
+        for (states, _), (dense, _), is_held_out in zip(
+            self.walk.batches(), self.dense_walk.batches(), held_out, strict=False
+        ):
+            rows = is_held_out.repeat_interleave(
+                states.shape[1]
+            )  # on the host, which need not wait for the device then
             yield states, {STREAM: states.flatten(0, 1), DENSE: dense.flatten(0, 1), HELD_OUT: rows}
+
+
+def _shallow_copy(layer: DecoderModule) -> DecoderModule:
+    """Return a layer of the same parts, which can be replaced in it."""
+    copied = copy.copy(layer)
+    copied._modules = dict(layer._modules)
+    return copied

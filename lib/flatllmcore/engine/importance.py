@@ -1,37 +1,25 @@
 """Step 1 of the method: how much each decoder layer matters, by the method's own score or by another."""
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from ..core.curve_allocation import Curves
-from ..core.importance import angles_between
-from ..layers import replacement
-from ..utils.dimensions import Kept
-from ..utils.layer_utils import DecoderModule
+from ..core.importance import LayerImportance, angles_between
 from ..utils.processes import all_reduce, own_share
 from ..utils.progress import progress
 from ..utils.stopwatch import stage
-from .protocols import Evidence, LayerSource
-from .walk import Walk, check_finite, forward_of, lent_layer, tapped
+from .damage import LayerDamage
+from .protocols import LayerSource
+from .walk import Walk, check_finite, lent_layer, tapped
 
 logger = logging.getLogger(__name__)
 
 OUTPUT = ".output"  # of the layer itself
-TRIED_TOKENS = 2048  # that weights are tried on whose damage has no closed form
-
-
-@dataclass(frozen=True)
-class LayerImportance:
-    """Scores of all layers, and how many rows had no angle."""
-
-    scores: tuple[float, ...]  # angular: mean angles in units of π, 0 to 0.5
-    zero_rows: int
-    curves: tuple[Curves, ...] | None = None  # of the damage that removing weights of each layer does
+DAMAGE = "damage"  # the way that measures curves beside scores
 
 
 def layer_importance(source: LayerSource, windows: Tensor, batch_size: int, method: str = "angular") -> LayerImportance:
@@ -45,73 +33,36 @@ def layer_importance(source: LayerSource, windows: Tensor, batch_size: int, meth
 
 
 @torch.no_grad()
-def angular_importance(source: LayerSource, windows: Tensor, batch_size: int) -> LayerImportance:
-    """Score every layer by the mean angle between its input and its output, residual included."""
+def angular_importance(
+    source: LayerSource, windows: Tensor, batch_size: int, *, with_curves: bool = False
+) -> LayerImportance:
+    """Score every layer by the mean angle between its input and its output, residual included.
+
+    With curves, those of the damage that removing weights does are measured in the same pass.
+    """
     walk = Walk(source, windows, batch_size)
     sums = torch.zeros(2, source.num_layers, dtype=torch.float64, device=source.device)  # of angles; of rows of zeros
+    curves = []
     for index in progress(range(source.num_layers), "importance", "layer"):
         with lent_layer(source, index) as layer:
-            for states, stored in walk.batches():
-                outputs = walk.run(layer, index, states)
-                with stage("angles"):
-                    angles, zero_rows = angles_between(states, outputs)
-                    sums[0, index] += angles.sum()
-                    sums[1, index] += zero_rows
-                stored.copy_(outputs)
-    all_reduce(sums)
-    return LayerImportance(tuple((sums[0] / windows.numel()).tolist()), int(sums[1].sum()))
-
-
-@torch.no_grad()
-def damage_importance(source: LayerSource, windows: Tensor, batch_size: int, evidence: Evidence) -> LayerImportance:
-    """Score every layer as :func:`angular_importance` does, and measure its curves of damage on the way."""
-    walk = Walk(source, windows, batch_size)
-    is_tried = own_share(torch.arange(len(windows)) * windows.shape[1] < TRIED_TOKENS, batch_size)
-    found = torch.zeros(2, source.num_layers, dtype=torch.float64, device=source.device)  # of angles; of rows of zeros
-    curves = []
-    for index in progress(range(source.num_layers), "damage", "layer"):
-        with lent_layer(source, index) as layer:
-            sums = evidence.zeros(layer)
-            tried = walk.states[is_tried]
-            with tapped(layer, [*evidence.taps, OUTPUT]) as look:
+            damage = LayerDamage(walk, layer, index) if with_curves else None
+            with tapped(layer, [*(damage.taps if damage else ()), OUTPUT]) as look:
                 for states, stored in walk.batches():
                     seen = look(partial(walk.run, layer, index, states))
+                    outputs = seen[OUTPUT].view_as(states)
+                    check_finite(index, outputs)
                     with stage("angles"):
-                        angles, zero_rows = angles_between(states.flatten(0, 1), seen[OUTPUT])
-                        found[0, index] += angles.sum()
-                        found[1, index] += zero_rows
-                    with stage("moments"):
-                        evidence.add(layer, sums, seen)
-                    stored.copy_(seen[OUTPUT].view_as(stored))
-            for total in sums.values():
-                all_reduce(total)
-            with stage("solves"):
-                curves.append(evidence.curves(layer, sums, partial(_damage_of, walk, layer, index, tried)))
-    all_reduce(found)
-    scores = tuple((found[0] / windows.numel()).tolist())
-    return LayerImportance(scores, int(found[1].sum()), tuple(curves))
-
-
-def _damage_of(
-    walk: Walk, layer: DecoderModule, index: int, tried: Tensor, part: str, kept: Kept, weights: dict[str, Tensor]
-) -> float:
-    """Return the mean over tokens of ``‖y' - y‖² / ‖y‖²`` of what leaves a part of a layer with other weights."""
-    config = replacement.compressed_config(walk.source.config, [kept] * walk.source.num_layers)
-    whole = layer.get_submodule(part)
-    modules = (whole, replacement.compress_decoder_layer(layer, config, index, weights, part))
-    total = torch.zeros(2, dtype=torch.float64, device=walk.source.device)
-    for batch in tried.split(walk.batch_size) if len(tried) else ():
-        outputs = []
-        for module in modules:
-            layer.set_submodule(part, module)
-            with forward_of(layer, part) as forward:
-                outputs.append(walk.run(forward, index, batch.to(walk.source.device)).double().flatten(0, 1))
-        layer.set_submodule(part, whole)
-        dense, changed = outputs
-        total[0] += ((changed - dense).square().sum(-1) / dense.square().sum(-1)).sum()
-        total[1] += len(dense)
-    all_reduce(total)
-    return (total[0] / total[1]).item()
+                        angles, zero_rows = angles_between(states, outputs)
+                        sums[0, index] += angles.sum()
+                        sums[1, index] += zero_rows
+                    if damage is not None:
+                        damage.add(seen)
+                    stored.copy_(outputs)
+            if damage is not None:
+                curves.append(damage.curves())
+    all_reduce(sums)
+    scores = tuple((sums[0] / windows.numel()).tolist())
+    return LayerImportance(scores, int(sums[1].sum()), tuple(curves) if with_curves else None)
 
 
 @torch.no_grad()
@@ -148,7 +99,11 @@ def gradient_importance(source: LayerSource, windows: Tensor, batch_size: int) -
     return LayerImportance(tuple((totals / windows.numel()).tolist()), zero_rows=0)
 
 
-IMPORTANCE_METHODS = {"angular": angular_importance, "gradient": gradient_importance}
+IMPORTANCE_METHODS: dict[str, Callable[[LayerSource, Tensor, int], LayerImportance]] = {
+    "angular": angular_importance,
+    "gradient": gradient_importance,
+    DAMAGE: partial(angular_importance, with_curves=True),
+}
 
 
 def _loss_gradient(source: LayerSource, states: Tensor, ids: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ The engine owns *how*: order of layers, batches, hooks, sums over processes, tim
 A method never sees a file, a device choice or a process group, and the engine never looks at a method's name.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeAlias
@@ -21,7 +21,7 @@ from ..utils.layer_utils import DecoderModule
 from .storage import StatesStorage
 
 Sums: TypeAlias = dict[str, Tensor]
-STREAM, DENSE, HELD_OUT = "stream", "dense", "held out"
+STREAM, DENSE, HELD_OUT = "stream", "dense", "held out"  # what a step with a target sees beside its taps
 
 
 class Solution(NamedTuple):
@@ -64,41 +64,27 @@ class Step(Protocol):
         """Return the layer's new weights; an ArithmeticError, to which the engine adds the layer, if there are none."""
 
 
-# Gives the mean over some tokens of ``‖y' - y‖² / ‖y‖²``, of what leaves a part of a layer with other weights, by name:
-# the part, what the layer keeps then, and the weights.
-DamageOf: TypeAlias = Callable[[str, Kept, dict[str, Tensor]], float]
-
-
-class Evidence(Protocol):
-    """What a method wants to know of a dense layer before it allocates."""
-
-    @property
-    def taps(self) -> Sequence[str]:
-        """What is looked at, as of :class:`Step`."""
-
-    def zeros(self, layer: DecoderModule) -> Sums:
-        """Return the sums before any token."""
-
-    def add(self, layer: DecoderModule, sums: Sums, seen: Mapping[str, Tensor]) -> None:
-        """Add a batch in place: what passed each tap, (tokens, width)."""
-
-    def curves(self, layer: DecoderModule, sums: Sums, damage_of: DamageOf) -> Curves:
-        """Return the damage that removing weights does, by kind."""
-
-
 class Method(Protocol):
-    """How much each layer keeps, and how it is brought there."""
+    """How a layer is brought to what it keeps."""
 
     name: str
+    importance_method: str  # what ranks are allocated by unless something else is asked for
     follows_dense: bool  # whether steps have targets: the dense model's stream is led on beside the compressed one
 
     def allocate(
-        self, selector: ImportancePreservingRankSelector, scores: Sequence[float], keep_ratio: float
+        self,
+        selector: ImportancePreservingRankSelector,
+        scores: Sequence[float],
+        curves: Sequence[Curves] | None,
+        keep_ratio: float,
     ) -> RankAllocation:
-        """Return what each layer keeps, so that ``keep_ratio``, in (0, 1], of their linear weights stays."""
+        """Return what each layer keeps, so that ``keep_ratio``, in (0, 1], of their linear weights stays.
 
-    def check_calibration(self, dimensions: ModelDimensions, tokens: int) -> None:
-        """Warn where the calibration tokens are too few to solve layers of these sizes well."""
+        There are curves of damage where ranks are to be allocated by them.
+        """
+
+    def check(self, allocation: RankAllocation, tokens: int) -> None:
+        """Refuse an allocation that the method has no way to; warn where calibration tokens are too few for it."""
 
     def steps(self, dimensions: ModelDimensions, kept: Kept) -> Sequence[Step]:
         """Return the passes that bring one layer to what it keeps; none for a layer that stays whole."""

@@ -27,6 +27,7 @@ class Walk:
 
     def __init__(self, source: LayerSource, windows: Tensor, batch_size: int) -> None:
         self.source, self.windows, self.batch_size = source, own_share(windows, batch_size), batch_size
+        self.count = len(windows)
         self.is_held_out = own_share(torch.arange(len(windows)) % HELD_OUT == HELD_OUT - 1, batch_size)
         shape = (*self.windows.shape, source.config.hidden_size)
         self.states = source.storage.empty(shape, source.dtype, source.device)
@@ -42,7 +43,7 @@ class Walk:
             yield stored.to(self.source.device, non_blocking=True), stored
 
     def run(self, forward: Callable[..., Tensor], index: int, states: Tensor) -> Tensor:
-        """Return what the layer at place ``index`` in the model, or a part, makes of a batch, (batch, S, D), if finite."""
+        """Return what the layer at ``index``, or a part of it, makes of a batch, (batch, S, D), if it is finite."""
         with stage("forward"):
             outputs = forward(states, **self._arguments[index])
             check_finite(index, outputs)

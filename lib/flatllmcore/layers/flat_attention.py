@@ -2,7 +2,8 @@
 
 Every decoder layer has its own value width (``value_head_dim``, per head), its own MLP width (``intermediate_size``)
 and, where queries and keys are compressed too, their rank (``query_key_rank``, per head) or how many of their rotary
-pairs are left (``query_key_pairs``, per head); all stand in the config's ``per_layer_config``. A family mixes these classes with its dense parents, in a file of its own.
+pairs are left (``query_key_pairs``, per head); all stand in the config's ``per_layer_config``. A family mixes these
+classes with its dense parents, in a file of its own.
 
 ``save_pretrained`` puts this file and the family's beside the weights, for ``trust_remote_code=True``. So files named
 ``flat_*`` import torch, transformers with what it is built on, and each other only.
@@ -157,7 +158,8 @@ class FlatAttention(nn.Module):
             bias = self.q_proj.bias is not None
             self.q_proj = nn.Linear(self.q_proj.in_features, num_heads * width, bias=bias)
             self.k_proj = nn.Linear(self.k_proj.in_features, num_kv_heads * width, bias=bias)
-            # Where the entries of each key/value head, (G, 2·pairs), stood in the dense one, pair and pair half a head apart.
+            self.rotary_places: torch.Tensor
+            # Where the entries of each key/value head, (G, 2·pairs), stood in the dense one.
             self.register_buffer("rotary_places", torch.arange(width).repeat(num_kv_heads, 1))
         if layer_config.query_key_rank is not None:
             self.q_proj = HeadwiseFactoredLinear(self.q_proj, self.head_dim, layer_config.query_key_rank)
@@ -168,10 +170,8 @@ class FlatAttention(nn.Module):
         heads = (*hidden_states.shape[:-1], -1, self.query_key_width)
         return self.q_proj(hidden_states).view(heads), self.k_proj(hidden_states).view(heads)
 
-    def rotated(
-        self, query: Tensor, key: Tensor, position_embeddings: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """Return queries (B, H, T, d) and keys (B, G, T, d) turned by their positions, each head by the pairs it has."""
+    def rotated(self, query: Tensor, key: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return queries (B, H, T, d) and keys (B, G, T, d) turned by their positions, each by the pairs it has."""
         if self.query_key_width == self.head_dim:
             return self.dense.apply_rotary_pos_emb(query, key, *position_embeddings)
         cos, sin = (part[..., self.rotary_places].transpose(1, 2) for part in position_embeddings)  # (B, G, T, d)

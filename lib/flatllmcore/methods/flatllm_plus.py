@@ -5,6 +5,7 @@ stream are led towards what they would read in the dense model, then the one tha
 ``docs/FLATLLM_PLUS.md`` has the equations.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -14,42 +15,52 @@ from torch import Tensor
 from ..core.attention_pca import project_heads
 from ..core.channel_obs import channels_by_damage
 from ..core.curve_allocation import Curves
-from ..core.moments import add_cross_moment, add_moment, mirror_lower_triangle
-from ..core.output_pca import lost_by_rank, output_bases, spread_over_queries
+from ..core.mlp_nystrom import ENOUGH_TOKENS_PER_CHANNEL
+from ..core.moments import add_cross_moment, add_moment, inverse_length, mirror_lower_triangle
+from ..core.output_pca import output_bases, spread_over_queries
 from ..core.rank_allocation import ImportancePreservingRankSelector, RankAllocation
 from ..core.refit import change_towards, led_towards
-from ..core.rotary_pairs import pair_energies, rows_of_pairs
-from ..engine.protocols import DENSE, HELD_OUT, STREAM, DamageOf, Solution, Sums
-from ..engine.walk import MIDDLE
+from ..core.rotary_pairs import pair_energies, without_pairs
+from ..engine.protocols import DENSE, HELD_OUT, STREAM, Solution, Sums
+from ..errors import InputError
 from ..utils.dimensions import Kept, ModelDimensions
 from ..utils.layer_utils import DecoderModule
 
+logger = logging.getLogger(__name__)
+
 QUERIES, KEYS = "self_attn.q_proj.output", "self_attn.k_proj.output"
-ATTENDED, CHANNELS = "self_attn.o_proj.input", "mlp.down_proj.input"
-# Where curves are measured, as shares of a head's width that stay.
-VALUE_SHARES = (15 / 16, 7 / 8, 3 / 4, 5 / 8, 1 / 2, 3 / 8, 1 / 4)
-PAIR_SHARES = (7 / 8, 3 / 4, 5 / 8, 1 / 2)
-MLP_SHARE = 0.9  # of the channels, that the curve of the MLP removes
-SHARE = 0.5  # of the way to the dense model's stream
-INPUT_SHARE = 0.5
-OWN_RIDGE = 1e-2  # of the fit to a layer's own dense output
+SHARE = 0.25  # of the way to the dense model's stream: more of it does better on text like the calibration's alone
+OWN_RIDGE = 1e-3  # of the fit to a layer's own dense output
 
 
 class FlatLLMPlus:
-    """The second method: as accurate as closed forms get at equal size."""
+    """As accurate as closed forms get at equal size; Q and K lose rotary pairs where the allocation says so."""
 
     name = "flatllm+"
+    importance_method = "damage"
     follows_dense = True
 
     def allocate(
-        self, selector: ImportancePreservingRankSelector, scores: Sequence[float], keep_ratio: float
+        self,
+        selector: ImportancePreservingRankSelector,
+        scores: Sequence[float],
+        curves: Sequence[Curves] | None,
+        keep_ratio: float,
     ) -> RankAllocation:
-        return selector.allocate(scores, keep_ratio)
+        """Return the ranks that the curves give, or those of Importance-Preserving Rank Selection."""
+        return selector.allocate(scores, keep_ratio, curves)
 
-    def check_calibration(self, dimensions: ModelDimensions, tokens: int) -> None:
-        pass
+    def check(self, allocation: RankAllocation, tokens: int) -> None:
+        """Refuse factors of Q and K; warn where the tokens are too few to fit the MLP to."""
+        if any(kept.query_key_rank is not None for kept in allocation.layers):
+            raise InputError(
+                f"{self.name} prunes rotary pairs of Q and K and leaves no factors of them; allocate by damage"
+            )
+        channels = allocation.dimensions.intermediate_size
+        if tokens < ENOUGH_TOKENS_PER_CHANNEL * channels:
+            logger.warning(f"{tokens} calibration tokens are few for {channels} MLP channels; give more tokens")
 
-    def steps(self, dimensions: ModelDimensions, kept: Kept) -> list["FittedStep"]:
+    def steps(self, dimensions: ModelDimensions, kept: Kept) -> list["InputStep | OutputStep"]:
         """Return two steps for the attention and two for the MLP; none for a layer that stays whole."""
         if dimensions.is_whole(kept):
             return []
@@ -61,50 +72,6 @@ class FlatLLMPlus:
             InputStep(dimensions, behind, "mlp", "post_attention_layernorm", ("gate_proj", "up_proj")),
             OutputStep(dimensions, kept, "mlp", "down_proj"),
         ]
-
-
-@dataclass(frozen=True)
-class DamageEvidence:
-    """Damage of narrower values, MLPs and Q and K, as a share of the stream's energy, token by token."""
-
-    dimensions: ModelDimensions
-
-    taps = (QUERIES, KEYS, ATTENDED, MIDDLE, CHANNELS)
-
-    def zeros(self, layer: DecoderModule) -> Sums:
-        """Return the moments ``Σ z zᵀ`` of what ``o_proj`` and ``down_proj`` read, and the pairs' energies."""
-        sizes = self.dimensions
-        shapes: dict[str, tuple[int, ...]] = {"tokens": ()}
-        shapes |= {ATTENDED: (sizes.num_heads * sizes.head_dim,) * 2, CHANNELS: (sizes.intermediate_size,) * 2}
-        return _zeros(layer, shapes | _pair_shapes(sizes))
-
-    def add(self, layer: DecoderModule, sums: Sums, seen: Mapping[str, Tensor]) -> None:
-        """Add a batch, each token by the energy of the stream behind the part."""
-        output = seen[MIDDLE] + layer.mlp.down_proj.forward(seen[CHANNELS])
-        for features, stream in ((ATTENDED, seen[MIDDLE]), (CHANNELS, output)):
-            add_moment(sums[features], seen[features] * inverse_length(stream))
-        for tap in (QUERIES, KEYS):
-            sums[tap] += pair_energies(seen[tap], self.dimensions.head_dim)
-        sums["tokens"] += len(output)
-
-    def curves(self, layer: DecoderModule, sums: Sums, damage_of: DamageOf) -> Curves:
-        """Return the curves of ``values`` and ``mlp`` from the moments, and of ``pairs`` by trying them."""
-        sizes, energy = self.dimensions, sums["tokens"].item() * self.dimensions.hidden_size
-        for name in (ATTENDED, CHANNELS):
-            mirror_lower_triangle(sums[name])
-        ranks = dict.fromkeys(int(share * sizes.head_dim) for share in VALUE_SHARES)
-        lost = lost_by_rank(sums[ATTENDED], layer.self_attn.o_proj.weight, sizes.num_kv_heads, sizes.head_dim, ranks)
-        values = [((sizes.head_dim - rank) * sizes.rank_parameters, damage / energy) for rank, damage in lost.items()]
-        removed = round(MLP_SHARE * sizes.intermediate_size)
-        _, damages = channels_by_damage(layer.mlp.down_proj.weight, sums[CHANNELS], removed)
-        mlp = [(count * sizes.width_parameters, damage / energy) for count, damage in damages]
-        pairs = [(0, 0.0)]
-        for left in dict.fromkeys(int(share * sizes.head_dim / 2) for share in PAIR_SHARES):
-            kept = Kept(1.0, sizes.head_dim, sizes.intermediate_size, None, left)
-            weights = without_pairs(sizes, layer, {}, sums, left)
-            damage = damage_of("self_attn", kept, weights)
-            pairs.append(((sizes.head_dim - 2 * left) * sizes.rank_parameters, damage))
-        return {"values": values, "mlp": mlp, "pairs": pairs}
 
 
 @dataclass(frozen=True)
@@ -169,11 +136,12 @@ class InputStep(FittedStep):
     def solve(self, layer: DecoderModule, sums: Sums) -> Solution:
         """Return the readers' weights behind the map ``M`` with ``M f ≈ t``."""
         identity = torch.eye(self.dimensions.hidden_size, dtype=torch.float64, device=sums["fit C"].device)
-        mapped = led_towards(identity, *self.moments(sums), INPUT_SHARE)
+        mapped = led_towards(identity, *self.moments(sums), SHARE)
         names = [f"{self.part}.{reader}.weight" for reader in self.readers]
         weights = {name: layer.get_parameter(name).double() @ mapped for name in names}
-        if self.prunes_pairs:
-            weights |= without_pairs(self.dimensions, layer, weights, sums, self.leaves.query_key_pairs)
+        left = self.leaves.query_key_pairs
+        if self.prunes_pairs and left is not None:
+            weights |= without_pairs(layer.self_attn, weights, sums[QUERIES], sums[KEYS], left)
         return Solution(weights)
 
 
@@ -232,23 +200,6 @@ class OutputStep(FittedStep):
         readers = {f"mlp.{name}": mlp.get_submodule(name) for name in ("gate_proj", "up_proj")}
         weights = {f"{name}.{of}": part[stay] for name, it in readers.items() for of, part in it.named_parameters()}
         return torch.eye(len(moment), dtype=moment.dtype, device=moment.device)[:, stay], weights
-
-
-def inverse_length(stream: Tensor) -> Tensor:
-    """Return the weight of each token, (tokens, 1): what reads the stream, (tokens, D), sees it at one length."""
-    return stream.square().mean(-1, keepdim=True).clamp(min=torch.finfo(stream.dtype).tiny).rsqrt()
-
-
-def without_pairs(
-    sizes: ModelDimensions, layer: DecoderModule, weights: Mapping[str, Tensor], sums: Sums, left: int
-) -> dict[str, Tensor]:
-    """Return Q and K, ``weights`` where given, with the ``left`` rotary pairs of most energy in each key/value head."""
-    places, rows = rows_of_pairs(sums[QUERIES], sums[KEYS], left)
-    kept = {"self_attn.rotary_places": places}
-    for name, chosen in zip(("self_attn.q_proj", "self_attn.k_proj"), rows, strict=True):
-        parts = {f"{name}.{of}": part for of, part in layer.get_submodule(name).named_parameters()}
-        kept |= {full: weights.get(full, part)[chosen] for full, part in parts.items()}
-    return kept
 
 
 def _pair_shapes(sizes: ModelDimensions) -> dict[str, tuple[int, ...]]:

@@ -76,8 +76,9 @@ class ModelDimensions:
         return Kept(keep, value_rank, mlp_width, value_rank if is_factored else None)
 
     def is_whole(self, kept: Kept) -> bool:
-        """Tell whether a layer keeps all its values and its whole MLP."""
-        return kept.value_rank == self.head_dim and kept.mlp_width == self.intermediate_size
+        """Tell whether a layer keeps all its values, its whole MLP and all rotary pairs."""
+        sizes = (kept.value_rank, kept.mlp_width, kept.query_key_pairs)
+        return sizes == (self.head_dim, self.intermediate_size, None)
 
     def differences_from(self, other: "ModelDimensions") -> str:
         """Return the sizes that are not equal, in words; nothing for equal dimensions."""
