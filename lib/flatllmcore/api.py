@@ -38,7 +38,7 @@ class FlatLLMPruner:
         config: FlatLLMConfig | None = None,
         **fields: Any,
     ) -> None:
-        self.config = replace(config or FlatLLMConfig(), **fields)
+        self.config = replace(config, **fields) if config else FlatLLMConfig(**fields)
         check_causal_lm(model)
         self.model, self.device = model, device_for(model, self.config.device)
         self._pipeline = Pipeline(model.config, self.config, tokenizer)

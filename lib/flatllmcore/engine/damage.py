@@ -64,12 +64,13 @@ class LayerDamage:
         for name in (ATTENDED, CHANNELS):
             mirror_lower_triangle(self._sums[name])
         with stage("solves"):
-            ranks = dict.fromkeys(int(share * sizes.head_dim) for share in VALUE_SHARES)
+            ranks = dict.fromkeys(max(1, int(share * sizes.head_dim)) for share in VALUE_SHARES)
             heads = (sizes.num_kv_heads, sizes.head_dim)
             lost = lost_by_rank(self._sums[ATTENDED], layer.self_attn.o_proj.weight, *heads, ranks)
             removed = round(MLP_SHARE * sizes.intermediate_size)
             _, damages = channels_by_damage(layer.mlp.down_proj.weight, self._sums[CHANNELS], removed)
-        left = dict.fromkeys(int(share * sizes.head_dim / 2) for share in PAIR_SHARES)
+        has_norms = hasattr(layer.self_attn, "q_norm")  # which look at all the pairs of a head: all stay
+        left = [] if has_norms else dict.fromkeys(max(1, int(share * sizes.head_dim / 2)) for share in PAIR_SHARES)
         tried = [((sizes.head_dim - 2 * n) * sizes.rank_parameters, self._damage_of_pairs(n)) for n in left]
         return {
             VALUES: [((sizes.head_dim - rank) * sizes.rank_parameters, of / energy) for rank, of in lost.items()],
