@@ -17,9 +17,11 @@ from pathlib import Path
 from flatllmbench.command_line import ROWS, run_program
 from flatllmbench.plots import plot_ranks
 from flatllmcore.config import checked
+from flatllmcore.core.curve_allocation import Curves
 from flatllmcore.core.importance import IMPORTANCE_FILE, ImportanceScores, read_author_numbers
 from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector, RankAllocation
 from flatllmcore.core.rank_files import ranks_file, save_ranks
+from flatllmcore.engine.importance import DAMAGE, IMPORTANCE_METHODS
 from flatllmcore.errors import InputError
 from flatllmcore.utils.dimensions import ModelDimensions
 from flatllmcore.utils.files import digest, read_json
@@ -38,6 +40,7 @@ class Importance:
     dimensions: ModelDimensions
     scores: Sequence[float]
     fingerprint: str | None = None  # the authors' files have none
+    curves: Sequence[Curves] | None = None  # of damage
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,6 +75,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help=f"{ROWS['sparsity_ratio'].metadata['help']}, 1 to 95 (default: 10 20 30 40 50)",
     )
     parser.add_argument("--prune_qk", action="store_true", help="count Q and K among the pruned projections")
+    parser.add_argument(
+        "--importance_method",
+        choices=IMPORTANCE_METHODS,
+        default="angular",
+        help="damage allocates by the curves that main.py --importance_method damage has measured, for flatllm+; "
+        "the others by the scores (default: angular)",
+    )
     parser.add_argument("--rank_multiple", type=int, metavar="M", help=ROWS["rank_multiple"].metadata["help"])
     parser.add_argument(
         "--plot",
@@ -118,7 +128,7 @@ def read_importance(path: Path, model: str | None, dimensions: ModelDimensions |
         ours = read_json(path, ImportanceScores)
         if dimensions is not None:
             ours.check_matches(dimensions, fingerprint=None)
-        return Importance(path, ours.model_id, ours.dimensions, ours.scores, ours.fingerprint)
+        return Importance(path, ours.model_id, ours.dimensions, ours.scores, ours.fingerprint, ours.curves)
     if model is None or dimensions is None:
         raise InputError(f"{path} does not say what model it is about; name it by --model, a local folder or a hub id")
     return Importance(path, model, dimensions, read_author_numbers(path))
@@ -131,7 +141,12 @@ def allocate(importance: Importance, shares: dict[int, float], args: argparse.Na
         selector = ImportancePreservingRankSelector(
             importance.dimensions, rank_multiple=args.rank_multiple, prune_qk=args.prune_qk
         )
-        allocated = {percent: selector.allocate(importance.scores, 1 - share) for percent, share in shares.items()}
+        curves = importance.curves if args.importance_method == DAMAGE else None
+        if args.importance_method == DAMAGE and curves is None:
+            raise InputError("it has no curves of damage; score anew by main.py --importance_method damage")
+        allocated = {
+            percent: selector.allocate(importance.scores, 1 - share, curves) for percent, share in shares.items()
+        }
     except InputError as error:
         raise InputError(f"{importance.path}: {error}") from error
     return {

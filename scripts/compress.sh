@@ -7,7 +7,7 @@
 # Variables, besides those of scripts/settings.sh:
 #   MODEL          local folder, GGUF file or hub id
 #   RATIOS         percentages of decoder-layer linear weights to remove (default: 10 20 30 40 50)
-#   METHOD         compression method (default: flatllm)
+#   METHOD         compression method, flatllm or flatllm+ (default: flatllm)
 #   NSAMPLES       windows to compress on (default: 256)
 #   RANK_MULTIPLE  1 gives the published floors (default: 8 if heads are 64 wide or more, else 1)
 #   PRUNE_QK       1 prunes Q and K too (default: they stay whole)
@@ -29,6 +29,12 @@ rank_flags=()
 if [[ "${PRUNE_QK:-}" == 1 ]]; then
     rank_flags+=(--prune_qk)
     flags+=(--prune_qk)
+fi
+
+if [[ "$method" == "flatllm+" ]]; then # allocates by damage, and takes rotary pairs of Q and K
+    scores="${BI_SCORE:-ranks/$name-plus}"
+    flags+=(--importance_method damage)
+    rank_flags+=(--importance_method damage --prune_qk)
 fi
 
 [[ -e "$scores/importance.json" ]] || score "$MODEL" "$scores" "$records" "$@"

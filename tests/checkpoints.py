@@ -13,6 +13,7 @@ from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector, R
 from flatllmcore.engine.checkpoint_sink import CheckpointSink
 from flatllmcore.engine.checkpoint_source import CheckpointSource
 from flatllmcore.engine.compress import compress_layers
+from flatllmcore.engine.importance import layer_importance
 from flatllmcore.engine.memory import ModelInMemory
 from flatllmcore.engine.protocols import LayerRecord, LayerSource
 from flatllmcore.methods import METHODS
@@ -98,7 +99,9 @@ def compress_to(
     """Compress the checkpoint ``dense`` at 40 % to a folder; ``source`` gives its layers, the disk by default."""
     checkpoint = on_disk(dense)
     selector = ImportancePreservingRankSelector(dimensions_from_config(checkpoint.config), prune_qk=prune_qk)
-    allocation = METHODS[method].allocate(selector, SCORES, 0.6)
+    is_by_damage = METHODS[method].importance_method == "damage"
+    curves = layer_importance(on_disk(dense), windows, 5, "damage").curves if is_by_damage else None
+    allocation = METHODS[method].allocate(selector, SCORES, curves, 0.6)
     with CheckpointSink(folder, checkpoint.num_layers, request, overwrite).opened() as sink:
         before_layers(sink)
         config, _ = compress_layers(

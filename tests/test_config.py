@@ -23,7 +23,7 @@ def test_the_defaults_are_the_documented_ones():
 def test_the_importance_methods_are_those_that_exist():
     for name in IMPORTANCE_METHODS:
         assert FlatLLMConfig(importance_method=name).importance_method == name
-    with pytest.raises(InputError, match=rf"accepted: {' or '.join(IMPORTANCE_METHODS)}$"):
+    with pytest.raises(InputError, match=rf"accepted: auto or {' or '.join(IMPORTANCE_METHODS)}$"):
         FlatLLMConfig(importance_method="random")
 
 

@@ -96,7 +96,7 @@ def test_a_changed_file_of_ranks_gives_ranks_of_the_model_or_one_line(folder, da
     write_changed(path, json.loads(path.read_text()), ["keep", "value_rank", "mlp_width"], data)
     (folder / "importance.json").unlink(missing_ok=True)
     found = unless_refused(
-        lambda: find_ranks(path, SELECTOR, "0", 0.8, lambda scores, _: SELECTOR.allocate(scores, 0.8))
+        lambda: find_ranks(path, SELECTOR, "0", 0.8, lambda scores, *_: SELECTOR.allocate(scores, 0.8))
     )
     if found is not None:
         assert found.dimensions == DIMENSIONS

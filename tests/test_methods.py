@@ -2,7 +2,7 @@
 
 import copy
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -24,40 +24,44 @@ class First:
     """Keeps the first channels of every MLP and no PCA, as many more as the layer comes later."""
 
     name = "first"
+    importance_method = "angular"
+    follows_dense = False
 
-    def allocate(self, selector, scores, keep_ratio):
+    def allocate(self, selector, scores, curves, keep_ratio):
         sizes = selector.dimensions
         widths = [int(keep_ratio * sizes.intermediate_size) + layer for layer in range(sizes.num_layers)]
         layers = tuple(Kept(keep_ratio, sizes.head_dim, width) for width in widths)
         return RankAllocation(100 * (1 - keep_ratio), False, 1, sizes, layers)
 
-    def check_calibration(self, dimensions, tokens):
+    def check(self, allocation, tokens):
         pass
 
     def steps(self, dimensions, kept):
-        return [FirstChannels(kept.mlp_width)]
+        return [FirstChannels(kept)]
 
 
 @dataclass
 class FirstChannels:
-    width: int
+    leaves: Kept
     part: str = ""
     notes: list[torch.Tensor] = field(default_factory=list)
+    target = None
     taps = ("mlp.down_proj.input",)
 
     def zeros(self, layer):
         return {"sum": torch.zeros(layer.mlp.down_proj.in_features, dtype=torch.float64)}
 
-    def add(self, sums, seen):
+    def add(self, layer, sums, seen):
         sums["sum"] += seen["mlp.down_proj.input"].sum(0)
 
     def solve(self, layer, sums):
         self.notes.append(sums["sum"])
-        if self.width < 10:
+        width = self.leaves.mlp_width
+        if width < 10:
             raise ArithmeticError("too narrow")
         weights = {f"mlp.{name}.weight": getattr(layer.mlp, name).weight for name in ("gate_proj", "up_proj")}
-        weights = {name: weight[: self.width] for name, weight in weights.items()}
-        return Solution(weights | {"mlp.down_proj.weight": layer.mlp.down_proj.weight[:, : self.width]})
+        weights = {name: weight[:width] for name, weight in weights.items()}
+        return Solution(weights | {"mlp.down_proj.weight": layer.mlp.down_proj.weight[:, :width]})
 
 
 def cut_by_hand(model, widths):
@@ -109,7 +113,10 @@ class FirstDirections(FirstChannels):
 def test_a_later_step_looks_at_the_compressed_part_and_the_layer_is_as_it_was(windows, widths):
     """Oracle: a dense model in which what is dropped is zero; of the layer looked at its values alone."""
     model, method, sums = tiny_model(), First(), []
-    method.steps = lambda _, kept: [FirstDirections(12, "self_attn"), FirstChannels(kept.mlp_width, "mlp", sums)]
+    method.steps = lambda sizes, kept: [
+        FirstDirections(replace(kept, mlp_width=sizes.intermediate_size), "self_attn"),
+        FirstChannels(kept, "mlp", sums),
+    ]
     source, before, parts = ModelInMemory(model, CPU), copy.deepcopy(model), list(model.modules())
     sizes = dimensions_from_config(model.config)
     allocation = RankAllocation(50.0, False, 1, sizes, tuple(Kept(0.5, 5, width) for width in widths))

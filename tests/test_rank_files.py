@@ -29,7 +29,7 @@ def scores(*values: float) -> ImportanceScores:
 def found(place: Path, percent: int = 20, selector=SELECTOR, fingerprint: str = WEIGHTS) -> RankAllocation | None:
     keep_ratio = 1 - percent / 100
 
-    def allocate(scores, sha256):
+    def allocate(scores, curves, sha256):
         return replace(selector.allocate(scores, keep_ratio), importance_sha256=sha256)
 
     return find_ranks(place, selector, fingerprint, keep_ratio, allocate)

@@ -45,7 +45,11 @@ class Options(RunConfig):
         20, integer(1, 95), "percentage of the decoder layers' linear weights that is removed, or several", is_list=True
     )
     cal_nsamples: int | None = option(None, integer(1, MOST), "windows of text (128 for scores, 256 to compress)")
-    prune_qk: bool = option(False, SWITCH, "prune Q and K too, each kept as two factors, instead of leaving them whole")
+    prune_qk: bool | None = option(
+        None,
+        SWITCH,
+        "prune Q and K too: two factors of each are kept, or rotary pairs by damage (flatllm+ does by itself)",
+    )
     prune_method: str = option("flatllm", one_of(("bi", *METHODS)), "bi: write importance scores; the others compress")
     save: Path = option(Path("logs"), PATH, "folder for logs and records")
     eval_zero_shot: bool = option(
@@ -64,12 +68,13 @@ class Options(RunConfig):
     eval_batch_size: int = option(8, integer(1), "questions run at a time")
 
     def __post_init__(self) -> None:
+        if self.prune_qk is not None:
+            object.__setattr__(self, "preserve_qk_layers", not self.prune_qk)
+        if self.prune_method != "bi":
+            object.__setattr__(self, "method", self.prune_method)
         super().__post_init__()
         object.__setattr__(self, "sparsity_ratio", list(dict.fromkeys(self.sparsity_ratio)))
         object.__setattr__(self, "target_sparsity", self.sparsity_ratio[0] / 100)
-        object.__setattr__(self, "preserve_qk_layers", not self.prune_qk)
-        if self.prune_method != "bi":
-            object.__setattr__(self, "method", self.prune_method)
 
     @property
     def record_place(self) -> Path:
@@ -116,10 +121,10 @@ class Options(RunConfig):
         """Refuse places that cannot be written to, and a model folder that another place would be part of."""
         for place in filter(None, (self.save, self.offload_folder)):
             check_writable(place)
-        for file in (IMPORTANCE_FILE, ranks_file(self.sparsity_ratio)):
+        for file in (IMPORTANCE_FILE, *map(ranks_file, self.sparsity_ratio)):
             check_is_no_folder(self.score_place / file)
-        for suffix in ("log", "json"):
-            check_is_no_folder(self.save / f"{self.run_name}.{suffix}")
+        for suffix in (".log", ".json"):
+            check_is_no_folder(self.record_place.with_suffix(suffix))
         if self.save_model is None:
             return
         out = Path(os.path.realpath(self.save_model))
@@ -135,7 +140,7 @@ class Options(RunConfig):
 
 ROWS = {row.name: row for row in fields(Options)}
 _ALIASES = {"cal_dataset": "dataset", "cal_nsamples": "nsamples", "tolerance": "tol"}
-_WITHOUT_FLAG = ("target_sparsity", "preserve_qk_layers", "method", "importance_method")
+_WITHOUT_FLAG = ("target_sparsity", "preserve_qk_layers", "method")
 _FIRST = ("model", "prune_method", "sparsity_ratio", "cal_dataset", "eval_dataset", "eval_nsamples", "save_model")
 _ORDER = dict.fromkeys((*_FIRST, "tolerance", "cal_nsamples", "prune_qk", *ROWS))
 # Names of flags without dashes, by field; those that everybody needs come first.
@@ -175,7 +180,8 @@ def add_flags(parser: argparse.ArgumentParser, flags: Mapping[str, str]) -> None
         shown = "" if row.default in (None, False, MISSING) else f" (default: {row.default})"
         text = f"{row.metadata['help']}{shown}".replace("%", "%%")
         if accepted is SWITCH:
-            parser.add_argument(f"--{flag}", action="store_true", help=text)
+            action = "store_true" if row.default is False else argparse.BooleanOptionalAction
+            parser.add_argument(f"--{flag}", action=action, default=row.default, help=text)
         elif row.default is MISSING:
             parser.add_argument(f"--{flag}", required=True, help=text)
         else:

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import FlatLLMConfig
+from .core.importance import LayerImportance
 from .engine.memory import ModelInMemory
 from .errors import InputError
 from .pipeline import Pipeline
@@ -37,7 +38,7 @@ class FlatLLMPruner:
         config: FlatLLMConfig | None = None,
         **fields: Any,
     ) -> None:
-        self.config = replace(config or FlatLLMConfig(), **fields)
+        self.config = replace(config, **fields) if config else FlatLLMConfig(**fields)
         check_causal_lm(model)
         self.model, self.device = model, device_for(model, self.config.device)
         self._pipeline = Pipeline(model.config, self.config, tokenizer)
@@ -45,8 +46,7 @@ class FlatLLMPruner:
 
     def compute_importance_scores(self) -> list[float]:
         """Return the importance of every decoder layer; the model is unchanged."""
-        with in_memory(self.model, self.device) as source:
-            return list(self._pipeline.score(source, self._pipeline.windows_to_score()).scores)
+        return list(self._importance().scores)
 
     def prune_model(self) -> PreTrainedModel:
         """Compress the model and return it, the same object, now of the compressed class.
@@ -62,7 +62,8 @@ class FlatLLMPruner:
         keep_ratio = self.config.keep_ratio
         pipeline.announce_target(keep_ratio)
         before = count_parameters(self.model)
-        allocation = pipeline.allocate(keep_ratio, self.compute_importance_scores())
+        found = self._importance()
+        allocation = pipeline.allocate(keep_ratio, found.scores, found.curves)
         with in_memory(self.model, self.device) as source:
             flat_config, layers = pipeline.compress(source, source, pipeline.windows_to_compress(), allocation)
             source.adopt(flat_config)
@@ -88,6 +89,10 @@ class FlatLLMPruner:
         if self._stats is None:
             raise RuntimeError("there are no statistics before prune_model() has been called")
         return self._stats
+
+    def _importance(self) -> LayerImportance:
+        with in_memory(self.model, self.device) as source:
+            return self._pipeline.score(source, self._pipeline.windows_to_score())
 
 
 def apply_flat_llm(

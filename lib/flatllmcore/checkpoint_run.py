@@ -103,6 +103,7 @@ class CheckpointRun:
             scores=found.scores,
             method=config.importance_method,
             zero_rows=found.zero_rows,
+            curves=found.curves,
             versions=self.provenance["versions"],
         )
         if is_rank_0():
@@ -245,7 +246,7 @@ class CheckpointRun:
         if allocation is None:
             logger.info("no ranks or scores in %s: scoring the layers first", place)
             scores = self.score()
-            allocation = allocate(scores.scores, digest(to_json_bytes(scores)))
+            allocation = allocate(scores.scores, scores.curves, digest(to_json_bytes(scores)))
         elif config.rank_multiple not in (None, allocation.rank_multiple):
             raise InputError(
                 f"the ranks in {place} go with --rank_multiple {allocation.rank_multiple}, not {config.rank_multiple}"

@@ -13,7 +13,8 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, get_args
 
-from .engine.importance import IMPORTANCE_METHODS
+from .engine.importance import DAMAGE, IMPORTANCE_METHODS
+from .engine.protocols import Method
 from .errors import InputError
 from .methods import METHODS
 from .utils.data_utils import text_names
@@ -119,8 +120,15 @@ class FlatLLMConfig:
         "wikitext2", DATA, "text: wikitext2, c4, alpaca, pydocs, a hub id, a file or folder; A+B: both in equal shares"
     )
     cal_nsamples: int | None = option(128, integer(1, MOST), "windows of text; None: 128 for scores, 256 to compress")
-    importance_method: str = option("angular", one_of(IMPORTANCE_METHODS), "how layers are scored")
-    preserve_qk_layers: bool = option(True, SWITCH, "leave Q and K whole")
+    importance_method: str = option(
+        "auto",
+        one_of(("auto", *IMPORTANCE_METHODS)),
+        "what ranks are allocated by: angular or gradient scores, or curves of damage; auto is damage for flatllm+, "
+        "else angular",
+    )
+    preserve_qk_layers: bool | None = option(
+        None, SWITCH, "leave Q and K whole; None: unless flatllm+ allocates by damage, where they lose rotary pairs"
+    )
     method: str = option("flatllm", one_of(METHODS), "the compression method")
     seqlen: int | None = option(None, integer(2), "tokens per window (4096, or less if the model takes less)")
     batch_size: int | None = option(None, integer(1, MOST), "windows run at a time (about 4096 tokens)")
@@ -140,6 +148,15 @@ class FlatLLMConfig:
     def __post_init__(self) -> None:
         for row in fields(self):
             object.__setattr__(self, row.name, checked(row, getattr(self, row.name), row.name))
+        self._choose(METHODS[self.method])
+
+    def _choose(self, method: Method) -> None:
+        """Put what goes with a method in the place of what is not asked."""
+        if self.importance_method == "auto":
+            object.__setattr__(self, "importance_method", method.importance_method)
+        if self.preserve_qk_layers is None:
+            prunes_pairs = method.importance_method == self.importance_method == DAMAGE
+            object.__setattr__(self, "preserve_qk_layers", not prunes_pairs)
 
     @property
     def keep_ratio(self) -> float:

@@ -13,9 +13,11 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from .config import FlatLLMConfig
+from .core.curve_allocation import Curves
+from .core.importance import LayerImportance
 from .core.rank_allocation import ImportancePreservingRankSelector, RankAllocation
 from .engine.compress import compress_layers
-from .engine.importance import LayerImportance, layer_importance
+from .engine.importance import DAMAGE, layer_importance
 from .engine.protocols import LayerRecord, LayerSink, LayerSource
 from .errors import InputError
 from .methods import METHODS
@@ -65,10 +67,18 @@ class Pipeline:
         return layer_importance(source, windows, self.batch_size(windows), self.config.importance_method)
 
     def allocate(
-        self, keep_ratio: float, scores: Sequence[float], importance_sha256: str | None = None
+        self,
+        keep_ratio: float,
+        scores: Sequence[float],
+        curves: Sequence[Curves] | None,
+        importance_sha256: str | None = None,
     ) -> RankAllocation:
-        """Return what each layer keeps by its importance; the digest is that of the file of scores."""
-        allocation = METHODS[self.config.method].allocate(self.selector, scores, keep_ratio)
+        """Return what each layer keeps by its scores, or by the curves; the digest is that of the file of both."""
+        is_by_damage = self.config.importance_method == DAMAGE
+        if is_by_damage and curves is None:
+            raise InputError("there are scores and no curves of damage; score anew with damage, or allocate by angular")
+        method = METHODS[self.config.method]
+        allocation = method.allocate(self.selector, scores, curves if is_by_damage else None, keep_ratio)
         return replace(allocation, importance_sha256=importance_sha256)
 
     def compress(
@@ -95,10 +105,8 @@ class Pipeline:
             names = data_utils.text_names(config.cal_dataset)
             places = {"dataset_root": config.dataset_root, "cache_dir": config.cache_dir}
             return [load_text(name, "train", **places, tokenizer=self.tokenizer) for name in names], []
-        padding_ids, most = (
-            data_utils.padding_ids_of(self.model_config, self.tokenizer),
-            config.cal_nsamples or TO_COMPRESS,
-        )
+        padding_ids = data_utils.padding_ids_of(self.model_config, self.tokenizer)
+        most = config.cal_nsamples or TO_COMPRESS
         data = data_utils.read_calibration_data(config.cal_dataset, most, padding_ids, self.tokenizer)
         return ([data], []) if isinstance(data, TextDataset) else ([], data)
 

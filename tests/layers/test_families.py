@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
 
 import oracle
-from flatllmcore import InputError
+from flatllmcore import FlatLLMConfig, FlatLLMPruner, InputError
 from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector, RankAllocation
 from flatllmcore.engine.compress import compress_layers
 from flatllmcore.engine.importance import layer_importance
@@ -21,7 +21,7 @@ from flatllmcore.engine.memory import ModelInMemory, layer_arguments
 from flatllmcore.engine.perplexity import perplexity
 from flatllmcore.layers import FAMILIES, family_of
 from flatllmcore.methods import METHODS
-from flatllmcore.utils.layer_utils import FAMILY_NAMES, dimensions_from_config
+from flatllmcore.utils.layer_utils import FAMILY_NAMES, count_parameters, dimensions_from_config
 from flatllmcore.utils.loading import load_config
 
 from .published import PUBLISHED
@@ -123,6 +123,21 @@ def test_save_load_generate_and_save_again_are_bit_exact(published, prune_qk, tm
     loaded.save_pretrained(tmp_path / "second")
     for file in (tmp_path / "first").iterdir():
         assert (tmp_path / "second" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_the_second_method_leaves_a_model_that_is_saved_and_loaded(published, tmp_path):
+    """Where queries and keys are normalised their rotary pairs stay: the norm looks at all of them."""
+    windows = random_windows(24, 1)
+    config = FlatLLMConfig(method="flatllm+", target_sparsity=0.5, rank_multiple=1, cal_dataset=windows)
+    before = count_parameters(published)["decoder_linear"]
+    compressed = FlatLLMPruner(published, config=config).prune_model()
+    assert count_parameters(compressed)["decoder_linear"] == pytest.approx(before / 2, rel=0.02)
+    loses_pairs = any(hasattr(layer.self_attn, "rotary_places") for layer in compressed.model.layers)
+    assert not (loses_pairs and compressed.config.model_type == "flat_qwen3")
+    compressed.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
+    assert torch.equal(loaded(windows).logits, compressed(windows).logits)
+    assert torch.equal(generate(loaded, windows[:3]), generate(compressed, windows[:3]))
 
 
 @pytest.mark.parametrize(("implementation", "cache"), [("sdpa", "dynamic"), ("sdpa", "static"), ("eager", "dynamic")])

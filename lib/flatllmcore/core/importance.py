@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..utils.dimensions import ModelDimensions
+from .curve_allocation import Curves, check_curves
 
 IMPORTANCE_FILE = "importance.json"
 
@@ -27,6 +28,15 @@ def angles_between(inputs: Tensor, outputs: Tensor) -> tuple[Tensor, int]:
     is_zero = lengths == 0
     cosine = torch.where(is_zero, 0.5, (x * y).sum(-1) / torch.where(is_zero, 1.0, lengths))
     return cosine.clamp(0, 1).arccos() / math.pi, int(is_zero.sum())
+
+
+@dataclass(frozen=True)
+class LayerImportance:
+    """Scores of all layers, and how many rows had no angle."""
+
+    scores: tuple[float, ...]  # angular: mean angles in units of π, 0 to 0.5
+    zero_rows: int
+    curves: tuple[Curves, ...] | None = None  # of the damage that removing weights of each layer does
 
 
 @dataclass(frozen=True)
@@ -46,12 +56,15 @@ class ImportanceScores:
     scores: tuple[float, ...]
     method: str = "angular"
     zero_rows: int = 0
+    curves: tuple[Curves, ...] | None = None
     versions: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for index, score in enumerate(self.scores):
             if not 0 <= score < math.inf:
                 raise InputError(f"the score of layer {index} is {score}; accepted: finite numbers of at least 0")
+        if self.curves is not None:
+            check_curves(self.curves, self.dimensions)
 
     def check_matches(self, dimensions: ModelDimensions, fingerprint: str | None) -> None:
         """Refuse a model that these scores are not about; None stands for weights that were not read."""

@@ -34,6 +34,16 @@ def add_moment(total: Tensor, rows: Tensor) -> None:
             total[start:stop, :stop] += float32_product(operand[:, start:stop].T, operand[:, :stop])
 
 
+def add_cross_moment(total: Tensor, targets: Tensor, rows: Tensor) -> None:
+    """Add ``targetsᵀ rows`` to ``total``, float64, (D, F), in place; targets are (tokens, D) and rows (tokens, F)."""
+    total += float32_product(product_operand(targets).T, product_operand(rows))
+
+
+def inverse_length(stream: Tensor) -> Tensor:
+    """Return the weights, (tokens, 1), that bring each token of the stream, (tokens, D), to a mean square of 1."""
+    return stream.square().mean(-1, keepdim=True).clamp(min=torch.finfo(stream.dtype).tiny).rsqrt()
+
+
 def mirror_lower_triangle(total: Tensor) -> None:
     """Copy the strips that :func:`add_moment` summed to their mirror images, in place."""
     for start in range(BLOCK, len(total), BLOCK):

@@ -3,11 +3,13 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from ..errors import InputError
 from ..utils.dimensions import Kept, ModelDimensions, check_length
-from .rank_rounding import rounded_layers
+from .curve_allocation import PAIRS, Curves, ideals_by_curves
+from .rank_rounding import Ideal, rounded_layers
 
 _BINARY_ROUNDING = 1e-9  # 0.29 · 100 is 28.999999999999996 and means 29
 
@@ -31,10 +33,11 @@ class RankAllocation:
 
     def __post_init__(self) -> None:
         largest = {"keep": 1, "value_rank": self.dimensions.head_dim, "mlp_width": self.dimensions.intermediate_size}
+        largest["query_key_pairs"] = self.dimensions.head_dim // 2
         check_length("layers", self.layers, self.dimensions.num_layers)
         for name, most in largest.items():
             for index, value in enumerate(self.per_layer(name)):
-                if not 0 < value <= most:
+                if value is not None and not 0 < value <= most:
                     raise InputError(f"{name!r} of layer {index} is {value}; accepted: more than 0, at most {most}")
 
     def per_layer(self, name: str) -> list[Any]:
@@ -92,17 +95,35 @@ class ImportancePreservingRankSelector:
             )
         return ratio
 
-    def allocate(self, scores: Sequence[float], keep_ratio: float) -> RankAllocation:
-        """Return the ranks that keep ``keep_ratio`` of the linear weights; InputError if there are none."""
+    def allocate(
+        self, scores: Sequence[float], keep_ratio: float, curves: Sequence[Curves] | None = None
+    ) -> RankAllocation:
+        """Return what keeps ``keep_ratio`` of the linear weights, by curves of damage where given, else by the scores.
+
+        By curves Q and K lose rotary pairs where they are pruned, and by scores leave two factors. InputError if there
+        is no such allocation.
+        """
         check_length("scores", scores, self.dimensions.num_layers)
-        percent = round(100 * (1 - keep_ratio), 9)
-        keep = allocate_keep_ratios(scores, self.prunable_keep_ratio(keep_ratio))
+        percent, of_prunable = round(100 * (1 - keep_ratio), 9), self.prunable_keep_ratio(keep_ratio)
+        if curves is not None:
+            used = [{kind: curve for kind, curve in of.items() if self.prune_qk or kind != PAIRS} for of in curves]
+            ideals = ideals_by_curves(self.dimensions, used, keep_ratio, self.rank_multiple)
+            layers = tuple(rounded_layers(self.dimensions, ideals, keep_ratio, self.rank_multiple))
+            return RankAllocation(percent, self.prune_qk, self.rank_multiple, self.dimensions, layers)
+        keep = allocate_keep_ratios(scores, of_prunable)
         # Floors of narrow heads would miss the target where the factors of Q and K are no smaller than these: they stay
         # whole then, and the other parts must make up for it.
         if self.rank_multiple == 1 and not self.prune_qk:
             return replace(self.floored(keep), sparsity_ratio=percent)
-        layers = rounded_layers(self.dimensions, keep, keep_ratio, self.rank_multiple, self.prune_qk)
-        return RankAllocation(percent, self.prune_qk, self.rank_multiple, self.dimensions, tuple(layers))
+        ideals = [
+            Ideal(w * self.dimensions.head_dim, w, partial(self.dimensions.kept, w, prune_qk=self.prune_qk))
+            for w in keep
+            if w < 1
+        ]
+        rounded = iter(rounded_layers(self.dimensions, ideals, keep_ratio, self.rank_multiple))
+        whole = Kept(1.0, self.dimensions.head_dim, self.dimensions.intermediate_size)
+        layers = tuple(next(rounded) if w < 1 else whole for w in keep)
+        return RankAllocation(percent, self.prune_qk, self.rank_multiple, self.dimensions, layers)
 
     def floored(self, keep: Sequence[float], keep_of_values: Sequence[float] | None = None) -> RankAllocation:
         """Return ⌊w·d⌋ and ⌊w·F⌋, at least 1, of given shares, or of others for d; they ask for what they remove."""

@@ -2,20 +2,22 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from ..errors import InputError
 from ..utils.dimensions import ModelDimensions, check_length
 from ..utils.files import digest, read_json, write_json
+from .curve_allocation import Curves
 from .importance import IMPORTANCE_FILE, ImportanceScores, differing_parts, read_author_numbers
 from .rank_allocation import ImportancePreservingRankSelector, RankAllocation
 
 logger = logging.getLogger(__name__)
 
 SHARE_ROUNDING = 1e-6  # the authors' shares, stored in float32, may pass 1 by their last digit
-Allocate: TypeAlias = Callable[[Sequence[float], str | None], RankAllocation]  # of scores, and their file's digest
+# Of scores, curves of damage where there are some, and the digest of their file.
+Allocate: TypeAlias = Callable[[Sequence[float], Sequence[Curves] | None, str | None], RankAllocation]
 
 
 def ranks_file(sparsity_percent: float) -> str:
@@ -39,6 +41,7 @@ class RanksFile:
     value_rank: list[int]
     mlp_width: list[int]
     fingerprint: str | None = None  # of the model; ranks of the authors' scores have none
+    query_key_pairs: list[int | None] | None = None  # None for all in a layer; no list where they are not counted
 
 
 _PER_LAYER = ("keep", "value_rank", "mlp_width")
@@ -46,9 +49,12 @@ _PER_LAYER = ("keep", "value_rank", "mlp_width")
 
 def save_ranks(allocation: RankAllocation, path: Path) -> None:
     """Write an allocation to a file that :func:`read_ranks` reads."""
-    names = [row.name for row in fields(RanksFile) if row.name not in _PER_LAYER]
-    content: dict[str, Any] = {name: getattr(allocation, name) for name in names}
-    write_json(path, content | {name: allocation.per_layer(name) for name in _PER_LAYER})
+    pairs = allocation.per_layer("query_key_pairs")
+    per_layer = {name: allocation.per_layer(name) for name in _PER_LAYER}
+    if any(left is not None for left in pairs):
+        per_layer["query_key_pairs"] = pairs
+    names = [row.name for row in fields(RanksFile) if hasattr(allocation, row.name)]
+    write_json(path, {name: getattr(allocation, name) for name in names} | per_layer)
 
 
 def read_ranks(path: Path) -> RankAllocation:
@@ -57,9 +63,13 @@ def read_ranks(path: Path) -> RankAllocation:
     for name in _PER_LAYER:
         check_length(name, getattr(file, name), file.dimensions.num_layers)
     sizes = zip(file.keep, file.value_rank, file.mlp_width, strict=True)
-    layers = tuple(file.dimensions.kept(*layer, file.prune_qk) for layer in sizes)
+    layers = [file.dimensions.kept(*layer, file.prune_qk and file.query_key_pairs is None) for layer in sizes]
+    if file.query_key_pairs is not None:
+        check_length("query_key_pairs", file.query_key_pairs, file.dimensions.num_layers)
+        pairs = zip(layers, file.query_key_pairs, strict=True)
+        layers = [replace(kept, query_key_pairs=left) for kept, left in pairs]
     asked = (file.sparsity_ratio, file.prune_qk, file.rank_multiple)
-    return RankAllocation(*asked, file.dimensions, layers, file.importance_sha256, file.fingerprint)
+    return RankAllocation(*asked, file.dimensions, tuple(layers), file.importance_sha256, file.fingerprint)
 
 
 def find_ranks(
@@ -90,12 +100,12 @@ def _ranks_of(
     if path.suffix == ".pt":
         numbers = read_author_numbers(path)
         if not path.name.startswith("sparsity_score"):
-            return allocate(numbers, None)
+            return allocate(numbers, None, None)
         return selector.floored([1.0 if 1 < share < 1 + SHARE_ROUNDING else share for share in numbers])
     if "scores" in read_json(path, dict[str, Any]):
         scores = read_json(path, ImportanceScores)
         scores.check_matches(selector.dimensions, fingerprint)
-        return allocate(scores.scores, digest(path.read_bytes()))
+        return allocate(scores.scores, scores.curves, digest(path.read_bytes()))
     allocation, scores_file = read_ranks(path), path.with_name(IMPORTANCE_FILE)
     if differences := allocation.dimensions.differences_from(selector.dimensions):
         raise InputError(f"the ranks belong to another model: {differences}")

@@ -1,7 +1,8 @@
 """Ranks and MLP widths in steps that hardware likes, at the exact parameter budget."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 from ..errors import InputError
 from ..utils.dimensions import Kept, ModelDimensions
@@ -11,50 +12,61 @@ WIDE_STEP = 64  # MLP channels that matrix units like best
 WIDE_STEP_SHARE = 0.005  # of a layer's parameters: what a wide step may cost
 
 
+@dataclass(frozen=True)
+class Ideal:
+    """What a layer is to keep before its sizes are whole steps."""
+
+    rank: float  # directions per value head
+    width: float  # MLP channels, or what is proportional to them
+    kept_with: Callable[[int, int], Kept]  # what it keeps with a rank and a width in whole steps
+
+
 def rounded_layers(
-    dimensions: ModelDimensions, keep: Sequence[float], keep_ratio: float, rank_step: int, prune_qk: bool
+    dimensions: ModelDimensions, ideals: Sequence[Ideal], keep_ratio: float, rank_step: int
 ) -> list[Kept]:
     """Return layers whose ranks and MLP widths are whole steps and which keep ``keep_ratio`` of the linear weights.
 
-    Widths move in steps of 64 channels where that is cheap, else of ``rank_step``. Layers with ``w = 1``
-    stay whole; the others keep at least one step and at most as many as fit. The parameters removed are
-    within 0.1 % of the target, or one step of the smaller kind where that is more; InputError if no steps come there.
+    Widths move in steps of 64 channels where that is cheap, else of ``rank_step``. Layers keep at least one step and at
+    most as many as fit. The parameters removed are within 0.1 % of the target for all layers of the model, or one step
+    of the smaller kind where that is more; InputError if no steps come there.
     """
-    is_wide_step_cheap = WIDE_STEP * dimensions.width_parameters < WIDE_STEP_SHARE * dimensions.layer_parameters
-    width_step = WIDE_STEP if WIDE_STEP % rank_step == 0 and is_wide_step_cheap else rank_step
+    width_step = width_step_for(dimensions, rank_step)
     most_ranks, most_widths = dimensions.head_dim // rank_step, dimensions.intermediate_size // width_step
     width_cost = width_step * dimensions.width_parameters
-    rank_costs = [
-        dimensions.parameters_of(dimensions.kept(1.0, n * rank_step, 0, prune_qk)) for n in range(most_ranks + 1)
-    ]
-    whole_layer = Kept(1.0, dimensions.head_dim, dimensions.intermediate_size)
-    pruned = [w for w in keep if w < 1]
-    total = len(keep) * dimensions.layer_parameters
-    whole = total - len(pruned) * dimensions.layer_parameters
+    total = dimensions.num_layers * dimensions.layer_parameters
+    whole = (dimensions.num_layers - len(ideals)) * dimensions.layer_parameters
     smallest_step = min(rank_step * dimensions.rank_parameters, width_cost)
     tolerance = max(RELATIVE_TOLERANCE * (1 - keep_ratio) * total, smallest_step)
 
+    def attention_costs(steps: Iterable[int]) -> list[int]:
+        kept = (of.kept_with(n * rank_step, 0) for of, n in zip(ideals, steps, strict=True))
+        return list(map(dimensions.parameters_of, kept))
+
     # Rank steps as near the ideal as leaves what widths can take up.
-    ideal_ranks = [w * dimensions.head_dim / rank_step for w in pruned]
-    totals = range(len(pruned), len(pruned) * most_ranks + 1)
+    ideal_ranks, ideal_widths = [of.rank / rank_step for of in ideals], [of.width for of in ideals]
+    totals = range(len(ideals), len(ideals) * most_ranks + 1)
     for rank_total in sorted(totals, key=lambda n: abs(n - math.fsum(ideal_ranks))):
         rank_steps = largest_remainder(ideal_ranks, rank_total, most_ranks)
-        rest = keep_ratio * total - whole - sum(rank_costs[n] for n in rank_steps)
-        width_total = min(max(round(rest / width_cost), len(pruned)), len(pruned) * most_widths)
+        rest = keep_ratio * total - whole - sum(attention_costs(rank_steps))
+        width_total = min(max(round(rest / width_cost), len(ideals)), len(ideals) * most_widths)
         if abs(rest - width_total * width_cost) <= tolerance:
-            ranks, widths = iter(rank_steps), iter(largest_remainder(pruned, width_total, most_widths))
-            return [
-                dimensions.kept(w, next(ranks) * rank_step, next(widths) * width_step, prune_qk)
-                if w < 1
-                else whole_layer
-                for w in keep
-            ]
-    costs = (rank_costs[most_ranks] + most_widths * width_cost, rank_costs[1] + width_cost)
-    least, most = (100 * (1 - (whole + len(pruned) * cost) / total) for cost in costs)
+            width_steps = largest_remainder(ideal_widths, width_total, most_widths)
+            sizes = zip(ideals, rank_steps, width_steps, strict=True)
+            return [of.kept_with(rank * rank_step, width * width_step) for of, rank, width in sizes]
+    least, most = (
+        100 * (1 - (whole + sum(attention_costs([ranks] * len(ideals))) + len(ideals) * widths * width_cost) / total)
+        for ranks, widths in ((most_ranks, most_widths), (1, 1))
+    )
     raise InputError(
         f"ranks in steps of {rank_step} and MLP widths in steps of {width_step} cannot remove "
         f"{100 * (1 - keep_ratio):g} % of this model; they can remove {least:.1f} to {most:.1f} %"
     )
+
+
+def width_step_for(dimensions: ModelDimensions, rank_step: int) -> int:
+    """Return the step of MLP widths: 64 channels where that is cheap, else ``rank_step``."""
+    is_cheap = WIDE_STEP * dimensions.width_parameters < WIDE_STEP_SHARE * dimensions.layer_parameters
+    return WIDE_STEP if WIDE_STEP % rank_step == 0 and is_cheap else rank_step
 
 
 def largest_remainder(ideal: Sequence[float], total: int, most: int) -> list[int]:

@@ -28,6 +28,7 @@ from ..utils.checkpoint import (
     put_in_place,
 )
 from ..utils.files import file_digest, naming_place, read_json, replacing, write_atomically, write_json
+from ..utils.layer_utils import stored_tensors
 from ..utils.loading import empty_causal_lm
 from ..utils.processes import barrier, broadcast_object, is_rank_0
 from .checkpoint_source import LAYERS, CheckpointSource
@@ -100,7 +101,7 @@ class CheckpointSink:
         """Write compressed layer ``index`` to its shard, and then that it is there."""
         finished = dict(sorted((self.finished | {index: record}).items()))
         if is_rank_0():
-            weights = {f"{LAYERS}{index}.{name}": weight for name, weight in layer.named_parameters()}
+            weights = {f"{LAYERS}{index}.{name}": weight for name, weight in stored_tensors(layer).items()}
             self._write_shard(1 + index, weights)
             self._shards[self._shard(1 + index).name] = file_digest(self._shard(1 + index))
             self._write_manifest(finished)

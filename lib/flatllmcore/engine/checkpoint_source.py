@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ..layers.replacement import fill_parameters
 from ..utils.files import digest, to_json_bytes
-from ..utils.layer_utils import DecoderModule
+from ..utils.layer_utils import DecoderModule, stored_tensors
 from ..utils.loading import EMBEDDINGS, HEAD, open_checkpoint, tokenizer_digest
 from .memory import layer_arguments
 from .storage import StatesStorage
@@ -49,7 +49,7 @@ class CheckpointSource:
         self._cache_dir = cache_dir
         self.skeleton, self._files, stored = open_checkpoint(model, cache_dir)
         self.config = self.skeleton.config
-        self._names = [name for name, _ in self.skeleton.named_parameters()]  # tied ones once
+        self._names = list(stored_tensors(self.skeleton))  # tied ones once
         self.dtype = self.config.dtype = stored if dtype == "auto" else getattr(torch, dtype)
         self._decoder = self.skeleton.get_decoder()
         self.num_layers = len(self._decoder.layers)
@@ -139,4 +139,5 @@ class CheckpointSource:
         return weights
 
     def _read(self, name: str) -> Tensor:
-        return self._files.read(name).to(self.dtype)
+        weight = self._files.read(name)
+        return weight.to(self.dtype) if weight.is_floating_point() else weight

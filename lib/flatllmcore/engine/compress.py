@@ -1,8 +1,10 @@
 """The loop that compresses, whatever the method: statistics, solve, replace, and on with the compressed output."""
 
+import copy
 import logging
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -14,14 +16,17 @@ from ..core.attention_pca import rank_for_mass
 from ..core.rank_allocation import RankAllocation
 from ..errors import InputError
 from ..layers import replacement
-from ..utils.layer_utils import DecoderModule
+from ..layers.flat_attention import FlatDecoderLayer
+from ..utils.layer_utils import DecoderModule, stored_tensors
 from ..utils.processes import all_reduce, broadcast
 from ..utils.progress import progress
 from ..utils.stopwatch import stage
-from .protocols import LayerRecord, LayerSink, LayerSource, Method, Step, Sums
-from .walk import Walk, check_finite, lent_layer, tapped
+from .protocols import DENSE, HELD_OUT, STREAM, LayerRecord, LayerSink, LayerSource, Method, Solution, Step, Sums
+from .walk import Walk, check_finite, lent_layer, tapped, without_attention
 
 logger = logging.getLogger(__name__)
+
+PARTS = ("self_attn", "mlp")  # of a layer, in order
 
 
 @torch.no_grad()
@@ -46,11 +51,12 @@ def compress_layers(
     Raises:
         InputError: If a layer's activations are not finite, or a layer cannot be solved.
     """
-    method.check_calibration(allocation.dimensions, windows.numel())
+    method.check(allocation, windows.numel())
     flat_config = replacement.compressed_config(source.config, allocation.layers)
     unfinished = [index for index in range(source.num_layers) if index not in sink.finished]
     if unfinished:
-        loop = _Loop(Walk(source, windows, batch_size), sink, method, allocation, flat_config, tolerance)
+        dense_walk = Walk(source, windows, batch_size) if method.follows_dense else None
+        loop = _Loop(Walk(source, windows, batch_size), dense_walk, sink, method, allocation, flat_config, tolerance)
         for index in progress(range(unfinished[-1] + 1), "compress", "layer"):
             if index in sink.finished:
                 loop.skip(index)
@@ -62,6 +68,7 @@ def compress_layers(
 @dataclass(frozen=True)
 class _Loop:
     walk: Walk
+    dense_walk: Walk | None  # the dense model's stream, where the method follows it
     sink: LayerSink
     method: Method
     allocation: RankAllocation
@@ -74,17 +81,15 @@ class _Loop:
         weights = {name: weight.to(self.walk.source.device) for name, weight in self.sink.weights(index).items()}
         replacement.fill_parameters(layer, weights)
         self.walk.advance(layer, index)
+        if self.dense_walk is not None:
+            with lent_layer(self.walk.source, index) as dense:
+                self.dense_walk.advance(dense, index)
 
     def compress(self, index: int) -> None:
         """Compress one layer into the sink, and lead the hidden states through it."""
         started = time.perf_counter()
         with lent_layer(self.walk.source, index) as dense:
-            weights, eigenvalues = self._solved(index, dense)
-            compressed = replacement.compress_decoder_layer(dense, self.flat_config, index, weights)
-            for name in weights:  # one solution for all: the signs of eigenvectors are anybody's choice
-                broadcast(compressed.get_parameter(name))
-            del weights  # the layer has copies
-            self.walk.advance(compressed, index)
+            compressed, eigenvalues = self._compressed(index, dense)
         kept, sizes = self.allocation.layers[index], self.allocation.dimensions
         rank = None if eigenvalues is None else rank_for_mass(eigenvalues, self.tolerance)
         elapsed_s = round(time.perf_counter() - started, 3)
@@ -93,45 +98,90 @@ class _Loop:
             self.sink.put(index, compressed, record)
         monitored = "" if rank is None else f" ({rank:.1f} would keep {self.tolerance:g} of the mass)"
         query_key = "" if kept.query_key_rank is None else f", Q and K {kept.query_key_rank}"
+        if kept.query_key_pairs is not None:
+            query_key = f", Q and K {2 * kept.query_key_pairs}/{sizes.head_dim}"
         parts = f"rank {kept.value_rank}/{sizes.head_dim}{monitored}{query_key}"
         parts += f", mlp {kept.mlp_width}/{sizes.intermediate_size}"
         logger.info("layer %d: keep %.3f, %s, %.1f s", index, kept.keep, parts, elapsed_s)
 
-    def _solved(self, index: int, dense: DecoderModule) -> tuple[dict[str, Tensor], Tensor | None]:
-        """Return a layer's new weights by name, and the eigenvalues that are monitored."""
-        weights: dict[str, Tensor] = {}
-        eigenvalues = None
+    def _compressed(self, index: int, dense: DecoderModule) -> tuple[FlatDecoderLayer, Tensor | None]:
+        """Return a compressed layer, behind which the hidden states are then, and the monitored eigenvalues."""
         steps = self.method.steps(self.allocation.dimensions, self.allocation.layers[index])
-        with ExitStack() as parts:
-            for step in steps:
-                sums = self._summed(index, dense, step)
-                try:
-                    with stage("solves"):
-                        solution = step.solve(dense, sums)
-                except (ArithmeticError, torch.linalg.LinAlgError) as error:
-                    raise InputError(f"layer {index} cannot be compressed: {error}") from error
-                weights |= solution.weights
+        layer, eigenvalues = _shallow_copy(dense), None
+        for part in PARTS if any(step.part for step in steps) else ("",):
+            is_dense_ahead = False
+            for step in (step for step in steps if step.part == part):
+                if step.target == "output" and not is_dense_ahead:
+                    is_dense_ahead = self._lead_dense(dense, index, part)
+                solution = self._solved(index, layer, step)
                 eigenvalues = eigenvalues if solution.eigenvalues is None else solution.eigenvalues
-                if step is not steps[-1]:  # later ones look at what this one leaves
-                    part = replacement.compress_decoder_layer(
-                        dense, self.flat_config, index, solution.weights, step.part
-                    )
-                    for parameter in part.parameters():
-                        broadcast(parameter)
-                    parts.callback(dense.set_submodule, step.part, dense.get_submodule(step.part))
-                    dense.set_submodule(step.part, part)
-        return weights, eigenvalues
+                layer = self._with_solution(index, layer, step, solution)
+                del solution  # the layer has copies
+            if not is_dense_ahead:
+                self._lead_dense(dense, index, part)
+            self.walk.advance(layer, index, part)
+        return replacement.compress_decoder_layer(layer, self.flat_config, index, {}), eigenvalues
+
+    def _lead_dense(self, dense: DecoderModule, index: int, part: str) -> bool:
+        """Lead the dense model's stream, if it is followed, through a part of its layer; return True."""
+        if self.dense_walk is not None:
+            self.dense_walk.advance(dense, index, part)
+        return True
+
+    def _with_solution(self, index: int, layer: DecoderModule, step: Step, solution: Solution) -> DecoderModule:
+        """Return the layer as a step leaves it: a compressed one, or the same with another part."""
+        layers = list(self.allocation.layers)
+        layers[index] = step.leaves
+        config = replacement.compressed_config(self.walk.source.config, layers)
+        part = replacement.compress_decoder_layer(layer, config, index, solution.weights, step.part)
+        stored = stored_tensors(part)
+        for name in solution.weights:  # one for all: the signs of eigenvectors are anybody's choice
+            broadcast(stored[name.removeprefix(f"{step.part}.")])
+        if step.part == "":
+            return part
+        layer.set_submodule(step.part, part)
+        return layer
+
+    def _solved(self, index: int, layer: DecoderModule, step: Step) -> Solution:
+        """Return the solution of a step."""
+        sums = self._summed(index, layer, step)
+        try:
+            with stage("solves"):
+                return step.solve(layer, sums)
+        except (ArithmeticError, torch.linalg.LinAlgError) as error:
+            raise InputError(f"layer {index} cannot be compressed: {error}") from error
 
     def _summed(self, index: int, layer: DecoderModule, step: Step) -> Sums:
         """Return the sums of a step over the windows of all processes."""
         sums = step.zeros(layer)
-        with tapped(layer, step.taps) as look:
-            for states, _ in self.walk.batches():
+        with without_attention(layer) if step.part == "mlp" else nullcontext(), tapped(layer, step.taps) as look:
+            for states, beside in self._batches(step):
                 seen = look(partial(self.walk.run, layer, index, states))
                 with stage("moments"):
-                    step.add(sums, seen)
+                    step.add(layer, sums, {**seen, **beside})
         with stage("reduce"):
             for total in sums.values():
                 all_reduce(total)
                 check_finite(index, total)
         return sums
+
+    def _batches(self, step: Step) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        """Yield the hidden states of each batch, and what a step with a target sees beside its taps."""
+        if step.target is None or self.dense_walk is None:
+            yield from ((states, {}) for states, _ in self.walk.batches())
+            return
+        held_out = self.walk.is_held_out.split(self.walk.batch_size)
+        for (states, _), (dense, _), is_held_out in zip(
+            self.walk.batches(), self.dense_walk.batches(), held_out, strict=False
+        ):
+            rows = is_held_out.repeat_interleave(
+                states.shape[1]
+            )  # on the host, which need not wait for the device then
+            yield states, {STREAM: states.flatten(0, 1), DENSE: dense.flatten(0, 1), HELD_OUT: rows}
+
+
+def _shallow_copy(layer: DecoderModule) -> DecoderModule:
+    """Return a layer of the same parts, which can be replaced in it."""
+    copied = copy.copy(layer)
+    copied._modules = dict(layer._modules)
+    return copied

@@ -1,28 +1,25 @@
 """Step 1 of the method: how much each decoder layer matters, by the method's own score or by another."""
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from ..core.importance import angles_between
+from ..core.importance import LayerImportance, angles_between
 from ..utils.processes import all_reduce, own_share
 from ..utils.progress import progress
 from ..utils.stopwatch import stage
+from .damage import LayerDamage
 from .protocols import LayerSource
-from .walk import Walk, check_finite, lent_layer
+from .walk import Walk, check_finite, lent_layer, tapped
 
 logger = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class LayerImportance:
-    """Scores of all layers, and how many rows had no angle."""
-
-    scores: tuple[float, ...]  # angular: mean angles in units of π, 0 to 0.5
-    zero_rows: int
+OUTPUT = ".output"  # of the layer itself
+DAMAGE = "damage"  # the way that measures curves beside scores
 
 
 def layer_importance(source: LayerSource, windows: Tensor, batch_size: int, method: str = "angular") -> LayerImportance:
@@ -36,21 +33,36 @@ def layer_importance(source: LayerSource, windows: Tensor, batch_size: int, meth
 
 
 @torch.no_grad()
-def angular_importance(source: LayerSource, windows: Tensor, batch_size: int) -> LayerImportance:
-    """Score every layer by the mean angle between its input and its output, residual included."""
+def angular_importance(
+    source: LayerSource, windows: Tensor, batch_size: int, *, with_curves: bool = False
+) -> LayerImportance:
+    """Score every layer by the mean angle between its input and its output, residual included.
+
+    With curves, those of the damage that removing weights does are measured in the same pass.
+    """
     walk = Walk(source, windows, batch_size)
     sums = torch.zeros(2, source.num_layers, dtype=torch.float64, device=source.device)  # of angles; of rows of zeros
+    curves = []
     for index in progress(range(source.num_layers), "importance", "layer"):
         with lent_layer(source, index) as layer:
-            for states, stored in walk.batches():
-                outputs = walk.run(layer, index, states)
-                with stage("angles"):
-                    angles, zero_rows = angles_between(states, outputs)
-                    sums[0, index] += angles.sum()
-                    sums[1, index] += zero_rows
-                stored.copy_(outputs)
+            damage = LayerDamage(walk, layer, index) if with_curves else None
+            with tapped(layer, [*(damage.taps if damage else ()), OUTPUT]) as look:
+                for states, stored in walk.batches():
+                    seen = look(partial(walk.run, layer, index, states))
+                    outputs = seen[OUTPUT].view_as(states)
+                    check_finite(index, outputs)
+                    with stage("angles"):
+                        angles, zero_rows = angles_between(states, outputs)
+                        sums[0, index] += angles.sum()
+                        sums[1, index] += zero_rows
+                    if damage is not None:
+                        damage.add(seen)
+                    stored.copy_(outputs)
+            if damage is not None:
+                curves.append(damage.curves())
     all_reduce(sums)
-    return LayerImportance(tuple((sums[0] / windows.numel()).tolist()), int(sums[1].sum()))
+    scores = tuple((sums[0] / windows.numel()).tolist())
+    return LayerImportance(scores, int(sums[1].sum()), tuple(curves) if with_curves else None)
 
 
 @torch.no_grad()
@@ -87,7 +99,11 @@ def gradient_importance(source: LayerSource, windows: Tensor, batch_size: int) -
     return LayerImportance(tuple((totals / windows.numel()).tolist()), zero_rows=0)
 
 
-IMPORTANCE_METHODS = {"angular": angular_importance, "gradient": gradient_importance}
+IMPORTANCE_METHODS: dict[str, Callable[[LayerSource, Tensor, int], LayerImportance]] = {
+    "angular": angular_importance,
+    "gradient": gradient_importance,
+    DAMAGE: partial(angular_importance, with_curves=True),
+}
 
 
 def _loss_gradient(source: LayerSource, states: Tensor, ids: Tensor) -> Tensor:

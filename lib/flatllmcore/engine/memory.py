@@ -13,7 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..layers.flat_attention import FlatDecoderLayer
 from ..layers.replacement import adopt_compressed_layers
-from ..utils.layer_utils import DecoderModule
+from ..utils.layer_utils import DecoderModule, stored_tensors
 from .protocols import LayerRecord
 from .storage import StatesStorage
 
@@ -57,7 +57,7 @@ class ModelInMemory:
 
     def weights(self, index: int) -> dict[str, Tensor]:
         """Return the parameters of a compressed layer."""
-        return dict(self._compressed[index].named_parameters())
+        return stored_tensors(self._compressed[index])
 
     def adopt(self, flat_config: PretrainedConfig) -> PreTrainedModel:
         """Put the compressed layers into the model, which becomes the flat class; return the same object."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from ..core.curve_allocation import Curves
 from ..core.rank_allocation import ImportancePreservingRankSelector, RankAllocation
 from ..layers.flat_attention import FlatDecoderLayer
 from ..utils.dimensions import Kept, ModelDimensions
@@ -20,6 +21,7 @@ from ..utils.layer_utils import DecoderModule
 from .storage import StatesStorage
 
 Sums: TypeAlias = dict[str, Tensor]
+STREAM, DENSE, HELD_OUT = "stream", "dense", "held out"  # what a step with a target sees beside its taps
 
 
 class Solution(NamedTuple):
@@ -30,38 +32,59 @@ class Solution(NamedTuple):
 
 
 class Step(Protocol):
-    """One pass of the calibration tokens through a layer, and the weights that follow from it."""
+    """One pass of the calibration tokens through a layer or a part of it, and the weights that follow from it."""
 
     @property
     def part(self) -> str:
-        """What is compressed for later steps to look at, ``self_attn`` or ``mlp``, or "" for the whole layer."""
+        """What the pass goes through, ``self_attn`` or ``mlp``, norm and residual included, or "", the whole layer."""
 
     @property
     def taps(self) -> Sequence[str]:
         """What is looked at, ``mlp.down_proj.input`` or ``self_attn.v_proj.output``; the pass ends at the last."""
 
+    @property
+    def target(self) -> str | None:
+        """Where the dense model's stream is looked at beside, the part's ``input`` or ``output``; None for nowhere."""
+
+    @property
+    def leaves(self) -> Kept:
+        """What the layer keeps when this step is done; later steps look at that."""
+
     def zeros(self, layer: DecoderModule) -> Sums:
         """Return the sums before any token; the engine adds them up over batches and processes."""
 
-    def add(self, sums: Sums, seen: Mapping[str, Tensor]) -> None:
-        """Add a batch in place: what passed each tap, (tokens, width)."""
+    def add(self, layer: DecoderModule, sums: Sums, seen: Mapping[str, Tensor]) -> None:
+        """Add a batch in place: what passed each tap, (tokens, width).
+
+        With a target there are also ``STREAM``, what enters the part, and ``DENSE``, the dense model's stream at the
+        target, (tokens, D), and ``HELD_OUT``, whether a token is one to check a fit with, (tokens,).
+        """
 
     def solve(self, layer: DecoderModule, sums: Sums) -> Solution:
         """Return the layer's new weights; an ArithmeticError, to which the engine adds the layer, if there are none."""
 
 
 class Method(Protocol):
-    """How much each layer keeps, and how it is brought there."""
+    """How a layer is brought to what it keeps."""
 
     name: str
+    importance_method: str  # what ranks are allocated by unless something else is asked for
+    follows_dense: bool  # whether steps have targets: the dense model's stream is led on beside the compressed one
 
     def allocate(
-        self, selector: ImportancePreservingRankSelector, scores: Sequence[float], keep_ratio: float
+        self,
+        selector: ImportancePreservingRankSelector,
+        scores: Sequence[float],
+        curves: Sequence[Curves] | None,
+        keep_ratio: float,
     ) -> RankAllocation:
-        """Return what each layer keeps, so that ``keep_ratio``, in (0, 1], of their linear weights stays."""
+        """Return what each layer keeps, so that ``keep_ratio``, in (0, 1], of their linear weights stays.
 
-    def check_calibration(self, dimensions: ModelDimensions, tokens: int) -> None:
-        """Warn where the calibration tokens are too few to solve layers of these sizes well."""
+        There are curves of damage where ranks are to be allocated by them.
+        """
+
+    def check(self, allocation: RankAllocation, tokens: int) -> None:
+        """Refuse an allocation that the method has no way to; warn where calibration tokens are too few for it."""
 
     def steps(self, dimensions: ModelDimensions, kept: Kept) -> Sequence[Step]:
         """Return the passes that bring one layer to what it keeps; none for a layer that stays whole."""

@@ -4,7 +4,7 @@ What is on the device is one layer and one batch, whatever the size of the model
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -18,12 +18,17 @@ from ..utils.progress import progress
 from ..utils.stopwatch import stage
 from .protocols import LayerSource
 
+MIDDLE = "post_attention_layernorm.input"  # the stream between a layer's attention and its MLP
+HELD_OUT = 8  # every eighth window is one to check a fit with
+
 
 class Walk:
     """The hidden states of this process's share of the windows (N, S) of all, first those that enter layer 0."""
 
     def __init__(self, source: LayerSource, windows: Tensor, batch_size: int) -> None:
         self.source, self.windows, self.batch_size = source, own_share(windows, batch_size), batch_size
+        self.count = len(windows)
+        self.is_held_out = own_share(torch.arange(len(windows)) % HELD_OUT == HELD_OUT - 1, batch_size)
         shape = (*self.windows.shape, source.config.hidden_size)
         self.states = source.storage.empty(shape, source.dtype, source.device)
         with source.embedding() as embed:
@@ -37,17 +42,18 @@ class Walk:
         for stored in progress(batches, "windows", "batch"):
             yield stored.to(self.source.device, non_blocking=True), stored
 
-    def run(self, layer: nn.Module, index: int, states: Tensor) -> Tensor:
-        """Return what ``layer``, at place ``index`` in the model, makes of a batch, (batch, S, D), if it is finite."""
+    def run(self, forward: Callable[..., Tensor], index: int, states: Tensor) -> Tensor:
+        """Return what the layer at ``index``, or a part of it, makes of a batch, (batch, S, D), if it is finite."""
         with stage("forward"):
-            outputs = layer(states, **self._arguments[index])
+            outputs = forward(states, **self._arguments[index])
             check_finite(index, outputs)
         return outputs
 
-    def advance(self, layer: nn.Module, index: int) -> None:
-        """Lead all hidden states through ``layer``, at place ``index`` in the model."""
-        for states, stored in self.batches():
-            stored.copy_(self.run(layer, index, states))
+    def advance(self, layer: nn.Module, index: int, part: str = "") -> None:
+        """Lead all hidden states through ``layer``, at place ``index`` in the model, or through a part of it."""
+        with forward_of(layer, part) as forward:
+            for states, stored in self.batches():
+                stored.copy_(self.run(forward, index, states))
 
 
 @contextmanager
@@ -97,3 +103,32 @@ def tapped(layer: nn.Module, taps: Sequence[str]) -> Iterator[Callable[[Callable
             register = module.register_forward_pre_hook if side == "input" else module.register_forward_hook
             stack.callback(register(partial(look, tap)).remove)
         yield run
+
+
+@contextmanager
+def forward_of(layer: DecoderModule, part: str) -> Iterator[Callable[..., Tensor]]:
+    """Lend what a layer makes of the stream, or its ``self_attn`` or its ``mlp`` alone, with norm and residual."""
+    with without_attention(layer) if part == "mlp" else nullcontext():
+        if part != "self_attn":
+            yield layer
+            return
+        with tapped(layer, [MIDDLE]) as look:
+            yield lambda states, **arguments: look(partial(layer, states, **arguments))[MIDDLE].view_as(states)
+
+
+@contextmanager
+def without_attention(layer: DecoderModule) -> Iterator[None]:
+    """Have a layer take what enters it for the stream behind its attention."""
+    attention = layer.self_attn
+    layer.self_attn = _NoAttention()
+    try:
+        yield
+    finally:
+        layer.self_attn = attention
+
+
+class _NoAttention(nn.Module):
+    """Adds nothing to the stream."""
+
+    def forward(self, hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:
+        return torch.zeros_like(hidden_states), None

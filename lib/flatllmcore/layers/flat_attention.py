@@ -1,8 +1,9 @@
 """What compressed Llama-like models share, whatever their family.
 
 Every decoder layer has its own value width (``value_head_dim``, per head), its own MLP width (``intermediate_size``)
-and, where queries and keys are compressed too, their rank (``query_key_rank``, per head); all stand in the config's
-``per_layer_config``. A family mixes these classes with its dense parents, in a file of its own.
+and, where queries and keys are compressed too, their rank (``query_key_rank``, per head) or how many of their rotary
+pairs are left (``query_key_pairs``, per head); all stand in the config's ``per_layer_config``. A family mixes these
+classes with its dense parents, in a file of its own.
 
 ``save_pretrained`` puts this file and the family's beside the weights, for ``trust_remote_code=True``. So files named
 ``flat_*`` import torch, transformers with what it is built on, and each other only.
@@ -38,7 +39,12 @@ def padded_values(value: Tensor, head_dim: int, query_length: int, implementatio
         # A prompt, for flash: zeros cost little beside the scores, and transformers shares key/value heads among
         # queries without copying them only at equal widths. flash_attention_*, flex and paged caches ask for these.
         width = head_dim
-    return F.pad(value, (0, width - rank)) if width > rank else value
+    return _widened(value, width)
+
+
+def _widened(part: Tensor, width: int) -> Tensor:
+    """Return queries, keys or values (..., d) with zeros up to ``width``; scores and outputs are the same."""
+    return F.pad(part, (0, width - part.shape[-1])) if width > part.shape[-1] else part
 
 
 def one_token_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
@@ -56,7 +62,7 @@ def one_token_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor 
     query = query.reshape(batch_size, num_kv_heads, num_heads // num_kv_heads, head_dim)
     # Compiled, the plain products are fused anyway, and a choice by length would compile twice.
     if not torch.compiler.is_compiling() and key.numel() <= _FEW_KEYS:
-        padded = F.pad(value, (0, head_dim - rank))
+        query, key, padded = (_widened(part, max(head_dim, rank)) for part in (query, key, value))
         output = F.scaled_dot_product_attention(query, key, padded, attn_mask=mask, scale=scaling)[..., :rank]
     else:
         scores = (query @ key.mT).to(torch.promote_types(query.dtype, torch.float32)) * scaling  # (B, G, H/G, T)
@@ -74,6 +80,7 @@ class FlatConfig:
 
     value_head_dim: int | None = None  # width of each value head
     query_key_rank: int | None = None  # of each head's rows in q_proj and in k_proj, kept as two factors
+    query_key_pairs: int | None = None  # rotary pairs of each head's rows in q_proj and in k_proj
     dense_intermediate_size: int | None = None  # MLP width of the dense model
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -89,6 +96,7 @@ class FlatConfig:
     def validate_widths(self: Any) -> None:
         """Refuse a rank or width that the dense model has not."""
         largest = {"value_head_dim": self.head_dim, "query_key_rank": self.head_dim}
+        largest["query_key_pairs"] = self.head_dim // 2
         if self.dense_intermediate_size is not None:
             largest["intermediate_size"] = self.dense_intermediate_size
         for layer_idx, layer_config in enumerate(self.per_layer_config):
@@ -144,14 +152,33 @@ class FlatAttention(nn.Module):
         num_heads = self.o_proj.in_features // self.head_dim
         self.v_proj = nn.Linear(self.v_proj.in_features, num_kv_heads * rank, bias=self.v_proj.bias is not None)
         self.o_proj = nn.Linear(num_heads * rank, self.o_proj.out_features, bias=self.o_proj.bias is not None)
+        self.query_key_width = self.head_dim
+        if layer_config.query_key_pairs is not None:
+            self.query_key_width = width = 2 * layer_config.query_key_pairs
+            bias = self.q_proj.bias is not None
+            self.q_proj = nn.Linear(self.q_proj.in_features, num_heads * width, bias=bias)
+            self.k_proj = nn.Linear(self.k_proj.in_features, num_kv_heads * width, bias=bias)
+            self.rotary_places: torch.Tensor
+            # Where the entries of each key/value head, (G, 2·pairs), stood in the dense one.
+            self.register_buffer("rotary_places", torch.arange(width).repeat(num_kv_heads, 1))
         if layer_config.query_key_rank is not None:
             self.q_proj = HeadwiseFactoredLinear(self.q_proj, self.head_dim, layer_config.query_key_rank)
             self.k_proj = HeadwiseFactoredLinear(self.k_proj, self.head_dim, layer_config.query_key_rank)
 
     def project_queries_and_keys(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        """Return queries (B, T, H, d) and keys (B, T, G, d) before their rotation."""
-        heads = (*hidden_states.shape[:-1], -1, self.head_dim)
+        """Return queries (B, T, H, d) and keys (B, T, G, d) before their rotation; d is less where pairs are gone."""
+        heads = (*hidden_states.shape[:-1], -1, self.query_key_width)
         return self.q_proj(hidden_states).view(heads), self.k_proj(hidden_states).view(heads)
+
+    def rotated(self, query: Tensor, key: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return queries (B, H, T, d) and keys (B, G, T, d) turned by their positions, each by the pairs it has."""
+        if self.query_key_width == self.head_dim:
+            return self.dense.apply_rotary_pos_emb(query, key, *position_embeddings)
+        cos, sin = (part[..., self.rotary_places].transpose(1, 2) for part in position_embeddings)  # (B, G, T, d)
+        key = key * cos + self.dense.rotate_half(key) * sin
+        grouped = query.unflatten(1, (cos.shape[1], -1))  # (B, G, H/G, T, d)
+        grouped = grouped * cos[:, :, None] + self.dense.rotate_half(grouped) * sin[:, :, None]
+        return grouped.flatten(1, 2), key
 
     def forward(
         self,
@@ -166,20 +193,23 @@ class FlatAttention(nn.Module):
         query, key = self.project_queries_and_keys(hidden_states)
         value = self.v_proj(hidden_states).view(*input_shape, -1, rank)
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # (B, H or G, T, d or r)
-        query, key = self.dense.apply_rotary_pos_emb(query, key, *position_embeddings)
+        query, key = self.rotated(query, key, position_embeddings)
         implementation, device_type = self.config._attn_implementation, query.device.type
+        widest = max(self.query_key_width, rank)
         if past_key_values is not None:
             if implementation == "sdpa":  # padded here once; padded when read, the cache is copied for every token
-                value = padded_values(value, self.head_dim, 1, implementation, device_type)
+                value = padded_values(value, widest, 1, implementation, device_type)
             key, value = past_key_values.update(key, value, self.layer_idx)
         if self._takes_one_token_attention(query, attention_mask, implementation):
             return self.o_proj(one_token_attention(query, key, value, attention_mask, self.scaling)), None
+        if implementation != "eager":
+            query, key = _widened(query, rank), _widened(key, rank)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, self.dense.eager_attention_forward)
         output, weights = attend(
             self,
             query,
             key,
-            padded_values(value, self.head_dim, query.shape[2], implementation, device_type),
+            padded_values(value, widest, query.shape[2], implementation, device_type),
             attention_mask,
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
@@ -193,7 +223,7 @@ class FlatAttention(nn.Module):
             implementation == "sdpa"
             and query.device.type == "cpu"
             and query.shape[2] == 1
-            and self.value_head_dim < self.head_dim  # a layer left whole decodes bit by bit as the dense one
+            and self.value_head_dim != self.query_key_width  # a layer left whole decodes bit by bit as the dense one
             and not (self.training and self.attention_dropout)
             and (mask is None or mask.shape[1] == 1)
         )

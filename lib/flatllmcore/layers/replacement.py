@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..utils.dimensions import Kept, check_length
-from ..utils.layer_utils import DecoderModule, check_is_dense
+from ..utils.layer_utils import DecoderModule, check_is_dense, stored_tensors
 from .families import family_of
 from .flat_attention import FlatDecoderLayer
 
@@ -24,7 +24,12 @@ def compressed_config(config: PreTrainedConfig, kept: Sequence[Kept]) -> PreTrai
     fields = {name: value for name, value in config.to_dict().items() if name not in _LOST_IN_CONVERSION}
     fields["dense_intermediate_size"] = config.intermediate_size
     layers = [
-        {"value_head_dim": of.value_rank, "intermediate_size": of.mlp_width, "query_key_rank": of.query_key_rank}
+        {
+            "value_head_dim": of.value_rank,
+            "intermediate_size": of.mlp_width,
+            "query_key_rank": of.query_key_rank,
+            "query_key_pairs": of.query_key_pairs,
+        }
         for of in kept
     ]
     shared = {name: size for name, size in layers[0].items() if all(layer[name] == size for layer in layers)}
@@ -43,7 +48,7 @@ def empty_decoder_layer(flat_config: PreTrainedConfig, layer_idx: int) -> FlatDe
 
 
 def fill_parameters(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Put ``weights`` in the place of all the parameters of ``module``, which are on the meta device; no copies.
+    """Put ``weights`` in the place of all that :func:`stored_tensors` has of ``module``, on the meta device; no copies.
 
     RuntimeError if one is missing, unknown or of another shape.
     """
@@ -63,14 +68,15 @@ def compress_decoder_layer(
     """
     module = empty_decoder_layer(flat_config, layer_idx).get_submodule(part)
     dense_part = dense_layer.get_submodule(part)
-    dense = dict(dense_part.named_parameters())
-    filling: dict[str, Tensor] = {name: dense[name] for name, _ in module.named_parameters() if name in dense}
+    dense = stored_tensors(dense_part)
+    filling: dict[str, Tensor] = {name: dense[name] for name in stored_tensors(module) if name in dense}
     for full_name, weight in weights.items():
         name = full_name.removeprefix(f"{part}.")
         factored = f"{name.rpartition('_proj.')[0]}_proj.weight"  # two factors, up and down, lie where it does
         like = dense.get(name, dense.get(factored, weight))
         copied = weight.detach().to(like.device, like.dtype, copy=True, memory_format=torch.contiguous_format)
-        filling[name] = nn.Parameter(copied, requires_grad=like.requires_grad)
+        is_place = not weight.is_floating_point()
+        filling[name] = weight if is_place else nn.Parameter(copied, requires_grad=like.requires_grad)
     fill_parameters(module, filling)
     for name in ("gradient_checkpointing", "_gradient_checkpointing_func"):  # set per layer when it is enabled
         if hasattr(dense_part, name):

@@ -6,7 +6,8 @@ one is a file here and an entry below.
 
 from ..engine.protocols import Method
 from .flatllm import FlatLLM
+from .flatllm_plus import FlatLLMPlus
 
-METHODS: dict[str, Method] = {method.name: method for method in (FlatLLM(),)}
+METHODS: dict[str, Method] = {method.name: method for method in (FlatLLM(), FlatLLMPlus())}
 
 __all__ = ["METHODS", "FlatLLM"]

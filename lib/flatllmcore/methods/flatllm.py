@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from ..core.attention_pca import headwise_pca, project_heads, project_output
+from ..core.curve_allocation import Curves
 from ..core.mlp_nystrom import few_tokens_jitter, reconstruct_down_projection, select_channels
 from ..core.moments import add_head_moments, add_moment, mirror_lower_triangle
 from ..core.rank_allocation import ImportancePreservingRankSelector, RankAllocation
 from ..engine.protocols import Solution, Sums
+from ..errors import InputError
 from ..utils.dimensions import Kept, ModelDimensions
 from ..utils.layer_utils import DecoderModule
 
@@ -31,19 +33,28 @@ class FlatLLM:
     """FLAT-LLM as published; Q and K stay whole unless the allocation prunes them."""
 
     name = "flatllm"
+    importance_method = "angular"
+    follows_dense = False
 
     def allocate(
-        self, selector: ImportancePreservingRankSelector, scores: Sequence[float], keep_ratio: float
+        self,
+        selector: ImportancePreservingRankSelector,
+        scores: Sequence[float],
+        curves: Sequence[Curves] | None,
+        keep_ratio: float,
     ) -> RankAllocation:
-        """Return the ranks of Importance-Preserving Rank Selection."""
-        return selector.allocate(scores, keep_ratio)
+        """Return the ranks of Importance-Preserving Rank Selection, or those that the curves give."""
+        return selector.allocate(scores, keep_ratio, curves)
 
-    def check_calibration(self, dimensions: ModelDimensions, tokens: int) -> None:
-        """Warn where the tokens are too few for the MLP to be solved exactly."""
-        jitter = few_tokens_jitter(tokens, dimensions.intermediate_size)
+    def check(self, allocation: RankAllocation, tokens: int) -> None:
+        """Refuse rotary pairs; warn where the tokens are too few for the MLP to be solved exactly."""
+        if any(kept.query_key_pairs is not None for kept in allocation.layers):
+            raise InputError(f"{self.name} does not prune rotary pairs of Q and K; leave these whole")
+        channels = allocation.dimensions.intermediate_size
+        jitter = few_tokens_jitter(tokens, channels)
         if jitter:
             logger.warning(
-                f"{tokens} calibration tokens are few for {dimensions.intermediate_size} MLP channels: the MLP is "
+                f"{tokens} calibration tokens are few for {channels} MLP channels: the MLP is "
                 f"solved with {jitter:.3f} of each channel's energy added; give more tokens"
             )
 
@@ -60,6 +71,12 @@ class FlatLLMStep:
     kept: Kept
 
     part = ""
+    target = None
+
+    @property
+    def leaves(self) -> Kept:
+        """The whole layer is done at once."""
+        return self.kept
 
     @property
     def heads(self) -> dict[str, int]:
@@ -80,7 +97,7 @@ class FlatLLMStep:
         device = layer.mlp.down_proj.weight.device
         return {tap: torch.zeros(shape, dtype=torch.float64, device=device) for tap, shape in shapes.items()}
 
-    def add(self, sums: Sums, seen: Mapping[str, Tensor]) -> None:
+    def add(self, layer: DecoderModule, sums: Sums, seen: Mapping[str, Tensor]) -> None:
         """Add a batch's moments; of the MLP's the lower triangle alone."""
         for tap in self.heads:
             add_head_moments(sums[tap], seen[tap])

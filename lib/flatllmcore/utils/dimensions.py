@@ -15,7 +15,8 @@ class Kept:
     keep: float  # share of V, O and MLP allotted to it (of Q and K too where they are pruned), in (0, 1]
     value_rank: int  # directions per value head, 1..head_dim
     mlp_width: int  # channels, 1..intermediate_size
-    query_key_rank: int | None = None  # rank per head; None where Q and K stay whole
+    query_key_rank: int | None = None  # rank per head in two factors; None where Q and K have none
+    query_key_pairs: int | None = None  # rotary pairs per head; None for all
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,11 @@ class ModelDimensions:
 
     def parameters_of(self, kept: Kept) -> int:
         """Return the weights of a layer that keeps this much."""
-        qk = self.qk_parameters if kept.query_key_rank is None else kept.query_key_rank * self.factor_parameters
+        qk = self.qk_parameters
+        if kept.query_key_rank is not None:
+            qk = kept.query_key_rank * self.factor_parameters
+        elif kept.query_key_pairs is not None:
+            qk = 2 * kept.query_key_pairs * self.rank_parameters
         return qk + kept.value_rank * self.rank_parameters + kept.mlp_width * self.width_parameters
 
     def kept(self, keep: float, value_rank: int, mlp_width: int, prune_qk: bool) -> Kept:
@@ -71,8 +76,9 @@ class ModelDimensions:
         return Kept(keep, value_rank, mlp_width, value_rank if is_factored else None)
 
     def is_whole(self, kept: Kept) -> bool:
-        """Tell whether a layer keeps all its values and its whole MLP."""
-        return kept.value_rank == self.head_dim and kept.mlp_width == self.intermediate_size
+        """Tell whether a layer keeps all its values, its whole MLP and all rotary pairs."""
+        sizes = (kept.value_rank, kept.mlp_width, kept.query_key_pairs)
+        return sizes == (self.head_dim, self.intermediate_size, None)
 
     def differences_from(self, other: "ModelDimensions") -> str:
         """Return the sizes that are not equal, in words; nothing for equal dimensions."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -125,6 +125,12 @@ def find_layers(module: nn.Module, kinds: tuple[type[nn.Module], ...] = (nn.Line
 def find_decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """Return the decoder layers of a dense or compressed model, in order."""
     return model.base_model.layers
+
+
+def stored_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Return what a checkpoint has of a module, by name: parameters, tied ones once, and buffers that are kept."""
+    kept = module.state_dict().keys()
+    return dict(module.named_parameters()) | {name: part for name, part in module.named_buffers() if name in kept}
 
 
 def count_parameters(model: PreTrainedModel) -> dict[str, int]:

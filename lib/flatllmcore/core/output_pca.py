@@ -1,0 +1,56 @@
+"""Bases of the value heads by what the output projection makes of them, from moments taken after attention.
+
+Shapes: D hidden size, H query heads, G key/value heads, d head width, r rank. ``moment``, (H·d, H·d), is ``Σ z zᵀ`` of
+what enters ``o_proj``, whose weight is (D, H·d).
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from .refit import solved_from_right, with_ridge
+
+_TINY_RIDGE = 1e-9
+
+
+def output_bases(moment: Tensor, o_weight: Tensor, num_kv_heads: int, head_dim: int) -> Tensor:
+    """Return orthonormal columns, the most important first, float64, (G, d, d), for the values of each key/value head.
+
+    With ``C`` the sum of the moments of a group's query heads and ``S = Σ_h W_hᵀ W_h``, the first r columns span
+    ``S^½ U`` with ``U`` the r leading eigenvectors of ``S^½ C S^½``: what costs the output least to lose is last.
+    """
+    per_head = o_weight.double().unflatten(1, (num_kv_heads, -1, head_dim))  # (D, G, n, d)
+    metrics = torch.einsum("DGnd,DGne->Gde", per_head, per_head)
+    blocks = moment.unflatten(0, (num_kv_heads, -1, head_dim)).unflatten(-1, (num_kv_heads, -1, head_dim))
+    moments = torch.einsum("GndGne->Gde", blocks)  # of each head with itself, summed over a group
+    roots = _square_root(metrics)
+    leading = torch.linalg.eigh(roots @ moments @ roots)[1].flip(-1)
+    return torch.linalg.qr(roots @ leading)[0]
+
+
+def spread_over_queries(bases: Tensor, num_heads: int) -> Tensor:
+    """Return the map (H·d, H·r) from bases (G, d, r): what each query head reads in terms of them."""
+    return torch.block_diag(*bases.repeat_interleave(num_heads // len(bases), 0))
+
+
+def lost_by_rank(
+    moment: Tensor, o_weight: Tensor, num_kv_heads: int, head_dim: int, ranks: Iterable[int]
+) -> dict[int, float]:
+    """Return the energy of ``o_proj``'s output that is lost at each rank, when its weight is refitted."""
+    weight = o_weight.double()
+    bases = output_bases(moment, weight, num_kv_heads, head_dim)
+    energy = ((weight @ moment) * weight).sum()
+    lost = {head_dim: 0.0}
+    for rank in ranks:
+        reduced = spread_over_queries(bases[..., :rank], weight.shape[1] // head_dim)
+        cross = weight @ moment @ reduced
+        fitted = solved_from_right(with_ridge(reduced.T @ moment @ reduced, _TINY_RIDGE), cross)
+        lost[rank] = max(0.0, (energy - (fitted * cross).sum()).item())
+    return lost
+
+
+def _square_root(matrices: Tensor) -> Tensor:
+    """Return the symmetric square roots of positive semidefinite matrices (..., n, n)."""
+    eigenvalues, vectors = torch.linalg.eigh(matrices)
+    return (vectors * eigenvalues.clamp(min=0).sqrt()[..., None, :]) @ vectors.mT

@@ -1,0 +1,40 @@
+"""Which rotary pairs of queries and keys stay: those whose products are largest.
+
+The two entries of a pair turn by one angle; they stand half a head apart. Shapes: H query heads, G key/value heads, d
+head width.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ..utils.layer_utils import DecoderModule
+
+
+def pair_energies(outputs: Tensor, head_dim: int) -> Tensor:
+    """Return the energy of each rotary pair of each head, (heads, d / 2), in queries or keys (tokens, heads·d)."""
+    pairs = outputs.view(len(outputs), -1, 2, head_dim // 2)
+    return pairs.square().sum((0, 2), dtype=torch.float64)
+
+
+def without_pairs(
+    attention: DecoderModule, weights: Mapping[str, Tensor], queries: Tensor, keys: Tensor, left: int
+) -> dict[str, Tensor]:
+    """Return the weights of Q and K, those of ``weights`` where given, with ``left`` rotary pairs in each head.
+
+    Of each group those pairs stay whose product of energies, ``queries`` (H, d / 2), summed over the group, and
+    ``keys`` (G, d / 2), is largest. ``rotary_places``, (G, 2·left), says where they stood.
+    """
+    num_kv_heads, half = keys.shape
+    energies = queries.unflatten(0, (num_kv_heads, -1)).sum(1) * keys
+    pairs = energies.argsort(descending=True, stable=True)[:, :left].sort().values
+    places = torch.cat([pairs, pairs + half], 1)
+    kept = {"self_attn.rotary_places": places}
+    for name, heads in (("q_proj", len(queries)), ("k_proj", num_kv_heads)):
+        starts = 2 * half * torch.arange(heads, device=places.device)
+        rows = (places.repeat_interleave(heads // num_kv_heads, 0) + starts[:, None]).flatten()
+        for of, part in attention.get_submodule(name).named_parameters():
+            full_name = f"self_attn.{name}.{of}"
+            kept[full_name] = weights.get(full_name, part)[rows]
+    return kept

@@ -1,0 +1,347 @@
+"""The second method: its mathematics against closed forms, the engine's ways against each other, and dense models.
+
+Models are small and random; that the method does better than the published one is tried on the embedded model.
+"""
+
+import copy
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from checkpoints import CPU, VARIANTS, assert_same_up_to_sign, bytes_in, compress_to, in_memory, save_tiny_checkpoint
+from conftest import tiny_model
+from flatllmcore import FlatLLMConfig, FlatLLMPruner, apply_flat_llm
+from flatllmcore.core.channel_obs import RIDGE, channels_by_damage
+from flatllmcore.core.curve_allocation import MLP, PAIRS, VALUES, removed_by_curves
+from flatllmcore.core.output_pca import lost_by_rank, output_bases, spread_over_queries
+from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector, RankAllocation
+from flatllmcore.core.refit import led_towards
+from flatllmcore.engine.compress import compress_layers
+from flatllmcore.engine.importance import layer_importance
+from flatllmcore.engine.memory import ModelInMemory
+from flatllmcore.engine.perplexity import perplexity
+from flatllmcore.errors import InputError
+from flatllmcore.methods import METHODS
+from flatllmcore.methods.flatllm_plus import OutputStep
+from flatllmcore.utils.data_utils import consecutive_windows, sample_windows
+from flatllmcore.utils.dimensions import Kept
+from flatllmcore.utils.layer_utils import count_parameters, dimensions_from_config
+from flatllmcore.utils.loading import load_model, load_tokenizer
+from flatllmcore.utils.text_sources import load_text
+
+PLUS = METHODS["flatllm+"]
+FOLDER = str(Path(__file__).resolve().parents[1] / "models" / "pydocs-llama")
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def compressed(model: PreTrainedModel, windows, keep_ratio=0.6, batch_size=5, method=PLUS, curves=None):
+    """Compress ``model`` in place by its curves, with rotary pairs; return it and what its layers keep."""
+    source = ModelInMemory(model, CPU)
+    found = layer_importance(source, windows, batch_size, "damage")
+    selector = ImportancePreservingRankSelector(dimensions_from_config(model.config), prune_qk=method is PLUS)
+    allocation = method.allocate(selector, found.scores, curves or found.curves, keep_ratio)
+    config, _ = compress_layers(source, source, windows, method, allocation, batch_size=batch_size, tolerance=0.96)
+    return source.adopt(config), allocation
+
+
+class TestChannels:
+    WEIGHT, ROWS = random(7, 40), random(300, 40, seed=1) @ random(40, 40, seed=2)
+
+    def test_the_damage_is_that_of_the_best_weights_for_the_channels_that_stay(self):
+        """Oracle: one least-squares problem, ``min ‖(W - W') H^½‖²``, for the channels that are left in the end."""
+        moment = self.ROWS.T @ self.ROWS
+        stay, curve = channels_by_damage(self.WEIGHT, moment, 13)
+        root = torch.linalg.cholesky(moment + RIDGE * moment.diagonal().mean() * torch.eye(40, dtype=torch.float64))
+        best = torch.linalg.lstsq(root[stay].T, (self.WEIGHT @ root).T).solution
+        assert [count for count, _ in curve] == list(range(14))
+        assert curve[-1][1] == pytest.approx(((self.WEIGHT @ root).T - root[stay].T @ best).square().sum().item())
+
+    def test_the_first_to_go_does_the_least_damage_of_all(self):
+        """Oracle: every channel tried."""
+        moment = self.ROWS.T @ self.ROWS
+        damage = []
+        root = torch.linalg.cholesky(moment + RIDGE * moment.diagonal().mean() * torch.eye(40, dtype=torch.float64))
+        for channel in range(40):
+            left = [other for other in range(40) if other != channel]
+            best = torch.linalg.lstsq(root[left].T, (self.WEIGHT @ root).T).solution
+            damage.append(((self.WEIGHT @ root).T - root[left].T @ best).square().sum().item())
+        stay, curve = channels_by_damage(self.WEIGHT, moment, 1)
+        assert set(range(40)) - set(stay.tolist()) == {damage.index(min(damage))}
+        assert curve[1][1] == pytest.approx(min(damage))
+
+
+class TestValues:
+    def test_what_is_lost_is_what_a_fit_to_the_tokens_leaves(self):
+        """Oracle: least squares on the tokens themselves. Four heads in two groups."""
+        rows, weight = random(200, 24), random(9, 24, seed=1)
+        moment = rows.T @ rows
+        features = rows @ spread_over_queries(output_bases(moment, weight, 2, 6)[..., :4], 4)
+        best = torch.linalg.lstsq(features, rows @ weight.T).solution
+        left = (rows @ weight.T - features @ best).square().sum().item()
+        assert lost_by_rank(moment, weight, 2, 6, [4]) == {6: 0, 4: pytest.approx(left, rel=1e-6)}
+
+    def test_of_a_single_head_no_rank_could_do_better(self):
+        """Oracle: the singular values of the output that are left out."""
+        rows, weight = random(200, 8), random(30, 8, seed=1)
+        expected = torch.linalg.svdvals(rows @ weight.T)[5:8].square().sum().item()
+        assert lost_by_rank(rows.T @ rows, weight, 1, 8, [5])[5] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("share", [0.25, 1])
+def test_a_weight_is_led_to_the_least_squares_fit_by_its_share(share):
+    """Oracle: least squares on all tokens; without noise the smallest ridge does best on those held out."""
+    rows, truth, start = random(400, 6), random(3, 6, seed=1), random(3, 6, seed=2)
+    parts = [(part.T @ part, (part @ truth.T).T @ part) for part in (rows[:300], rows[300:])]
+    torch.testing.assert_close(led_towards(start, *parts, share), start + share * (truth - start), rtol=0, atol=1e-3)
+
+
+def test_a_fit_that_held_out_tokens_contradict_is_damped():
+    """With as few tokens as features the fit is noise: a weight that is right already hardly moves."""
+    rows, truth = random(60, 30), random(2, 30, seed=1)
+    targets = rows @ truth.T + 5 * random(60, 2, seed=2)
+    fit, held_out = ((r.T @ r, t.T @ r) for r, t in ((rows[:30], targets[:30]), (rows[30:], targets[30:])))
+    alone = torch.linalg.solve(fit[0], fit[1].T).T
+    assert (led_towards(truth, fit, held_out, 1.0) - truth).norm() < 0.2 * (alone - truth).norm()
+
+
+class TestAllocation:
+    CURVES = (
+        {MLP: [(0, 0), (10, 1), (20, 4)], VALUES: [(0, 0), (10, 2), (20, 9)]},
+        {MLP: [(0, 0), (10, 3), (20, 9)], PAIRS: [(0, 0), (10, 30)]},
+    )
+
+    @pytest.mark.parametrize(
+        ("removed", "expected"),
+        [
+            (20, [{MLP: 10, VALUES: 5}, {MLP: 5, PAIRS: 0}]),  # the first two cheapest, until the clip of 1.5 means
+            (32, [{MLP: 14, VALUES: 10}, {MLP: 8, PAIRS: 0}]),  # the second layer's half mean, then what is cheapest
+        ],
+    )
+    def test_what_costs_least_goes_first_between_half_and_one_and_a_half_means(self, removed, expected):
+        assert removed_by_curves(self.CURVES, removed, 1000) == [pytest.approx(layer) for layer in expected]
+
+    def test_more_than_the_curves_go_is_refused(self):
+        with pytest.raises(InputError, match=r"go as far as 3\.5 % of the weights"):
+            removed_by_curves(self.CURVES, 80, 1000)
+
+    @pytest.mark.parametrize("multiple", [1, 2, 4])
+    @pytest.mark.parametrize("percent", [10, 20, 35, 50])
+    def test_the_budget_is_met(self, percent, multiple, windows):
+        """Oracle: the weights counted. Steps of the smaller kind of weights bound the difference."""
+        model = tiny_model(hidden_size=48)
+        sizes = dimensions_from_config(model.config)
+        found = layer_importance(ModelInMemory(model, CPU), windows, 5, "damage")
+        selector = ImportancePreservingRankSelector(sizes, rank_multiple=multiple, prune_qk=True)
+        allocation = selector.allocate(found.scores, 1 - percent / 100, found.curves)
+        step = multiple * min(sizes.rank_parameters, sizes.width_parameters)
+        missed = allocation.parameters_before * (1 - percent / 100) - allocation.parameters_after
+        assert abs(missed) <= max(step, 0.001 * percent / 100 * allocation.parameters_before)
+        for kept in allocation.layers:
+            assert (
+                kept.value_rank % multiple
+                == kept.mlp_width % multiple
+                == 2 * (kept.query_key_pairs or 0) % multiple
+                == 0
+            )
+            assert kept.keep == pytest.approx(sizes.parameters_of(kept) / sizes.layer_parameters)
+
+    def test_with_q_and_k_whole_no_pairs_go(self, windows):
+        model = tiny_model()
+        found = layer_importance(ModelInMemory(model, CPU), windows, 5, "damage")
+        selector = ImportancePreservingRankSelector(dimensions_from_config(model.config))
+        allocation = selector.allocate(found.scores, 0.7, found.curves)
+        assert {kept.query_key_pairs for kept in allocation.layers} == {None}
+
+
+@pytest.mark.parametrize(("family", "overrides"), VARIANTS)
+def test_damage_scores_are_the_angular_ones_and_curves_start_at_nothing(family, overrides, windows):
+    source = ModelInMemory(tiny_model(family, **overrides), CPU)
+    found = layer_importance(source, windows, 5, "damage")
+    assert found.scores == layer_importance(source, windows, 5).scores
+    for layer in found.curves:
+        assert list(layer) == [VALUES, MLP, PAIRS]
+        for curve in layer.values():
+            assert curve[0] == (0, 0)
+            assert curve == sorted(curve)
+
+
+def test_the_damage_of_pairs_is_measured_on_the_stream(windows):
+    """Oracle: the model itself, with the rows of the pairs that go set to zero in the first layer."""
+    model = tiny_model()
+    model.model.layers[0].self_attn.q_proj.weight.data.mul_(8)  # attention far from uniform
+    found = layer_importance(ModelInMemory(model, CPU), windows, 5, "damage").curves[0][PAIRS]
+    attention, sizes = model.model.layers[0].self_attn, dimensions_from_config(model.config)
+    inputs = model.model.layers[0].input_layernorm(model.model.embed_tokens(windows)).flatten(0, 1)
+    half, left = (
+        sizes.head_dim // 2,
+        round((1 - found[-1][0] / (sizes.head_dim * sizes.rank_parameters)) * sizes.head_dim / 2),
+    )
+    streams = []
+    model.model.layers[0].post_attention_layernorm.register_forward_pre_hook(lambda _, given: streams.append(given[0]))
+    model(windows)
+    energy = [
+        (inputs @ p.weight.T).view(len(inputs), -1, 2, half).square().sum((0, 2))
+        for p in (attention.q_proj, attention.k_proj)
+    ]
+    product = energy[0].view(sizes.num_kv_heads, -1, half).sum(1) * energy[1]
+    for group, going in enumerate(product.argsort(descending=True)[:, left:]):
+        for places in (going, going + half):
+            attention.k_proj.weight.data[group * sizes.head_dim + places] = 0
+    model(windows)
+    dense, changed = streams
+    expected = ((changed - dense).square().sum(-1) / dense.square().sum(-1)).mean().item()
+    assert found[-1][1] == pytest.approx(expected, rel=1e-5)
+
+
+def expanded(model: PreTrainedModel, dense: PreTrainedModel) -> PreTrainedModel:
+    """Return a dense model of the same function as a compressed one: zeros where something went."""
+    wide = copy.deepcopy(dense)
+    sizes = dimensions_from_config(dense.config)
+    d = sizes.head_dim
+    for small, large in zip(model.model.layers, wide.model.layers, strict=True):
+        state = {name: torch.zeros_like(p) for name, p in large.named_parameters()}
+        places = getattr(small.self_attn, "rotary_places", torch.arange(d).repeat(sizes.num_kv_heads, 1))
+        for name, part in small.named_parameters():
+            heads = sizes.num_kv_heads if ".k_proj" in name or ".v_proj" in name else sizes.num_heads
+            if ".q_proj" in name or ".k_proj" in name:
+                rows = places.repeat_interleave(heads // sizes.num_kv_heads, 0) + d * torch.arange(heads)[:, None]
+                state[name][rows.flatten()] = part
+            elif ".v_proj" in name:
+                state[name].view(heads, d, *part.shape[1:])[:, : len(part) // heads] = part.view(
+                    heads, -1, *part.shape[1:]
+                )
+            elif name.endswith("o_proj.weight"):
+                wanted = state[name].view(-1, sizes.num_heads, d)
+                wanted[..., : part.shape[1] // sizes.num_heads] = part.view(len(part), sizes.num_heads, -1)
+            else:
+                state[name][tuple(slice(size) for size in part.shape)] = part
+        large.load_state_dict(state)
+    return wide
+
+
+def attention_of_equal_widths(module, query, key, value, *args, **kwargs):
+    """Stand for the kernels that take nothing else, such as flash attention's."""
+    assert query.shape[-1] == key.shape[-1] == value.shape[-1]
+    return sdpa_attention_forward(module, query, key, value, *args, **kwargs)
+
+
+AttentionInterface.register("equal_widths", attention_of_equal_widths)
+AttentionMaskInterface.register("equal_widths", sdpa_mask)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager", "equal_widths"])
+@pytest.mark.parametrize(("family", "overrides"), VARIANTS)
+def test_a_compressed_model_is_a_dense_one_with_zeros(family, overrides, implementation, windows, tmp_path):
+    """Logits, cached decoding and saving. Oracle: transformers' own class."""
+    dense = tiny_model(family, **overrides)
+    model, allocation = compressed(copy.deepcopy(dense), windows, 0.5)
+    assert any(kept.query_key_pairs is not None for kept in allocation.layers)
+    assert count_parameters(model)["decoder_linear"] == allocation.parameters_after
+    wide = expanded(model, dense)
+    for of in (model, wide):
+        of.set_attn_implementation(implementation)
+    torch.testing.assert_close(model(windows).logits, wide(windows).logits, rtol=1e-4, atol=1e-5)
+    options = {"attention_mask": torch.ones_like(windows[:3, :9]), "max_new_tokens": 6, "do_sample": False}
+    expected = wide.generate(windows[:3, :9], **options)
+    assert torch.equal(model.generate(windows[:3, :9], **options), expected)
+    model.save_pretrained(tmp_path / "saved")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", attn_implementation=implementation)
+    assert torch.equal(loaded(windows).logits, model(windows).logits)
+
+
+def test_the_cache_of_keys_shrinks_with_the_pairs(windows):
+    model, allocation = compressed(tiny_model(), windows, 0.5)
+    cache = model(windows, use_cache=True).past_key_values
+    widths = [2 * kept.query_key_pairs if kept.query_key_pairs else 12 for kept in allocation.layers]
+    assert [layer.keys.shape[-1] for layer in cache.layers] == widths
+    assert min(widths) < 12
+
+
+def test_nothing_removed_gives_the_very_same_logits(model, windows):
+    """Oracle: the model itself."""
+    before = model(windows).logits
+    same, _ = compressed(model, windows, 1.0)
+    assert same is model
+    assert torch.equal(model(windows).logits, before)
+
+
+def test_the_result_does_not_depend_on_the_batch_size(model, windows):
+    together, allocation = compressed(copy.deepcopy(model), windows, batch_size=24)
+    source = ModelInMemory(model, CPU)
+    config, _ = compress_layers(source, source, windows, PLUS, allocation, batch_size=1, tolerance=0.96)
+    assert_same_up_to_sign(together, source.adopt(config))
+
+
+@pytest.mark.parametrize(("family", "overrides"), VARIANTS)
+def test_the_folder_is_that_of_the_model_compressed_in_memory(tmp_path, windows, family, overrides):
+    folder = save_tiny_checkpoint(tmp_path / "dense", family, **overrides)
+    compress_to(tmp_path / "disk", folder, windows, method="flatllm+", prune_qk=True)
+    compress_to(tmp_path / "memory", folder, windows, method="flatllm+", prune_qk=True, source=in_memory(folder))
+    assert bytes_in(tmp_path / "disk") == bytes_in(tmp_path / "memory")
+
+
+@pytest.mark.parametrize("solves", [1, 4, 6])
+def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path, windows, monkeypatch, solves):
+    """Of two steps with a solve per layer that is counted; the dense model's stream goes on as well."""
+    folder = save_tiny_checkpoint(tmp_path / "dense")
+    compress_to(tmp_path / "straight", folder, windows, method="flatllm+", prune_qk=True)
+    solve, done = OutputStep.solve, []
+
+    def solve_or_stop(*args):
+        if len(done) == solves:
+            raise KeyboardInterrupt
+        done.append(args)
+        return solve(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OutputStep, "solve", solve_or_stop)
+        with pytest.raises(KeyboardInterrupt):
+            compress_to(tmp_path / "out", folder, windows, method="flatllm+", prune_qk=True)
+    compress_to(tmp_path / "out", folder, windows, method="flatllm+", prune_qk=True)
+    assert bytes_in(tmp_path / "out") == bytes_in(tmp_path / "straight")
+
+
+def test_what_one_method_has_no_way_to_is_refused(model, windows):
+    sizes = dimensions_from_config(model.config)
+    whole = Kept(1.0, sizes.head_dim, sizes.intermediate_size)
+    for method, kept, reason in (
+        (METHODS["flatllm"], replace(whole, query_key_pairs=2), "does not prune rotary pairs"),
+        (PLUS, replace(whole, query_key_rank=3), "leaves no factors"),
+    ):
+        allocation = RankAllocation(10.0, True, 1, sizes, (kept, whole))
+        with pytest.raises(InputError, match=reason):
+            method.check(allocation, windows.numel())
+
+
+def test_the_library_takes_it_by_name(model):
+    """Damage is what it allocates by, and pairs are what goes of Q and K, unless something else is asked."""
+    config = FlatLLMConfig(method="flatllm+")
+    assert (config.importance_method, config.preserve_qk_layers) == ("damage", False)
+    assert FlatLLMConfig(method="flatllm+", importance_method="angular").preserve_qk_layers
+    assert FlatLLMConfig(method="flatllm+", preserve_qk_layers=True).preserve_qk_layers
+    before = count_parameters(model)["decoder_linear"]
+    small = apply_flat_llm(model, None, 0.4, torch.arange(24 * 16).view(24, 16) % 97, method="flatllm+")
+    assert count_parameters(small)["decoder_linear"] == pytest.approx(0.6 * before, rel=0.01)
+
+
+def test_it_does_better_than_the_published_method_on_the_embedded_model():
+    """At equal size it leaves less than two thirds of the excess, ``ln(compressed / dense)``, on text of its kind."""
+    model, tokenizer = load_model(FOLDER, dtype="float32"), load_tokenizer(FOLDER)
+    windows = sample_windows(load_text("pydocs", "train"), tokenizer, 32, 128, seed=0)
+    test_windows = consecutive_windows(load_text("pydocs", "test"), tokenizer, 128)[:16]
+    dense, excess = perplexity(ModelInMemory(model, CPU), test_windows, 8).value, {}
+    for name in METHODS:
+        pruner = FlatLLMPruner(copy.deepcopy(model), method=name, target_sparsity=0.4, cal_dataset=windows)
+        small = perplexity(ModelInMemory(pruner.prune_model(), CPU), test_windows, 8).value
+        excess[name] = math.log(small / dense)
+        assert pruner.get_compression_stats()["sparsity"] == pytest.approx(0.4, abs=0.01)
+    assert excess["flatllm+"] < 2 / 3 * excess["flatllm"]
