@@ -11,8 +11,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import main
-from flatllmcore.engine.checkpoint_sink import CheckpointSink
-from flatllmcore.utils.checkpoint import MANIFEST
+from flatllmcore.engine.checkpoint_sink import CheckpointSink, read_manifest
+from flatllmcore.utils.checkpoint import MANIFEST, partial_folder
 from flatllmcore.utils.files import write_json
 
 KINDS = {
@@ -38,12 +38,15 @@ class QuickRun:
     def __init__(self, options, _provenance):
         self.options = options
 
-    @contextmanager
-    def output_folder(self):
-        yield self.options.save_model
+    def prepare(self, configs, _published):
+        return [read_manifest(partial_folder(config.save_model), {}) for config in configs]
 
     @contextmanager
-    def compressed(self, folder):
+    def output_folder(self, save_model):
+        yield save_model
+
+    @contextmanager
+    def compressed(self, _target, folder):
         with CheckpointSink(folder, 0, {}, self.options.overwrite).opened() as sink:
             sink.remember("dense_perplexity", 1)
             (sink.partial / "config.json").write_text("{}")
