@@ -5,15 +5,17 @@ making up for it, and the projection that reads is refitted to the dense one. A 
 go together. Removed groups stay in place as zeros, so that its models are measured and never saved.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from flatllmcore.core.channel_obs import RIDGE, channels_by_damage
+from flatllmcore.core.curve_allocation import Curves
 from flatllmcore.core.moments import add_moment, mirror_lower_triangle
-from flatllmcore.core.rank_allocation import RankAllocation
+from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector, RankAllocation
 from flatllmcore.core.refit import change_towards, solved_from_right, with_ridge
 from flatllmcore.engine.protocols import Solution, Sums
 from flatllmcore.utils.dimensions import Kept, ModelDimensions
@@ -30,6 +32,16 @@ class ObsPeer:
     importance_method = "angular"
     follows_dense = False
 
+    def allocate(
+        self,
+        selector: ImportancePreservingRankSelector,
+        scores: Sequence[float],
+        curves: Sequence[Curves] | None,
+        keep_ratio: float,
+    ) -> RankAllocation:
+        """Return the widths of :func:`uniform_allocation`."""
+        return uniform_allocation(selector.dimensions, keep_ratio)[1]
+
     def check(self, allocation: RankAllocation, tokens: int) -> None:
         """Make no demands."""
 
@@ -42,12 +54,22 @@ class ObsPeer:
 def uniform_allocation(dimensions: ModelDimensions, keep_ratio: float) -> tuple[int, RankAllocation]:
     """Return how many groups each layer loses, and the widths that leave ``keep_ratio`` of all linear weights."""
     groups = min(round((1 - keep_ratio) * dimensions.num_kv_heads), dimensions.num_kv_heads - 1)
-    in_groups = groups * (dimensions.qk_parameters + dimensions.head_dim * dimensions.rank_parameters)
-    to_remove = (1 - keep_ratio) * dimensions.layer_parameters - in_groups / dimensions.num_kv_heads
-    width = dimensions.intermediate_size - round(to_remove / dimensions.width_parameters)
-    kept = Kept(keep_ratio, dimensions.head_dim, width)
-    percent = round(100 * (1 - keep_ratio), 9)
-    return groups, RankAllocation(percent, False, 1, dimensions, (kept,) * dimensions.num_layers)
+    return groups, _widths(dimensions, keep_ratio, groups)
+
+
+def channels_only(dimensions: ModelDimensions, keep_ratio: float) -> tuple[int, RankAllocation]:
+    """Return no groups, and the widths that leave ``keep_ratio`` of all linear weights."""
+    return 0, _widths(dimensions, keep_ratio, 0)
+
+
+def _widths(dimensions: ModelDimensions, keep_ratio: float, groups: int) -> RankAllocation:
+    attention = dimensions.qk_parameters + dimensions.head_dim * dimensions.rank_parameters
+    to_remove = (1 - keep_ratio) * dimensions.layer_parameters - groups * attention / dimensions.num_kv_heads
+    removed = to_remove * dimensions.num_layers / dimensions.width_parameters  # channels, of all layers
+    spread = [round(removed * (n + 1) / dimensions.num_layers) for n in range(dimensions.num_layers)]
+    counts = [after - before for before, after in pairwise((0, *spread))]  # the same in all, but for one
+    layers = tuple(Kept(keep_ratio, dimensions.head_dim, dimensions.intermediate_size - count) for count in counts)
+    return RankAllocation(round(100 * (1 - keep_ratio), 9), False, 1, dimensions, layers)
 
 
 @dataclass(frozen=True)
