@@ -34,7 +34,12 @@ from flatllmcore.utils.stopwatch import Stopwatch
 from flatllmcore.utils.text_sources import load_text
 
 SHAPES = PUBLISHED | {
-    "1024x8": lambda: LlamaConfig(hidden_size=1024, intermediate_size=2816, num_hidden_layers=8, num_attention_heads=16)
+    "1024x8": lambda: LlamaConfig(
+        hidden_size=1024, intermediate_size=2816, num_hidden_layers=8, num_attention_heads=16
+    ),
+    "llama-2-7b-4-layers": lambda: LlamaConfig(
+        intermediate_size=11008, num_hidden_layers=4, max_position_embeddings=4096
+    ),
 }
 
 
@@ -53,13 +58,13 @@ def main() -> None:
     stages = {"data": time.perf_counter() - started}
     batch_size = args.batch_size or max(1, 4096 // args.seqlen)
     scores = falling_scores(dimensions.num_layers)
-    allocation = ImportancePreservingRankSelector(dimensions).allocate(scores, 1 - args.sparsity_ratio / 100)
-    source = ModelInMemory(model, device)
+    source, method = ModelInMemory(model, device), METHODS[args.method]
     started = time.perf_counter()
-    layer_importance(source, windows, batch_size)
+    curves = layer_importance(source, windows, batch_size, method.importance_method).curves
     importance_s = time.perf_counter() - started
+    selector = ImportancePreservingRankSelector(dimensions, prune_qk=curves is not None)
+    allocation = method.allocate(selector, scores, curves, 1 - args.sparsity_ratio / 100)
 
-    method = METHODS["flatllm"]
     started = time.perf_counter()
     with Stopwatch(device).running() as watch:
         flat_config, _ = compress_layers(
@@ -71,9 +76,10 @@ def main() -> None:
 
     peak = peak_memory_gib(device)
     rates = peak_rates(dtype, device)
-    counted = operations(config, allocation, *windows.shape)
+    counted = operations(config, allocation, *windows.shape) if args.method == "flatllm" else {}
     record = {
         "model": args.model or args.shape,
+        "method": args.method,
         "dtype": str(dtype),
         "windows": list(windows.shape),
         "batch_size": batch_size,
@@ -103,6 +109,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--batch_size", type=int)
     parser.add_argument("--sparsity_ratio", type=int, default=20)
+    parser.add_argument("--method", choices=METHODS, default="flatllm", help="bounds are counted for flatllm alone")
     parser.add_argument("--dtype", default="auto", help="of the model; a shape's auto is bfloat16")
     parser.add_argument("--device")
     parser.add_argument("--out", type=Path, help="write the record here, as JSON")
@@ -119,7 +126,9 @@ def token_windows(args: argparse.Namespace, vocab_size: int) -> torch.Tensor:
 
 def report(record: dict) -> None:
     rates = ", ".join(f"{name} {rate:.3f}" for name, rate in record["peak_tflops"].items())
-    print(f"{record['model']}, {record['dtype']}, {record['windows']} tokens, {record['hardware']['device']}")
+    print(
+        f"{record['model']}, {record['method']}, {record['dtype']}, {record['windows']} tokens, {record['hardware']['device']}"
+    )
     print(f"peak TFLOP/s measured: {rates}; peak memory {record['peak_memory_gib']} GiB")
     print(f"importance {record['importance_s']:.1f} s, compression {record['compress_s']:.1f} s\n")
     rows = []
