@@ -127,7 +127,8 @@ def token_windows(args: argparse.Namespace, vocab_size: int) -> torch.Tensor:
 def report(record: dict) -> None:
     rates = ", ".join(f"{name} {rate:.3f}" for name, rate in record["peak_tflops"].items())
     print(
-        f"{record['model']}, {record['method']}, {record['dtype']}, {record['windows']} tokens, {record['hardware']['device']}"
+        f"{record['model']}, {record['method']}, {record['dtype']}, {record['windows']} tokens, "
+        f"{record['hardware']['device']}"
     )
     print(f"peak TFLOP/s measured: {rates}; peak memory {record['peak_memory_gib']} GiB")
     print(f"importance {record['importance_s']:.1f} s, compression {record['compress_s']:.1f} s\n")

@@ -224,6 +224,7 @@ class CheckpointRun:
         }
         depends_on = {
             **self.source.identity,
+            "attention": self.source.config._attn_implementation,
             "dtype": str(self.source.dtype),
             "ranks": digest(to_json_bytes(allocation.layers))[:16],
             "tol": config.tolerance,
