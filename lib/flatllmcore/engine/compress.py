@@ -174,9 +174,7 @@ class _Loop:
         for (states, _), (dense, _), is_held_out in zip(
             self.walk.batches(), self.dense_walk.batches(), held_out, strict=False
         ):
-            rows = is_held_out.repeat_interleave(
-                states.shape[1]
-            )  # on the host, which need not wait for the device then
+            rows = is_held_out.repeat_interleave(states.shape[1])  # on the host: nothing waits for the device
             yield states, {STREAM: states.flatten(0, 1), DENSE: dense.flatten(0, 1), HELD_OUT: rows}
 
 
