@@ -37,6 +37,9 @@ SHAPES = PUBLISHED | {
     "1024x8": lambda: LlamaConfig(
         hidden_size=1024, intermediate_size=2816, num_hidden_layers=8, num_attention_heads=16
     ),
+    "64x2": lambda: LlamaConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=512
+    ),
     "llama-2-7b-4-layers": lambda: LlamaConfig(
         intermediate_size=11008, num_hidden_layers=4, max_position_embeddings=4096
     ),

@@ -12,7 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from flatllmcore.core.channel_obs import RIDGE, channels_by_damage
+from flatllmcore.core.channel_obs import channels_by_damage, ridge_for
 from flatllmcore.core.curve_allocation import Curves
 from flatllmcore.core.moments import add_moment, mirror_lower_triangle
 from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector, RankAllocation
@@ -87,15 +87,18 @@ class _Step:
 
     def zeros(self, layer: DecoderModule) -> Sums:
         weight = layer.get_parameter(f"{self.writer}.weight")
-        return {"C": torch.zeros(weight.shape[1], weight.shape[1], dtype=torch.float64, device=weight.device)}
+        shapes = {"C": (weight.shape[1],) * 2, "tokens": ()}
+        return {name: torch.zeros(of, dtype=torch.float64, device=weight.device) for name, of in shapes.items()}
 
     def add(self, layer: DecoderModule, sums: Sums, seen: Mapping[str, Tensor]) -> None:
         add_moment(sums["C"], seen[self.taps[0]])
+        sums["tokens"] += len(seen[self.taps[0]])
 
-    def refitted(self, layer: DecoderModule, moment: Tensor, stay: Tensor) -> Tensor:
+    def refitted(self, layer: DecoderModule, sums: Sums, stay: Tensor) -> Tensor:
         weight = layer.get_parameter(f"{self.writer}.weight").double()
-        own, cross = moment[stay][:, stay], (weight @ moment)[:, stay]
-        return weight[:, stay] + change_towards(weight[:, stay], own, cross, RIDGE)
+        own, cross = sums["C"][stay][:, stay], (weight @ sums["C"])[:, stay]
+        ridge = ridge_for(int(sums["tokens"]), weight.shape[1])
+        return weight[:, stay] + change_towards(weight[:, stay], own, cross, ridge)
 
 
 @dataclass(frozen=True)
@@ -112,12 +115,13 @@ class GroupStep(_Step):
         weight = layer.self_attn.o_proj.weight.double()
         columns = torch.arange(weight.shape[1], device=weight.device).view(self.dimensions.num_kv_heads, -1)
         left = list(range(len(columns)))
+        ridge = ridge_for(int(sums["tokens"]), weight.shape[1])
         for _ in range(self.groups_removed):
             stay = columns[left].flatten()
-            inverse = torch.linalg.inv(with_ridge(sums["C"][stay][:, stay], RIDGE)).view(
+            inverse = torch.linalg.inv(with_ridge(sums["C"][stay][:, stay], ridge)).view(
                 len(left), columns.shape[1], len(left), -1
             )
-            fitted = self.refitted(layer, sums["C"], stay).view(len(weight), len(left), -1)
+            fitted = self.refitted(layer, sums, stay).view(len(weight), len(left), -1)
             damage = [
                 (solved_from_right(inverse[n, :, n], fitted[:, n]) * fitted[:, n]).sum().item()
                 for n in range(len(left))
@@ -125,7 +129,7 @@ class GroupStep(_Step):
             left.pop(damage.index(min(damage)))
         stay = columns[left].flatten()
         new = torch.zeros_like(weight)
-        new[:, stay] = self.refitted(layer, sums["C"], stay)
+        new[:, stay] = self.refitted(layer, sums, stay)
         return Solution({"self_attn.o_proj.weight": new})
 
 
@@ -139,8 +143,8 @@ class ChannelStep(_Step):
     def solve(self, layer: DecoderModule, sums: Sums) -> Solution:
         mirror_lower_triangle(sums["C"])
         removed = self.dimensions.intermediate_size - self.leaves.mlp_width
-        stay, _ = channels_by_damage(layer.mlp.down_proj.weight, sums["C"], removed)
+        stay, _ = channels_by_damage(layer.mlp.down_proj.weight, sums["C"], removed, int(sums["tokens"]))
         weights = {
             f"mlp.{name}.weight": layer.get_parameter(f"mlp.{name}.weight")[stay] for name in ("gate_proj", "up_proj")
         }
-        return Solution(weights | {"mlp.down_proj.weight": self.refitted(layer, sums["C"], stay)})
+        return Solution(weights | {"mlp.down_proj.weight": self.refitted(layer, sums, stay)})

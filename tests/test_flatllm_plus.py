@@ -17,7 +17,7 @@ from transformers.masking_utils import sdpa_mask
 from checkpoints import CPU, VARIANTS, assert_same_up_to_sign, bytes_in, compress_to, in_memory, save_tiny_checkpoint
 from conftest import tiny_model
 from flatllmcore import FlatLLMConfig, FlatLLMPruner, apply_flat_llm
-from flatllmcore.core.channel_obs import RIDGE, channels_by_damage
+from flatllmcore.core.channel_obs import channels_by_damage, ridge_for
 from flatllmcore.core.curve_allocation import MLP, PAIRS, VALUES, removed_by_curves
 from flatllmcore.core.output_pca import lost_by_rank, output_bases, spread_over_queries
 from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector, RankAllocation
@@ -59,8 +59,10 @@ class TestChannels:
     def test_the_damage_is_that_of_the_best_weights_for_the_channels_that_stay(self):
         """Oracle: one least-squares problem, ``min ‖(W - W') H^½‖²``, for the channels that are left in the end."""
         moment = self.ROWS.T @ self.ROWS
-        stay, curve = channels_by_damage(self.WEIGHT, moment, 13)
-        root = torch.linalg.cholesky(moment + RIDGE * moment.diagonal().mean() * torch.eye(40, dtype=torch.float64))
+        stay, curve = channels_by_damage(self.WEIGHT, moment, 13, 300)
+        root = torch.linalg.cholesky(
+            moment + ridge_for(300, 40) * moment.diagonal().mean() * torch.eye(40, dtype=torch.float64)
+        )
         best = torch.linalg.lstsq(root[stay].T, (self.WEIGHT @ root).T).solution
         assert [count for count, _ in curve] == list(range(14))
         assert curve[-1][1] == pytest.approx(((self.WEIGHT @ root).T - root[stay].T @ best).square().sum().item())
@@ -69,12 +71,14 @@ class TestChannels:
         """Oracle: every channel tried."""
         moment = self.ROWS.T @ self.ROWS
         damage = []
-        root = torch.linalg.cholesky(moment + RIDGE * moment.diagonal().mean() * torch.eye(40, dtype=torch.float64))
+        root = torch.linalg.cholesky(
+            moment + ridge_for(300, 40) * moment.diagonal().mean() * torch.eye(40, dtype=torch.float64)
+        )
         for channel in range(40):
             left = [other for other in range(40) if other != channel]
             best = torch.linalg.lstsq(root[left].T, (self.WEIGHT @ root).T).solution
             damage.append(((self.WEIGHT @ root).T - root[left].T @ best).square().sum().item())
-        stay, curve = channels_by_damage(self.WEIGHT, moment, 1)
+        stay, curve = channels_by_damage(self.WEIGHT, moment, 1, 300)
         assert set(range(40)) - set(stay.tolist()) == {damage.index(min(damage))}
         assert curve[1][1] == pytest.approx(min(damage))
 
@@ -331,6 +335,17 @@ def test_the_library_takes_it_by_name(model):
     before = count_parameters(model)["decoder_linear"]
     small = apply_flat_llm(model, None, 0.4, torch.arange(24 * 16).view(24, 16) % 97, method="flatllm+")
     assert count_parameters(small)["decoder_linear"] == pytest.approx(0.6 * before, rel=0.01)
+
+
+def test_few_tokens_are_warned_of_and_do_no_harm(caplog):
+    """Of one token per channel; with the ridge that many tokens have, the excess was twice this bound."""
+    model, tokenizer = load_model(FOLDER, dtype="float32"), load_tokenizer(FOLDER)
+    windows = sample_windows(load_text("pydocs", "train"), tokenizer, 8, 64, seed=0)
+    test_windows = consecutive_windows(load_text("pydocs", "test"), tokenizer, 128)[:8]
+    dense = perplexity(ModelInMemory(model, CPU), test_windows, 8).value
+    small = apply_flat_llm(model, None, 0.2, windows, method="flatllm+")
+    assert "512 calibration tokens are few for 448 MLP channels" in caplog.text
+    assert math.log(perplexity(ModelInMemory(small, CPU), test_windows, 8).value / dense) < 0.08
 
 
 def test_it_does_better_than_the_published_method_on_the_embedded_model():

@@ -5,18 +5,25 @@ from torch import Tensor
 
 from .refit import inverted, solved_from_right, with_ridge
 
-RIDGE = 1e-3
+RIDGE = 0.1  # times channels per token: few tokens tell little of how channels make up for each other
 ROUNDS = 32  # in which all channels would go: damages are updated between two
 
 
-def channels_by_damage(weight: Tensor, moment: Tensor, removed: int) -> tuple[Tensor, list[tuple[int, float]]]:
+def ridge_for(tokens: int, channels: int) -> float:
+    """Return the ridge for a moment summed over so many tokens, relative to the mean of its diagonal."""
+    return RIDGE * channels / tokens
+
+
+def channels_by_damage(
+    weight: Tensor, moment: Tensor, removed: int, tokens: int
+) -> tuple[Tensor, list[tuple[int, float]]]:
     """Return the channels that stay, rising, and the damage ``‖ΔW z‖²`` of each number removed on the way.
 
     ``weight`` is (D, F) and ``moment`` ``Σ z zᵀ``, float64, (F, F). Channel ``j`` costs ``‖W_:j‖² / [H⁻¹]_jj`` with
     ``H = C + ridge``; those that cost least go, a 32nd of all at a time, and the weights and ``H⁻¹`` of the others make
     up for them.
     """
-    inverse, weight = inverted(with_ridge(moment, RIDGE)), weight.double()
+    inverse, weight = inverted(with_ridge(moment, ridge_for(tokens, len(moment)))), weight.double()
     left = torch.arange(len(moment), device=moment.device)
     curve = [(0, 0.0)]
     at_once = max(1, len(moment) // ROUNDS)

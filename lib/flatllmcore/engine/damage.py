@@ -57,7 +57,8 @@ class LayerDamage:
     def curves(self) -> Curves:
         """Return the curves of values and MLP from the moments, and of pairs by trying them."""
         sizes, layer = self.dimensions, self.layer
-        energy = self.walk.count * self.walk.windows.shape[1] * sizes.hidden_size
+        tokens = self.walk.count * self.walk.windows.shape[1]
+        energy = tokens * sizes.hidden_size
         with stage("reduce"):
             for total in self._sums.values():
                 all_reduce(total)
@@ -68,7 +69,7 @@ class LayerDamage:
             heads = (sizes.num_kv_heads, sizes.head_dim)
             lost = lost_by_rank(self._sums[ATTENDED], layer.self_attn.o_proj.weight, *heads, ranks)
             removed = round(MLP_SHARE * sizes.intermediate_size)
-            _, damages = channels_by_damage(layer.mlp.down_proj.weight, self._sums[CHANNELS], removed)
+            _, damages = channels_by_damage(layer.mlp.down_proj.weight, self._sums[CHANNELS], removed, tokens)
         has_norms = hasattr(layer.self_attn, "q_norm")  # which look at all the pairs of a head: all stay
         left = [] if has_norms else dict.fromkeys(max(1, int(share * sizes.head_dim / 2)) for share in PAIR_SHARES)
         tried = [((sizes.head_dim - 2 * n) * sizes.rank_parameters, self._damage_of_pairs(n)) for n in left]

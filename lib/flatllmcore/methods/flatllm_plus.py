@@ -19,7 +19,7 @@ from ..core.mlp_nystrom import ENOUGH_TOKENS_PER_CHANNEL
 from ..core.moments import add_cross_moment, add_moment, inverse_length, mirror_lower_triangle
 from ..core.output_pca import output_bases, spread_over_queries
 from ..core.rank_allocation import ImportancePreservingRankSelector, RankAllocation
-from ..core.refit import change_towards, led_towards
+from ..core.refit import led_towards
 from ..core.rotary_pairs import pair_energies, without_pairs
 from ..engine.protocols import DENSE, HELD_OUT, STREAM, Solution, Sums
 from ..errors import InputError
@@ -29,8 +29,8 @@ from ..utils.layer_utils import DecoderModule
 logger = logging.getLogger(__name__)
 
 QUERIES, KEYS = "self_attn.q_proj.output", "self_attn.k_proj.output"
+TOKENS = "tokens"
 SHARE = 0.25  # of the way to the dense model's stream: more of it does better on text like the calibration's alone
-OWN_RIDGE = 1e-3  # of the fit to a layer's own dense output
 
 
 class FlatLLMPlus:
@@ -166,7 +166,7 @@ class OutputStep(FittedStep):
     def zeros(self, layer: DecoderModule) -> Sums:
         """Return moments of what it reads and, crossed with it, of what it should write."""
         writer = layer.get_submodule(self.name)
-        return _zeros(layer, self.shapes_of(writer.in_features, writer.out_features))
+        return _zeros(layer, {TOKENS: ()} | self.shapes_of(writer.in_features, writer.out_features))
 
     def add(self, layer: DecoderModule, sums: Sums, seen: Mapping[str, Tensor]) -> None:
         """Add a batch: what is missing of the dense stream, each token by that stream's length."""
@@ -174,6 +174,7 @@ class OutputStep(FittedStep):
         missing = seen[DENSE] - seen[STREAM] - (0 if bias is None else bias)
         weight = inverse_length(seen[DENSE])
         self.add_rows(sums, seen[self.taps[0]] * weight, missing * weight, seen[HELD_OUT])
+        sums[TOKENS] += len(missing)
 
     def solve(self, layer: DecoderModule, sums: Sums) -> Solution:
         """Return the weights of the whole part, narrowed."""
@@ -181,22 +182,24 @@ class OutputStep(FittedStep):
         moment = fit[0] + held_out[0]
         weight = layer.get_parameter(f"{self.name}.weight").double()
         narrow = self._narrowed_values if self.part == "self_attn" else self._narrowed_channels
-        reduced, weights = narrow(layer, moment)  # columns: what is read then, in terms of what is read now
-        start = weight @ reduced
-        start = start + change_towards(start, reduced.T @ moment @ reduced, weight @ moment @ reduced, OWN_RIDGE)
-        fit, held_out = ((reduced.T @ C @ reduced, R @ reduced) for C, R in (fit, held_out))
-        return Solution(weights | {f"{self.name}.weight": led_towards(start, fit, held_out, SHARE)})
+        # Columns of the map: what is read then, in terms of what is read now.
+        reduced, weights = narrow(layer, moment, int(sums[TOKENS]))
+        narrowed = [(reduced.T @ C @ reduced, weight @ C @ reduced, R @ reduced) for C, R in (fit, held_out)]
+        (fit_own, held_own), (fit_stream, held_stream) = ([(of[0], of[n]) for of in narrowed] for n in (1, 2))
+        fitted = led_towards(weight @ reduced, fit_own, held_own, 1.0)
+        return Solution(weights | {f"{self.name}.weight": led_towards(fitted, fit_stream, held_stream, SHARE)})
 
-    def _narrowed_values(self, layer: DecoderModule, moment: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def _narrowed_values(self, layer: DecoderModule, moment: Tensor, _: int) -> tuple[Tensor, dict[str, Tensor]]:
         sizes, attention = self.dimensions, layer.self_attn
         bases = output_bases(moment, attention.o_proj.weight, sizes.num_kv_heads, sizes.head_dim)
         bases = bases[..., : self.leaves.value_rank]
         weights = {f"self_attn.v_proj.{of}": project_heads(p, bases) for of, p in attention.v_proj.named_parameters()}
         return spread_over_queries(bases, sizes.num_heads), weights
 
-    def _narrowed_channels(self, layer: DecoderModule, moment: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def _narrowed_channels(self, layer: DecoderModule, moment: Tensor, tokens: int) -> tuple[Tensor, dict[str, Tensor]]:
         sizes, mlp = self.dimensions, layer.mlp
-        stay, _ = channels_by_damage(mlp.down_proj.weight, moment, sizes.intermediate_size - self.leaves.mlp_width)
+        removed = sizes.intermediate_size - self.leaves.mlp_width
+        stay, _ = channels_by_damage(mlp.down_proj.weight, moment, removed, tokens)
         readers = {f"mlp.{name}": mlp.get_submodule(name) for name in ("gate_proj", "up_proj")}
         weights = {f"{name}.{of}": part[stay] for name, it in readers.items() for of, part in it.named_parameters()}
         return torch.eye(len(moment), dtype=moment.dtype, device=moment.device)[:, stay], weights

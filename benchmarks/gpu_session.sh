@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# All that waits for a GPU, in at most 9 minutes on one card of 80 GB: random weights of published shapes, no download.
+#
+#   bash benchmarks/gpu_session.sh                      # records in out/gpu
+#   DEVICE=cpu SHAPE=tiny bash benchmarks/gpu_session.sh   # a trial: every part, at a size for a few seconds each
+#
+# Each part has a time limit and writes its record as it goes; one that fails or runs out of time is named at the end,
+# and the others run. Variables: PYTHON, DEVICE (default: cuda), SHAPE (default: 7b), OUT (default: out/gpu).
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+python="${PYTHON:-python3}" device="${DEVICE:-cuda}" out="${OUT:-out/gpu}"
+export PYTHONPATH="$PWD/lib:$PWD${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1
+mkdir -p "$out"
+if [[ "${SHAPE:-7b}" == tiny ]]; then
+    shape=64x2 sizes=(--nsamples 4 --seqlen 64) windows=2 patience=20 tests=(tests/test_devices.py)
+else
+    patience=1
+    shape=llama-2-7b sizes=(--nsamples 256 --seqlen 4096) windows=64
+    tests=(-k cuda tests/test_engine.py tests/test_memory.py tests/test_flatllm_plus.py tests/layers)
+fi
+failed=()
+
+# part LIMIT NAME COMMAND...: runs a command for at most so many seconds, and keeps what it says.
+part() {
+    local limit="$1" name="$2"
+    printf '\n%s (%s s at most)\n' "$name" "$limit"
+    timeout $((patience * limit)) "${@:3}" 2>&1 | tee "$out/$name.log" | tail -n 20
+    ((PIPESTATUS[0] == 0)) || failed+=("$name")
+}
+
+for method in flatllm flatllm+; do # stages beside their bounds, at 20 %
+    part 180 "time_$method" "$python" benchmarks/compression_time.py --shape "$shape" "${sizes[@]}" \
+        --device "$device" --method "$method" --out "$out/time_$method.json"
+done
+part 30 moments "$python" benchmarks/moment_precision.py --model models/pydocs-llama --dataset pydocs \
+    --nsamples "$windows" --seqlen 128 --device "$device" --out "$out/moments.json"
+part 60 accuracy "$python" benchmarks/accuracy.py --model models/pydocs-llama --dataset pydocs --eval_dataset pydocs \
+    --nsamples "$windows" --seqlen 128 --eval_windows "$windows" --sparsity_ratio 20 --device "$device" --out "$out/accuracy.jsonl"
+part 60 tests "$python" -m pytest -q "${tests[@]}"
+((${#failed[@]} == 0)) || printf '\nfailed or out of time: %s\n' "${failed[*]}"
+((${#failed[@]} == 0))
