@@ -55,21 +55,26 @@ def test_registered_as_class_or_maker_it_compresses(tmp_path):
     assert run_python(REGISTER_AND_COMPRESS + DEVICES_WERE_CHECKED, paths).endswith("done\n")
 
 
-def test_registered_inside_fedcore_s_own_file_it_is_its_subclass(tmp_path):
-    """FedCore's module is then only half imported when this library asks for its base class."""
+@pytest.mark.parametrize(
+    "first", ["fedcore.algorithm.low_rank.reassembly.core_reassemblers", "flatllmcore.reassembler"]
+)
+def test_registered_inside_fedcore_s_own_file_it_is_its_subclass(first, tmp_path):
+    """One of the two modules is only half imported when the other asks for its class."""
     lines = "\nfrom flatllmcore import FlatLLMReassembler\nREASSEMBLERS['flat-llm'] = FlatLLMReassembler\n"
-    code = """
+    code = f"""
+import {first}
+from flatllmcore import FlatLLMReassembler
 from fedcore.algorithm.low_rank.reassembly.core_reassemblers import Reassembler, get_reassembler
-print(isinstance(get_reassembler("flat-llm"), Reassembler))
+print(isinstance(get_reassembler("flat-llm"), Reassembler), type(get_reassembler("flat-llm")) is FlatLLMReassembler)
 """
-    assert run_python(code, [write_fedcore(tmp_path, REASSEMBLERS + lines), LIBRARY]) == "True\n"
+    assert run_python(code, [write_fedcore(tmp_path, REASSEMBLERS + lines), LIBRARY]) == "True True\n"
 
 
 @pytest.mark.parametrize("trouble", ["import no_such_module", "raise RuntimeError('no display')", "pass"])
 def test_a_fedcore_that_cannot_be_used_is_done_without(trouble, tmp_path):
     code = "from flatllmcore import FlatLLMReassembler; print([c.__name__ for c in FlatLLMReassembler.__mro__])"
     found = run_python(code, [write_fedcore(tmp_path, trouble), LIBRARY])
-    assert found == "['FlatLLMReassembler', 'StandaloneReassembler', 'object']\n"
+    assert found == "['FlatLLMReassembler', 'FlatLLMMethods', 'StandaloneReassembler', 'object']\n"
 
 
 @pytest.mark.skipif("FEDCORE_HOME" not in os.environ, reason="FEDCORE_HOME names no checkout of FedCore")

@@ -287,7 +287,7 @@ def test_argparse_refuses_in_one_line_after_the_usage(here, capsys, argv, reason
     ("argv", "reason"),
     [
         ("--sparsity_ratio 0", "--sparsity_ratio is 0; accepted: an integer, 1 to 95"),
-        ("--sparsity_ratio 95", "Q and K stay whole; the largest possible target is 76 %"),
+        ("--sparsity_ratio 95", "the largest possible target is 74 %; more with Q and K pruned: --prune_qk"),
         ("--nsamples 0", "--nsamples is 0; accepted: an integer, 1 to 1000000"),
         (f"--nsamples {10**20}", "--nsamples is 1000"),
         (f"--batch_size {10**20}", "--batch_size is 1000"),

@@ -48,6 +48,7 @@ class Pipeline:
 
     def announce_target(self, keep_ratio: float) -> None:
         """Log what is going to stay; InputError if the model is compressed already, or has not so much to remove."""
+        self.selector.check_target(keep_ratio, self.config.importance_method == DAMAGE)
         logger.info(
             "%.2f %% of the decoder layers' linear weights stay, %.2f %% of the projections that are pruned",
             100 * keep_ratio,
