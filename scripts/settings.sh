@@ -1,5 +1,7 @@
 # Sourced, not run: the variables that the experiments share, with the published settings as
 # defaults. Relative paths start at the repository's root, which becomes the working folder.
+#   BI_SCORE      folder of one model's scores and ranks (default: ranks/<model>, below OUT if that is set)
+#   OUT           gets models, records/<model>/ and the report of all records in it (default: out)
 #   DATASET       calibration and test text (default: wikitext2)
 #   BI_NSAMPLES   windows to score layers on (default: 128)
 #   SEQLEN        tokens per window (default: 4096)
@@ -29,8 +31,17 @@ run() {
     "$@"
 }
 
+# places MODEL: sets the places of a model that all steps share: name, scores, out, records.
+places() {
+    name="$(basename "$1" .gguf)"
+    scores="${BI_SCORE:-${OUT:+$OUT/}ranks/$name}"
+    out="${OUT:-out}"
+    records="$out/records/$name"
+}
+
 # score MODEL FOLDER RECORDS FLAG...: writes FOLDER/importance.json, and the log and the record of the run to RECORDS.
 score() {
+    rm -f "$2"/ranks_*.json # of other scores
     run "${main[@]}" --prune_method bi --model "$1" --bi_score "$2" --save "$3" \
         --nsamples "${BI_NSAMPLES:-128}" "${flags[@]}" "${@:4}"
 }
