@@ -171,9 +171,9 @@ def test_one_folder_of_scores_for_several_models_is_refused():
 
 def test_runs_write_where_git_does_not_look(commands):
     flags = ("--bi_score", "--save", "--save_model", "--out")
-    written = {f"{value_of(flag, call)}/x" for call in commands("llama_7b.sh") for flag in flags if flag in call}
-    ignored = subprocess.run(["git", "check-ignore", *written], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert set(ignored.stdout.split()) == written
+    written = {value_of(flag, call) for call in commands("llama_7b.sh") for flag in flags if flag in call}
+    ignored = (ROOT / ".gitignore").read_text().splitlines()
+    assert {f"/{place.partition('/')[0]}/" for place in written} <= set(ignored)
 
 
 def test_processes_are_started_by_accelerate(commands, tmp_path):
