@@ -10,11 +10,19 @@
 #   DATASET_ROOT  folder with local copies of the datasets (default: none, the hub is asked)
 #   DEVICE        cpu, cuda or cuda:N (default: the GPU if there is one)
 #   PROCESSES     that share out the windows, each with a GPU of its own (default: 1)
-#   PYTHON        interpreter of the environment that requirements.txt is installed in (default: python3)
+#   PYTHON        interpreter of the environment that requirements.txt is installed in (default: that of .venv, where
+#                 demo.sh and test.sh install, or python3)
 # shellcheck shell=bash disable=SC2034 # the scripts that source this use the arrays
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || return
-PYTHON="${PYTHON:-python3}"
+if [[ -z "${PYTHON:-}" ]]; then
+    PYTHON=.venv/bin/python
+    [[ -x "$PYTHON" ]] || PYTHON=python3
+    if ! "$PYTHON" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("flatllmcore") is None)'; then
+        printf 'error: %s has no flatllmcore; run scripts/demo.sh, or install as INSTALL.md says, or set PYTHON\n' "$PYTHON" >&2
+        exit 2
+    fi
+fi
 flags=(--dataset "${DATASET:-wikitext2}" --seqlen "${SEQLEN:-4096}" --seed "${SEED:-42}" --overwrite)
 [[ -z "${CACHE_DIR:-}" ]] || flags+=(--cache_dir "$CACHE_DIR")
 [[ -z "${DATASET_ROOT:-}" ]] || flags+=(--dataset_root "$DATASET_ROOT")

@@ -388,7 +388,7 @@ class TestLayerUtils:
         sizes = {"hidden_size": 32, "num_heads": 4, "num_kv_heads": 2, "head_dim": 12, "intermediate_size": 56}
         widths = {"value_rank": [12, 12], "mlp_width": [56, 56], "query_key_rank": [None, None]}
         expected = {"architecture": "mistral", "num_layers": 2} | sizes | widths
-        assert get_layer_dimensions(tiny_model("mistral"), "mistral") == expected
+        assert get_layer_dimensions(tiny_model("mistral"), "Mistral") == expected
         with pytest.raises(InputError, match="family 'mistral', not 'llama'"):
             get_layer_dimensions(tiny_model("mistral"), "llama")
 

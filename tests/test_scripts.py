@@ -7,6 +7,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -245,6 +246,19 @@ def test_a_script_without_its_model_says_so(script, tmp_path):
     done = shell(script, PYTHON=tmp_path / "none")
     assert done.returncode != 0
     assert re.search(r"MODEL: is not set|name a local folder or a hub id|name the dense model", done.stderr)
+
+
+def test_a_script_without_an_environment_says_in_one_line_what_to_do(tmp_path):
+    """In a copy of the scripts beside no environment, with a python3 that has nothing installed."""
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    (tmp_path / "python3").write_text(f'#!/bin/sh\nexec {sys.executable} -I -S "$@"\n')
+    (tmp_path / "python3").chmod(0o755)
+    command, path = ["bash", tmp_path / "scripts" / "llama_bi.sh"], f"{tmp_path}:{os.environ['PATH']}"
+    done = subprocess.run(command, env={"PATH": path}, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith(
+        "error: python3 has no flatllmcore; run scripts/demo.sh, or install as INSTALL.md says"
+    )
 
 
 def test_a_failing_step_ends_the_script(tmp_path):
