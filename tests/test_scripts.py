@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
+import compute_rank
 from conftest import tiny_model
 from flatllmbench.report import MODELS, TABLE_1
 from flatllmbench.zero_shot import PAPER_TASKS
@@ -276,6 +277,23 @@ def test_llama_bi_leaves_scores_for_every_model_with_the_record_beside(performed
         assert len(json.loads((tmp_path / "ranks" / name / "importance.json").read_text())["scores"]) == 2
         record = json.loads((tmp_path / "records" / name / f"{name}_bi.json").read_text())
         assert record["request"]["nsamples"] == 4
+
+
+def test_the_three_steps_of_the_document_meet(performed, tiny, text, tmp_path):
+    """Step by step as in the document; nothing that an earlier step has left is written again."""
+    settings = {"MODEL": tiny[0], "DATASET": text, "OUT": tmp_path, "SEQLEN": "32", "DEVICE": "cpu"}
+    performed("llama_bi.sh", BI_NSAMPLES="4", **settings)
+    assert (
+        compute_rank.main(["--bi_score", str(tmp_path / "ranks"), "--sparsity_ratio", "20", "--rank_multiple", "2"])
+        == 0
+    )
+    left = {path: path.stat().st_mtime_ns for path in (tmp_path / "ranks").rglob("*")}
+    printed = performed("llama_7b.sh", NSAMPLES="4", RATIOS="20", **settings)
+    assert "ranks_20.json is there and used as it is" in printed
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "ranks").rglob("*")} == left
+    record = json.loads((tmp_path / "records/tiny-llama/tiny-llama_flatllm_20.json").read_text())
+    assert record["rank_multiple"] == 2
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "tiny-llama-20").num_parameters() > 0
 
 
 def test_each_experiment_compresses_the_model_of_its_variables(performed, tiny, text, tmp_path):

@@ -103,9 +103,7 @@ class ImportancePreservingRankSelector:
 
         if not is_possible(1 - keep_ratio):
             largest = max(percent for percent in range(100) if is_possible(percent / 100))
-            ways = {"Q and K pruned: --prune_qk, or preserve_qk_layers=False": not self.prune_qk}
-            ways["flatllm and angular importance"] = is_by_curves and self.prune_qk
-            more = "".join(f"; more with {way}" for way, is_open in ways.items() if is_open)
+            more = "" if self.prune_qk else "; more with Q and K pruned: --prune_qk, or preserve_qk_layers=False"
             raise InputError(
                 f"removing {100 * (1 - keep_ratio):g} % of this model is impossible; "
                 f"the largest possible target is {largest} %{more}"

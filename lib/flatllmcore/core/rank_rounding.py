@@ -52,13 +52,9 @@ def rounded_layers(
             width_steps = largest_remainder(ideal_widths, width_total, most_widths)
             sizes = zip(ideals, rank_steps, width_steps, strict=True)
             return [of.kept_with(rank * rank_step, width * width_step) for of, rank, width in sizes]
-    least, most = (
-        100 * (1 - (whole + sum(attention_costs([ranks] * len(ideals))) + len(ideals) * widths * width_cost) / total)
-        for ranks, widths in ((most_ranks, most_widths), (1, 1))
-    )
     raise InputError(
-        f"ranks in steps of {rank_step} and MLP widths in steps of {width_step} cannot remove "
-        f"{100 * (1 - keep_ratio):g} % of this model; they can remove {least:.1f} to {most:.1f} %"
+        f"ranks in steps of {rank_step} and MLP widths in steps of {width_step} remove {100 * (1 - keep_ratio):g} % of "
+        "this model only roughly; give another target or smaller steps"
     )
 
 
