@@ -288,8 +288,7 @@ def test_the_three_steps_of_the_document_meet(performed, tiny, text, tmp_path):
         == 0
     )
     left = {path: path.stat().st_mtime_ns for path in (tmp_path / "ranks").rglob("*")}
-    printed = performed("llama_7b.sh", NSAMPLES="4", RATIOS="20", **settings)
-    assert "ranks_20.json is there and used as it is" in printed
+    performed("llama_7b.sh", NSAMPLES="4", RATIOS="20", **settings)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "ranks").rglob("*")} == left
     record = json.loads((tmp_path / "records/tiny-llama/tiny-llama_flatllm_20.json").read_text())
     assert record["rank_multiple"] == 2
