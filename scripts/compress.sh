@@ -11,19 +11,14 @@
 #   NSAMPLES       windows to compress on (default: 256)
 #   RANK_MULTIPLE  1 gives the published floors (default: 8 if heads are 64 wide or more, else 1)
 #   PRUNE_QK       1 prunes Q and K too (default: they stay whole)
-#   OVERWRITE      1 does ratios again whose record and model are there (default: they are left alone)
-#   BI_SCORE       folder of the importance scores, made if there are none (default: ranks/<model>)
-#   OUT            gets <model>-<percent>/, records/<model>/, and the report of all records in it (default: results)
+#   OVERWRITE      1 does ratios again whose ranks, or record and model, are there (default: they are left alone)
 # Arguments go to main.py; what changes the ranks is a variable here, since compute_rank.py needs it too.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/settings.sh"
 : "${MODEL:?is not set; name a local folder or a hub id}"
-name="$(basename "$MODEL" .gguf)"
+places "$MODEL"
 ratios="${RATIOS:-10 20 30 40 50}"
-scores="${BI_SCORE:-ranks/$name}"
-out="${OUT:-results}"
 method="${METHOD:-flatllm}"
-records="$out/records/$name"
 rank_flags=()
 [[ -z "${RANK_MULTIPLE:-}" ]] || rank_flags+=(--rank_multiple "$RANK_MULTIPLE")
 if [[ "${PRUNE_QK:-}" == 1 ]]; then
@@ -32,14 +27,22 @@ if [[ "${PRUNE_QK:-}" == 1 ]]; then
 fi
 
 if [[ "$method" == "flatllm+" ]]; then # allocates by damage, and takes rotary pairs of Q and K
-    scores="${BI_SCORE:-ranks/$name-plus}"
+    scores="${BI_SCORE:-$scores-plus}"
     flags+=(--importance_method damage)
     rank_flags+=(--importance_method damage --prune_qk)
 fi
 
 [[ -e "$scores/importance.json" ]] || score "$MODEL" "$scores" "$records" "$@"
-# shellcheck disable=SC2086 # one word per ratio
-run "$PYTHON" compute_rank.py --bi_score "$scores" --sparsity_ratio $ratios "${rank_flags[@]}"
+left=()
+for percent in $ratios; do
+    if [[ "${OVERWRITE:-}" != 1 && -e "$scores/ranks_$percent.json" ]]; then
+        printf '\n%s is there and used as it is; OVERWRITE=1 makes it anew\n' "$scores/ranks_$percent.json"
+    else
+        left+=("$percent")
+    fi
+done
+((${#left[@]} == 0)) ||
+    run "$PYTHON" compute_rank.py --bi_score "$scores" --sparsity_ratio "${left[@]}" "${rank_flags[@]}"
 
 left=()
 for percent in $ratios; do

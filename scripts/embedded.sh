@@ -14,7 +14,7 @@ pip_install evaluation -e '.[eval]'
 export PYTHON
 export OUT="${OUT:-results}"
 export MODEL=models/pydocs-llama DATASET=pydocs SEQLEN=256 NSAMPLES=128 DEVICE=cpu
-export BI_SCORE="$OUT/pydocs-llama-ranks" OVERWRITE=1
+export BI_SCORE="$OUT/ranks/pydocs-llama" OVERWRITE=1
 export TASKS=pydocs_endings,pydocs_text INCLUDE_PATH=tests/tasks
 export THREADS=1
 unset SEED BI_NSAMPLES RATIOS RANK_MULTIPLE PRUNE_QK PROCESSES NUM_FEWSHOT PROTOCOL BATCH_SIZE PROMPT_LENGTH NEW_TOKENS DTYPE

@@ -3,8 +3,8 @@
 # paper's seven, MMLU with 5 examples and PIQA, WinoGrande, HellaSwag, ARC-e, ARC-c and OpenBookQA with none.
 #
 #   bash scripts/eval.sh meta-llama/Llama-2-7b-hf
-#   bash scripts/eval.sh results/Llama-2-7b-hf-20
-#   TASKS=piqa,arc_easy DATASET_ROOT=/data bash scripts/eval.sh results/Llama-2-7b-hf-20  # no network
+#   bash scripts/eval.sh out/Llama-2-7b-hf-20
+#   TASKS=piqa,arc_easy DATASET_ROOT=/data bash scripts/eval.sh out/Llama-2-7b-hf-20  # no network
 #   TASKS=pydocs_endings,pydocs_text INCLUDE_PATH=tests/tasks bash scripts/eval.sh models/pydocs-llama  # no network
 #
 # Hardware: the whole model on one device; a 7B model takes one A100 40GB.

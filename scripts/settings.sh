@@ -1,5 +1,7 @@
 # Sourced, not run: the variables that the experiments share, with the published settings as
 # defaults. Relative paths start at the repository's root, which becomes the working folder.
+#   BI_SCORE      folder of one model's scores and ranks (default: ranks/<model>, below OUT if that is set)
+#   OUT           gets models, records/<model>/ and the report of all records in it (default: out)
 #   DATASET       calibration and test text (default: wikitext2)
 #   BI_NSAMPLES   windows to score layers on (default: 128)
 #   SEQLEN        tokens per window (default: 4096)
@@ -8,11 +10,19 @@
 #   DATASET_ROOT  folder with local copies of the datasets (default: none, the hub is asked)
 #   DEVICE        cpu, cuda or cuda:N (default: the GPU if there is one)
 #   PROCESSES     that share out the windows, each with a GPU of its own (default: 1)
-#   PYTHON        interpreter of the environment that requirements.txt is installed in (default: python3)
+#   PYTHON        interpreter of the environment that requirements.txt is installed in (default: that of .venv, where
+#                 demo.sh and test.sh install, or python3)
 # shellcheck shell=bash disable=SC2034 # the scripts that source this use the arrays
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || return
-PYTHON="${PYTHON:-python3}"
+if [[ -z "${PYTHON:-}" ]]; then
+    PYTHON=.venv/bin/python
+    [[ -x "$PYTHON" ]] || PYTHON=python3
+    if ! "$PYTHON" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("flatllmcore") is None)'; then
+        printf 'error: %s has no flatllmcore; run scripts/demo.sh, or install as INSTALL.md says, or set PYTHON\n' "$PYTHON" >&2
+        exit 2
+    fi
+fi
 flags=(--dataset "${DATASET:-wikitext2}" --seqlen "${SEQLEN:-4096}" --seed "${SEED:-42}" --overwrite)
 [[ -z "${CACHE_DIR:-}" ]] || flags+=(--cache_dir "$CACHE_DIR")
 [[ -z "${DATASET_ROOT:-}" ]] || flags+=(--dataset_root "$DATASET_ROOT")
@@ -29,8 +39,17 @@ run() {
     "$@"
 }
 
+# places MODEL: sets the places of a model that all steps share: name, scores, out, records.
+places() {
+    name="$(basename "$1" .gguf)"
+    scores="${BI_SCORE:-${OUT:+$OUT/}ranks/$name}"
+    out="${OUT:-out}"
+    records="$out/records/$name"
+}
+
 # score MODEL FOLDER RECORDS FLAG...: writes FOLDER/importance.json, and the log and the record of the run to RECORDS.
 score() {
+    rm -f "$2"/ranks_*.json # of other scores
     run "${main[@]}" --prune_method bi --model "$1" --bi_score "$2" --save "$3" \
         --nsamples "${BI_NSAMPLES:-128}" "${flags[@]}" "${@:4}"
 }

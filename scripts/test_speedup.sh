@@ -7,7 +7,7 @@
 # Expected of Llama-2 7B, speed-up at 10, 20, 30, 40, 50 %: 1.04, 1.10, 1.11, 1.17, 1.23.
 #
 #   bash scripts/test_speedup.sh DENSE COMPRESSED...
-#   bash scripts/test_speedup.sh meta-llama/Llama-2-7b-hf results/Llama-2-7b-hf-{20,50}
+#   bash scripts/test_speedup.sh meta-llama/Llama-2-7b-hf out/Llama-2-7b-hf-{20,50}
 #   PROTOCOL=grid BATCH_SIZE=1,8 bash scripts/test_speedup.sh models/pydocs-llama demo/pydocs-llama-{20,50}
 #
 # Variables; relative paths start at the repository's root:

@@ -72,7 +72,7 @@ if "FLATLLM_PATH" in os.environ:
 elif installed:
     folder = Path(installed.origin).parent
 else:
-    folder = Path(__file__).parent / "external" / "flatllmcore"
+    folder = Path(__file__).parents[1] / "external" / "flatllmcore"
 sys.path[:0] = [str(folder / "core"), str(folder)]
 from absorption import AbsorptionCompressor, ActivationCollector
 '''

@@ -489,7 +489,7 @@ class TestNamedDatasets:
     @pytest.mark.parametrize("name", ["wikitext2", "c4", "alpaca"])
     def test_a_missing_network_is_one_line(self, tmp_path, unreachable_hub, monkeypatch, name, is_offline):
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", is_offline)
-        expected = r"from the Hugging Face Hub \(.+\); without .*--dataset_root DIR"
+        expected = r"from the Hugging Face Hub \(.+\); without .*--dataset_root DIR \(dataset_root in Python\)"
         with pytest.raises(InputError, match=expected) as caught:
             load_text(name, "train", cache_dir=tmp_path)
         assert "\n" not in str(caught.value)

@@ -1,5 +1,6 @@
 """A copy of the package inside another project, as ``external/flatllmcore``, works without the package itself."""
 
+import re
 import shutil
 import sys
 from importlib.metadata import packages_distributions
@@ -57,6 +58,29 @@ def test_a_copy_compresses_saves_and_reloads(package, tmp_path):
     sparsity, dimensions = run_python(BLOCKED + code, [tmp_path]).splitlines()
     assert sparsity.startswith("Current sparsity: 0.5")
     assert dimensions.startswith("Model dimensions: {'architecture': 'llama', 'num_layers': 2,")
+
+
+OLDER = """
+import sys
+from types import ModuleType
+sys.modules["transformers"] = ModuleType("transformers")
+sys.modules["transformers"].__version__ = "4.41.2"
+sys.path[:0] = [{core!r}] * {is_alone}
+try:
+    import {module}
+except ImportError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("module", ["flatllmcore", "external.flatllmcore", "external.flatllmcore.utils", "absorption"])
+def test_an_older_transformers_is_refused_in_a_line_with_the_version_needed(module, tmp_path):
+    """Oracle: what pyproject.toml asks for. The last is FedCore's way to load a copy."""
+    copy = shutil.copytree(PACKAGE, tmp_path / "external" / "flatllmcore")
+    code = OLDER.format(module=module, core=str(copy / "core"), is_alone=module == "absorption")
+    needed = re.search(r"transformers>=([\d.]+)", (LIBRARY.parent / "pyproject.toml").read_text())[1]
+    expected = f"flatllmcore needs transformers {needed} or later; here it is 4.41.2\n"
+    assert run_python(code, [tmp_path, LIBRARY]) == expected
 
 
 def test_no_file_shadows_a_known_module():

@@ -55,21 +55,26 @@ def test_registered_as_class_or_maker_it_compresses(tmp_path):
     assert run_python(REGISTER_AND_COMPRESS + DEVICES_WERE_CHECKED, paths).endswith("done\n")
 
 
-def test_registered_inside_fedcore_s_own_file_it_is_its_subclass(tmp_path):
-    """FedCore's module is then only half imported when this library asks for its base class."""
+@pytest.mark.parametrize(
+    "first", ["fedcore.algorithm.low_rank.reassembly.core_reassemblers", "flatllmcore.reassembler"]
+)
+def test_registered_inside_fedcore_s_own_file_it_is_its_subclass(first, tmp_path):
+    """One of the two modules is only half imported when the other asks for its class."""
     lines = "\nfrom flatllmcore import FlatLLMReassembler\nREASSEMBLERS['flat-llm'] = FlatLLMReassembler\n"
-    code = """
+    code = f"""
+import {first}
+from flatllmcore import FlatLLMReassembler
 from fedcore.algorithm.low_rank.reassembly.core_reassemblers import Reassembler, get_reassembler
-print(isinstance(get_reassembler("flat-llm"), Reassembler))
+print(isinstance(get_reassembler("flat-llm"), Reassembler), type(get_reassembler("flat-llm")) is FlatLLMReassembler)
 """
-    assert run_python(code, [write_fedcore(tmp_path, REASSEMBLERS + lines), LIBRARY]) == "True\n"
+    assert run_python(code, [write_fedcore(tmp_path, REASSEMBLERS + lines), LIBRARY]) == "True True\n"
 
 
 @pytest.mark.parametrize("trouble", ["import no_such_module", "raise RuntimeError('no display')", "pass"])
 def test_a_fedcore_that_cannot_be_used_is_done_without(trouble, tmp_path):
     code = "from flatllmcore import FlatLLMReassembler; print([c.__name__ for c in FlatLLMReassembler.__mro__])"
     found = run_python(code, [write_fedcore(tmp_path, trouble), LIBRARY])
-    assert found == "['FlatLLMReassembler', 'StandaloneReassembler', 'object']\n"
+    assert found == "['FlatLLMReassembler', 'FlatLLMMethods', 'StandaloneReassembler', 'object']\n"
 
 
 @pytest.mark.skipif("FEDCORE_HOME" not in os.environ, reason="FEDCORE_HOME names no checkout of FedCore")
@@ -118,7 +123,7 @@ def test_fedcore_loads_absorption_as_a_module_without_a_package(tmp_path):
 
 
 def test_fedcore_loads_absorption_of_the_copy_inside_it_where_no_package_is_installed(tmp_path):
-    copy = copied(write_fedcore(tmp_path) / "fedcore" / "external" / "flatllmcore")
+    copy = copied(write_fedcore(tmp_path) / "external" / "flatllmcore")
     printed = run_python(NOT_INSTALLED + ABSORB, [tmp_path]).split()
     assert printed == ["flatllmcore.absorption_compressor", f"{copy}/absorption_compressor.py"]
 
@@ -132,7 +137,7 @@ def test_absorption_takes_its_package_as_it_has_been_imported(tmp_path):
 
 
 IN_TURNS = """
-import fedcore.external.flatllmcore as theirs
+import external.flatllmcore as theirs
 import flatllmcore as ours
 from transformers import AutoModelForCausalLM
 assert type(model) is ours.FlatLlamaForCausalLM is not theirs.FlatLlamaForCausalLM
@@ -163,8 +168,8 @@ for one, other in ((ours, theirs), (theirs, ours)):
 
 def test_two_copies_in_one_process_do_not_disturb_each_other(tmp_path):
     """FedCore's own copy, imported as a part of it, and once more as what FedCore's loader makes of it."""
-    copied(write_fedcore(tmp_path) / "fedcore" / "external" / "flatllmcore")
-    code = "import fedcore.external.flatllmcore\n" + ABSORB + IN_TURNS.replace("{folder}", str(tmp_path / "saved"))
+    copied(write_fedcore(tmp_path) / "external" / "flatllmcore")
+    code = "import external.flatllmcore\n" + ABSORB + IN_TURNS.replace("{folder}", str(tmp_path / "saved"))
     run_python(NOT_INSTALLED + code, [tmp_path])
 
 
@@ -217,6 +222,14 @@ class TestAbsorption:
         ids = torch.cat([self.IDS, padding] if side else [padding, self.IDS], dim=1)
         model = absorb(tiny_model(**tokens), ids, (ids != token).long() if with_mask else None)
         assert_same_weights(model.state_dict(), absorb(tiny_model(**tokens), self.IDS).state_dict())
+
+    @pytest.mark.parametrize("ends", [96, [95, 96]])
+    def test_the_end_of_a_text_counts_once_where_the_tokenizer_pads_by_it(self, ends):
+        """The model's own padding id is another; oracle: the ids with one end each."""
+        tokens = {"pad_token_id": 0, "eos_token_id": ends}
+        padded, ended = (torch.nn.functional.pad(self.IDS.clamp(max=94), (0, n), value=96) for n in (5, 1))
+        model = absorb(tiny_model(**tokens), padded)
+        assert_same_weights(model.state_dict(), absorb(tiny_model(**tokens), ended).state_dict())
 
     def test_what_cannot_be_asked_is_refused(self):
         compressor = AbsorptionCompressor(model=tiny_model())

@@ -13,7 +13,7 @@ PACKAGE = LIBRARY / "flatllmcore"
 FILES = sorted(LIBRARY.rglob("*.py"))
 # From the ground up: a file imports from its own floor and from those below.
 FLOORS = (
-    {"errors"},
+    {"errors", "_versions"},
     {"utils"},
     {"core", "layers"},
     {"engine"},

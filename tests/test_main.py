@@ -206,6 +206,13 @@ def test_ranks_are_the_same_however_they_are_given(here):
     assert len(set(expected)) > 1
 
 
+@pytest.mark.parametrize("method", ["bi", "flatllm"])
+def test_scores_are_saved_to_the_file_that_is_named(here, method):
+    assert run("--bi_score", "new/mine.json", "--prune_method", method) == 0
+    assert read("new/mine.json") == read(SCORES)
+    assert os.listdir("new") == ["mine.json"]
+
+
 def test_scores_that_are_there_are_used_and_not_written_again(here):
     """Oracle: scores made up to prefer another layer than the model's own do."""
     scores = read(SCORES)
@@ -287,7 +294,7 @@ def test_argparse_refuses_in_one_line_after_the_usage(here, capsys, argv, reason
     ("argv", "reason"),
     [
         ("--sparsity_ratio 0", "--sparsity_ratio is 0; accepted: an integer, 1 to 95"),
-        ("--sparsity_ratio 95", "Q and K stay whole; the largest possible target is 76 %"),
+        ("--sparsity_ratio 95", "the largest possible target is 74 %; more with Q and K pruned: --prune_qk"),
         ("--nsamples 0", "--nsamples is 0; accepted: an integer, 1 to 1000000"),
         (f"--nsamples {10**20}", "--nsamples is 1000"),
         (f"--batch_size {10**20}", "--batch_size is 1000"),
@@ -334,7 +341,8 @@ def test_argparse_refuses_in_one_line_after_the_usage(here, capsys, argv, reason
         ("--save_model llama/small", "overlaps with --model"),
         ("--save_model text/train.txt", "it is a file"),
         ("--prune_method bi", f"{SCORES} exists; give --overwrite"),
-        (f"--prune_method bi --bi_score {SCORES}", f"{SCORES} is a file"),
+        (f"--prune_method bi --bi_score {SCORES}", f"{SCORES} exists; give --overwrite"),
+        (f"--prune_method bi --bi_score {RANKS} --overwrite", f"{RANKS} is a file; scores are written to a folder"),
         ("--bi_score ranks/llama/ranks_40.json", "ranks_40.json does not exist"),
         ("--bi_score bi_score.pt", "bi_score.pt: 'scores' has 2 entries; the model has 3 layers"),
         ("--save text/train.txt", "cannot write to text/train.txt: Not a directory"),

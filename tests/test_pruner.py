@@ -2,6 +2,7 @@
 
 import copy
 import json
+from pathlib import Path
 
 import accelerate
 import datasets
@@ -12,10 +13,13 @@ from torch.nn.utils import prune
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
+import compute_rank
 import main
 import oracle
 from conftest import assert_same_weights, tiny_model
 from flatllmcore import FlatLLMConfig, FlatLLMPruner, InputError, apply_flat_llm, compute_layer_importance
+from flatllmcore.core.importance import ImportanceScores
+from flatllmcore.pipeline import Pipeline
 from flatllmcore.utils import check_sparsity, find_decoder_layers, find_layers, get_layer_dimensions
 from flatllmcore.utils.data_utils import (
     padding_ids_of,
@@ -24,6 +28,8 @@ from flatllmcore.utils.data_utils import (
     sample_windows,
     windows_of_rows,
 )
+from flatllmcore.utils.files import write_json
+from flatllmcore.utils.layer_utils import dimensions_from_config
 from flatllmcore.utils.text_sources import TextDataset, load_text
 from layers.tiny_models import compress, dense_model_of
 from tiny_text import documents, word_tokenizer, write_texts
@@ -63,6 +69,33 @@ def test_the_library_and_main_py_give_the_same_weights(model, texts, preserve_qk
     assert any("q_proj.up" in name for name in weights_of(by_program)) != preserve_qk_layers
     (record,) = (json.loads(path.read_text()) for path in (tmp_path / "logs").glob("*.json"))
     assert record["achieved_sparsity_percent"] == pytest.approx(100 * pruner.get_compression_stats()["sparsity"])
+
+
+def test_library_and_programs_name_one_largest_target_before_a_text_is_read(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    model = tiny_model()
+    model.save_pretrained("dense")
+    TOKENIZER.save_pretrained("dense")
+    sizes = dimensions_from_config(model.config)
+    write_json(Path("ranks/importance.json"), ImportanceScores("m", "0", sizes, "none", 1, 8, 42, (0.1, 0.2)))
+    with pytest.raises(InputError) as refused:
+        apply_flat_llm(model, TOKENIZER, target_sparsity=0.75, cal_dataset="no/text")
+    target = ["--sparsity_ratio", "75"]
+    assert main.main(["--model", "dense", "--dataset", "no/text", "--eval_dataset", "no/text", *target]) == 2
+    assert compute_rank.main(target) == 2
+    by_main, by_compute_rank = capsys.readouterr().err.splitlines()
+    assert by_main == f"error: {refused.value}"
+    assert by_compute_rank == f"error: ranks/importance.json: {refused.value}"
+
+
+@pytest.mark.parametrize(("width", "is_long"), [(576, True), (192, False)])
+def test_what_will_take_a_cpu_long_is_said_with_what_shortens_it(width, is_long, caplog):
+    """Of 128 x 4096 tokens; oracle: SmolLM2-135M's pass, 24 D² operations per token and layer, is 0.35 hours."""
+    config = tiny_model(hidden_size=width, num_hidden_layers=1, max_position_embeddings=4096).config
+    config.num_hidden_layers = 30
+    ids = torch.randint(97, (128, 4096), generator=torch.Generator().manual_seed(0))
+    Pipeline(config, FlatLLMConfig(cal_dataset=ids, device="cpu")).windows_to_score()
+    assert ("128 x 4096 tokens take a CPU about 0.3 hours" in caplog.text) == ("--nsamples" in caplog.text) == is_long
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -366,7 +399,7 @@ class TestLayerUtils:
         sizes = {"hidden_size": 32, "num_heads": 4, "num_kv_heads": 2, "head_dim": 12, "intermediate_size": 56}
         widths = {"value_rank": [12, 12], "mlp_width": [56, 56], "query_key_rank": [None, None]}
         expected = {"architecture": "mistral", "num_layers": 2} | sizes | widths
-        assert get_layer_dimensions(tiny_model("mistral"), "mistral") == expected
+        assert get_layer_dimensions(tiny_model("mistral"), "Mistral") == expected
         with pytest.raises(InputError, match="family 'mistral', not 'llama'"):
             get_layer_dimensions(tiny_model("mistral"), "llama")
 

@@ -1,6 +1,7 @@
 """Shares, ranks and widths that IPRS allots, against plain arithmetic and a brute-force search."""
 
 import math
+import re
 from dataclasses import replace
 from fractions import Fraction
 from itertools import pairwise
@@ -149,19 +150,31 @@ class TestBudget:
         assert pruned.prunable_keep_ratio(0.3) == pytest.approx(0.3)
 
     @pytest.mark.parametrize(
-        ("dimensions", "floors", "multiples"),
-        list(zip(PUBLISHED, (83, 83, 91, 90, 90), (82, 82, 90, 89, 89), strict=True)),
+        ("dimensions", "narrowest", "by_curves"),
+        list(zip(PUBLISHED, (82, 82, 90, 89, 89), (72, 72, 80, 79, 79), strict=True)),
     )
-    def test_the_most_that_can_be_removed_from_published_models(self, dimensions, floors, multiples):
-        """With Q and K whole by the published floors and in multiples of 8; with Q and K pruned 90 % is no limit."""
-        for rank_multiple, most in ((1, floors), (8, multiples)):
-            found = select(dimensions, most, rank_multiple=rank_multiple).achieved_sparsity_percent
-            assert found == pytest.approx(most, abs=0.1)
-            with pytest.raises(InputError, match=r"largest possible target is|they can remove"):
-                select(dimensions, most + 1, rank_multiple=rank_multiple)
-        with pytest.raises(InputError, match=f"largest possible target is {floors} %"):
-            select(dimensions, 99)
+    def test_the_most_that_can_be_removed_from_published_models(self, dimensions, narrowest, by_curves):
+        """With Q and K whole, in multiples of 8; with Q and K pruned 90 % is no limit to scores."""
+        selector = ImportancePreservingRankSelector(dimensions)
+        found = select(dimensions, narrowest).achieved_sparsity_percent
+        assert found == pytest.approx(narrowest, abs=0.1)
+        for is_by_curves, largest in ((False, narrowest), (True, by_curves)):
+            selector.check_target(1 - largest / 100, is_by_curves)
+            with pytest.raises(InputError, match=f"largest possible target is {largest} %; more with Q and K pruned"):
+                selector.check_target(1 - (largest + 1) / 100, is_by_curves)
         assert select(dimensions, 90, prune_qk=True).achieved_sparsity_percent == pytest.approx(90, abs=0.1)
+
+    @given(model_dimensions(), st.sampled_from([1, 2, 8]), st.booleans(), st.integers(0, 99))
+    def test_what_is_not_refused_before_scoring_is_met_by_any_scores(self, dimensions, multiple, prune_qk, seed):
+        """The largest target that is named is removed, and floors that would remove less are not taken."""
+        options = {"rank_multiple": min(multiple, dimensions.head_dim), "prune_qk": prune_qk}
+        with pytest.raises(InputError, match="impossible") as refused:
+            select(dimensions, 100, seed, **options)
+        largest = int(re.search(r"largest possible target is (\d+) %", str(refused.value))[1])
+        allocation = select(dimensions, largest, seed, **options)
+        removed = largest / 100 * allocation.parameters_before
+        missing = removed - (allocation.parameters_before - counted_parameters(allocation))
+        assert missing <= allowed_error(dimensions, removed, allocation.rank_multiple) + 1e-6
 
 
 class TestPublishedFloors:
@@ -271,8 +284,8 @@ class TestRoundedRanks:
                 best = min(best, abs(pruned - asked - ranks * rank_cost - clamped * width_cost))
         return best - allowed_error(dimensions, asked, multiple)
 
-    def test_an_unreachable_target_names_the_reachable_ones(self):
-        with pytest.raises(InputError, match=r"steps of 8 .* cannot remove 71 % .* can remove .* to 69\.\d %"):
+    def test_an_unreachable_target_names_the_largest(self):
+        with pytest.raises(InputError, match=r"removing 71 % .* largest possible target is 70 %"):
             select(TINY, 71, rank_multiple=8)
         assert select(TINY, 69, rank_multiple=8).achieved_sparsity_percent == pytest.approx(69, abs=0.2)
         whole = select(TINY, 0, rank_multiple=8)

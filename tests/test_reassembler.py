@@ -7,7 +7,7 @@ import pytest
 from torch import nn
 
 from conftest import assert_same_weights, tiny_model
-from flatllmcore import FlatLLMConfig, FlatLLMReassembler, InputError, apply_flat_llm
+from flatllmcore import FlatLLMConfig, FlatLLMPruner, FlatLLMReassembler, InputError, apply_flat_llm
 from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector
 from flatllmcore.reassembler import StandaloneReassembler
 from flatllmcore.utils.layer_utils import dimensions_from_config
@@ -79,11 +79,46 @@ def test_scores_and_targets_that_give_no_ranks_are_refused(scores, target, messa
         FlatLLMReassembler.allocate_ranks(scores, target_sparsity=target)
 
 
-def test_scores_computed_apart_lead_to_the_same_ranks(model, expected):
+@pytest.mark.parametrize("given", ["importance_scores", "rank_allocation"])
+def test_scores_or_ranks_computed_apart_lead_to_the_same_model(model, expected, given, monkeypatch):
     scores = FlatLLMReassembler.compute_importance_scores(model, TOKENIZER, config=CONFIG)
     allocation = ImportancePreservingRankSelector(dimensions_from_config(model.config)).allocate(scores, 0.6)
-    ranks = [layer.self_attn.value_head_dim for layer in expected.model.layers]
-    assert [layer.value_rank for layer in allocation.layers] == ranks
+    monkeypatch.setattr("flatllmcore.pipeline.layer_importance", None)  # nothing is scored again
+    options = {"importance_scores": {given: scores}, "rank_allocation": {given: allocation, "target_sparsity": 1.0}}
+    FlatLLMReassembler.reassemble(model, TOKENIZER, CONFIG, **options[given])
+    assert_same_weights(model.state_dict(), expected.state_dict())
+
+
+def test_shares_of_scores_alone_can_be_given(model):
+    """Oracle: the floors of the shares."""
+    keep = FlatLLMReassembler.allocate_ranks([0.3, 0.1], target_sparsity=0.4)
+    assert str(keep) == "[0.9, 0.3]"
+    pruner = FlatLLMPruner(model, TOKENIZER, CONFIG, rank_allocation=keep)
+    pruner.prune_model()
+    assert [layer.self_attn.value_head_dim for layer in model.model.layers] == [10, 3]
+    stats = pruner.get_compression_stats()
+    assert stats["target_sparsity"] == pytest.approx(stats["sparsity"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"importance_scores": [0.1] * 3}, "'scores' has 3 entries; the model has 2 layers"),
+        ({"rank_allocation": [0.5] * 3}, "'layers' has 3 entries; the model has 2 layers"),
+        ({"rank_allocation": [0.5, 1.5]}, "'keep' of layer 1 is 1.5; accepted: more than 0, at most 1"),
+        (
+            {
+                "rank_allocation": ImportancePreservingRankSelector(
+                    dimensions_from_config(tiny_model(intermediate_size=48).config)
+                ).floored([0.5, 0.5])
+            },
+            "the ranks belong to another model: intermediate_size 48, not 56",
+        ),
+    ],
+)
+def test_scores_and_ranks_of_another_model_are_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        FlatLLMReassembler.reassemble(tiny_model(), TOKENIZER, CONFIG, **options)
 
 
 def test_a_model_on_two_devices_is_refused(model):

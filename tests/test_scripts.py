@@ -7,6 +7,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
+import compute_rank
 from conftest import tiny_model
 from flatllmbench.report import MODELS, TABLE_1
 from flatllmbench.zero_shot import PAPER_TASKS
@@ -129,14 +131,14 @@ def test_the_published_settings_are_the_defaults(commands, script, tmp_path):
     model, percents = PUBLISHED[script], ["10", "20", "30", "40", "50"]
     for command in (scoring, compressing):
         settings = [value_of(flag, command) for flag in ("--model", "--dataset", "--seqlen", "--seed", "--save")]
-        assert settings == [model, "wikitext2", "4096", "42", f"results/records/{Path(model).name}"]
+        assert settings == [model, "wikitext2", "4096", "42", f"out/records/{Path(model).name}"]
     assert [value_of("--prune_method", command) for command in (scoring, compressing)] == ["bi", "flatllm"]
     assert [value_of("--nsamples", command) for command in (scoring, compressing)] == ["128", "256"]
     floors = ["--rank_multiple", "1"]
     assert ranking == ["compute_rank.py", "--bi_score", str(tmp_path), "--sparsity_ratio", *percents, *floors]
     assert values_of("--sparsity_ratio", compressing) == percents
-    assert value_of("--save_model", compressing) == f"results/{Path(model).name}"
-    assert reporting == ["-m", "flatllmbench.report", "results/records", "--out", "results"]
+    assert value_of("--save_model", compressing) == f"out/{Path(model).name}"
+    assert reporting == ["-m", "flatllmbench.report", "out/records", "--out", "out"]
 
 
 @pytest.mark.parametrize("script", PUBLISHED)
@@ -149,8 +151,31 @@ def test_the_header_states_the_perplexities_to_expect(script):
 
 def test_llama_bi_scores_llama_2_7b_by_default(commands):
     (scoring,) = commands("llama_bi.sh")
-    found = [value_of(flag, scoring) for flag in ("--model", "--bi_score", "--nsamples")]
-    assert found == ["meta-llama/Llama-2-7b-hf", "ranks/Llama-2-7b-hf", "128"]
+    found = [value_of(flag, scoring) for flag in ("--model", "--bi_score", "--save", "--nsamples")]
+    assert found == ["meta-llama/Llama-2-7b-hf", "ranks/Llama-2-7b-hf", "out/records/Llama-2-7b-hf", "128"]
+
+
+@pytest.mark.parametrize("places", [{}, {"OUT": "o"}, {"BI_SCORE": "s"}, {"OUT": "o", "BI_SCORE": "s"}], ids=str)
+def test_what_the_first_step_writes_the_third_looks_for(commands, places):
+    """Both take one set of variables; step 3 alone does all."""
+    (first,) = commands("llama_bi.sh", MODEL="hub/m", **places)
+    scoring, ranking, compressing, _ = commands("compress.sh", MODEL="hub/m", **places)
+    assert [value_of("--model", call) for call in (first, scoring, compressing)] == ["hub/m"] * 3
+    assert {value_of("--bi_score", call) for call in (scoring, ranking, compressing)} == {value_of("--bi_score", first)}
+    assert value_of("--save", first) == value_of("--save", compressing)
+
+
+def test_one_folder_of_scores_for_several_models_is_refused():
+    done = shell("llama_bi.sh", MODELS="a b", BI_SCORE="s")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: BI_SCORE is the folder of one model, and MODELS names 2; leave one out\n"
+
+
+def test_runs_write_where_git_does_not_look(commands):
+    flags = ("--bi_score", "--save", "--save_model", "--out")
+    written = {value_of(flag, call) for call in commands("llama_7b.sh") for flag in flags if flag in call}
+    ignored = (ROOT / ".gitignore").read_text().splitlines()
+    assert {f"/{place.partition('/')[0]}/" for place in written} <= set(ignored)
 
 
 def test_processes_are_started_by_accelerate(commands, tmp_path):
@@ -187,11 +212,12 @@ def test_variables_and_arguments_reach_the_programs(commands, script, models, va
 
 
 def test_what_changes_the_ranks_reaches_the_ranks_and_the_compression(commands, tmp_path):
-    """Scores that exist are not made again."""
-    (tmp_path / "importance.json").write_text("{}")
-    variables = {"MODEL": "m", "RATIOS": "30", "BI_SCORE": tmp_path, "PRUNE_QK": "1", "RANK_MULTIPLE": "4"}
+    """Scores and ranks that exist are not made again."""
+    for name in ("importance.json", "ranks_20.json"):
+        (tmp_path / name).write_text("{}")
+    variables = {"MODEL": "m", "RATIOS": "20 30", "BI_SCORE": tmp_path, "PRUNE_QK": "1", "RANK_MULTIPLE": "4"}
     ranking, compressing, _ = commands("compress.sh", "--batch_size", "3", **variables)
-    assert ranking[0] == "compute_rank.py"
+    assert (ranking[0], values_of("--sparsity_ratio", ranking)) == ("compute_rank.py", ["30"])
     assert (value_of("--rank_multiple", ranking), ranking[-1]) == ("4", "--prune_qk")
     assert "--prune_qk" in compressing
     assert compressing[-2:] == ["--batch_size", "3"]
@@ -223,6 +249,19 @@ def test_a_script_without_its_model_says_so(script, tmp_path):
     assert re.search(r"MODEL: is not set|name a local folder or a hub id|name the dense model", done.stderr)
 
 
+def test_a_script_without_an_environment_says_in_one_line_what_to_do(tmp_path):
+    """In a copy of the scripts beside no environment, with a python3 that has nothing installed."""
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    (tmp_path / "python3").write_text(f'#!/bin/sh\nexec {sys.executable} -I -S "$@"\n')
+    (tmp_path / "python3").chmod(0o755)
+    command, path = ["bash", tmp_path / "scripts" / "llama_bi.sh"], f"{tmp_path}:{os.environ['PATH']}"
+    done = subprocess.run(command, env={"PATH": path}, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith(
+        "error: python3 has no flatllmcore; run scripts/demo.sh, or install as INSTALL.md says"
+    )
+
+
 def test_a_failing_step_ends_the_script(tmp_path):
     done = shell("compress.sh", MODEL=tmp_path / "none", PYTHON="false", RATIOS="30", BI_SCORE=tmp_path)
     assert done.returncode == 1
@@ -234,9 +273,26 @@ def test_llama_bi_leaves_scores_for_every_model_with_the_record_beside(performed
     settings = {"DATASET": text, "SEQLEN": "32", "BI_NSAMPLES": "4", "OUT": tmp_path, "DEVICE": "cpu"}
     run("llama_bi.sh", MODELS=tiny[0], **settings)
     performed("llama_bi.sh", MODELS=f"{tiny[0]} {tiny[1]}", **settings)
-    for folder in (tmp_path / model.name for model in tiny):
-        assert len(json.loads((folder / "importance.json").read_text())["scores"]) == 2
-        assert json.loads((folder / f"{folder.name}_bi.json").read_text())["request"]["nsamples"] == 4
+    for name in (model.name for model in tiny):
+        assert len(json.loads((tmp_path / "ranks" / name / "importance.json").read_text())["scores"]) == 2
+        record = json.loads((tmp_path / "records" / name / f"{name}_bi.json").read_text())
+        assert record["request"]["nsamples"] == 4
+
+
+def test_the_three_steps_of_the_document_meet(performed, tiny, text, tmp_path):
+    """Step by step as in the document; nothing that an earlier step has left is written again."""
+    settings = {"MODEL": tiny[0], "DATASET": text, "OUT": tmp_path, "SEQLEN": "32", "DEVICE": "cpu"}
+    performed("llama_bi.sh", BI_NSAMPLES="4", **settings)
+    assert (
+        compute_rank.main(["--bi_score", str(tmp_path / "ranks"), "--sparsity_ratio", "20", "--rank_multiple", "2"])
+        == 0
+    )
+    left = {path: path.stat().st_mtime_ns for path in (tmp_path / "ranks").rglob("*")}
+    performed("llama_7b.sh", NSAMPLES="4", RATIOS="20", **settings)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "ranks").rglob("*")} == left
+    record = json.loads((tmp_path / "records/tiny-llama/tiny-llama_flatllm_20.json").read_text())
+    assert record["rank_multiple"] == 2
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "tiny-llama-20").num_parameters() > 0
 
 
 def test_each_experiment_compresses_the_model_of_its_variables(performed, tiny, text, tmp_path):
@@ -286,7 +342,7 @@ def test_smollm2_makes_records_a_report_and_a_chat_of_a_gguf_and_does_nothing_tw
         assert json.loads((model / "config.json").read_text())["rounded_to"] == "4 bits (Q4_1)"
         assert (model / "generation_config.json").exists()
     again = [call[call[0] == "-m"] for call in commands("smollm2.sh", LIMIT="2", **settings)]
-    assert again == ["compute_rank.py", "flatllmbench.report", "scripts/generate.py", "flatllmbench.report"]
+    assert again == ["flatllmbench.report", "scripts/generate.py", "flatllmbench.report"]
 
 
 @pytest.mark.index

@@ -104,15 +104,17 @@ class Options(RunConfig):
                 raise InputError(f"--{flag} is about tasks of the evaluation harness; give --eval_zero_shot too")
         check_include_path(self.include_path)
         place = self.score_place
-        is_file = place.is_file() or place.suffix in (".json", ".pt")
+        is_kind_for_scores = place.suffix != ".pt" and not place.match("ranks_*.json")
+        if not (is_kind_for_scores or place.is_file()):
+            raise InputError(
+                f"--bi_score {place} does not exist; give a file that does, a folder, or a .json for scores"
+            )
         if self.prune_method == "bi":
-            if is_file:
-                raise InputError(f"--bi_score {place} is a file; scores are written to a folder, as {IMPORTANCE_FILE}")
-            if (place / IMPORTANCE_FILE).exists() and not self.overwrite:
-                raise InputError(f"{place / IMPORTANCE_FILE} exists; give --overwrite, or another --bi_score")
+            if place.is_file() and not (is_kind_for_scores and place == self.score_file):
+                raise InputError(f"--bi_score {place} is a file; scores are written to a folder, or to a .json of them")
+            if self.score_file.exists() and not self.overwrite:
+                raise InputError(f"{self.score_file} exists; give --overwrite, or another --bi_score")
             return
-        if is_file and not place.is_file():
-            raise InputError(f"--bi_score {place} does not exist; give an existing file, or a folder")
         for name in [] if self.eval_dataset else self.eval_texts:
             if not has_test_split(name, self.dataset_root):
                 raise InputError(f"{name} has no test split to measure perplexity on; name an --eval_dataset")

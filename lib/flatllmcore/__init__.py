@@ -7,6 +7,7 @@ subclass of FedCore's ``Reassembler`` where FedCore can be imported.
 
 from typing import Any
 
+from . import _versions  # noqa: F401 (first: it says which transformers is needed)
 from .api import FlatLLMPruner, apply_flat_llm, compute_layer_importance
 from .config import FlatLLMConfig
 from .core.rank_allocation import ImportancePreservingRankSelector

@@ -65,13 +65,16 @@ class AbsorptionCompressor:
             layer_indices: Layers that are going to be compressed, as FedCore says beforehand.
             calibration_input_ids: Token ids, int64, (N, S), rows may be padded at either end.
             attention_mask: 0 for padding, (N, S). Without it, what the model's padding id (or where it has none,
-                the id that ends a text) fills at the ends of a row is padding.
+                the id that ends a text) fills at the ends of a row is padding, and so is what follows the first of
+                several ids that end a text at a row's end: tokenizers often pad by that id, whatever the model says.
 
         Raises:
             InputError: If the ids are unusable.
         """
         config = self.model.config
         rows = real_rows(calibration_input_ids, attention_mask, padding_ids_of(config))
+        if attention_mask is None and config.eos_token_id is not None:
+            rows = [_ended_once(row, torch.tensor(config.eos_token_id)) for row in rows]
         self._windows = windows_of_rows(rows, min(max(map(len, rows)), config.max_position_embeddings))
         check_token_ids(self._windows, config.vocab_size)
 
@@ -106,6 +109,12 @@ class AbsorptionCompressor:
 
     def _share(self, sparsity_ratio: float | None) -> float:
         return self.target_sparsity if sparsity_ratio is None else checked(_SHARE, sparsity_ratio, "sparsity_ratio")
+
+
+def _ended_once(row: Tensor, end_ids: Tensor) -> Tensor:
+    """Return a row of ids, (n,), without the ids that end a text behind the first of those at its end."""
+    others = torch.isin(row, end_ids, invert=True).nonzero()
+    return row[: int(others[-1]) + 2] if len(others) else row[:1]
 
 
 class ActivationCollector:

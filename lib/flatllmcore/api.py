@@ -1,6 +1,6 @@
 """The method on a model in memory, in place: the names of the library's user document."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any
@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import FlatLLMConfig
 from .core.importance import LayerImportance
+from .core.rank_allocation import RankAllocation
 from .engine.memory import ModelInMemory
 from .errors import InputError
 from .pipeline import Pipeline
@@ -25,6 +26,9 @@ class FlatLLMPruner:
             Weights keep their device and dtype; a ``device_map`` over several devices is fine, offloading is not.
         tokenizer: The model's; not needed where ``cal_dataset`` holds token ids.
         config: What is asked; the defaults for ``None``.
+        importance_scores: Of every layer, computed before; measured when they are needed for ``None``.
+        rank_allocation: What layers keep, whatever ``target_sparsity`` says: of
+            :meth:`ImportancePreservingRankSelector.allocate`, or shares of :meth:`FlatLLMReassembler.allocate_ranks`.
         **fields: Fields of :class:`FlatLLMConfig` that take precedence over ``config``.
 
     Raises:
@@ -36,12 +40,16 @@ class FlatLLMPruner:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase | None = None,
         config: FlatLLMConfig | None = None,
+        *,
+        importance_scores: Sequence[float] | None = None,
+        rank_allocation: RankAllocation | Sequence[float] | None = None,
         **fields: Any,
     ) -> None:
         self.config = replace(config, **fields) if config else FlatLLMConfig(**fields)
         check_causal_lm(model)
         self.model, self.device = model, device_for(model, self.config.device)
         self._pipeline = Pipeline(model.config, self.config, tokenizer)
+        self._scores, self._ranks = importance_scores, rank_allocation
         self._stats: dict[str, Any] | None = None
 
     def compute_importance_scores(self) -> list[float]:
@@ -58,19 +66,15 @@ class FlatLLMPruner:
                 target is named), the calibration data are unusable, or a layer's activations are not finite.
         """
         check_is_dense(self.model.config)  # a second call finds the model compressed
-        pipeline = self._pipeline
-        keep_ratio = self.config.keep_ratio
-        pipeline.announce_target(keep_ratio)
-        before = count_parameters(self.model)
-        found = self._importance()
-        allocation = pipeline.allocate(keep_ratio, found.scores, found.curves)
+        pipeline, before = self._pipeline, count_parameters(self.model)
+        allocation = self._allocation()
         with in_memory(self.model, self.device) as source:
             flat_config, layers = pipeline.compress(source, source, pipeline.windows_to_compress(), allocation)
             source.adopt(flat_config)
         after = count_parameters(self.model)
         remaining = after["decoder_linear"] / before["decoder_linear"]
         self._stats = {
-            "target_sparsity": self.config.target_sparsity,
+            "target_sparsity": allocation.sparsity_ratio / 100,
             "sparsity": 1 - remaining,
             "compression_ratio": 1 / remaining,
             "parameters_before": before,
@@ -89,6 +93,16 @@ class FlatLLMPruner:
         if self._stats is None:
             raise RuntimeError("there are no statistics before prune_model() has been called")
         return self._stats
+
+    def _allocation(self) -> RankAllocation:
+        pipeline, ranks = self._pipeline, self._ranks
+        if ranks is not None:
+            allocation = ranks if isinstance(ranks, RankAllocation) else pipeline.selector.floored(list(ranks))
+            allocation.check_matches(pipeline.selector.dimensions)
+            return allocation
+        pipeline.announce_target(self.config.keep_ratio)
+        found = self._importance() if self._scores is None else LayerImportance(tuple(self._scores), 0)
+        return pipeline.allocate(self.config.keep_ratio, found.scores, found.curves)
 
     def _importance(self) -> LayerImportance:
         with in_memory(self.model, self.device) as source:

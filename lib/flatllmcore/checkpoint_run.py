@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from .config import RunConfig
-from .core.importance import IMPORTANCE_FILE, ImportanceScores
+from .core.importance import ImportanceScores
 from .core.rank_allocation import RankAllocation
 from .core.rank_files import find_ranks, ranks_file, save_ranks
 from .engine.checkpoint_sink import CheckpointSink, read_manifest
@@ -89,7 +89,7 @@ class CheckpointRun:
     def score(self) -> ImportanceScores:
         """Return the importance of every layer, with what it takes to compute it again; written to its place."""
         config = self.config
-        broadcast_object(lambda: check_writable(config.score_place))
+        broadcast_object(lambda: check_writable(config.score_file.parent))
         windows = self.pipeline.windows_to_score()
         found = self.pipeline.score(self.source, windows)
         scores = ImportanceScores(
@@ -107,8 +107,8 @@ class CheckpointRun:
             versions=self.provenance["versions"],
         )
         if is_rank_0():
-            write_json(config.score_place / IMPORTANCE_FILE, scores)
-        logger.info("importance scores are in %s", config.score_place / IMPORTANCE_FILE)
+            write_json(config.score_file, scores)
+        logger.info("importance scores are in %s", config.score_file)
         return scores
 
     def prepare(self, configs: Sequence[RunConfig], published: Sequence[RunConfig] = ()) -> list[Target]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, get_args
 
+from .core.importance import IMPORTANCE_FILE
 from .engine.importance import DAMAGE, IMPORTANCE_METHODS
 from .engine.protocols import Method
 from .errors import InputError
@@ -177,7 +178,9 @@ class RunConfig(FlatLLMConfig):
     )
     eval_nsamples: int | None = option(None, integer(1, MOST), "windows of each such text, from its beginning (all)")
     bi_score: Path | None = option(
-        None, PATH, "folder of importance.json and ranks_<percent>.json, or one such file (ranks/<model>)"
+        None,
+        PATH,
+        "folder of importance.json and ranks_<percent>.json, or one such file, saved or used (ranks/<model>)",
     )
     dtype: str = option(
         "auto",
@@ -202,6 +205,12 @@ class RunConfig(FlatLLMConfig):
     def score_place(self) -> Path:
         """Folder or file of scores and ranks."""
         return self.bi_score or Path("ranks") / model_name(self.model)
+
+    @property
+    def score_file(self) -> Path:
+        """File that scores are written to."""
+        place = self.score_place
+        return place if place.suffix == ".json" and not place.is_dir() else place / IMPORTANCE_FILE
 
     @property
     def eval_texts(self) -> list[str]:

@@ -22,6 +22,7 @@ from .engine.protocols import LayerRecord, LayerSink, LayerSource
 from .errors import InputError
 from .methods import METHODS
 from .utils import data_utils
+from .utils.devices import parse_device
 from .utils.layer_utils import dimensions_from_config
 from .utils.stopwatch import stage
 from .utils.text_sources import TextDataset, load_text
@@ -48,6 +49,7 @@ class Pipeline:
 
     def announce_target(self, keep_ratio: float) -> None:
         """Log what is going to stay; InputError if the model is compressed already, or has not so much to remove."""
+        self.selector.check_target(keep_ratio, self.config.importance_method == DAMAGE)
         logger.info(
             "%.2f %% of the decoder layers' linear weights stay, %.2f %% of the projections that are pruned",
             100 * keep_ratio,
@@ -125,4 +127,12 @@ class Pipeline:
                 windows = data_utils.sample_mixture(sample, texts, self.tokenizer, nsamples, seqlen, config.seed)
             data_utils.check_token_ids(windows, self.model_config.vocab_size)
         logger.info("calibration data: %s", data_utils.calibration_statistics(windows))
+        hours = 24 * windows.numel() * self.model_config.num_hidden_layers * self.model_config.hidden_size**2 / 3.6e14
+        if hours > 0.25 and parse_device(config.device).type == "cpu":
+            logger.warning(
+                "%d x %d tokens take a CPU about %.1f hours per pass through the model, at 1e11 operations/s; fewer by "
+                "cal_nsamples and seqlen (--nsamples, --seqlen); float32 is often faster than bfloat16",
+                *windows.shape,
+                hours,
+            )
         return windows

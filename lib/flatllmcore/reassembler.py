@@ -1,12 +1,13 @@
 """The library under the interface of FedCore's reassemblers, and as a subclass of theirs where FedCore is there.
 
-FedCore is imported with this module; ``import flatllmcore`` leaves it alone.
+FedCore is imported when ``FlatLLMReassembler`` is first asked for; ``import flatllmcore`` leaves it alone.
 """
 
 import importlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from types import new_class
 from typing import Any
 
 from torch import nn
@@ -51,14 +52,7 @@ class StandaloneReassembler:
             raise RuntimeError(f"the parameters are on several devices: {', '.join(sorted(devices))}")
 
 
-_Reassembler: Any = StandaloneReassembler
-try:
-    _Reassembler = importlib.import_module("fedcore.algorithm.low_rank.reassembly.core_reassemblers").Reassembler
-except Exception as error:  # FedCore's own imports raise more kinds than ImportError
-    logger.debug("FedCore is not used: %s: %s", type(error).__name__, error)
-
-
-class FlatLLMReassembler(_Reassembler):
+class FlatLLMMethods:
     """FLAT-LLM as a reassembler: no state, and so the same on the class and on an instance."""
 
     compute_importance_scores = staticmethod(compute_layer_importance)
@@ -66,7 +60,7 @@ class FlatLLMReassembler(_Reassembler):
 
     @classmethod
     def reassemble(
-        cls,
+        cls: Any,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase | None = None,
         config: FlatLLMConfig | None = None,
@@ -80,8 +74,8 @@ class FlatLLMReassembler(_Reassembler):
         Args:
             architecture: The family the model is expected to be of.
             additional_mapping: Module types to replace afterwards, as FedCore's reassemblers do.
-            **options: Those that are fields of :class:`FlatLLMConfig` take precedence over ``config``; the others
-                come from the framework's callers and are ignored, with a log line.
+            **options: Those of :class:`FlatLLMPruner`, fields of :class:`FlatLLMConfig` among them, take precedence
+                over ``config``; the others come from the framework's callers and are ignored, with a log line.
 
         Raises:
             InputError: If the model, an option or the text is unusable; the model is then as it was.
@@ -90,7 +84,7 @@ class FlatLLMReassembler(_Reassembler):
         check_architecture(model, architecture)
         if not is_spread_over_devices(model):
             cls._validate_device_consistency(model)
-        known = {field.name for field in fields(FlatLLMConfig)}
+        known = {"importance_scores", "rank_allocation", *(field.name for field in fields(FlatLLMConfig))}
         if ignored := sorted(options.keys() - known):
             logger.warning("ignored, since FLAT-LLM has no such option: %s", ", ".join(ignored))
         apply_flat_llm(model, tokenizer, config=config, **{name: options[name] for name in options.keys() & known})
@@ -100,15 +94,31 @@ class FlatLLMReassembler(_Reassembler):
 
     @classmethod
     def allocate_ranks(cls, importance_scores: Sequence[float], target_sparsity: float = 0.5) -> list[float]:
-        """Return the share of V, O and MLP that each layer keeps, in (0, 1], by Importance-Preserving Rank Selection.
+        """Return a list of shares in (0, 1], of six digits: what each layer is to keep of its V, O and MLP weights.
 
-        Scores alone do not say how large Q and K are, which stay whole and count in the total. The target is therefore
-        applied to the pruned projections: the mean share is ``1 - target_sparsity``, and less of the whole model is
-        removed. ``ImportancePreservingRankSelector`` makes ranks for a model of known sizes.
+        Importance-Preserving Rank Selection; ``reassemble`` takes it as ``rank_allocation``. Scores alone do not say
+        how large Q and K are, which stay whole and count in the total. The target is therefore applied to the pruned
+        projections: the mean share is ``1 - target_sparsity``, and less of the whole model is removed.
+        ``ImportancePreservingRankSelector`` makes ranks for a model of known sizes.
 
         Raises:
             InputError: If a score is not more than 0, or the target is outside [0, 1).
         """
         if not 0 <= target_sparsity < 1:
             raise InputError(f"target_sparsity is {target_sparsity}; accepted: 0 or more, less than 1")
-        return allocate_keep_ratios([float(score) for score in importance_scores], 1 - float(target_sparsity))
+        keep = allocate_keep_ratios([float(score) for score in importance_scores], 1 - float(target_sparsity))
+        return [float(f"{share:.6g}") for share in keep]
+
+
+def __getattr__(name: str) -> Any:
+    """Make ``FlatLLMReassembler`` when it is first asked for, which FedCore's file may do while it is imported here."""
+    if name != "FlatLLMReassembler":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    base: Any = StandaloneReassembler
+    try:
+        base = importlib.import_module("fedcore.algorithm.low_rank.reassembly.core_reassemblers").Reassembler
+    except Exception as error:  # FedCore's own imports raise more kinds than ImportError
+        logger.debug("FedCore is not used: %s: %s", type(error).__name__, error)
+    about = {"__doc__": FlatLLMMethods.__doc__, "__module__": __name__}
+    made = new_class(name, (FlatLLMMethods, base), {}, lambda members: members.update(about))
+    return globals().setdefault(name, made)

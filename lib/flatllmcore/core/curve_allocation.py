@@ -18,6 +18,10 @@ Curve: TypeAlias = list[tuple[float, float]]
 Curves: TypeAlias = dict[str, Curve]  # of one layer, by kind
 VALUES, MLP, PAIRS = "values", "mlp", "pairs"  # the kinds
 LEAST, MOST = 0.5, 1.5  # times the mean share, that a layer loses
+# Where curves are measured, as shares of a head's width that stay.
+VALUE_SHARES = (15 / 16, 7 / 8, 3 / 4, 5 / 8, 1 / 2, 3 / 8, 1 / 4)
+PAIR_SHARES = (7 / 8, 3 / 4, 5 / 8, 1 / 2)
+MLP_SHARE = 0.9  # of the channels, that the curve of the MLP removes
 
 
 @dataclass(frozen=True, order=True)
@@ -68,6 +72,15 @@ def ideals_by_curves(
     removed = (1 - keep_ratio) * dimensions.num_layers * dimensions.layer_parameters
     taken = removed_by_curves(curves, removed, dimensions.layer_parameters)
     return [_ideal(dimensions, of_layer, max(1, rank_step // 2)) for of_layer in taken]
+
+
+def largest_removal(dimensions: ModelDimensions, prune_qk: bool) -> int:
+    """Return as how many weights of a layer curves of damage go, where norms do not keep Q and K whole."""
+    directions = dimensions.head_dim - max(1, int(VALUE_SHARES[-1] * dimensions.head_dim))
+    if prune_qk:
+        directions += dimensions.head_dim - 2 * max(1, int(PAIR_SHARES[-1] * dimensions.head_dim / 2))
+    channels = round(MLP_SHARE * dimensions.intermediate_size)
+    return directions * dimensions.rank_parameters + channels * dimensions.width_parameters
 
 
 def check_curves(curves: Sequence[Curves], dimensions: ModelDimensions) -> None:

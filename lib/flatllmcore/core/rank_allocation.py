@@ -8,8 +8,8 @@ from typing import Any
 
 from ..errors import InputError
 from ..utils.dimensions import Kept, ModelDimensions, check_length
-from .curve_allocation import PAIRS, Curves, ideals_by_curves
-from .rank_rounding import Ideal, rounded_layers
+from .curve_allocation import PAIRS, Curves, ideals_by_curves, largest_removal
+from .rank_rounding import Ideal, allowed_error, rounded_layers, width_step_for
 
 _BINARY_ROUNDING = 1e-9  # 0.29 · 100 is 28.999999999999996 and means 29
 
@@ -39,6 +39,11 @@ class RankAllocation:
             for index, value in enumerate(self.per_layer(name)):
                 if value is not None and not 0 < value <= most:
                     raise InputError(f"{name!r} of layer {index} is {value}; accepted: more than 0, at most {most}")
+
+    def check_matches(self, dimensions: ModelDimensions) -> None:
+        """Refuse a model of other sizes."""
+        if differences := self.dimensions.differences_from(dimensions):
+            raise InputError(f"the ranks belong to another model: {differences}")
 
     def per_layer(self, name: str) -> list[Any]:
         """Return one of the sizes of :class:`Kept`, layer by layer."""
@@ -79,21 +84,30 @@ class ImportancePreservingRankSelector:
             raise InputError(f"rank multiple {self.rank_multiple} does not fit this model; accepted: 1 to {largest}")
 
     def prunable_keep_ratio(self, keep_ratio: float) -> float:
-        """Return the share of the pruned projections to keep so that ``keep_ratio`` of all projections stays.
-
-        An InputError names the largest target where less stays than what is not pruned.
-        """
+        """Return the share of the pruned projections to keep so that ``keep_ratio`` of all projections stays."""
         total = self.dimensions.layer_parameters
         fixed = 0 if self.prune_qk else self.dimensions.qk_parameters
-        ratio = (keep_ratio * total - fixed) / (total - fixed)
-        if ratio <= 0:
-            largest = math.ceil(100 * (total - fixed) / total) - 1
-            reason = "nothing would be left" if self.prune_qk else "Q and K stay whole"
+        return (keep_ratio * total - fixed) / (total - fixed)
+
+    def check_target(self, keep_ratio: float, is_by_curves: bool = False) -> None:
+        """Refuse, naming the largest target, what no scores or curves could give: layers keep one step of each size."""
+        sizes, multiple = self.dimensions, self.rank_multiple
+        smallest = sizes.kept(1.0, multiple, width_step_for(sizes, multiple), self.prune_qk)
+        removable = sizes.layer_parameters - sizes.parameters_of(smallest)
+        if is_by_curves:
+            removable = min(removable, largest_removal(sizes, self.prune_qk))
+
+        def is_possible(share: float) -> bool:
+            removed, most = (sizes.num_layers * of for of in (share * sizes.layer_parameters, removable))
+            return removed <= most + allowed_error(sizes, removed, multiple) and self.prunable_keep_ratio(1 - share) > 0
+
+        if not is_possible(1 - keep_ratio):
+            largest = max(percent for percent in range(100) if is_possible(percent / 100))
+            more = "" if self.prune_qk else "; more with Q and K pruned: --prune_qk, or preserve_qk_layers=False"
             raise InputError(
-                f"removing {100 * (1 - keep_ratio):g} % of this model is impossible because {reason}; "
-                f"the largest possible target is {largest} %"
+                f"removing {100 * (1 - keep_ratio):g} % of this model is impossible; "
+                f"the largest possible target is {largest} %{more}"
             )
-        return ratio
 
     def allocate(
         self, scores: Sequence[float], keep_ratio: float, curves: Sequence[Curves] | None = None
@@ -104,17 +118,19 @@ class ImportancePreservingRankSelector:
         is no such allocation.
         """
         check_length("scores", scores, self.dimensions.num_layers)
-        percent, of_prunable = round(100 * (1 - keep_ratio), 9), self.prunable_keep_ratio(keep_ratio)
+        self.check_target(keep_ratio, curves is not None)
+        percent = round(100 * (1 - keep_ratio), 9)
         if curves is not None:
             used = [{kind: curve for kind, curve in of.items() if self.prune_qk or kind != PAIRS} for of in curves]
             ideals = ideals_by_curves(self.dimensions, used, keep_ratio, self.rank_multiple)
             layers = tuple(rounded_layers(self.dimensions, ideals, keep_ratio, self.rank_multiple))
             return RankAllocation(percent, self.prune_qk, self.rank_multiple, self.dimensions, layers)
-        keep = allocate_keep_ratios(scores, of_prunable)
-        # Floors of narrow heads would miss the target where the factors of Q and K are no smaller than these: they stay
-        # whole then, and the other parts must make up for it.
-        if self.rank_multiple == 1 and not self.prune_qk:
-            return replace(self.floored(keep), sparsity_ratio=percent)
+        keep = allocate_keep_ratios(scores, self.prunable_keep_ratio(keep_ratio))
+        floors = self.floored(keep)
+        # Floors of narrow heads miss the target where they would be 0, or where the factors of Q and K are no smaller
+        # than these, which stay whole then: the other parts must make up for it.
+        if self.rank_multiple == 1 and not self.prune_qk and floors.sparsity_ratio >= percent:
+            return replace(floors, sparsity_ratio=percent)
         ideals = [
             Ideal(w * self.dimensions.head_dim, w, partial(self.dimensions.kept, w, prune_qk=self.prune_qk))
             for w in keep

@@ -107,8 +107,7 @@ def _ranks_of(
         scores.check_matches(selector.dimensions, fingerprint)
         return allocate(scores.scores, scores.curves, digest(path.read_bytes()))
     allocation, scores_file = read_ranks(path), path.with_name(IMPORTANCE_FILE)
-    if differences := allocation.dimensions.differences_from(selector.dimensions):
-        raise InputError(f"the ranks belong to another model: {differences}")
+    allocation.check_matches(selector.dimensions)
     if allocation.fingerprint is not None and allocation.fingerprint != fingerprint:
         other = differing_parts(allocation.fingerprint, fingerprint)
         raise InputError(f"the ranks belong to other {other}; score this model anew")

@@ -35,8 +35,7 @@ def rounded_layers(
     width_cost = width_step * dimensions.width_parameters
     total = dimensions.num_layers * dimensions.layer_parameters
     whole = (dimensions.num_layers - len(ideals)) * dimensions.layer_parameters
-    smallest_step = min(rank_step * dimensions.rank_parameters, width_cost)
-    tolerance = max(RELATIVE_TOLERANCE * (1 - keep_ratio) * total, smallest_step)
+    tolerance = allowed_error(dimensions, (1 - keep_ratio) * total, rank_step)
 
     def attention_costs(steps: Iterable[int]) -> list[int]:
         kept = (of.kept_with(n * rank_step, 0) for of, n in zip(ideals, steps, strict=True))
@@ -53,14 +52,16 @@ def rounded_layers(
             width_steps = largest_remainder(ideal_widths, width_total, most_widths)
             sizes = zip(ideals, rank_steps, width_steps, strict=True)
             return [of.kept_with(rank * rank_step, width * width_step) for of, rank, width in sizes]
-    least, most = (
-        100 * (1 - (whole + sum(attention_costs([ranks] * len(ideals))) + len(ideals) * widths * width_cost) / total)
-        for ranks, widths in ((most_ranks, most_widths), (1, 1))
-    )
     raise InputError(
-        f"ranks in steps of {rank_step} and MLP widths in steps of {width_step} cannot remove "
-        f"{100 * (1 - keep_ratio):g} % of this model; they can remove {least:.1f} to {most:.1f} %"
+        f"ranks in steps of {rank_step} and MLP widths in steps of {width_step} remove {100 * (1 - keep_ratio):g} % of "
+        "this model only roughly; give another target or smaller steps"
     )
+
+
+def allowed_error(dimensions: ModelDimensions, removed: float, rank_step: int) -> float:
+    """Return how many weights more or less than asked may be removed from a model: 0.1 %, or the smaller step."""
+    width_cost = width_step_for(dimensions, rank_step) * dimensions.width_parameters
+    return max(RELATIVE_TOLERANCE * removed, min(rank_step * dimensions.rank_parameters, width_cost))
 
 
 def width_step_for(dimensions: ModelDimensions, rank_step: int) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core.channel_obs import channels_by_damage
-from ..core.curve_allocation import MLP, PAIRS, VALUES, Curves
+from ..core.curve_allocation import MLP, MLP_SHARE, PAIR_SHARES, PAIRS, VALUE_SHARES, VALUES, Curves
 from ..core.moments import add_moment, inverse_length, mirror_lower_triangle
 from ..core.output_pca import lost_by_rank
 from ..core.rotary_pairs import pair_energies, without_pairs
@@ -23,10 +23,6 @@ from .walk import MIDDLE, Walk, forward_of
 
 QUERIES, KEYS = "self_attn.q_proj.output", "self_attn.k_proj.output"
 ATTENDED, CHANNELS = "self_attn.o_proj.input", "mlp.down_proj.input"
-# Where curves are measured, as shares of a head's width that stay.
-VALUE_SHARES = (15 / 16, 7 / 8, 3 / 4, 5 / 8, 1 / 2, 3 / 8, 1 / 4)
-PAIR_SHARES = (7 / 8, 3 / 4, 5 / 8, 1 / 2)
-MLP_SHARE = 0.9  # of the channels, that the curve of the MLP removes
 TRIED_TOKENS = 2048  # that fewer rotary pairs are tried on, whose damage has no closed form
 
 

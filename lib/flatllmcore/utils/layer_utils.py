@@ -79,9 +79,9 @@ def detect_architecture(model: nn.Module) -> str:
 
 
 def check_architecture(model: nn.Module, architecture: str | None) -> None:
-    """Refuse a model of another family than ``architecture``, if one is named."""
+    """Refuse a model of another family than ``architecture``, if one is named, in capitals or not."""
     found = detect_architecture(model)
-    if architecture not in (None, found):
+    if architecture is not None and architecture.lower() != found:
         raise InputError(f"the model is of the family {found!r}, not {architecture!r}")
 
 
