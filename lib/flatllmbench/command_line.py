@@ -26,6 +26,7 @@ from flatllmcore.utils.layer_utils import model_name
 from flatllmcore.utils.processes import is_rank_0, local_world_size
 from flatllmcore.utils.text_sources import has_test_split
 
+FOLDER = Accepted("a folder that is there", os.path.isdir, os.path.expanduser)
 TASK_NAMES = Accepted(
     "tasks of the evaluation harness, comma-separated",
     lambda value: isinstance(value, str | list),
@@ -64,7 +65,7 @@ class Options(RunConfig):
         None, integer(0), "examples before every question (the paper's; others as they are defined)"
     )
     limit: int | None = option(None, integer(1), "questions of every task, for a trial (all)")
-    include_path: Path | None = option(None, PATH, "folder with task definitions of your own")
+    include_path: str | None = option(None, FOLDER, "folder with task definitions of your own")
     eval_batch_size: int = option(8, integer(1), "questions run at a time")
 
     def __post_init__(self) -> None:
@@ -102,7 +103,6 @@ class Options(RunConfig):
         for flag in ("tasks", "num_fewshot", "limit", "include_path"):
             if getattr(self, flag) is not None and not self.eval_zero_shot:
                 raise InputError(f"--{flag} is about tasks of the evaluation harness; give --eval_zero_shot too")
-        check_include_path(self.include_path)
         place = self.score_place
         is_file = place.is_file() or place.suffix in (".json", ".pt")
         if self.prune_method == "bi":
@@ -192,12 +192,6 @@ def add_flags(parser: argparse.ArgumentParser, flags: Mapping[str, str]) -> None
 def read_flags(args: argparse.Namespace, flags: Mapping[str, str]) -> dict[str, Any]:
     """Return the values of flags that :func:`add_flags` added, checked, by field."""
     return {name: checked(ROWS[name], getattr(args, flag), f"--{flag}") for name, flag in flags.items()}
-
-
-def check_include_path(folder: Path | None) -> None:
-    """Refuse a folder of task definitions that is none."""
-    if folder is not None and not folder.is_dir():
-        raise InputError(f"--include_path {folder} is no folder; give one that holds task definitions")
 
 
 class LogFile(logging.FileHandler):

@@ -28,7 +28,7 @@ from flatllmcore.utils.devices import parse_device
 from flatllmcore.utils.loading import load_model, load_tokenizer
 from flatllmcore.utils.progress import bars_on_terminals_alone
 
-from .command_line import ROWS, add_flags, check_include_path, read_flags, run_program
+from .command_line import ROWS, add_flags, read_flags, run_program
 from .records import describe_model, hardware, keep_record
 
 # Examples before every question, and the metric that is reported.
@@ -43,7 +43,7 @@ logger = logging.getLogger("flatllmbench.zero_shot")  # also where this file is 
 def load_tasks(
     names: Sequence[str] | None = None,
     num_fewshot: int | None = None,
-    include_path: Path | None = None,
+    include_path: Path | str | None = None,
     dataset_root: Path | None = None,
 ) -> dict[str, Any]:
     """Return the harness's tasks, and its groups that have a score, with their data, by name; see the flags' help.
@@ -173,7 +173,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def keep_evaluation(args: argparse.Namespace, argv: Sequence[str] | None) -> None:
     """Evaluate the model and write the record, named by model and tasks so that a trial leaves others alone."""
     asked, args.model = read_flags(args, FLAGS), checked(ROWS["model"], args.model, "FOLDER")
-    check_include_path(asked["include_path"])
 
     def evaluate() -> dict[str, Any]:
         device, described = parse_device(asked["device"]), describe_model(args.model, asked["cache_dir"])

@@ -178,16 +178,10 @@ class CheckpointRun:
             written = CheckpointSource(complete, self.device, storage=self.source.storage)
             about["parameters_before"] = count_parameters(self.source.skeleton)
             about["parameters_after"] = count_parameters(written.skeleton)
-            measured = zip(self.dense_perplexities, self._perplexities("compressed", written), strict=True)
+            measured = self.test_windows.items(), self.dense_perplexities, self._perplexities("compressed", written)
             about["perplexity"] = [
-                {
-                    "dataset": name,
-                    "seqlen": windows.shape[1],
-                    "windows": len(windows),
-                    "dense": dense,
-                    "compressed": ours,
-                }
-                for (name, windows), (dense, ours) in zip(self.test_windows.items(), measured, strict=True)
+                {"dataset": name, "seqlen": of.shape[1], "windows": len(of), "dense": dense, "compressed": ours}
+                for (name, of), dense, ours in zip(*measured, strict=True)
             ]
             yield about | {"layers": [asdict(layer) for layer in layers]}, sink
 
@@ -267,7 +261,7 @@ class CheckpointRun:
     def _perplexities(self, which: str, source: CheckpointSource) -> list[float]:
         found = []
         for name, windows in self.test_windows.items():
-            found.append(perplexity(source, windows, self.pipeline.batch_size(windows)).value)
+            found.append(perplexity(source, windows, self.pipeline.batch_size(windows)))
             if not math.isfinite(found[-1]):
                 raise InputError(f"the {which} model's perplexity is {found[-1]} on {name}")
             logger.info("%s perplexity %.4f on %s, %d windows of %d tokens", which, found[-1], name, *windows.shape)
