@@ -100,10 +100,8 @@ class CheckpointRun:
             nsamples=len(windows),
             seqlen=self.pipeline.seqlen,
             seed=config.seed,
-            scores=found.scores,
             method=config.importance_method,
-            zero_rows=found.zero_rows,
-            curves=found.curves,
+            **vars(found),
             versions=self.provenance["versions"],
         )
         if is_rank_0():
@@ -153,12 +151,9 @@ class CheckpointRun:
     @contextmanager
     def output_folder(self, save_model: Path | None) -> Iterator[Path]:
         """Give the folder for a compressed model: the one asked for, or a temporary one, deleted at the end."""
-        if save_model is not None:
-            yield save_model
-            return
+        parent = self.config.offload_folder
         with ExitStack() as stack:
-            made = broadcast_object(lambda: stack.enter_context(temporary_folder(self.config.offload_folder)))
-            yield made / "model"
+            yield save_model or broadcast_object(lambda: stack.enter_context(temporary_folder(parent))) / "model"
 
     @contextmanager
     def compressed(self, target: Target, folder: Path) -> Iterator[tuple[dict[str, Any], CheckpointSink]]:

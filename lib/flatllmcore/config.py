@@ -101,10 +101,7 @@ class FlatLLMConfig:
     ``cal_dataset`` takes calibration text (a dataset's name, a file or folder, several of them in equal shares as
     ``"wikitext2+c4"``, a list of texts) or token ids (a tensor, rows of one, or an iterable of batches such as a
     ``datasets.Dataset`` or a ``DataLoader``). ``target_sparsity`` is the share **removed** of the decoder layers'
-    linear weights; Q and K count in the total even where they stay whole.
-
-    Raises:
-        InputError: Naming the field, what came and what is accepted.
+    linear weights; Q and K count in the total even where they stay whole. What is not accepted is an InputError.
     """
 
     target_sparsity: float = option(

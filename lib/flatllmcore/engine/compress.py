@@ -45,10 +45,8 @@ def compress_layers(
     costs one forward pass per step of the method and one compressed; one that the sink has from an earlier run costs
     the latter alone. The result depends on ``batch_size``, windows of ``windows``, (N, S), run at a time, only by
     rounding, and not on ``tolerance``, the share of eigenvalue mass that is monitored. Stages counted: ``read``,
-    ``forward``, ``moments``, ``reduce``, ``solves`` and ``write``.
-
-    Raises:
-        InputError: If a layer's activations are not finite, or a layer cannot be solved.
+    ``forward``, ``moments``, ``reduce``, ``solves`` and ``write``. InputError if a layer's activations are not finite,
+    or a layer cannot be solved.
     """
     method.check(allocation, windows.numel())
     flat_config = replacement.compressed_config(source.config, allocation.layers)

@@ -115,12 +115,10 @@ class LayerSource(Protocol):
     dtype: torch.dtype
     num_layers: int
     storage: StatesStorage
+    decoder: Any  # the model's, which knows what it passes to its layers; weights of those may be missing
 
     def embedding(self) -> AbstractContextManager[Callable[[Tensor], Tensor]]:
         """Lend the function from ids, (batch, S), to the hidden states that enter layer 0, (batch, S, D)."""
-
-    def layer_arguments(self, seqlen: int) -> list[dict[str, Any]]:
-        """Return, per layer, what the model passes to it beside the hidden states."""
 
     def layer(self, index: int) -> AbstractContextManager[DecoderModule]:
         """Lend decoder layer ``index``."""

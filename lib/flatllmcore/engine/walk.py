@@ -16,6 +16,7 @@ from ..utils.layer_utils import DecoderModule
 from ..utils.processes import own_share
 from ..utils.progress import progress
 from ..utils.stopwatch import stage
+from .memory import layer_arguments
 from .protocols import LayerSource
 
 HELD_OUT = 8  # every eighth window is one to check a fit with
@@ -33,7 +34,7 @@ class Walk:
         with source.embedding() as embed:
             for stored, ids in zip(self.states.split(batch_size), self.windows.split(batch_size), strict=True):
                 stored.copy_(embed(ids))
-        self._arguments = source.layer_arguments(windows.shape[1])
+        self._arguments = layer_arguments(source.decoder, windows.shape[1], source.device)
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the windows' hidden states in order, (batch, S, D), on the device, each with its place in storage."""

@@ -103,20 +103,16 @@ class FlatLLMStep:
                 bases = headwise_pca(sums[tap])[1][..., : self.kept.query_key_rank]  # (H or G, d, r)
                 weights |= {f"{name}.up": bases} | _heads_projected(layer.get_submodule(name), f"{name}.down", bases)
         if self.kept.mlp_width < self.dimensions.intermediate_size:
-            mirror_lower_triangle(sums[CHANNELS])
-            weights |= _compress_mlp(layer.mlp, sums[CHANNELS], self.kept.mlp_width, int(sums[TOKENS]))
+            moment, down = sums[CHANNELS], layer.mlp.down_proj.weight
+            mirror_lower_triangle(moment)
+            stay = select_channels(moment, self.kept.mlp_width)
+            jitter = few_tokens_jitter(int(sums[TOKENS]), len(moment))
+            weights["mlp.down_proj.weight"] = reconstruct_down_projection(down, moment, stay, jitter=jitter)
+            for name in ("mlp.gate_proj", "mlp.up_proj"):
+                weights |= {f"{name}.{of}": part[stay] for of, part in layer.get_submodule(name).named_parameters()}
         return Solution(weights, eigenvalues)
 
 
 def _heads_projected(projection: DecoderModule, name: str, bases: Tensor) -> dict[str, Tensor]:
     """Return a projection's weight, and its bias if it has one, in terms of ``bases``, as parts of ``name``."""
     return {f"{name}.{of}": project_heads(parameter, bases) for of, parameter in projection.named_parameters()}
-
-
-def _compress_mlp(mlp: DecoderModule, moment: Tensor, width: int, tokens: int) -> dict[str, Tensor]:
-    kept = select_channels(moment, width)
-    jitter = few_tokens_jitter(tokens, len(moment))
-    weights = {"mlp.down_proj.weight": reconstruct_down_projection(mlp.down_proj.weight, moment, kept, jitter=jitter)}
-    for name in ("gate_proj", "up_proj"):
-        weights |= {f"mlp.{name}.{of}": part[kept] for of, part in mlp.get_submodule(name).named_parameters()}
-    return weights
