@@ -257,8 +257,8 @@ def test_a_group_with_a_score_is_reported_as_one_and_others_by_their_tasks(tiny,
     ("fields", "reason"),
     [
         ({"doc_to_target": "{{nosuch.upper()}}"}, "UndefinedError: 'nosuch'"),
-        ({"dataset_kwargs": {"data_files": {"test": "nosuch.jsonl"}}}, "FileNotFoundError: "),
-        ({"num_fewshot": 20}, "ValueError: "),  # more examples than there are
+        ({"dataset_kwargs": {"data_files": {"test": "nosuch.jsonl"}}}, "Unable to find .*nosuch.jsonl"),
+        ({"num_fewshot": 20}, "Sample larger than population"),  # more examples than there are
     ],
 )
 def test_a_definition_that_does_not_work_is_refused_by_name(tmp_path, fields, reason):

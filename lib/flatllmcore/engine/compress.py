@@ -152,7 +152,7 @@ class _Loop:
     def _summed(self, index: int, layer: DecoderModule, step: Step) -> Sums:
         """Return the sums of a step over the windows of all processes."""
         sums = step.zeros(layer)
-        forward = forward_of(layer, step.part)
+        forward = forward_of(layer, "mlp") if step.part == "mlp" else layer  # as far as the last tap
         with tapped(layer, step.taps) as look:
             for states, beside in self._batches(step):
                 seen = look(partial(self.walk.run, forward, index, states))
