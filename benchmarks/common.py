@@ -182,7 +182,7 @@ def compressed(
 
 def perplexity(model: PreTrainedModel, windows: Tensor, device: torch.device, batch_size: int = 32) -> float:
     """Return the perplexity of a model on token windows."""
-    return measuring.perplexity(ModelInMemory(model, device), windows, batch_size).value
+    return measuring.perplexity(ModelInMemory(model, device), windows, batch_size)
 
 
 def write(args: argparse.Namespace, device: torch.device, found: dict) -> None:

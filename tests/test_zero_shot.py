@@ -142,8 +142,7 @@ def test_log_likelihoods_are_those_of_our_perplexity_in_float32(folder, dtype, e
     tokenizer, nll = load_tokenizer(folder), 0.0
     for text in PASSAGES[:6]:
         ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(text)["input_ids"]]])
-        found = perplexity(source, ids, 1)
-        nll += math.log(found.value) * found.predicted_tokens
+        nll += math.log(perplexity(source, ids, 1)) * (ids.numel() - 1)
     tasks = load_tasks(["pydocs_text"], include_path=LOCAL_TASKS)
     row = evaluate_saved(folder, tasks, CPU, 1, 6, dtype=dtype)["tasks"]["pydocs_text"]
     assert (row["metric"], row["stderr"], row["samples"]) == ("word_perplexity", None, 6)
@@ -258,8 +257,8 @@ def test_a_group_with_a_score_is_reported_as_one_and_others_by_their_tasks(tiny,
     ("fields", "reason"),
     [
         ({"doc_to_target": "{{nosuch.upper()}}"}, "UndefinedError: 'nosuch'"),
-        ({"dataset_kwargs": {"data_files": {"test": "nosuch.jsonl"}}}, "FileNotFoundError: "),
-        ({"num_fewshot": 20}, "ValueError: "),  # more examples than there are
+        ({"dataset_kwargs": {"data_files": {"test": "nosuch.jsonl"}}}, "Unable to find .*nosuch.jsonl"),
+        ({"num_fewshot": 20}, "Sample larger than population"),  # more examples than there are
     ],
 )
 def test_a_definition_that_does_not_work_is_refused_by_name(tmp_path, fields, reason):
@@ -334,7 +333,7 @@ def test_the_program_writes_a_record_and_the_results_to_the_log(folders, tmp_pat
         (("--tasks", "nosuch"), "task 'nosuch' cannot be set up"),
         (("--tasks", "piqa", "--include_path", "."), "task 'piqa' cannot be set up"),
         (("--limit", "0"), "--limit is 0; accepted: "),
-        (("--include_path", "nosuch"), "--include_path nosuch is no folder"),
+        (("--include_path", "nosuch"), "--include_path is 'nosuch'; accepted: a folder that is there"),
         (("--device", "cuda:99"), "device 'cuda:99' is not usable"),
     ],
 )
@@ -403,7 +402,7 @@ def test_main_evaluates_what_it_compressed_at_every_ratio(compress, tmp_path):
     ("argv", "reason"),
     [
         (("--eval_zero_shot", "--tasks", "nosuch"), "task 'nosuch' cannot be set up"),
-        (("--eval_zero_shot",), "task 'mmlu' cannot be set up (ConnectionError: Couldn't reach 'cais/mmlu'"),
+        (("--eval_zero_shot",), "task 'mmlu' cannot be set up (Couldn't reach 'cais/mmlu'"),
         (("--eval_zero_shot", "--dataset_root", "models"), "no copy of cais/mmlu in models/cais/mmlu)"),
         (("--tasks", "pydocs_text"), "give --eval_zero_shot too"),
     ],

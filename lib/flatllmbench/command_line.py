@@ -18,7 +18,7 @@ import transformers
 from flatllmcore.config import MOST, PATH, SWITCH, Accepted, RunConfig, checked, integer, one_of, option
 from flatllmcore.core.importance import IMPORTANCE_FILE
 from flatllmcore.core.rank_files import ranks_file
-from flatllmcore.errors import UNUSABLE_PLACE, InputError, door
+from flatllmcore.errors import UNUSABLE_PLACE, InputError
 from flatllmcore.methods import METHODS
 from flatllmcore.utils.checkpoint import check_output_folder, partial_folder
 from flatllmcore.utils.files import check_is_no_folder, check_writable
@@ -26,6 +26,7 @@ from flatllmcore.utils.layer_utils import model_name
 from flatllmcore.utils.processes import is_rank_0, local_world_size
 from flatllmcore.utils.text_sources import has_test_split
 
+FOLDER = Accepted("a folder that is there", os.path.isdir, os.path.expanduser)
 TASK_NAMES = Accepted(
     "tasks of the evaluation harness, comma-separated",
     lambda value: isinstance(value, str | list),
@@ -64,7 +65,7 @@ class Options(RunConfig):
         None, integer(0), "examples before every question (the paper's; others as they are defined)"
     )
     limit: int | None = option(None, integer(1), "questions of every task, for a trial (all)")
-    include_path: Path | None = option(None, PATH, "folder with task definitions of your own")
+    include_path: str | None = option(None, FOLDER, "folder with task definitions of your own")
     eval_batch_size: int = option(8, integer(1), "questions run at a time")
 
     def __post_init__(self) -> None:
@@ -92,17 +93,11 @@ class Options(RunConfig):
 
     def check(self) -> None:
         """Refuse what can be refused without looking at the model."""
-        for name, flag in FLAGS.items():
-            place = Path(self.model) if name == "model" else getattr(self, name)
-            if isinstance(place, Path):
-                with door(f"--{flag} {place} is no place", "give another one"):
-                    place.resolve()  # RuntimeError of a link to itself
         if self.device is not None and ":" in self.device and local_world_size() > 1:
             raise InputError(f"--device {self.device} is one GPU for several processes; with cuda each has its own")
         for flag in ("tasks", "num_fewshot", "limit", "include_path"):
             if getattr(self, flag) is not None and not self.eval_zero_shot:
                 raise InputError(f"--{flag} is about tasks of the evaluation harness; give --eval_zero_shot too")
-        check_include_path(self.include_path)
         place = self.score_place
         is_kind_for_scores = place.suffix != ".pt" and not place.match("ranks_*.json")
         if not (is_kind_for_scores or place.is_file()):
@@ -151,10 +146,7 @@ FLAGS = {name: _ALIASES.get(name, name) for name in _ORDER if name not in _WITHO
 
 def parse_options(argv: Sequence[str] | None, description: str) -> tuple[Options, dict[str, Any]]:
     """Return the options of ``main.py``, and the flags as they were given, as JSON takes them."""
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("main.py", description=description, formatter_class=layout)
-    add_flags(parser, FLAGS)
-    args = parser.parse_args(argv)
+    args = parser_with(FLAGS, "main.py", description).parse_args(argv)
     return Options(**read_flags(args, FLAGS)), as_given(args)
 
 
@@ -175,8 +167,10 @@ def command_line(argv: Sequence[str]) -> str:
     return shlex.join([*start, "main.py", *argv])
 
 
-def add_flags(parser: argparse.ArgumentParser, flags: Mapping[str, str]) -> None:
-    """Add flags to a parser: their names, without dashes, by the fields of :class:`Options` that they stand for."""
+def parser_with(flags: Mapping[str, str], program: str, description: str | None) -> argparse.ArgumentParser:
+    """Return a parser with flags: their names, without dashes, by the fields of :class:`Options` they stand for."""
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(program, description=description, formatter_class=layout)
     for name, flag in flags.items():
         row, accepted = ROWS[name], ROWS[name].metadata["accepted"]
         shown = "" if row.default in (None, False, MISSING) else f" (default: {row.default})"
@@ -189,17 +183,12 @@ def add_flags(parser: argparse.ArgumentParser, flags: Mapping[str, str]) -> None
         else:
             count = "+" if row.metadata["is_list"] else None
             parser.add_argument(f"--{flag}", nargs=count, type=accepted.convert, default=row.default, help=text)
+    return parser
 
 
 def read_flags(args: argparse.Namespace, flags: Mapping[str, str]) -> dict[str, Any]:
-    """Return the values of flags that :func:`add_flags` added, checked, by field."""
+    """Return the values of flags that :func:`parser_with` gave, checked, by field."""
     return {name: checked(ROWS[name], getattr(args, flag), f"--{flag}") for name, flag in flags.items()}
-
-
-def check_include_path(folder: Path | None) -> None:
-    """Refuse a folder of task definitions that is none."""
-    if folder is not None and not folder.is_dir():
-        raise InputError(f"--include_path {folder} is no folder; give one that holds task definitions")
 
 
 class LogFile(logging.FileHandler):

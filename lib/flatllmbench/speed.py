@@ -35,7 +35,7 @@ from flatllmcore.utils.layer_utils import count_parameters, dense_dimensions, di
 from flatllmcore.utils.loading import empty_causal_lm, load_config, load_model
 from flatllmcore.utils.progress import progress
 
-from .command_line import ROWS, add_flags, read_flags, run_program
+from .command_line import ROWS, parser_with, read_flags, run_program
 from .records import describe_config, flat, hardware, keep_record
 from .tables import measured_tables
 
@@ -68,8 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the arguments of the program, with the defaults of the protocol."""
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("python -m flatllmbench.speed", description=__doc__, formatter_class=layout)
+    parser = parser_with(FLAGS, "python -m flatllmbench.speed", __doc__)
     add = parser.add_argument
     add("models", nargs="*", metavar="MODEL", help="the dense model, then any number of compressed ones")
     add("--shape", metavar="MODEL", help="folder or hub id whose config to take, with random weights")
@@ -81,7 +80,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--new_tokens", type=_number, metavar="N", help="decoding steps (default: 32; slicegpt: 256)")
     add("--repeats", type=_number, default=7, metavar="N", help="timed runs (default: %(default)s)")
     add("--threads", type=int, choices=range(1, 1 + (os.cpu_count() or 1)), metavar="N", help="(default: one per core)")
-    add_flags(parser, FLAGS)
     args = parser.parse_args(argv)
     if bool(args.models) == bool(args.shape):
         parser.error("give a dense model and compressed ones, or --shape with a config to take, not both")

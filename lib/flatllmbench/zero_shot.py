@@ -28,7 +28,7 @@ from flatllmcore.utils.devices import parse_device
 from flatllmcore.utils.loading import load_model, load_tokenizer
 from flatllmcore.utils.progress import bars_on_terminals_alone
 
-from .command_line import ROWS, add_flags, check_include_path, read_flags, run_program
+from .command_line import ROWS, parser_with, read_flags, run_program
 from .records import describe_model, hardware, keep_record
 
 # Examples before every question, and the metric that is reported.
@@ -43,7 +43,7 @@ logger = logging.getLogger("flatllmbench.zero_shot")  # also where this file is 
 def load_tasks(
     names: Sequence[str] | None = None,
     num_fewshot: int | None = None,
-    include_path: Path | None = None,
+    include_path: Path | str | None = None,
     dataset_root: Path | None = None,
 ) -> dict[str, Any]:
     """Return the harness's tasks, and its groups that have a score, with their data, by name; see the flags' help.
@@ -59,20 +59,18 @@ def load_tasks(
     manager = TaskManager(include_path=include_path)
     chosen: dict[str, Any] = {}
     for name in PAPER_TASKS if names is None else dict.fromkeys(names):
-        try:
-            with bars_on_terminals_alone(), _local_data(dataset_root):
-                found = manager.load([name])
-                for task in found["tasks"].values():
-                    defined = task.get_config("num_fewshot")
-                    own = PAPER_TASKS[name][0] if name in PAPER_TASKS else defined or 0
-                    shots = own if num_fewshot is None else num_fewshot
-                    task.set_config("num_fewshot", 0 if defined == 0 else shots)  # defined with none keeps to that
-                    task.build_all_requests(limit=1, rank=0, world_size=1)
+        remedy = "give another, or mend its definition or data"  # its author's templates and code, and data of anywhere
+        with door(f"task {name!r} cannot be set up", remedy), bars_on_terminals_alone(), _local_data(dataset_root):
+            found = manager.load([name])
+            for task in found["tasks"].values():
+                defined = task.get_config("num_fewshot")
+                own = PAPER_TASKS[name][0] if name in PAPER_TASKS else defined or 0
+                shots = own if num_fewshot is None else num_fewshot
+                task.set_config("num_fewshot", 0 if defined == 0 else shots)  # defined with none keeps to that
+                task.build_all_requests(limit=1, rank=0, world_size=1)
             group = found["groups"].get(name)
             chosen |= {name: group} if group is not None and group.has_aggregation else found["tasks"]
             manager.load(list(chosen.values()))  # refuses a task that is in two of them
-        except Exception as error:  # a definition is its author's templates and code, and data come from anywhere
-            raise InputError(f"task {name!r} cannot be set up ({type(error).__name__}: {error})") from error
     return chosen
 
 
@@ -163,17 +161,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the arguments of the program."""
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("python -m flatllmbench.zero_shot", description=__doc__, formatter_class=layout)
+    parser = parser_with(FLAGS, "python -m flatllmbench.zero_shot", __doc__)
     parser.add_argument("model", metavar="FOLDER", help="dense or compressed model: folder, GGUF file or hub id")
-    add_flags(parser, FLAGS)
     return parser.parse_args(argv)
 
 
 def keep_evaluation(args: argparse.Namespace, argv: Sequence[str] | None) -> None:
     """Evaluate the model and write the record, named by model and tasks so that a trial leaves others alone."""
     asked, args.model = read_flags(args, FLAGS), checked(ROWS["model"], args.model, "FOLDER")
-    check_include_path(asked["include_path"])
 
     def evaluate() -> dict[str, Any]:
         device, described = parse_device(asked["device"]), describe_model(args.model, asked["cache_dir"])

@@ -100,10 +100,8 @@ class CheckpointRun:
             nsamples=len(windows),
             seqlen=self.pipeline.seqlen,
             seed=config.seed,
-            scores=found.scores,
             method=config.importance_method,
-            zero_rows=found.zero_rows,
-            curves=found.curves,
+            **vars(found),
             versions=self.provenance["versions"],
         )
         if is_rank_0():
@@ -153,12 +151,9 @@ class CheckpointRun:
     @contextmanager
     def output_folder(self, save_model: Path | None) -> Iterator[Path]:
         """Give the folder for a compressed model: the one asked for, or a temporary one, deleted at the end."""
-        if save_model is not None:
-            yield save_model
-            return
+        parent = self.config.offload_folder
         with ExitStack() as stack:
-            made = broadcast_object(lambda: stack.enter_context(temporary_folder(self.config.offload_folder)))
-            yield made / "model"
+            yield save_model or broadcast_object(lambda: stack.enter_context(temporary_folder(parent))) / "model"
 
     @contextmanager
     def compressed(self, target: Target, folder: Path) -> Iterator[tuple[dict[str, Any], CheckpointSink]]:
@@ -178,16 +173,10 @@ class CheckpointRun:
             written = CheckpointSource(complete, self.device, storage=self.source.storage)
             about["parameters_before"] = count_parameters(self.source.skeleton)
             about["parameters_after"] = count_parameters(written.skeleton)
-            measured = zip(self.dense_perplexities, self._perplexities("compressed", written), strict=True)
+            measured = self.test_windows.items(), self.dense_perplexities, self._perplexities("compressed", written)
             about["perplexity"] = [
-                {
-                    "dataset": name,
-                    "seqlen": windows.shape[1],
-                    "windows": len(windows),
-                    "dense": dense,
-                    "compressed": ours,
-                }
-                for (name, windows), (dense, ours) in zip(self.test_windows.items(), measured, strict=True)
+                {"dataset": name, "seqlen": of.shape[1], "windows": len(of), "dense": dense, "compressed": ours}
+                for (name, of), dense, ours in zip(*measured, strict=True)
             ]
             yield about | {"layers": [asdict(layer) for layer in layers]}, sink
 
@@ -267,7 +256,7 @@ class CheckpointRun:
     def _perplexities(self, which: str, source: CheckpointSource) -> list[float]:
         found = []
         for name, windows in self.test_windows.items():
-            found.append(perplexity(source, windows, self.pipeline.batch_size(windows)).value)
+            found.append(perplexity(source, windows, self.pipeline.batch_size(windows)))
             if not math.isfinite(found[-1]):
                 raise InputError(f"the {which} model's perplexity is {found[-1]} on {name}")
             logger.info("%s perplexity %.4f on %s, %d windows of %d tokens", which, found[-1], name, *windows.shape)

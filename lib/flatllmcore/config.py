@@ -5,6 +5,7 @@ checkpoint to checkpoint takes. Checks, the flags of ``main.py`` and the README'
 """
 
 import os
+import re
 from collections.abc import Callable, Collection, Sized
 from dataclasses import MISSING, Field, dataclass, field, fields
 from math import inf
@@ -15,11 +16,10 @@ from typing import Any, get_args
 
 from .core.importance import IMPORTANCE_FILE
 from .engine.importance import DAMAGE, IMPORTANCE_METHODS
-from .engine.protocols import Method
 from .errors import InputError
 from .methods import METHODS
 from .utils.data_utils import text_names
-from .utils.devices import DEVICE_NAMES, is_device_name
+from .utils.devices import DEVICE_NAMES
 from .utils.layer_utils import model_name
 
 MOST = 10**6  # windows: more than anybody means, and still a number of things that memory might take
@@ -64,6 +64,7 @@ SWITCH = Accepted("True or False", lambda value: isinstance(value, bool))
 # Shells leave the ~ of ``--flag=~/here``. pathlib would raise RuntimeError where there is no such user.
 PATH = Accepted(f"a path {_NAME}", _is_name, lambda value: Path(os.path.expanduser(value)))
 TEXT = Accepted(f"a name or path {_NAME}", lambda value: isinstance(value, str) and _is_name(value), os.path.expanduser)
+DEVICE = Accepted(DEVICE_NAMES, lambda name: isinstance(name, str) and bool(re.fullmatch("cpu|cuda(:[0-9]+)?", name)))
 DATA = Accepted(
     f"a dataset's name, a path {_NAME}, texts, token ids, or batches of them whose number is known",
     lambda data: _is_name(data) if isinstance(data, str | os.PathLike) else isinstance(data, Sized),
@@ -101,10 +102,7 @@ class FlatLLMConfig:
     ``cal_dataset`` takes calibration text (a dataset's name, a file or folder, several of them in equal shares as
     ``"wikitext2+c4"``, a list of texts) or token ids (a tensor, rows of one, or an iterable of batches such as a
     ``datasets.Dataset`` or a ``DataLoader``). ``target_sparsity`` is the share **removed** of the decoder layers'
-    linear weights; Q and K count in the total even where they stay whole.
-
-    Raises:
-        InputError: Naming the field, what came and what is accepted.
+    linear weights; Q and K count in the total even where they stay whole. What is not accepted is an InputError.
     """
 
     target_sparsity: float = option(
@@ -140,23 +138,18 @@ class FlatLLMConfig:
         "ranks and widths are multiples of this, at the exact target; 1 gives the published floors "
         "(8 if heads are 64 wide or more, else 1)",
     )
-    device: str | None = option(
-        None, Accepted(DEVICE_NAMES, is_device_name), f"{DEVICE_NAMES}: where layers run (the GPU if any)"
-    )
+    device: str | None = option(None, DEVICE, f"{DEVICE_NAMES}: where layers run (the GPU if any)")
     dataset_root: Path | None = option(None, PATH, "folder with copies of the named datasets and of the tasks' data")
     cache_dir: Path | None = option(None, PATH, "where hub downloads are kept (the hub's own cache)")
 
     def __post_init__(self) -> None:
         for row in fields(self):
             object.__setattr__(self, row.name, checked(row, getattr(self, row.name), row.name))
-        self._choose(METHODS[self.method])
-
-    def _choose(self, method: Method) -> None:
-        """Put what goes with a method in the place of what is not asked."""
+        own = METHODS[self.method].importance_method  # what goes with a method where nothing is asked
         if self.importance_method == "auto":
-            object.__setattr__(self, "importance_method", method.importance_method)
+            object.__setattr__(self, "importance_method", own)
         if self.preserve_qk_layers is None:
-            prunes_pairs = method.importance_method == self.importance_method == DAMAGE
+            prunes_pairs = own == self.importance_method == DAMAGE
             object.__setattr__(self, "preserve_qk_layers", not prunes_pairs)
 
     @property

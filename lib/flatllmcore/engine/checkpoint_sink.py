@@ -1,6 +1,7 @@
 """A folder as sink: each compressed layer goes to its final shard, and a run that was stopped goes on from there."""
 
 import logging
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -75,7 +76,7 @@ class CheckpointSink:
     """
 
     def __init__(self, folder: Path, num_layers: int, request: Mapping[str, Any], overwrite: bool = False) -> None:
-        self.folder = folder.resolve()  # a link stays one
+        self.folder = Path(os.path.realpath(folder))  # a link stays one
         self.partial = partial_folder(folder)
         self.num_layers, self.overwrite = num_layers, overwrite
         self.request = dict(request)

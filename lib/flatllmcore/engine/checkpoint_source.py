@@ -7,7 +7,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +16,6 @@ from ..layers.replacement import fill_parameters
 from ..utils.files import digest, to_json_bytes
 from ..utils.layer_utils import DecoderModule, stored_tensors
 from ..utils.loading import EMBEDDINGS, HEAD, open_checkpoint, tokenizer_digest
-from .memory import layer_arguments
 from .storage import StatesStorage
 
 LAYERS = "model.layers."  # as the model classes of all families name them
@@ -29,10 +27,7 @@ class CheckpointSource:
 
     Host memory holds one decoder layer (a second one while it is read ahead), or the embeddings, or the head; or, where
     ``is_kept``, all layers that have been read so far. Weights are cast to ``dtype`` as they are read; ``auto`` is the
-    checkpoint's own.
-
-    Raises:
-        InputError: If weights are missing, damaged or of other shapes than the config says.
+    checkpoint's own. InputError if they are missing, damaged or of other shapes than the config says.
     """
 
     def __init__(
@@ -51,10 +46,10 @@ class CheckpointSource:
         self.config = self.skeleton.config
         self._names = list(stored_tensors(self.skeleton))  # tied ones once
         self.dtype = self.config.dtype = stored if dtype == "auto" else getattr(torch, dtype)
-        self._decoder = self.skeleton.get_decoder()
-        self.num_layers = len(self._decoder.layers)
-        self._decoder.rotary_emb = type(self._decoder.rotary_emb)(config=self.config)  # computed, not read
-        fill_parameters(self._decoder.norm, {"weight": self._read("model.norm.weight")})
+        self.decoder = self.skeleton.get_decoder()
+        self.num_layers = len(self.decoder.layers)
+        self.decoder.rotary_emb = type(self.decoder.rotary_emb)(config=self.config)  # computed, not read
+        fill_parameters(self.decoder.norm, {"weight": self._read("model.norm.weight")})
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="layer-reader")
         self._layers: dict[int, Future[dict[str, Tensor]]] = {}  # read ahead, or kept
 
@@ -93,16 +88,12 @@ class CheckpointSource:
         weight = self._read(EMBEDDINGS).to(self.device)
         yield lambda ids: F.embedding(ids.to(self.device), weight)
 
-    def layer_arguments(self, seqlen: int) -> list[dict[str, Any]]:
-        """Return what the model passes to each layer."""
-        return layer_arguments(self._decoder, seqlen, self.device)
-
     @contextmanager
     def layer(self, index: int) -> Iterator[DecoderModule]:
         """Lend decoder layer ``index``, and begin to read the next."""
         weights = self._take(index)
         with torch.device("meta"):
-            layer = type(self._decoder.layers[index])(self.config, index)
+            layer = type(self.decoder.layers[index])(self.config, index)
         fill_parameters(layer, {name: weight.to(self.device, non_blocking=True) for name, weight in weights.items()})
         del weights  # on the device now, or the layer's own
         try:
@@ -116,7 +107,7 @@ class CheckpointSource:
     def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
         """Lend the function from hidden states to logits, its weight read for the block."""
         weight = self._read(HEAD if HEAD in self._names else EMBEDDINGS).to(self.device)
-        norm = copy.deepcopy(self._decoder.norm).to(self.device)
+        norm = copy.deepcopy(self.decoder.norm).to(self.device)
         with torch.no_grad():
             yield lambda states: F.linear(norm(states), weight)
 

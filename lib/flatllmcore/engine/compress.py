@@ -4,7 +4,6 @@ import copy
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -22,7 +21,7 @@ from ..utils.processes import all_reduce, broadcast
 from ..utils.progress import progress
 from ..utils.stopwatch import stage
 from .protocols import DENSE, HELD_OUT, STREAM, LayerRecord, LayerSink, LayerSource, Method, Solution, Step, Sums
-from .walk import Walk, check_finite, lent_layer, tapped, without_attention
+from .walk import Walk, check_finite, forward_of, lent_layer, tapped
 
 logger = logging.getLogger(__name__)
 
@@ -46,10 +45,8 @@ def compress_layers(
     costs one forward pass per step of the method and one compressed; one that the sink has from an earlier run costs
     the latter alone. The result depends on ``batch_size``, windows of ``windows``, (N, S), run at a time, only by
     rounding, and not on ``tolerance``, the share of eigenvalue mass that is monitored. Stages counted: ``read``,
-    ``forward``, ``moments``, ``reduce``, ``solves`` and ``write``.
-
-    Raises:
-        InputError: If a layer's activations are not finite, or a layer cannot be solved.
+    ``forward``, ``moments``, ``reduce``, ``solves`` and ``write``. InputError if a layer's activations are not finite,
+    or a layer cannot be solved.
     """
     method.check(allocation, windows.numel())
     flat_config = replacement.compressed_config(source.config, allocation.layers)
@@ -107,7 +104,8 @@ class _Loop:
     def _compressed(self, index: int, dense: DecoderModule) -> tuple[FlatDecoderLayer, Tensor | None]:
         """Return a compressed layer, behind which the hidden states are then, and the monitored eigenvalues."""
         steps = self.method.steps(self.allocation.dimensions, self.allocation.layers[index])
-        layer, eigenvalues = _shallow_copy(dense), None
+        layer, eigenvalues = copy.copy(dense), None
+        layer._modules = dict(dense._modules)  # so that parts of the copy can be replaced
         for part in PARTS if any(step.part for step in steps) else ("",):
             is_dense_ahead = False
             for step in (step for step in steps if step.part == part):
@@ -154,9 +152,10 @@ class _Loop:
     def _summed(self, index: int, layer: DecoderModule, step: Step) -> Sums:
         """Return the sums of a step over the windows of all processes."""
         sums = step.zeros(layer)
-        with without_attention(layer) if step.part == "mlp" else nullcontext(), tapped(layer, step.taps) as look:
+        forward = forward_of(layer, "mlp") if step.part == "mlp" else layer  # as far as the last tap
+        with tapped(layer, step.taps) as look:
             for states, beside in self._batches(step):
-                seen = look(partial(self.walk.run, layer, index, states))
+                seen = look(partial(self.walk.run, forward, index, states))
                 with stage("moments"):
                     step.add(layer, sums, {**seen, **beside})
         with stage("reduce"):
@@ -170,16 +169,7 @@ class _Loop:
         if step.target is None or self.dense_walk is None:
             yield from ((states, {}) for states, _ in self.walk.batches())
             return
-        held_out = self.walk.is_held_out.split(self.walk.batch_size)
-        for (states, _), (dense, _), is_held_out in zip(
-            self.walk.batches(), self.dense_walk.batches(), held_out, strict=False
-        ):
-            rows = is_held_out.repeat_interleave(states.shape[1])  # on the host: nothing waits for the device
+        batches = self.walk.batches(), self.dense_walk.batches(), self.walk.is_held_out.split(self.walk.batch_size)
+        for (states, _), (dense, _), is_held_out in zip(*batches, strict=False):
+            rows = is_held_out.repeat_interleave(states.shape[1])  # on the host, which need not wait for the device
             yield states, {STREAM: states.flatten(0, 1), DENSE: dense.flatten(0, 1), HELD_OUT: rows}
-
-
-def _shallow_copy(layer: DecoderModule) -> DecoderModule:
-    """Return a layer of the same parts, which can be replaced in it."""
-    copied = copy.copy(layer)
-    copied._modules = dict(layer._modules)
-    return copied

@@ -19,10 +19,12 @@ from ..utils.dimensions import Kept
 from ..utils.layer_utils import DecoderModule, dimensions_from_config
 from ..utils.processes import all_reduce, own_share
 from ..utils.stopwatch import stage
-from .walk import MIDDLE, Walk, forward_of
+from .protocols import zero_sums
+from .walk import Walk, forward_of
 
 QUERIES, KEYS = "self_attn.q_proj.output", "self_attn.k_proj.output"
 ATTENDED, CHANNELS = "self_attn.o_proj.input", "mlp.down_proj.input"
+MIDDLE = "post_attention_layernorm.input"  # the stream between attention and MLP
 TRIED_TOKENS = 2048  # that fewer rotary pairs are tried on, whose damage has no closed form
 
 
@@ -38,8 +40,7 @@ class LayerDamage:
         self._tried = walk.states[own_share(tried, walk.batch_size)]
         shapes = {ATTENDED: (sizes.num_heads * sizes.head_dim,) * 2, CHANNELS: (sizes.intermediate_size,) * 2}
         shapes |= {QUERIES: (sizes.num_heads, sizes.head_dim // 2), KEYS: (sizes.num_kv_heads, sizes.head_dim // 2)}
-        device = walk.source.device
-        self._sums = {tap: torch.zeros(shape, dtype=torch.float64, device=device) for tap, shape in shapes.items()}
+        self._sums = zero_sums(layer, shapes)
 
     def add(self, seen: Mapping[str, Tensor]) -> None:
         """Add a batch: what passed each tap, (tokens, width)."""
@@ -87,8 +88,8 @@ class LayerDamage:
         for states in self._tried.split(walk.batch_size) if len(self._tried) else ():
             streams = []
             for layer.self_attn in (changed, dense):
-                with forward_of(layer, "self_attn") as forward:
-                    streams.append(walk.run(forward, self.index, states.to(walk.source.device)).double())
+                forward = forward_of(layer, "self_attn")
+                streams.append(walk.run(forward, self.index, states.to(walk.source.device)).double())
             difference = (streams[0] - streams[1]).square().sum(-1) / streams[1].square().sum(-1)
             total += torch.stack([difference.sum(), torch.ones_like(difference).sum()])
         all_reduce(total)

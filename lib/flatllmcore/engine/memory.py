@@ -35,10 +35,6 @@ class ModelInMemory:
         embedding = self.model.get_input_embeddings()
         yield lambda ids: embedding(ids.to(embedding.weight.device)).to(self.device)
 
-    def layer_arguments(self, seqlen: int) -> list[dict[str, Any]]:
-        """Return what the model passes to each layer."""
-        return layer_arguments(self.decoder, seqlen, self.device)
-
     def layer(self, index: int) -> AbstractContextManager[DecoderModule]:
         """Lend decoder layer ``index``."""
         return _lent(self.decoder.layers[index], self.device)

@@ -1,7 +1,5 @@
 """Step 7 of the method: perplexity over non-overlapping windows, layer by layer."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -15,19 +13,9 @@ from .walk import Walk, lent_layer
 LOGIT_ROWS = 1024  # a vocabulary of 128,256 makes half a gigabyte of float32 of them
 
 
-@dataclass(frozen=True)
-class Perplexity:
-    """Perplexity and what it was measured on."""
-
-    value: float  # exp(Σ nll / predicted tokens)
-    windows: int
-    seqlen: int
-    predicted_tokens: int  # every one of a window but its first
-
-
 @torch.no_grad()
-def perplexity(source: LayerSource, windows: Tensor, batch_size: int) -> Perplexity:
-    """Return the perplexity of ``source``, dense or compressed, on token ids (N, S), predicted inside each window.
+def perplexity(source: LayerSource, windows: Tensor, batch_size: int) -> float:
+    """Return the perplexity of ``source``, dense or compressed, on token ids (N, S), each window's but its first.
 
     Losses are summed in float32 over 1024 of them, in float64 beyond; one too large for ``exp`` gives infinity.
     """
@@ -46,6 +34,4 @@ def perplexity(source: LayerSource, windows: Tensor, batch_size: int) -> Perplex
                     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
                     nll += cross_entropy(logits, target, reduction="sum")
         all_reduce(nll)
-    count, seqlen = windows.shape
-    predicted = count * (seqlen - 1)
-    return Perplexity((nll.cpu() / predicted).exp().item(), count, seqlen, predicted)
+    return (nll.cpu() / windows[:, 1:].numel()).exp().item()

@@ -24,6 +24,12 @@ Sums: TypeAlias = dict[str, Tensor]
 STREAM, DENSE, HELD_OUT = "stream", "dense", "held out"  # what a step with a target sees beside its taps
 
 
+def zero_sums(layer: DecoderModule, shapes: Mapping[str, tuple[int, ...]]) -> Sums:
+    """Return zeros of these shapes, float64, on the device of a layer."""
+    device = layer.mlp.down_proj.weight.device
+    return {name: torch.zeros(shape, dtype=torch.float64, device=device) for name, shape in shapes.items()}
+
+
 class Solution(NamedTuple):
     """New weights of a layer or of a part of it."""
 
@@ -80,8 +86,10 @@ class Method(Protocol):
     ) -> RankAllocation:
         """Return what each layer keeps, so that ``keep_ratio``, in (0, 1], of their linear weights stays.
 
-        There are curves of damage where ranks are to be allocated by them.
+        There are curves of damage where ranks are to be allocated by them; else it is Importance-Preserving Rank
+        Selection, unless a method has another.
         """
+        return selector.allocate(scores, keep_ratio, curves)
 
     def check(self, allocation: RankAllocation, tokens: int) -> None:
         """Refuse an allocation that the method has no way to; warn where calibration tokens are too few for it."""
@@ -107,12 +115,10 @@ class LayerSource(Protocol):
     dtype: torch.dtype
     num_layers: int
     storage: StatesStorage
+    decoder: Any  # the model's, which knows what it passes to its layers; weights of those may be missing
 
     def embedding(self) -> AbstractContextManager[Callable[[Tensor], Tensor]]:
         """Lend the function from ids, (batch, S), to the hidden states that enter layer 0, (batch, S, D)."""
-
-    def layer_arguments(self, seqlen: int) -> list[dict[str, Any]]:
-        """Return, per layer, what the model passes to it beside the hidden states."""
 
     def layer(self, index: int) -> AbstractContextManager[DecoderModule]:
         """Lend decoder layer ``index``."""

@@ -4,7 +4,7 @@ What is on the device is one layer and one batch, whatever the size of the model
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -16,9 +16,9 @@ from ..utils.layer_utils import DecoderModule
 from ..utils.processes import own_share
 from ..utils.progress import progress
 from ..utils.stopwatch import stage
+from .memory import layer_arguments
 from .protocols import LayerSource
 
-MIDDLE = "post_attention_layernorm.input"  # the stream between a layer's attention and its MLP
 HELD_OUT = 8  # every eighth window is one to check a fit with
 
 
@@ -34,7 +34,7 @@ class Walk:
         with source.embedding() as embed:
             for stored, ids in zip(self.states.split(batch_size), self.windows.split(batch_size), strict=True):
                 stored.copy_(embed(ids))
-        self._arguments = source.layer_arguments(windows.shape[1])
+        self._arguments = layer_arguments(source.decoder, windows.shape[1], source.device)
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the windows' hidden states in order, (batch, S, D), on the device, each with its place in storage."""
@@ -51,9 +51,8 @@ class Walk:
 
     def advance(self, layer: nn.Module, index: int, part: str = "") -> None:
         """Lead all hidden states through ``layer``, at place ``index`` in the model, or through a part of it."""
-        with forward_of(layer, part) as forward:
-            for states, stored in self.batches():
-                stored.copy_(self.run(forward, index, states))
+        for states, stored in self.batches():
+            stored.copy_(self.run(forward_of(layer, part), index, states))
 
 
 @contextmanager
@@ -105,30 +104,10 @@ def tapped(layer: nn.Module, taps: Sequence[str]) -> Iterator[Callable[[Callable
         yield run
 
 
-@contextmanager
-def forward_of(layer: DecoderModule, part: str) -> Iterator[Callable[..., Tensor]]:
-    """Lend what a layer makes of the stream, or its ``self_attn`` or its ``mlp`` alone, with norm and residual."""
-    with without_attention(layer) if part == "mlp" else nullcontext():
-        if part != "self_attn":
-            yield layer
-            return
-        with tapped(layer, [MIDDLE]) as look:
-            yield lambda states, **arguments: look(partial(layer, states, **arguments))[MIDDLE].view_as(states)
-
-
-@contextmanager
-def without_attention(layer: DecoderModule) -> Iterator[None]:
-    """Have a layer take what enters it for the stream behind its attention."""
-    attention = layer.self_attn
-    layer.self_attn = _NoAttention()
-    try:
-        yield
-    finally:
-        layer.self_attn = attention
-
-
-class _NoAttention(nn.Module):
-    """Adds nothing to the stream."""
-
-    def forward(self, hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:
-        return torch.zeros_like(hidden_states), None
+def forward_of(layer: DecoderModule, part: str) -> Callable[..., Tensor]:
+    """Return what a layer makes of the stream, or its ``self_attn`` or its ``mlp`` alone, with norm and residual."""
+    if part == "self_attn":
+        return lambda states, **arguments: states + layer.self_attn(layer.input_layernorm(states), **arguments)[0]
+    if part == "mlp":
+        return lambda states, **_: states + layer.mlp(layer.post_attention_layernorm(states))
+    return layer

@@ -5,18 +5,16 @@ Q and K the same PCA leaves two factors of each.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ..core.attention_pca import headwise_pca, project_heads, project_output
-from ..core.curve_allocation import Curves
 from ..core.mlp_nystrom import few_tokens_jitter, reconstruct_down_projection, select_channels
 from ..core.moments import add_head_moments, add_moment, mirror_lower_triangle
-from ..core.rank_allocation import ImportancePreservingRankSelector, RankAllocation
-from ..engine.protocols import Solution, Sums
+from ..core.rank_allocation import RankAllocation
+from ..engine.protocols import Method, Solution, Sums, zero_sums
 from ..errors import InputError
 from ..utils.dimensions import Kept, ModelDimensions
 from ..utils.layer_utils import DecoderModule
@@ -29,30 +27,19 @@ CHANNELS = "mlp.down_proj.input"
 TOKENS = "tokens"
 
 
-class FlatLLM:
+class FlatLLM(Method):
     """FLAT-LLM as published; Q and K stay whole unless the allocation prunes them."""
 
     name = "flatllm"
     importance_method = "angular"
     follows_dense = False
 
-    def allocate(
-        self,
-        selector: ImportancePreservingRankSelector,
-        scores: Sequence[float],
-        curves: Sequence[Curves] | None,
-        keep_ratio: float,
-    ) -> RankAllocation:
-        """Return the ranks of Importance-Preserving Rank Selection, or those that the curves give."""
-        return selector.allocate(scores, keep_ratio, curves)
-
     def check(self, allocation: RankAllocation, tokens: int) -> None:
         """Refuse rotary pairs; warn where the tokens are too few for the MLP to be solved exactly."""
         if any(kept.query_key_pairs is not None for kept in allocation.layers):
             raise InputError(f"{self.name} does not prune rotary pairs of Q and K; leave these whole")
         channels = allocation.dimensions.intermediate_size
-        jitter = few_tokens_jitter(tokens, channels)
-        if jitter:
+        if jitter := few_tokens_jitter(tokens, channels):
             logger.warning(
                 f"{tokens} calibration tokens are few for {channels} MLP channels: the MLP is "
                 f"solved with {jitter:.3f} of each channel's energy added; give more tokens"
@@ -93,9 +80,7 @@ class FlatLLMStep:
         """Return the moments ``Σ v vᵀ`` of each head, (G or H, d, d), and ``Σ z zᵀ`` of the MLP, (F, F)."""
         width, channels = self.dimensions.head_dim, self.dimensions.intermediate_size
         shapes: dict[str, tuple[int, ...]] = {tap: (count, width, width) for tap, count in self.heads.items()}
-        shapes |= {CHANNELS: (channels, channels), TOKENS: ()}
-        device = layer.mlp.down_proj.weight.device
-        return {tap: torch.zeros(shape, dtype=torch.float64, device=device) for tap, shape in shapes.items()}
+        return zero_sums(layer, shapes | {CHANNELS: (channels, channels), TOKENS: ()})
 
     def add(self, layer: DecoderModule, sums: Sums, seen: Mapping[str, Tensor]) -> None:
         """Add a batch's moments; of the MLP's the lower triangle alone."""
@@ -118,20 +103,16 @@ class FlatLLMStep:
                 bases = headwise_pca(sums[tap])[1][..., : self.kept.query_key_rank]  # (H or G, d, r)
                 weights |= {f"{name}.up": bases} | _heads_projected(layer.get_submodule(name), f"{name}.down", bases)
         if self.kept.mlp_width < self.dimensions.intermediate_size:
-            mirror_lower_triangle(sums[CHANNELS])
-            weights |= _compress_mlp(layer.mlp, sums[CHANNELS], self.kept.mlp_width, int(sums[TOKENS]))
+            moment, down = sums[CHANNELS], layer.mlp.down_proj.weight
+            mirror_lower_triangle(moment)
+            stay = select_channels(moment, self.kept.mlp_width)
+            jitter = few_tokens_jitter(int(sums[TOKENS]), len(moment))
+            weights["mlp.down_proj.weight"] = reconstruct_down_projection(down, moment, stay, jitter=jitter)
+            for name in ("mlp.gate_proj", "mlp.up_proj"):
+                weights |= {f"{name}.{of}": part[stay] for of, part in layer.get_submodule(name).named_parameters()}
         return Solution(weights, eigenvalues)
 
 
 def _heads_projected(projection: DecoderModule, name: str, bases: Tensor) -> dict[str, Tensor]:
     """Return a projection's weight, and its bias if it has one, in terms of ``bases``, as parts of ``name``."""
     return {f"{name}.{of}": project_heads(parameter, bases) for of, parameter in projection.named_parameters()}
-
-
-def _compress_mlp(mlp: DecoderModule, moment: Tensor, width: int, tokens: int) -> dict[str, Tensor]:
-    kept = select_channels(moment, width)
-    jitter = few_tokens_jitter(tokens, len(moment))
-    weights = {"mlp.down_proj.weight": reconstruct_down_projection(mlp.down_proj.weight, moment, kept, jitter=jitter)}
-    for name in ("gate_proj", "up_proj"):
-        weights |= {f"mlp.{name}.{of}": part[kept] for of, part in mlp.get_submodule(name).named_parameters()}
-    return weights

@@ -6,7 +6,7 @@ stream are led towards what they would read in the dense model, then the one tha
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,14 +14,13 @@ from torch import Tensor
 
 from ..core.attention_pca import project_heads
 from ..core.channel_obs import channels_by_damage
-from ..core.curve_allocation import Curves
 from ..core.mlp_nystrom import ENOUGH_TOKENS_PER_CHANNEL
 from ..core.moments import add_cross_moment, add_moment, inverse_length, mirror_lower_triangle
 from ..core.output_pca import output_bases, spread_over_queries
-from ..core.rank_allocation import ImportancePreservingRankSelector, RankAllocation
+from ..core.rank_allocation import RankAllocation
 from ..core.refit import led_towards
 from ..core.rotary_pairs import pair_energies, without_pairs
-from ..engine.protocols import DENSE, HELD_OUT, STREAM, Solution, Sums
+from ..engine.protocols import DENSE, HELD_OUT, STREAM, Method, Solution, Sums, zero_sums
 from ..errors import InputError
 from ..utils.dimensions import Kept, ModelDimensions
 from ..utils.layer_utils import DecoderModule
@@ -33,22 +32,12 @@ TOKENS = "tokens"
 SHARE = 0.25  # of the way to the dense model's stream: more of it does better on text like the calibration's alone
 
 
-class FlatLLMPlus:
+class FlatLLMPlus(Method):
     """As accurate as closed forms get at equal size; Q and K lose rotary pairs where the allocation says so."""
 
     name = "flatllm+"
     importance_method = "damage"
     follows_dense = True
-
-    def allocate(
-        self,
-        selector: ImportancePreservingRankSelector,
-        scores: Sequence[float],
-        curves: Sequence[Curves] | None,
-        keep_ratio: float,
-    ) -> RankAllocation:
-        """Return the ranks that the curves give, or those of Importance-Preserving Rank Selection."""
-        return selector.allocate(scores, keep_ratio, curves)
 
     def check(self, allocation: RankAllocation, tokens: int) -> None:
         """Refuse factors of Q and K; warn where the tokens are too few to fit the MLP to."""
@@ -124,7 +113,7 @@ class InputStep(FittedStep):
         """Return moments of width D, and the energies of rotary pairs."""
         sizes = self.dimensions
         shapes = self.shapes_of(sizes.hidden_size, sizes.hidden_size)
-        return _zeros(layer, shapes | (_pair_shapes(sizes) if self.prunes_pairs else {}))
+        return zero_sums(layer, shapes | (_pair_shapes(sizes) if self.prunes_pairs else {}))
 
     def add(self, layer: DecoderModule, sums: Sums, seen: Mapping[str, Tensor]) -> None:
         """Add a batch."""
@@ -166,7 +155,7 @@ class OutputStep(FittedStep):
     def zeros(self, layer: DecoderModule) -> Sums:
         """Return moments of what it reads and, crossed with it, of what it should write."""
         writer = layer.get_submodule(self.name)
-        return _zeros(layer, {TOKENS: ()} | self.shapes_of(writer.in_features, writer.out_features))
+        return zero_sums(layer, {TOKENS: ()} | self.shapes_of(writer.in_features, writer.out_features))
 
     def add(self, layer: DecoderModule, sums: Sums, seen: Mapping[str, Tensor]) -> None:
         """Add a batch: what is missing of the dense stream, each token by that stream's length."""
@@ -207,8 +196,3 @@ class OutputStep(FittedStep):
 
 def _pair_shapes(sizes: ModelDimensions) -> dict[str, tuple[int, ...]]:
     return {QUERIES: (sizes.num_heads, sizes.head_dim // 2), KEYS: (sizes.num_kv_heads, sizes.head_dim // 2)}
-
-
-def _zeros(layer: DecoderModule, shapes: Mapping[str, tuple[int, ...]]) -> Sums:
-    device = layer.mlp.down_proj.weight.device
-    return {name: torch.zeros(shape, dtype=torch.float64, device=device) for name, shape in shapes.items()}

@@ -81,8 +81,11 @@ def check_output_folder(folder: Path, overwrite: bool) -> None:
             raise InputError(f"cannot overwrite {folder}: no run wrote {other}; move it, or give another folder")
     for place in (Path(os.path.realpath(folder)), partial.parent):
         check_writable(place)
-    for place, is_ours in ((partial, _is_begun(partial)), (lock, lock.is_file() and not lock.is_symlink())):
-        if os.path.lexists(place) and not is_ours:
+    is_begun = partial.is_dir() and (  # if only what a kill left of writing its manifest
+        (partial / MANIFEST).is_file() or all(p.match(LEFT_OVER) and p.is_file() for p in partial.iterdir())
+    )
+    for place, is_ours in ((partial, is_begun), (lock, lock.is_file())):
+        if os.path.lexists(place) and (place.is_symlink() or not is_ours):  # a link would be renamed and not the folder
             raise InputError(f"{place} is in the way: it is no unfinished run's; move it, or give another folder")
 
 
@@ -93,13 +96,6 @@ def find_other(folder: Path) -> Path | None:
     known = {place for name in names for place in (folder / name, *(folder / name).parents)}
     found = (path for path in folder.rglob("*") if folder / _REPLACED not in (path, *path.parents))
     return next((path for path in found if path not in known), None)
-
-
-def _is_begun(partial: Path) -> bool:
-    """Tell whether a folder holds an unfinished run, if only what a kill left of writing its manifest."""
-    if partial.is_symlink() or not partial.is_dir():  # a link would be renamed and not the folder
-        return False
-    return (partial / MANIFEST).is_file() or all(p.match(LEFT_OVER) and p.is_file() for p in partial.iterdir())
 
 
 def model_card(record: Mapping[str, Any]) -> str:

@@ -203,13 +203,12 @@ def check_token_ids(windows: Tensor, vocab_size: int) -> None:
 def _rows(values: Any) -> list[Tensor]:
     if isinstance(values, Sequence) and len(values) == 1 and isinstance(values[0], Tensor):
         values = values[0]  # of a loader of a TensorDataset
-    try:
+    kind = type(values).__name__
+    with door(f"no texts or token ids in the calibration data, a {kind}", "accepted: texts, or rows of token ids"):
         if isinstance(values, Sequence) and values and isinstance(values[0], Sequence):  # which may differ in length
             return [torch.as_tensor(row).cpu() for row in values]
         # Refuses lists of several tensors: rows? columns, as torch's default collation makes of lists? ids and mask?
         return list(torch.atleast_2d(torch.as_tensor(values)).cpu())
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"no texts or token ids in the calibration data ({type(values).__name__}): {error}") from error
 
 
 def _without_padding(ids: Tensor, padding_ids: Sequence[int]) -> Tensor:

@@ -7,7 +7,6 @@ import resource
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,11 +27,6 @@ def best_device() -> torch.device:
     if index >= count:
         raise InputError(f"process {index} of this machine has no GPU of its own: there are {count}; start fewer")
     return torch.device("cuda", index)
-
-
-def is_device_name(name: Any) -> bool:
-    """Tell whether ``name`` is one of :data:`DEVICE_NAMES`, whatever this machine has."""
-    return isinstance(name, str) and re.fullmatch(r"cpu|cuda(:[0-9]+)?", name) is not None
 
 
 def parse_device(name: str | None) -> torch.device:

@@ -17,8 +17,7 @@ def progress(items: Iterable[Any] | None, doing: str, unit: str, total: float | 
     Without items it is moved by ``update``, up to ``total`` units where that is known.
     """
     is_hidden = None if is_rank_0() else True  # None: where there is no terminal
-    scaled = unit == "char"
-    return tqdm(items, doing, total, unit=unit, unit_scale=scaled, leave=False, disable=is_hidden, dynamic_ncols=True)
+    return tqdm(items, doing, total, unit=unit, leave=False, disable=is_hidden, dynamic_ncols=True)
 
 
 def bars_on_terminals_alone() -> redirect_stderr[Any]:

@@ -95,12 +95,9 @@ def load_text(
     is one: its column ``text``, or what is made of it (:func:`document_of`). A single file gives all of it as either
     split; a text without a test split gives its validation split as that.
 
-    Args:
-        name_or_path: One of ``DATASET_NAMES``, a path (``./c4`` for a folder called like a dataset), or else a hub id.
-        split: Which part.
-        dataset_root: Folder with local copies of the datasets; when given, the hub is not asked.
-        cache_dir: Where files from the hub are kept; the hub's own cache by default.
-        tokenizer: Whose chat template conversations are rendered by.
+    It is one of ``DATASET_NAMES``, a path (``./c4`` for a folder called like a dataset), or else a hub id. The hub is
+    not asked where ``dataset_root`` is given, a folder with local copies. Conversations take a tokenizer with a chat
+    template.
     """
     is_alpaca, hub = name_or_path == "alpaca", None if dataset_root else _hub_dataset(name_or_path)
     if hub and not hub.files:
