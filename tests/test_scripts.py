@@ -166,7 +166,7 @@ def test_what_the_first_step_writes_the_third_looks_for(commands, places):
 
 
 def test_one_folder_of_scores_for_several_models_is_refused():
-    done = shell("llama_bi.sh", MODELS="a b", BI_SCORE="s")
+    done = shell("llama_bi.sh", MODELS="a b", BI_SCORE="s", PYTHON=sys.executable)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: BI_SCORE is the folder of one model, and MODELS names 2; leave one out\n"
 

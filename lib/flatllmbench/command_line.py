@@ -18,7 +18,7 @@ import transformers
 from flatllmcore.config import MOST, PATH, SWITCH, Accepted, RunConfig, checked, integer, one_of, option
 from flatllmcore.core.importance import IMPORTANCE_FILE
 from flatllmcore.core.rank_files import ranks_file
-from flatllmcore.errors import UNUSABLE_PLACE, InputError
+from flatllmcore.errors import UNUSABLE_PLACE, InputError, door
 from flatllmcore.methods import METHODS
 from flatllmcore.utils.checkpoint import check_output_folder, partial_folder
 from flatllmcore.utils.files import check_is_no_folder, check_writable
@@ -93,6 +93,11 @@ class Options(RunConfig):
 
     def check(self) -> None:
         """Refuse what can be refused without looking at the model."""
+        for name, flag in FLAGS.items():
+            place = Path(self.model) if name == "model" else getattr(self, name)
+            if isinstance(place, Path):
+                with door(f"--{flag} {place} is no place", "give another one"):
+                    place.resolve()  # RuntimeError of a link to itself
         if self.device is not None and ":" in self.device and local_world_size() > 1:
             raise InputError(f"--device {self.device} is one GPU for several processes; with cuda each has its own")
         for flag in ("tasks", "num_fewshot", "limit", "include_path"):
