@@ -5,7 +5,7 @@ making up for it, and the projection that reads is refitted to the dense one. A 
 go together. Removed groups stay in place as zeros, so that its models are measured and never saved.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -13,17 +13,16 @@ import torch
 from torch import Tensor
 
 from flatllmcore.core.channel_obs import channels_by_damage, ridge_for
-from flatllmcore.core.curve_allocation import Curves
 from flatllmcore.core.moments import add_moment, mirror_lower_triangle
-from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector, RankAllocation
+from flatllmcore.core.rank_allocation import RankAllocation
 from flatllmcore.core.refit import change_towards, solved_from_right, with_ridge
-from flatllmcore.engine.protocols import Solution, Sums
+from flatllmcore.engine.protocols import Method, Solution, Sums
 from flatllmcore.utils.dimensions import Kept, ModelDimensions
 from flatllmcore.utils.layer_utils import DecoderModule
 
 
 @dataclass(frozen=True)
-class ObsPeer:
+class ObsPeer(Method):
     """Structured OBS that removes the same number of groups from every layer; the widths are the allocation's."""
 
     groups_removed: int
@@ -31,16 +30,6 @@ class ObsPeer:
     name = "obs"
     importance_method = "angular"
     follows_dense = False
-
-    def allocate(
-        self,
-        selector: ImportancePreservingRankSelector,
-        scores: Sequence[float],
-        curves: Sequence[Curves] | None,
-        keep_ratio: float,
-    ) -> RankAllocation:
-        """Return the widths of :func:`uniform_allocation`."""
-        return uniform_allocation(selector.dimensions, keep_ratio)[1]
 
     def check(self, allocation: RankAllocation, tokens: int) -> None:
         """Make no demands."""
