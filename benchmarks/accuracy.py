@@ -40,7 +40,7 @@ from flatllmcore.engine.importance import layer_importance
 from flatllmcore.engine.memory import ModelInMemory
 from flatllmcore.engine.protocols import Method
 from flatllmcore.methods import METHODS, flatllm_plus
-from flatllmcore.utils.data_utils import consecutive_windows, sample_documents, sample_mixture, text_names
+from flatllmcore.utils.data_utils import consecutive_windows, sample_mixture, text_names
 from flatllmcore.utils.devices import parse_device, peak_memory_gib
 from flatllmcore.utils.dimensions import ModelDimensions
 from flatllmcore.utils.layer_utils import dimensions_from_config, public_name
@@ -68,7 +68,7 @@ def main() -> None:
     about |= {"hardware": hardware(device), "versions": versions()}
     dense = {name: perplexity(model, windows, device, args.batch_size) for name, windows in tests.items()}
     for seed in args.seed:
-        windows = sample_mixture(sample_documents, texts, tokenizer, args.nsamples, args.seqlen, seed)
+        windows = sample_mixture(texts, tokenizer, args.nsamples, args.seqlen, seed)
         found = None
         for percent in args.sparsity_ratio:
             for row in args.rows:

@@ -22,7 +22,7 @@ from flatllmcore.engine.memory import ModelInMemory
 from flatllmcore.errors import InputError
 from flatllmcore.layers import compressed_config
 from flatllmcore.methods import METHODS
-from flatllmcore.utils.data_utils import consecutive_windows, sample_documents, sample_windows
+from flatllmcore.utils.data_utils import consecutive_windows, sample_documents
 from flatllmcore.utils.devices import float32_product, synchronize
 from flatllmcore.utils.dimensions import ModelDimensions
 from flatllmcore.utils.layer_utils import dimensions_from_config
@@ -160,7 +160,7 @@ def token_windows(args: argparse.Namespace, importance_seed: int = 42) -> tuple[
     test = consecutive_windows(load_text(args.eval_dataset or args.dataset, "test"), tokenizer, args.seqlen)
     return (
         sample_documents(text, tokenizer, args.nsamples, args.seqlen, seed=42),
-        sample_windows(text, tokenizer, args.nsamples, args.seqlen, seed=importance_seed),
+        sample_documents(text, tokenizer, args.nsamples, args.seqlen, seed=importance_seed),
         test[: args.eval_windows],
     )
 

@@ -11,7 +11,7 @@ import huggingface_hub
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -24,7 +24,6 @@ from flatllmcore.utils.data_utils import (
     read_calibration_data,
     sample_documents,
     sample_mixture,
-    sample_windows,
     text_names,
 )
 from flatllmcore.utils.text_sources import TextDataset, has_test_split, load_text
@@ -120,26 +119,7 @@ class TestSampleDocuments:
         assert len(seen) == len(set(seen)) < 12
 
 
-class TestSampleWindows:
-    @given(texts, st.integers(1, 9), st.integers(0, 2**31))
-    def test_windows_are_slices_of_the_joined_text(self, text, seqlen, seed):
-        joined = plain_ids(text.separator.join(text.documents))
-        assume(len(joined) >= seqlen)
-        slices = [joined[start : start + seqlen] for start in range(len(joined) - seqlen + 1)]
-        windows = sample_windows(text, TOKENIZER, 5, seqlen, seed)
-        assert windows.shape == (5, seqlen)
-        assert all(window in slices for window in windows.tolist())
-
-    def test_every_start_occurs_equally_often(self):
-        """A chi-square test with 10 degrees of freedom; 29.6 is passed by chance once in a thousand seeds."""
-        windows = sample_windows(text_of(13, separator=""), TOKENIZER, 5500, 3, seed=0)
-        counts = torch.bincount(windows[:, 0] - IDS[CHARACTERS[2]])
-        assert len(counts) == 11
-        assert ((counts - 500) ** 2 / 500).sum() < 29.6
-
-
 class TestMixtures:
-    @pytest.mark.parametrize("sample", [sample_documents, sample_windows])
     @pytest.mark.parametrize(
         ("names", "nsamples", "shares"),
         [
@@ -149,16 +129,16 @@ class TestMixtures:
             ("aba", 3, {"a": 2, "b": 1}),
         ],
     )
-    def test_shares_are_equal_and_each_is_what_its_text_gives_alone(self, sample, names, nsamples, shares):
+    def test_shares_are_equal_and_each_is_what_its_text_gives_alone(self, names, nsamples, shares):
         """Oracle: windows sampled from each text by itself; one named twice gives two shares and no window twice."""
         texts = {name: replace(text_of(*[9 + place] * 8), name=name) for place, name in enumerate("abc")}
-        alone = [sample(texts[name], TOKENIZER, share, 5, 7) for name, share in shares.items()]
-        mixed = sample_mixture(sample, [texts[name] for name in names], TOKENIZER, nsamples, 5, 7)
+        alone = [sample_documents(texts[name], TOKENIZER, share, 5, 7) for name, share in shares.items()]
+        mixed = sample_mixture([texts[name] for name in names], TOKENIZER, nsamples, 5, 7)
         assert torch.equal(mixed, torch.cat(alone))
 
     def test_a_text_without_a_window_is_refused(self):
         with pytest.raises(InputError, match="asked 1 windows of 2 texts"):
-            sample_mixture(sample_windows, [text_of(9)] * 2, TOKENIZER, 1, 5, 0)
+            sample_mixture([text_of(9)] * 2, TOKENIZER, 1, 5, 0)
 
     def test_names_are_joined_by_a_plus_unless_there_is_such_a_path(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
@@ -168,13 +148,13 @@ class TestMixtures:
         assert public_text(f"{tmp_path}+some/text") == f"{tmp_path.name}+some/text"
 
 
-@pytest.mark.parametrize("sample", [sample_documents, sample_windows])
-def test_the_same_seed_gives_the_same_windows_and_leaves_the_global_state(sample):
+def test_the_same_seed_gives_the_same_windows_and_leaves_the_global_state():
     text = text_of(*[8] * 30)
     before = torch.get_rng_state()
-    first, again, other = (sample(text, TOKENIZER, 6, 16, seed) for seed in (42, 42, 43))
+    first, again, other = (sample_documents(text, TOKENIZER, 6, 16, seed) for seed in (42, 42, 43))
     assert first.dtype == torch.int64
     assert torch.equal(first, again)
+    assert torch.equal(first[:2], sample_documents(text, TOKENIZER, 2, 16, 42))
     assert not torch.equal(first, other)
     assert torch.equal(before, torch.get_rng_state())
 

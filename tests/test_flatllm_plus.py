@@ -29,7 +29,7 @@ from flatllmcore.engine.perplexity import perplexity
 from flatllmcore.errors import InputError
 from flatllmcore.methods import METHODS
 from flatllmcore.methods.flatllm_plus import OutputStep
-from flatllmcore.utils.data_utils import consecutive_windows, sample_windows
+from flatllmcore.utils.data_utils import consecutive_windows, sample_documents
 from flatllmcore.utils.dimensions import Kept
 from flatllmcore.utils.layer_utils import count_parameters, dimensions_from_config
 from flatllmcore.utils.loading import load_model, load_tokenizer
@@ -340,7 +340,7 @@ def test_the_library_takes_it_by_name(model):
 def test_few_tokens_are_warned_of_and_do_no_harm(caplog):
     """Of one token per channel; with the ridge that many tokens have, the excess was twice this bound."""
     model, tokenizer = load_model(FOLDER, dtype="float32"), load_tokenizer(FOLDER)
-    windows = sample_windows(load_text("pydocs", "train"), tokenizer, 8, 64, seed=0)
+    windows = sample_documents(load_text("pydocs", "train"), tokenizer, 8, 64, seed=0)
     test_windows = consecutive_windows(load_text("pydocs", "test"), tokenizer, 128)[:8]
     dense = perplexity(ModelInMemory(model, CPU), test_windows, 8)
     small = apply_flat_llm(model, None, 0.2, windows, method="flatllm+")
@@ -351,7 +351,7 @@ def test_few_tokens_are_warned_of_and_do_no_harm(caplog):
 def test_it_does_better_than_the_published_method_on_the_embedded_model():
     """At equal size it leaves less than two thirds of the excess, ``ln(compressed / dense)``, on text of its kind."""
     model, tokenizer = load_model(FOLDER, dtype="float32"), load_tokenizer(FOLDER)
-    windows = sample_windows(load_text("pydocs", "train"), tokenizer, 32, 128, seed=0)
+    windows = sample_documents(load_text("pydocs", "train"), tokenizer, 32, 128, seed=0)
     test_windows = consecutive_windows(load_text("pydocs", "test"), tokenizer, 128)[:16]
     dense, excess = perplexity(ModelInMemory(model, CPU), test_windows, 8), {}
     for name in METHODS:

@@ -25,7 +25,6 @@ from flatllmcore.utils.data_utils import (
     padding_ids_of,
     read_calibration_data,
     sample_documents,
-    sample_windows,
     windows_of_rows,
 )
 from flatllmcore.utils.files import write_json
@@ -117,7 +116,7 @@ def test_importance_scores_equal_the_oracle_and_leave_the_model_alone(model, tex
     """Oracle: tests/oracle.py on the windows that the seed gives."""
     before = weights_of(model)
     found = compute_layer_importance(model, TOKENIZER, cal_dataset=texts, **SMALL)
-    windows = sample_windows(load_text(texts, "train"), TOKENIZER, 12, 24, 3)
+    windows = sample_documents(load_text(texts, "train"), TOKENIZER, 12, 24, 3)
     assert found == pytest.approx(oracle.importance(*oracle.weights_and_sizes(model), windows), rel=1e-5)
     by_gradient = compute_layer_importance(model, TOKENIZER, cal_dataset=texts, importance_method="gradient", **SMALL)
     assert len(by_gradient) == 2

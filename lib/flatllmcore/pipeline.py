@@ -5,7 +5,7 @@ another, for ``main.py``.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -58,11 +58,11 @@ class Pipeline:
 
     def windows_to_score(self) -> Tensor:
         """Return the token windows that importance is measured on, (N, S)."""
-        return self._windows(data_utils.sample_windows, TO_SCORE)
+        return self._windows(TO_SCORE)
 
     def windows_to_compress(self) -> Tensor:
         """Return the token windows that layers are compressed on, (N, S)."""
-        return self._windows(data_utils.sample_documents, TO_COMPRESS)
+        return self._windows(TO_COMPRESS)
 
     def score(self, source: LayerSource, windows: Tensor) -> LayerImportance:
         """Return the importance of every decoder layer."""
@@ -112,7 +112,7 @@ class Pipeline:
         data = data_utils.read_calibration_data(config.cal_dataset, most, padding_ids, self.tokenizer)
         return ([data], []) if isinstance(data, TextDataset) else ([], data)
 
-    def _windows(self, sample: Callable[..., Tensor], published: int) -> Tensor:
+    def _windows(self, published: int) -> Tensor:
         """Return calibration windows, (N, S): sampled from texts, or the token ids given."""
         config, seqlen = self.config, self.seqlen
         nsamples = config.cal_nsamples or published
@@ -124,7 +124,7 @@ class Pipeline:
             elif self.tokenizer is None:
                 raise InputError(f"a tokenizer is needed to calibrate on {texts[0].name}; give one, or give token ids")
             else:
-                windows = data_utils.sample_mixture(sample, texts, self.tokenizer, nsamples, seqlen, config.seed)
+                windows = data_utils.sample_mixture(texts, self.tokenizer, nsamples, seqlen, config.seed)
             data_utils.check_token_ids(windows, self.model_config.vocab_size)
         logger.info("calibration data: %s", data_utils.calibration_statistics(windows))
         hours = 24 * windows.numel() * self.model_config.num_hidden_layers * self.model_config.hidden_size**2 / 3.6e14

@@ -5,7 +5,7 @@ Windows are cut from token ids, never from text made of tokens again, so every o
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import cycle, islice
 from typing import Any
 
@@ -34,25 +34,6 @@ def public_text(mixture: str) -> str:
     return "+".join(map(public_name, text_names(mixture)))
 
 
-def sample_mixture(
-    sample: Callable[..., Tensor],
-    texts: Sequence[TextDataset],
-    tokenizer: PreTrainedTokenizerBase,
-    nsamples: int,
-    seqlen: int,
-    seed: int,
-) -> Tensor:
-    """Return windows (nsamples, seqlen), text by text, each text's made by one of the functions below.
-
-    Shares are equal, or one window larger for the first texts; one that is there twice has two.
-    """
-    if nsamples < len(texts):
-        raise InputError(f"asked {nsamples} windows of {len(texts)} texts; give more windows, or fewer texts")
-    by_name = {text.name: text for text in texts}
-    shares = Counter(text.name for text in islice(cycle(texts), nsamples))
-    return torch.cat([sample(by_name[name], tokenizer, share, seqlen, seed) for name, share in shares.items()])
-
-
 def sample_documents(
     text: TextDataset, tokenizer: PreTrainedTokenizerBase, nsamples: int, seqlen: int, seed: int
 ) -> Tensor:
@@ -60,7 +41,7 @@ def sample_documents(
 
     No token is used twice: the rest of the document that a window ends in stays a document for later windows. Running
     past the last document goes on with the first one left. Documents are tokenised one by one, each with its
-    separator, without special tokens, and only when needed.
+    separator, without special tokens, and only when needed. More windows of the same seed begin with the same ones.
     """
     can_start = torch.tensor([bool(document.strip()) for document in text.documents], dtype=torch.bool)
     is_left = torch.ones(len(can_start), dtype=torch.bool)
@@ -90,19 +71,28 @@ def sample_documents(
     return torch.tensor(windows)
 
 
-def sample_windows(
-    text: TextDataset, tokenizer: PreTrainedTokenizerBase, nsamples: int, seqlen: int, seed: int
+def sample_mixture(
+    texts: Sequence[TextDataset],
+    tokenizer: PreTrainedTokenizerBase,
+    nsamples: int,
+    seqlen: int,
+    seed: int,
 ) -> Tensor:
-    """Return random int64 windows (nsamples, seqlen) of the joined text, without special tokens; they may overlap."""
-    ids = _token_ids(text, tokenizer, seqlen, add_special_tokens=False)
-    generator = torch.Generator().manual_seed(seed)
-    starts = torch.randint(len(ids) - seqlen + 1, (nsamples,), generator=generator)
-    return ids.unfold(0, seqlen, 1)[starts]
+    """Return windows (nsamples, seqlen), text by text, each text's as :func:`sample_documents` makes them.
+
+    Shares are equal, or one window larger for the first texts; one that is there twice has two.
+    """
+    if nsamples < len(texts):
+        raise InputError(f"asked {nsamples} windows of {len(texts)} texts; give more windows, or fewer texts")
+    by_name = {text.name: text for text in texts}
+    shares = Counter(text.name for text in islice(cycle(texts), nsamples))
+    windows = [sample_documents(by_name[name], tokenizer, share, seqlen, seed) for name, share in shares.items()]
+    return torch.cat(windows)
 
 
 def consecutive_windows(text: TextDataset, tokenizer: PreTrainedTokenizerBase, seqlen: int) -> Tensor:
     """Return the joined text, BOS first where there is one, cut into int64 windows (n, seqlen) without overlap."""
-    return _token_ids(text, tokenizer, seqlen, add_special_tokens=True).unfold(0, seqlen, seqlen)
+    return _token_ids(text, tokenizer, seqlen).unfold(0, seqlen, seqlen)
 
 
 def calibration_statistics(windows: Tensor) -> dict[str, int]:
@@ -222,11 +212,11 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: b
         return tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
 
 
-def _token_ids(text: TextDataset, tokenizer: PreTrainedTokenizerBase, seqlen: int, add_special_tokens: bool) -> Tensor:
-    """Return the ids of the joined text, ``seqlen`` or more; special tokens, if asked for, only with its beginning."""
+def _token_ids(text: TextDataset, tokenizer: PreTrainedTokenizerBase, seqlen: int) -> Tensor:
+    """Return the ids of the joined text, ``seqlen`` or more; special tokens only with its beginning."""
     tokens: list[Tensor] = []
     for piece in progress(list(_pieces(text)), "tokenising text", "piece"):
-        ids = _encode(tokenizer, piece, add_special_tokens and not tokens)
+        ids = _encode(tokenizer, piece, add_special_tokens=not tokens)
         tokens.append(torch.tensor(ids, dtype=torch.int64))
     count = sum(map(len, tokens))
     if count < seqlen:
