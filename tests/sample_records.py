@@ -29,7 +29,8 @@ COMPRESSION: dict[str, Any] = COMMON | {
 }
 SCORING: dict[str, Any] = COMMON | {"kind": "bi", "scores": [0.31, 0.052]}
 DENSE_MODEL: dict[str, Any] = {"model": "tiny", "base_model": None, "achieved_sparsity_percent": 0.0}
-SMALL_MODEL: dict[str, Any] = {"model": "tiny-20", "base_model": "tiny", "achieved_sparsity_percent": 19.75}
+SMALL_MODEL: dict[str, Any] = {"model": "tiny-20", "base_model": "tiny", "method": "flatllm"}
+SMALL_MODEL |= {"achieved_sparsity_percent": 19.75}
 ACCURACIES: dict[str, Any] = {
     "tasks": {
         "piqa": {"metric": "acc_norm", "value": 0.7812, "stderr": 0.0096, "num_fewshot": 0, "samples": 1838},

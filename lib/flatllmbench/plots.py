@@ -8,7 +8,7 @@ from typing import Any
 from flatllmcore.utils.files import write_atomically
 from flatllmcore.utils.layer_utils import model_name
 
-from .records import Record, dense_model, of_kind, settings
+from .records import Record, dense_model, mean_accuracy, of_kind, settings
 from .tables import grouped
 
 
@@ -31,23 +31,36 @@ def plot_ranks(scores: Sequence[float], keep_by_target: Mapping[int, Sequence[fl
 
 
 def draw_perplexity(runs: Sequence[Record]) -> bytes:
-    """Draw perplexity over the dense model's against weights kept, a line per model, settings and text."""
-    groups = grouped(of_kind(runs, "flatllm")).values()
-    lines = [(group, number) for group in groups for number in range(len(group[0]["perplexity"]))]
-    figure = _figure(5 + 0.25 * len(lines), "Perplexity against size")
-    axes = figure.subplots()
-    for i, (group, number) in enumerate(lines):
-        kept, perplexities = zip(*curve(group, number), strict=True)
-        ratios = [perplexity / perplexities[0] for perplexity in perplexities]
-        text = model_name(group[0][f"perplexity.{number}.dataset"])
-        label = f"on {text}: {model_name(group[0]['base_model'])}, calibrated on {settings(group[0])}"
-        axes.plot(kept, ratios, marker="o", color=f"C{i}", label=label)
-        for x, y, perplexity in zip(kept, ratios, perplexities, strict=True):
-            axes.annotate(f"{perplexity:.2f}", (x, y), (5, 5), textcoords="offset points", color=f"C{i}")
-    axes.set(xlabel="decoder-layer weights kept, %", ylabel="ratio to the dense model's perplexity")
-    axes.margins(0.08)
-    for text in figure.legend(loc="outside lower center", frameon=False).get_texts():
+    """Draw what compression leaves against the weights kept, a line per model and settings.
+
+    A panel for each text has perplexity over the dense model's; the last one, where tasks were evaluated, mean accuracy
+    with its standard error.
+    """
+    groups, evaluations = list(grouped(of_kind(runs, "compression")).values()), of_kind(runs, "zero_shot")
+    panels: dict[str, list[tuple[Any, ...]]] = {}
+    for i, group in enumerate(groups):
+        for number, of in enumerate(group[0]["perplexity"]):
+            kept, perplexities = zip(*curve(group, number), strict=True)
+            ratios = [perplexity / perplexities[0] for perplexity in perplexities]
+            name = f"{model_name(of['dataset'])}: perplexity, × dense"
+            panels.setdefault(name, []).append((i, kept, ratios, None))
+    for i, group in enumerate(groups):
+        if len(accuracies := accuracy_curve(group, evaluations)) > 1:
+            panels.setdefault("mean accuracy, %", []).append((i, *zip(*accuracies, strict=True)))
+    rows, columns = -(-len(panels) // 2), min(len(panels), 2)
+    figure = _figure(3.6 * rows + 0.25 * len(groups) + 0.6, "Perplexity and accuracy against size")
+    for axes, (name, lines) in zip(figure.subplots(rows, columns, squeeze=False).flat, panels.items(), strict=False):
+        for i, kept, values, errors in lines:
+            label = f"{model_name(groups[i][0]['base_model'])}, {settings(groups[i][0])}"
+            axes.errorbar(kept, values, errors, marker="o", color=f"C{i}", capsize=3, label=label)
+        axes.set(xlabel="decoder-layer weights kept, %")
+        axes.set_title(name, parse_math=False)
+        axes.margins(0.08)
+    shown = {label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    for text in figure.legend(shown.values(), shown, loc="outside lower center", frameon=False).get_texts():
         text.set_parse_math(False)
+    for axes in [axes for axes in figure.axes if not axes.has_data()]:
+        axes.remove()
     return _png(figure)
 
 
@@ -55,6 +68,24 @@ def curve(runs: Sequence[Record], text: int) -> list[tuple[float, float]]:
     """Return percent of decoder-layer weights kept and perplexity on a text by its number, by falling size."""
     field, models = f"perplexity.{text}.compressed", (dense_model(runs[0]), *runs)
     return sorted(((100 - m["achieved_sparsity_percent"], m[field]) for m in models), reverse=True)
+
+
+def accuracy_curve(runs: Sequence[Record], evaluations: Sequence[Record]) -> list[tuple[float, float, float]]:
+    """Return percent kept, mean accuracy and its standard error of compressions and their dense model, by falling size.
+
+    Of evaluations on different tasks those on the first one's count; nothing if the runs were not evaluated.
+    """
+    base, method = model_name(runs[0]["base_model"]), runs[0]["kind"]
+    of_these = {(None, base, None), (base, None, method)}  # the dense model, and what was made of it
+    found, tasks = [], None
+    for run in evaluations:
+        origin = run.get("model.base_model")
+        identity = (origin, run["model.model"] if origin is None else None, run.get("model.method"))
+        tasks = tasks or (run["zero_shot.tasks"].keys() if identity in of_these else None)
+        accuracy = mean_accuracy(run)
+        if identity in of_these and run["zero_shot.tasks"].keys() == tasks and accuracy is not None:
+            found.append((100 - run["model.achieved_sparsity_percent"], *accuracy))
+    return sorted(found, reverse=True)
 
 
 def _figure(height: float, title: str) -> Any:

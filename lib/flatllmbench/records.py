@@ -8,7 +8,9 @@ from argparse import Namespace
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
+from math import hypot
 from pathlib import Path
+from statistics import mean
 from typing import Any, TypeAlias
 
 import torch
@@ -16,7 +18,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import PretrainedConfig
 
 from flatllmcore.engine.checkpoint_sink import Manifest
-from flatllmcore.layers import FAMILIES
+from flatllmcore.methods import METHODS
 from flatllmcore.utils.checkpoint import MANIFEST
 from flatllmcore.utils.devices import device_name
 from flatllmcore.utils.files import read_json, write_json
@@ -45,11 +47,10 @@ def hardware(device: torch.device) -> dict[str, str]:
 
 def describe_model(model: str, cache_dir: Path | None = None) -> dict[str, Any]:
     """Return what :func:`describe_config` does, of a model in a folder or at a hub id; no weight is read."""
-    config, base_model = load_config(model, cache_dir), None
-    if config.model_type not in FAMILIES:
-        manifest = found_file(model, MANIFEST, cache_dir)
-        base_model = None if manifest is None else read_json(manifest, Manifest).request.get("base_model")
-    return describe_config(config, model, base_model)
+    manifest = found_file(model, MANIFEST, cache_dir)
+    request = {} if manifest is None else read_json(manifest, Manifest).request
+    described = describe_config(load_config(model, cache_dir), model, request.get("base_model"))
+    return described | {"method": request.get("method")}
 
 
 def describe_config(config: PretrainedConfig, model: str, base_model: str | None) -> dict[str, Any]:
@@ -90,10 +91,13 @@ def flat(content: Record) -> Record:
 
 
 def of_kind(runs: Iterable[Record], kind: str) -> list[Record]:
-    """Return the records of one kind, in their order; evaluations at the end of compressions are ``zero_shot`` too."""
+    """Return the records of one kind, in their order; evaluations at the end of compressions are ``zero_shot`` too.
+
+    ``compression`` is by any method.
+    """
     if kind == "zero_shot":
         return [as_evaluation(run) for run in runs if run.get("zero_shot")]
-    return [run for run in runs if run["kind"] == kind]
+    return [run for run in runs if run["kind"] in (METHODS if kind == "compression" else (kind,))]
 
 
 def as_evaluation(run: Record) -> Record:
@@ -101,7 +105,7 @@ def as_evaluation(run: Record) -> Record:
     if run["kind"] == "zero_shot":
         return run
     folder = run.get("request.save_model") or f"{run['base_model']}, {run['sparsity_ratio']:g} %"
-    model = {"model": model_name(folder), "base_model": model_name(run["base_model"])}
+    model = {"model": model_name(folder), "base_model": model_name(run["base_model"]), "method": run["kind"]}
     return flat(run | {"model": model | {"achieved_sparsity_percent": run["achieved_sparsity_percent"]}})
 
 
@@ -111,7 +115,14 @@ def dense_model(run: Record) -> Record:
     return flat(dense | {"perplexity": [of | {"compressed": of["dense"]} for of in run["perplexity"]]})
 
 
+def mean_accuracy(run: Record) -> tuple[float, float] | None:
+    """Return the mean over the tasks of an evaluation that have an accuracy, and its standard error, in percent."""
+    found = [task for task in run["zero_shot.tasks"].values() if task["metric"].startswith("acc")]
+    errors = [task.get("stderr") or 0.0 for task in found]  # none of a single question
+    return (100 * mean(task["value"] for task in found), 100 * hypot(*errors) / len(found)) if found else None
+
+
 def settings(run: Record) -> str:
     """Return what a compression depends on beside its model and the share removed."""
-    windows = f"{run['dataset']}, {run['nsamples']} × {run['seqlen']} tokens, seed {run['seed']}"
+    windows = f"{run['kind']} on {run['dataset']}, {run['nsamples']} × {run['seqlen']} tokens, seed {run['seed']}"
     return f"{windows}, multiples of {run['rank_multiple']}{', Q and K pruned' if run['prune_qk'] else ''}"

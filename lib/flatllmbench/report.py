@@ -47,7 +47,7 @@ Llama-2 7B 5.48, 6.16, 7.51, 8.41, 11.88; 13B 4.83, 5.29, 6.10, 6.95, 8.95. Publ
 {picture}{compressions}
 ## Zero-shot and few-shot accuracy
 
-In percent where the metric is an accuracy; ± is the harness's standard error.
+In percent where the metric is an accuracy; ± is the harness's standard error; the mean is over the tasks in the row.
 
 {accuracies}
 ## Speed
@@ -57,7 +57,7 @@ operations and of decoding by bytes. Peak memory: of a GPU. Published, by SliceG
 256 tokens): decoding 1.04, 1.10, 1.11, 1.17 and 1.23 times as fast at 10 to 50 %, the middle three read off a plot.
 
 {speeds}"""
-_PICTURE = "![Perplexity against the share of decoder-layer weights kept](perplexity.png)\n\n"
+_PICTURE = "![Perplexity and accuracy against the share of decoder-layer weights kept](perplexity.png)\n\n"
 # Published perplexity and mean accuracy, a column for each of MODELS.
 MODELS = ("Llama-2-7b-hf", "Llama-2-13b-hf", "Llama-2-70b-hf", "Mistral-7B-v0.1", "Meta-Llama-3-8B")
 TABLE_1: dict[str, tuple[tuple[float, float] | None, ...]] = {
@@ -106,8 +106,8 @@ def read_records(paths: Sequence[Path]) -> list[Record]:
 def page(runs: Sequence[Record]) -> bytes:
     """Return README.md."""
     markdown = _REPORT.format(
-        picture=_PICTURE if of_kind(runs, "flatllm") else "",
-        compressions=measured_tables(runs, "flatllm"),
+        picture=_PICTURE if of_kind(runs, "compression") else "",
+        compressions=measured_tables(runs, "compression"),
         accuracies=measured_tables(runs, "zero_shot"),
         speeds=measured_tables(runs, "speed"),
         table_1=table_1(runs),
@@ -118,14 +118,14 @@ def page(runs: Sequence[Record]) -> bytes:
 def write_report(runs: Sequence[Record], out: Path) -> None:
     """Write README.md and its picture, and print their tables of compressions."""
     out = checked(ROWS["save"], out, "--out")
-    markdown, is_drawn = page(runs), bool(of_kind(runs, "flatllm"))
+    markdown, is_drawn = page(runs), bool(of_kind(runs, "compression"))
     with door("the perplexities cannot be drawn", "accepted: those of runs that ended well"):
         picture = draw_perplexity(runs) if is_drawn else b""
     with replacing(out / "README.md") as file:  # it takes its place after the picture, or neither does
         file.write(markdown)
         if is_drawn:
             write_atomically(out / "perplexity.png", picture)
-    sys.stdout.write(f"{measured_tables(runs, 'flatllm')}\nthe report is {out / 'README.md'}\n")
+    sys.stdout.write(f"{measured_tables(runs, 'compression')}\nthe report is {out / 'README.md'}\n")
 
 
 def table_1(runs: Sequence[Record]) -> str:
@@ -144,7 +144,7 @@ def table_1(runs: Sequence[Record]) -> str:
         ours: list[Record | None] = [run for run in of_kind(runs, "flatllm") if _as_published(run, model)]
         for run in ours or [None]:
             compressed = _identity(as_evaluation(run)) if run else None
-            found = accuracies.get((model, None, 0.0) if method == "dense" else compressed)
+            found = accuracies.get((model, None, None, 0.0) if method == "dense" else compressed)
             measured = _as_published(run, model)[_OURS[method]] if run else None
             cells = _beside(perplexity, measured) + _beside(accuracy, found)
             rows.append((model, method, *cells, settings(run) if run else NOT_RUN))
@@ -165,9 +165,10 @@ def _as_published(run: Record, model: str) -> Record:
     return next((of for of in run["perplexity"] if (of["dataset"], of["seqlen"]) == text), {})
 
 
-def _identity(run: Record) -> tuple[str, str | None, float]:
-    """Return what tells an evaluated model from others: its name, its origin and the percent removed."""
-    return run["model.model"], run.get("model.base_model"), round(run["model.achieved_sparsity_percent"], 6)
+def _identity(run: Record) -> tuple[str, str | None, str | None, float]:
+    """Return what tells an evaluated model from others: its name, its origin, the method and the percent removed."""
+    percent = round(run["model.achieved_sparsity_percent"], 6)
+    return run["model.model"], run.get("model.base_model"), run.get("model.method"), percent
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from flatllmcore.utils.layer_utils import model_name
 
-from .records import Record, dense_model, flat, of_kind, settings
+from .records import Record, dense_model, flat, mean_accuracy, of_kind, settings
 
 NOT_RUN = "not run"
 NOT_THERE = "–"
@@ -68,8 +68,8 @@ def grouped(runs: Iterable[Record]) -> dict[tuple[str, ...], list[Record]]:
 
 def _facts(run: Record) -> Iterator[str]:
     """Yield what the figures of a run depend on, a line each."""
-    if run["kind"] == "flatllm":
-        yield f"{run['base_model']}, `--dtype {run['request.dtype']}`, calibrated on {settings(run)}"
+    if run.get("perplexity"):
+        yield f"{run['base_model']}, `--dtype {run['request.dtype']}`, {settings(run)}"
         for of in run["perplexity"]:
             yield f"perplexity on {of['dataset']}, {of['windows']} × {of['seqlen']} tokens"
     if run["kind"] == "speed":
@@ -80,7 +80,7 @@ def _facts(run: Record) -> Iterator[str]:
         for task, found in run["zero_shot.tasks"].items():
             shots = "mixed" if found["num_fewshot"] is None else found["num_fewshot"]
             yield f"{task}: {found['metric']}, {shots}-shot, {found['samples']:,} samples"
-        limited = f", `--limit {run['zero_shot.limit']:g}`, so no mean" if run.get("zero_shot.limit") else ""
+        limited = f", `--limit {run['zero_shot.limit']:g}`" if run.get("zero_shot.limit") else ""
         yield f"{run['zero_shot.harness']}, `--dtype {run['request.dtype']}`{limited}"
     yield ", ".join(run["hardware"].values())
     yield ", ".join(map(" ".join, run["versions"].items()))
@@ -102,10 +102,11 @@ def _speed_table(runs: list[Record]) -> str:
 def _accuracy_table(runs: list[Record]) -> str:
     tasks, rows = runs[0]["zero_shot.tasks"], []
     for run in sorted(runs, key=lambda run: run["model.achieved_sparsity_percent"]):
-        model = (run["model.model"], f"{run['model.achieved_sparsity_percent']:.3f}")
-        results = map(_result, run["zero_shot.tasks"].values())
-        rows.append((*model, *results, figure(run.get("zero_shot.mean_accuracy"))))
-    return markdown_table(("model", "removed, %", *tasks, "mean, %"), rows)
+        results, accuracy = map(_result, run["zero_shot.tasks"].values()), mean_accuracy(run)
+        removed = f"{run['model.achieved_sparsity_percent']:.3f}"
+        model = (run["model.model"], run.get("model.method") or NOT_THERE, removed)
+        rows.append((*model, *results, NOT_THERE if accuracy is None else "{:.2f} ± {:.2f}".format(*accuracy)))
+    return markdown_table(("model", "method", "removed, %", *tasks, "mean accuracy, %"), rows)
 
 
 def _result(task: Record) -> str:
@@ -127,4 +128,4 @@ def _cell(row: Record, field: str, form: str) -> str:
     return format(row[field], form)
 
 
-KINDS = {"flatllm": _compression_table, "zero_shot": _accuracy_table, "speed": _speed_table}
+KINDS = {"compression": _compression_table, "zero_shot": _accuracy_table, "speed": _speed_table}

@@ -49,10 +49,9 @@ _PER_LAYER = ("keep", "value_rank", "mlp_width")
 
 def save_ranks(allocation: RankAllocation, path: Path) -> None:
     """Write an allocation to a file that :func:`read_ranks` reads."""
-    pairs = allocation.per_layer("query_key_pairs")
     per_layer = {name: allocation.per_layer(name) for name in _PER_LAYER}
-    if any(left is not None for left in pairs):
-        per_layer["query_key_pairs"] = pairs
+    if allocation.prune_qk and not any(allocation.per_layer("query_key_rank")):  # by pairs, also where all stay
+        per_layer["query_key_pairs"] = allocation.per_layer("query_key_pairs")
     names = [row.name for row in fields(RanksFile) if hasattr(allocation, row.name)]
     write_json(path, {name: getattr(allocation, name) for name in names} | per_layer)
 
