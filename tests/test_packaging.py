@@ -10,10 +10,11 @@ import sys
 import tomllib
 import venv
 import zipfile
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 import flatllmcore
 from conftest import tiny_model
@@ -53,6 +54,13 @@ def test_the_wheel_holds_both_packages_the_licence_and_nothing_else(wheel):
     information = f"flatllmcore-{PROJECT['version']}.dist-info"
     assert {name for name in names if not name.startswith(information)} == modules | {"flatllmcore/py.typed"}
     assert f"{information}/licenses/LICENSE" in names
+
+
+def test_what_vllm_loads_as_a_plugin_can_be_called_again():
+    """By the name in the wheel's metadata, which no installed copy need have."""
+    entry = EntryPoint("flatllmcore", PROJECT["entry-points"]["vllm.general_plugins"]["flatllmcore"], "")
+    entry.load()()
+    assert AutoConfig.for_model("flat_qwen3").model_type == "flat_qwen3"
 
 
 def test_the_wheel_states_what_it_needs(wheel):

@@ -11,8 +11,14 @@ from .flat_llama import FlatLlamaAttention, FlatLlamaConfig, FlatLlamaDecoderLay
 from .flat_mistral import FlatMistralAttention, FlatMistralConfig, FlatMistralDecoderLayer, FlatMistralForCausalLM
 from .replacement import adopt_compressed_layers, compress_decoder_layer, compressed_config
 
-for _causal_lm in FAMILIES.values():
-    _config = _causal_lm.config_class
-    if _config.model_type not in CONFIG_MAPPING:  # else of a copy of this package that was there before
-        AutoConfig.register(_config.model_type, _config)
-    AutoModelForCausalLM.register(_config, _causal_lm)
+
+def register() -> None:
+    """Make compressed models known to the auto classes; vLLM, in each of its processes, calls this as a plugin."""
+    for causal_lm in FAMILIES.values():
+        config = causal_lm.config_class
+        if config.model_type not in CONFIG_MAPPING:  # else of a copy of this package that was there before
+            AutoConfig.register(config.model_type, config)
+        AutoModelForCausalLM.register(config, causal_lm)
+
+
+register()

@@ -195,7 +195,8 @@ class FlatAttention(nn.Module):
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # (B, H or G, T, d or r)
         query, key = self.rotated(query, key, position_embeddings)
         implementation, device_type = self.config._attn_implementation, query.device.type
-        widest = max(self.query_key_width, rank)
+        # Other programs' functions (flash, and those of vLLM, SGLang and TGI) know one width, that of the dense heads.
+        widest = max(self.query_key_width, rank) if implementation in ("eager", "sdpa") else self.head_dim
         if past_key_values is not None:
             if implementation == "sdpa":  # padded here once; padded when read, the cache is copied for every token
                 value = padded_values(value, widest, 1, implementation, device_type)
@@ -203,20 +204,22 @@ class FlatAttention(nn.Module):
         if self._takes_one_token_attention(query, attention_mask, implementation):
             return self.o_proj(one_token_attention(query, key, value, attention_mask, self.scaling)), None
         if implementation != "eager":
-            query, key = _widened(query, rank), _widened(key, rank)
+            query, key = _widened(query, widest), _widened(key, widest)
+        value = padded_values(value, widest, query.shape[2], implementation, device_type)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, self.dense.eager_attention_forward)
         output, weights = attend(
             self,
             query,
             key,
-            padded_values(value, widest, query.shape[2], implementation, device_type),
+            value,
             attention_mask,
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
             sliding_window=self.sliding_window,
             **kwargs,
         )
-        return self.o_proj(output[..., :rank].reshape(*input_shape, -1)), weights  # from (B, T, H, r)
+        output = output.reshape(*input_shape, -1, value.shape[-1])  # (B, T, H, d or r), or its heads came side by side
+        return self.o_proj(output[..., :rank].reshape(*input_shape, -1)), weights
 
     def _takes_one_token_attention(self, query: Tensor, mask: Tensor | None, implementation: str) -> bool:
         return (
