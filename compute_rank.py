@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
-from flatllmbench.command_line import ROWS, run_program
+from flatllmbench.command_line import ROWS
 from flatllmbench.plots import plot_ranks
 from flatllmcore.config import checked
 from flatllmcore.core.curve_allocation import Curves
@@ -22,7 +22,7 @@ from flatllmcore.core.importance import IMPORTANCE_FILE, ImportanceScores, read_
 from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector, RankAllocation
 from flatllmcore.core.rank_files import ranks_file, save_ranks
 from flatllmcore.engine.importance import DAMAGE, IMPORTANCE_METHODS
-from flatllmcore.errors import InputError
+from flatllmcore.errors import InputError, run_program
 from flatllmcore.utils.dimensions import ModelDimensions
 from flatllmcore.utils.files import digest, read_json
 from flatllmcore.utils.layer_utils import dimensions_from_config

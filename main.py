@@ -22,11 +22,11 @@ from typing import Any
 import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from flatllmbench.command_line import Options, command_line, complain, logging_to, parse_options
+from flatllmbench.command_line import Options, command_line, logging_to, parse_options
 from flatllmbench.records import Record, hardware, versions
 from flatllmbench.zero_shot import evaluate_saved, load_tasks
 from flatllmcore.checkpoint_run import CheckpointRun, Target
-from flatllmcore.errors import UNUSABLE_PLACE, InputError
+from flatllmcore.errors import UNUSABLE_PLACE, InputError, complain
 from flatllmcore.utils.checkpoint import MODEL_CARD, model_card, partial_folder
 from flatllmcore.utils.devices import parse_device, peak_memory_gib
 from flatllmcore.utils.files import digest, read_json, write_json

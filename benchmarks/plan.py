@@ -20,11 +20,10 @@ import torch
 from transformers import PretrainedConfig
 
 from common import PUBLISHED, find_config, moment_bytes, one_layer, operations, peak_rates, solve_bytes
-from flatllmbench.command_line import run_program
 from flatllmbench.speed import forward_operations
 from flatllmbench.tables import markdown_table
 from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector
-from flatllmcore.errors import InputError
+from flatllmcore.errors import InputError, run_program
 from flatllmcore.utils.data_utils import window_length
 from flatllmcore.utils.devices import GIB, best_device, device_name, free_host_memory
 from flatllmcore.utils.layer_utils import count_parameters, dimensions_from_config

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from common import find_config
-from flatllmbench.command_line import run_program
+from flatllmcore.errors import run_program
 from flatllmcore.utils.checkpoint import check_output_folder
 from flatllmcore.utils.devices import GIB
 from flatllmcore.utils.files import check_disk_space

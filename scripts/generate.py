@@ -11,9 +11,8 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from flatllmbench.command_line import complain, keep_bars_to_terminals
-from flatllmcore import InputError
-from flatllmcore.errors import door
+from flatllmbench.command_line import keep_bars_to_terminals
+from flatllmcore.errors import InputError, complain, door
 from flatllmcore.utils.devices import best_device
 from flatllmcore.utils.loading import load_model, load_tokenizer
 

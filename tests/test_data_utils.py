@@ -522,7 +522,8 @@ class TestHubIds:
             file.write_bytes(content)
         said = run_python(f"""if True:
             import contextlib, io, pathlib
-            from flatllmbench.command_line import logging_to, run_program
+            from flatllmbench.command_line import logging_to
+            from flatllmcore.errors import run_program
             from flatllmcore.utils.text_sources import load_text
             def work():
                 with logging_to(pathlib.Path({str(tmp_path)!r}, "log")):

@@ -5,7 +5,7 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields, replace
 from io import TextIOWrapper
@@ -18,7 +18,7 @@ import transformers
 from flatllmcore.config import MOST, PATH, SWITCH, Accepted, RunConfig, checked, integer, one_of, option
 from flatllmcore.core.importance import IMPORTANCE_FILE
 from flatllmcore.core.rank_files import ranks_file
-from flatllmcore.errors import UNUSABLE_PLACE, InputError, door
+from flatllmcore.errors import InputError, door, show_all_characters
 from flatllmcore.methods import METHODS
 from flatllmcore.utils.checkpoint import check_output_folder, partial_folder
 from flatllmcore.utils.files import check_is_no_folder, check_writable
@@ -230,12 +230,6 @@ def logging_to(path: Path) -> Iterator[None]:
             handler.close()
 
 
-def show_all_characters() -> None:
-    """Let stdout show by its number a character that its encoding lacks, as stderr does."""
-    if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
-
-
 def keep_bars_to_terminals() -> None:
     """Let transformers, datasets and the hub draw their bars where stderr is a terminal, and nowhere else."""
     if sys.stderr.isatty() and is_rank_0():
@@ -243,28 +237,3 @@ def keep_bars_to_terminals() -> None:
     else:
         transformers.utils.logging.disable_progress_bar()
         os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
-
-
-def run_program(work: Callable[[], None], place: Path | None = None) -> int:
-    """Do a program's work; return its exit status: 0, or 2 after one line on stderr about what the user can mend.
-
-    ``place``, where it writes, is named when an error about a file does not say which.
-    """
-    show_all_characters()
-    try:
-        work()
-    except InputError as error:
-        return complain(str(error))
-    except KeyboardInterrupt:
-        return complain("interrupted; run it again")
-    except OSError as error:
-        if error.errno not in UNUSABLE_PLACE:
-            raise
-        return complain(f"{error.strerror}: {error.filename or place}")
-    return 0
-
-
-def complain(message: str) -> int:
-    """Say in one line what was unusable; return the exit status that goes with it."""
-    sys.stderr.write(f"error: {' '.join(message.split())}\n")
-    return 2

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from flatllmcore.config import checked
-from flatllmcore.errors import InputError, door
+from flatllmcore.errors import InputError, door, run_program
 from flatllmcore.utils.files import read_json, replacing, write_atomically
 from flatllmcore.utils.layer_utils import model_name
 
-from .command_line import ROWS, run_program
+from .command_line import ROWS
 from .plots import draw_perplexity
 from .records import Record, as_evaluation, flat, of_kind, settings
 from .tables import NOT_RUN, NOT_THERE, figure, markdown_table, measured_tables

@@ -28,14 +28,14 @@ from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig, P
 
 from flatllmcore.config import MOST, checked
 from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector
-from flatllmcore.errors import InputError
+from flatllmcore.errors import InputError, run_program
 from flatllmcore.layers import compressed_config
 from flatllmcore.utils.devices import parse_device, peak_allocated_bytes, reset_peak_allocated, synchronize
 from flatllmcore.utils.layer_utils import count_parameters, dense_dimensions, dimensions_from_config
 from flatllmcore.utils.loading import empty_causal_lm, load_config, load_model
 from flatllmcore.utils.progress import progress
 
-from .command_line import ROWS, parser_with, read_flags, run_program
+from .command_line import ROWS, parser_with, read_flags
 from .records import describe_config, flat, hardware, keep_record
 from .tables import measured_tables
 

@@ -23,12 +23,12 @@ from unittest.mock import patch
 import torch
 
 from flatllmcore.config import checked
-from flatllmcore.errors import InputError, door
+from flatllmcore.errors import InputError, door, run_program
 from flatllmcore.utils.devices import parse_device
 from flatllmcore.utils.loading import load_model, load_tokenizer
 from flatllmcore.utils.progress import bars_on_terminals_alone
 
-from .command_line import ROWS, parser_with, read_flags, run_program
+from .command_line import ROWS, parser_with, read_flags
 from .records import describe_model, hardware, keep_record
 
 # Examples before every question, and the metric that is reported.

@@ -1,9 +1,12 @@
 """The exception that entry points turn into a line on stderr and exit status 2, and the doors that others pass by."""
 
 import errno
+import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import TextIOWrapper
+from pathlib import Path
 
 # What a user can mend about a place: where it is, what it is called, who may use it, its room, the disk under it.
 UNUSABLE_PLACE = {
@@ -38,3 +41,34 @@ def door(problem: str, remedy: str) -> Iterator[None]:
         where = traceback.extract_tb(error.__traceback__)[-1].line  # an assertion says no more than itself
         kind = "" if words and isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
         raise InputError(f"{problem} ({kind}{words or where:.300}); {remedy}") from error
+
+
+def show_all_characters() -> None:
+    """Let stdout show by its number a character that its encoding lacks, as stderr does."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def run_program(work: Callable[[], None], place: Path | None = None) -> int:
+    """Do a program's work; return its exit status: 0, or 2 after one line on stderr about what the user can mend.
+
+    ``place``, where it writes, is named when an error about a file does not say which.
+    """
+    show_all_characters()
+    try:
+        work()
+    except InputError as error:
+        return complain(str(error))
+    except KeyboardInterrupt:
+        return complain("interrupted; run it again")
+    except OSError as error:
+        if error.errno not in UNUSABLE_PLACE:
+            raise
+        return complain(f"{error.strerror}: {error.filename or place}")
+    return 0
+
+
+def complain(message: str) -> int:
+    """Say in one line what was unusable; return the exit status that goes with it."""
+    sys.stderr.write(f"error: {' '.join(message.split())}\n")
+    return 2
