@@ -14,8 +14,17 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModelFo
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from checkpoints import CPU, VARIANTS, assert_same_up_to_sign, bytes_in, compress_to, in_memory, save_tiny_checkpoint
-from conftest import tiny_model
+from checkpoints import (
+    CPU,
+    VARIANTS,
+    assert_same_up_to_sign,
+    bytes_in,
+    compress_to,
+    in_memory,
+    save_tiny_checkpoint,
+    weights_in,
+)
+from conftest import assert_same_weights, tiny_model
 from flatllmcore import FlatLLMConfig, FlatLLMPruner, apply_flat_llm
 from flatllmcore.core.channel_obs import channels_by_damage, ridge_for
 from flatllmcore.core.curve_allocation import MLP, PAIRS, VALUES, removed_by_curves
@@ -291,6 +300,9 @@ def test_the_folder_is_that_of_the_model_compressed_in_memory(tmp_path, windows,
     compress_to(tmp_path / "disk", folder, windows, method="flatllm+", prune_qk=True)
     compress_to(tmp_path / "memory", folder, windows, method="flatllm+", prune_qk=True, source=in_memory(folder))
     assert bytes_in(tmp_path / "disk") == bytes_in(tmp_path / "memory")
+    written, loaded = weights_in(tmp_path / "disk"), load_model(str(tmp_path / "disk")).state_dict()
+    assert any(name.endswith("rotary_places") for name in written)
+    assert_same_weights({name: loaded[name] for name in written}, written)
 
 
 @pytest.mark.parametrize("solves", [1, 4, 6])

@@ -130,5 +130,4 @@ class CheckpointSource:
         return weights
 
     def _read(self, name: str) -> Tensor:
-        weight = self._files.read(name)
-        return weight.to(self.dtype) if weight.is_floating_point() else weight
+        return self._files.read(name, self.dtype)

@@ -21,7 +21,7 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 from ..errors import InputError, door
 from .files import digest, file_digest, to_json_bytes
 from .gguf import checkpoint_folder
-from .layer_utils import FAMILY_NAMES, WEIGHT_DTYPES, dense_dimensions
+from .layer_utils import FAMILY_NAMES, WEIGHT_DTYPES, dense_dimensions, stored_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def load_model(model: str, *, dtype: str = "auto", cache_dir: Path | None = None
             None,  # given a folder it would look for weights by itself, and add an adapter that lies beside them
             config=skeleton.config,
             dtype=cast_to,
-            state_dict={name: files.read(name).to(cast_to) for name, _ in skeleton.named_parameters()},
+            state_dict={name: files.read(name, cast_to) for name in stored_tensors(skeleton)},
             generation_config=skeleton.generation_config,
         )
 
@@ -127,17 +127,20 @@ class WeightFiles:
                 logger.warning("the adapter beside the weights of %s is not used, unless it is merged into them", model)
 
     def check(self, skeleton: PreTrainedModel) -> torch.dtype:
-        """Refuse weights that are not exactly the parameters of ``skeleton``, naming the first that is wrong.
+        """Refuse weights that are not exactly those ``skeleton`` has, naming the first that is wrong.
 
         They have its names from then on, and its config no ``quantization_config``. Returns their type, as it says or
         the embeddings have it.
         """
         self._name_as_in(skeleton)
-        expected = {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}  # tied ones once
+        weights = stored_tensors(skeleton)
+        expected = {name: tuple(weight.shape) for name, weight in weights.items()}
         found, known = self.shapes, expected.keys() | skeleton.state_dict().keys()
-        odd = sorted({dtype for _, _, dtype in self._stored.values()} - WEIGHT_DTYPES.keys())
+        whole = {name for name, weight in weights.items() if not weight.is_floating_point()}  # numbers, of places
+        kinds = {name: kind for name, (_, _, kind) in self._stored.items() if name not in whole}
+        odd = {name: kind for name, kind in kinds.items() if kind not in WEIGHT_DTYPES}
         wrong = {
-            f"are {', '.join(odd)}, not {', '.join(WEIGHT_DTYPES)}": [n for n in found if self._stored[n][2] in odd],
+            f"are {', '.join(sorted(set(odd.values())))}, not {', '.join(WEIGHT_DTYPES)}": odd,
             "are missing": expected.keys() - found.keys(),
             "have other shapes than config.json says": dict(expected.items() - found.items()),  # where none is missing
             "have no place in the model": found.keys() - known,
@@ -150,7 +153,7 @@ class WeightFiles:
                 first = min(names)
                 raise InputError(f"checkpoint {self.model!r} {state}: {len(names)} weights {problem}, first {first}")
         for tied, original in skeleton.all_tied_weights_keys.items():
-            if tied in found and not torch.equal(self.read(original), self.read(tied)):
+            if tied in found and self.digest(original) != self.digest(tied):
                 raise InputError(
                     f"checkpoint {self.model!r} has an {tied} that differs from its embeddings, but "
                     "tie_word_embeddings is true in config.json"
@@ -171,10 +174,10 @@ class WeightFiles:
         self.shapes = {name: self.shapes[stored] for stored, name in names.items()}
         self._stored = {name: self._stored[stored] for stored, name in names.items()}
 
-    def read(self, name: str) -> Tensor:
-        """Return a weight in memory of its own: the file is closed again."""
+    def read(self, name: str, dtype: torch.dtype) -> Tensor:
+        """Return a weight in ``dtype``, or whole numbers as they are, in memory of its own: the file is closed."""
         with self._mapped(name) as weight:
-            return weight.clone()
+            return weight.to(dtype if weight.is_floating_point() else weight.dtype, copy=True)
 
     def digest(self, name: str) -> str:
         """Return the SHA-256 of a weight as it is stored, type and shape included; no copy of it is made."""
