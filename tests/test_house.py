@@ -19,7 +19,7 @@ FLOORS = (
     {"engine"},
     {"methods"},
     {"config", "pipeline", "checkpoint_run"},
-    {"api", "reassembler", "absorption_compressor"},
+    {"api", "export", "reassembler", "absorption_compressor"},
     {"flatllmcore"},  # the package's own file
 )
 # The user document has `core` offer FlatLLMPruner, and FedCore finds its adapter there: both look up what stands above.

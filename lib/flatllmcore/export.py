@@ -1,0 +1,173 @@
+"""Write a dense or compressed model as a GGUF file, which llama.cpp runs.
+
+    python -m flatllmcore.export out/llama-2-7b-20 out/llama-2-7b-20.gguf
+
+Where all MLPs are equally wide the file has the family's own architecture, else `deci`, in which every layer has its
+own. llama.cpp knows one width of heads for queries, keys and values, so what attention lost comes back as zeros: logits
+are the same, the cache and attention as large as the dense model's. Weights keep their type, but float64 becomes F32.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
+
+from .errors import InputError, door, run_program
+from .utils.files import check_disk_space, check_is_no_folder, check_writable, replacing
+from .utils.gguf_tokenizer import add_tokenizer
+from .utils.layer_utils import DecoderModule, dense_dimensions, find_decoder_layers, model_name
+from .utils.loading import load_tokenizer, open_checkpoint
+
+# llama.cpp's name of each family's architecture, and of one whose MLPs may differ in width.
+_ARCHITECTURES: dict[str, tuple[str, str | None]] = {
+    "llama": ("llama", "deci"),
+    "mistral": ("llama", "deci"),
+    "qwen2": ("qwen2", "deci"),
+    "qwen3": ("qwen3", None),
+}
+_OF_NEIGHBOURS = ("llama", "deci")  # which rotate rows 2i and 2i+1 of a head together, and take rope_freqs
+_KINDS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_PROJECTION = re.compile(r"(.*\.self_attn)\.(?!o_proj\.bias)([qkvo])_proj\.(?:down\.)?(weight|bias)")
+
+
+def export_gguf(model: str, file: Path, overwrite: bool = False) -> None:
+    """Write a model, a folder or a hub id, to a GGUF file; InputError if llama.cpp has nothing that computes the same.
+
+    One weight at a time is in memory; ``file`` is in its place when it is whole.
+    """
+    check_is_no_folder(file)
+    if file.exists() and not overwrite:
+        raise InputError(f"{file} exists; give --overwrite, or another file")
+    check_writable(file.parent)
+    with door("a GGUF file cannot be written", "from the repository: pip install '.[programs]'"):
+        import gguf
+    skeleton, files, stored = open_checkpoint(model, None)
+    dtype = torch.float32 if stored == torch.float64 else stored
+    layers: list[DecoderModule] = list(find_decoder_layers(skeleton))
+    widths = [layer.mlp.down_proj.in_features for layer in layers]
+    architecture = _architecture(skeleton, set(widths))
+    writer = gguf.GGUFWriter(None, architecture)
+    writer.add_name(model_name(model))
+    _add_sizes(writer, skeleton.config, widths)
+    add_tokenizer(writer, load_tokenizer(model), skeleton.config.vocab_size)
+    (key,) = (key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    names, factors = gguf.get_tensor_name_map(key, len(widths)), _rotary_factors(skeleton, architecture)
+
+    def tensors(read: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
+        yield from factors.items()
+        for name, weight in _dense_shaped(skeleton, read, architecture in _OF_NEIGHBOURS):
+            yield names.get_name(name, (".weight", ".bias")), weight.to(dtype if weight.ndim > 1 else torch.float32)
+
+    size = 0
+    for name, weight in tensors(skeleton.state_dict().__getitem__):  # on the meta device
+        writer.add_tensor_info(name, weight.shape, None, weight.nbytes, gguf.GGMLQuantizationType[_KINDS[weight.dtype]])
+        size += weight.nbytes
+    check_disk_space(file.parent, size)
+    with replacing(file) as lent:
+        writer.write_header_to_file(Path(lent.name))
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for _, weight in tensors(lambda name: files.read(name, dtype)):
+            writer.write_tensor_data(weight.contiguous().view(torch.uint8).numpy())
+        writer.close()
+
+
+def _architecture(model: PreTrainedModel, widths: set[int]) -> str:
+    """Return llama.cpp's architecture for a model of these MLP widths; InputError if none computes what it does."""
+    own, per_layer = _ARCHITECTURES[dense_dimensions(model.config).architecture]
+    chosen = own if len(widths) == 1 else per_layer
+    if chosen is None:
+        raise InputError(f"llama.cpp has no {own} with MLPs of several widths; compress to one width for all layers")
+    if model.config.hidden_act != "silu":
+        raise InputError(f"llama.cpp has no {chosen} with the activation {model.config.hidden_act}; accepted: silu")
+    if chosen == "qwen3" and model.config.attention_bias:
+        raise InputError("llama.cpp has no qwen3 with biases in attention")
+    return chosen
+
+
+def _add_sizes(writer: Any, config: PreTrainedConfig, widths: list[int]) -> None:
+    """Write what llama.cpp reads of a config."""
+    sizes, length = dense_dimensions(config), config.max_position_embeddings
+    writer.add_block_count(sizes.num_layers)
+    # llama.cpp has no windows in these architectures, and up to the length of one nothing is out of sight.
+    writer.add_context_length(min(length, getattr(config, "sliding_window", None) or length))
+    writer.add_embedding_length(sizes.hidden_size)
+    writer.add_feed_forward_length(widths if len(set(widths)) > 1 else widths[0])
+    writer.add_head_count(sizes.num_heads)
+    writer.add_head_count_kv(sizes.num_kv_heads)
+    for add in (writer.add_key_length, writer.add_value_length, writer.add_rope_dimension_count):
+        add(sizes.head_dim)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+
+
+def _rotary_factors(model: PreTrainedModel, architecture: str) -> dict[str, Tensor]:
+    """Return what llama.cpp divides the frequency of each rotary pair by, (head_dim / 2), where that is not 1."""
+    rotary = type(model.get_decoder().rotary_emb)(config=model.config)
+    if rotary.rope_type == "default":
+        return {}
+    if architecture in _OF_NEIGHBOURS and rotary.rope_type in ("linear", "llama3"):
+        exponents = torch.arange(len(rotary.inv_freq)) / len(rotary.inv_freq)
+        return {"rope_freqs.weight": model.config.rope_parameters["rope_theta"] ** -exponents / rotary.inv_freq}
+    raise InputError(f"rotary embeddings of type {rotary.rope_type} are not written for {architecture}")
+
+
+def _dense_shaped(
+    model: PreTrainedModel, read: Callable[[str], Tensor], is_of_neighbours: bool
+) -> Iterator[tuple[str, Tensor]]:
+    """Give every weight as the dense model has it, by its name there: heads are whole, factors one product."""
+    for name in dict(model.named_parameters()):  # tied ones once
+        match = _PROJECTION.fullmatch(name)
+        if match is None:
+            if not name.endswith("_proj.up"):
+                yield name, read(name)
+            continue
+        (place, part, kind), weight = match.groups(), read(name)
+        attention = model.get_submodule(place)
+        width = head_dim = attention.head_dim
+        if ".down." in name:
+            up = read(f"{place}.{part}_proj.up")  # (H, d, r)
+            product = torch.einsum("hdr,hr...->hd...", up.float(), weight.float().unflatten(0, up.shape[::2]))
+            weight = product.flatten(0, 1)
+        if part in "vo":
+            width = getattr(attention, "value_head_dim", head_dim)
+        places = torch.arange(width, device=weight.device)[None]
+        if part in "qk" and hasattr(attention, "rotary_places"):
+            places = read(f"{place}.rotary_places")
+        weight = _spread(weight.T, places, head_dim).T if part == "o" else _spread(weight, places, head_dim)
+        if part in "qk" and is_of_neighbours:
+            weight = weight.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
+        yield f"{place}.{part}_proj.{kind}", weight
+
+
+def _spread(rows: Tensor, places: Tensor, head_dim: int) -> Tensor:
+    """Return the rows of heads (heads·w, ...) at ``places`` (heads or groups, w) of ``head_dim`` ones, the others 0."""
+    heads = rows.unflatten(0, (-1, places.shape[-1]))
+    spread = heads.new_zeros(len(heads), head_dim, *heads.shape[2:])
+    places = places.repeat_interleave(len(heads) // len(places), dim=0)  # (heads, w)
+    spread[torch.arange(len(heads), device=rows.device)[:, None], places] = heads
+    return spread.flatten(0, 1)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; return its exit status: 0, or 2 after one line on stderr about unusable input."""
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m flatllmcore.export", description=__doc__, formatter_class=layout)
+    parser.add_argument("model", metavar="FOLDER", help="dense or compressed model: folder, GGUF file or hub id")
+    parser.add_argument("file", metavar="FILE.gguf", type=Path, help="where to write it")
+    parser.add_argument("--overwrite", action="store_true", help="replace a file that is there")
+    args = parser.parse_args(argv)
+    logging.set_verbosity_error()
+    return run_program(lambda: export_gguf(**vars(args)), args.file)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

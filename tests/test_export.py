@@ -1,0 +1,215 @@
+"""GGUF files of dense and compressed models: run by llama.cpp, they do what transformers does with the folder."""
+
+import json
+from pathlib import Path
+
+import gguf
+import pytest
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from flatllmcore import apply_flat_llm
+from flatllmcore.export import main
+from flatllmcore.layers import compressed_config
+from flatllmcore.utils.data_utils import sample_documents
+from flatllmcore.utils.dimensions import Kept
+from flatllmcore.utils.gguf_tokenizer import CUTS
+from flatllmcore.utils.loading import load_model, load_tokenizer
+from flatllmcore.utils.text_sources import load_text
+from layers.published import COMMON, PUBLISHED
+from layers.tiny_models import random_model
+from llama_cpp import LlamaCpp
+from tiny_text import word_tokenizer
+
+EMBEDDED = str(Path(__file__).resolve().parents[1] / "models" / "pydocs-llama")
+MIXED = "I'll don't WE'RE it's 12345 1,024 items\n\n  def café(x): return x_1  \t# naïve 北京 🙂🙂\r\n   end. ... of it"
+PLAIN = "The items of a list, 12 of them: why don't they end?"
+PROMPTS = ("The", "Return a", "If the file", "import os\n", "def f(x):\n    return", "Python is", "An exception")
+PROMPTS += ("class", "Use this function when", "The following list")
+WORDS = pre_tokenizers.ByteLevel(add_prefix_space=False)
+
+
+def byte_level_tokenizer(cut: object = WORDS) -> PreTrainedTokenizerFast:
+    """BPE of bytes, 280 tokens, merged within the parts that ``cut`` makes; texts begin with <s>."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = cut, decoders.ByteLevel()
+    special = {"special_tokens": ["<s>", "</s>", "<pad>"], "initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
+    tokenizer.train_from_iterator([MIXED, MIXED], trainers.BpeTrainer(vocab_size=280, show_progress=False, **special))
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
+def sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
+    """BPE of characters, and of bytes for characters that it lacks, as Llama 2 and Mistral have it."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    tokenizer.train_from_iterator(["the items then, and the end of it"], trainers.BpeTrainer(show_progress=False))
+    made = json.loads(tokenizer.to_str())["model"]
+    names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *made["vocab"]]
+    merges = [tuple(merge) for merge in made["merges"]]
+    vocab = {name: number for number, name in enumerate(names)}
+    tokenizer.model = models.BPE(vocab, merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True)
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(steps)
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+def save(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> str:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def tiny(name: str, kind: str = "dense", **fields: object) -> PreTrainedModel:
+    """A random published model, dense or with every layer's values, MLP, and pairs or factors of its own width."""
+    fields = COMMON | PUBLISHED[name] | {"vocab_size": 400} | fields
+    if fields.get("sliding_window"):
+        fields["sliding_window"] = 60  # room for a text
+    dense = random_model(CONFIG_MAPPING[fields.pop("model_type")](**fields))
+    if kind == "dense":
+        return dense
+    d = dense.model.layers[0].self_attn.head_dim
+    pairs, factors = ((1, None, d // 4), (None,) * 3) if kind == "pairs" else ((None,) * 3, (d - 1, None, d // 2))
+    kept = [Kept(0.5, *sizes) for sizes in zip((d // 2, d, d - 1), (40, 56, 17), factors, pairs, strict=True)]
+    model = AutoModelForCausalLM.from_config(compressed_config(dense.config, kept)).eval()
+    for buffer, places in model.named_buffers():
+        if buffer.endswith("rotary_places"):
+            first = torch.stack([torch.randperm(d // 2)[: places.shape[1] // 2] for _ in places])
+            places.copy_(torch.cat([first, first + d // 2], dim=1))  # both of each pair
+    return model
+
+
+def exported(folder: str) -> Path:
+    file = Path(folder, "model.gguf")
+    assert main([folder, str(file)]) == 0
+    return file
+
+
+@torch.no_grad()
+def assert_llama_cpp_does_the_same(folder: str, text: str, length: int, gap: float) -> None:
+    """Compare tokens, perplexity to 0.3 %, and greedy choices: by the logits here none is better by more than a gap."""
+    model, tokenizer, other = load_model(folder).eval(), load_tokenizer(folder), LlamaCpp(exported(folder))
+    for prompt in PROMPTS[: 10 if gap == 0 else 3]:
+        tokens = tokenizer(prompt)["input_ids"]
+        assert other.tokenize(prompt) == tokens
+        answer = other.greedy(tokens, length)
+        logits = model(torch.tensor([tokens + answer])).logits[0, len(tokens) - 1 : -1]
+        assert len(answer) == length or answer[-1] == tokenizer.eos_token_id
+        assert (logits.amax(-1) - logits[range(len(answer)), answer]).max() <= gap
+    tokens = torch.tensor([tokenizer(text)["input_ids"][:64]])
+    expected = model(tokens, labels=tokens).loss.exp().item()
+    assert other.perplexity(tokens[0].tolist()) == pytest.approx(expected, rel=0.003)
+
+
+def stated(folder: str, name: str) -> object:
+    return gguf.GGUFReader(Path(folder, "model.gguf")).fields[name].contents()
+
+
+def test_the_embedded_model_dense_and_compressed_writes_the_same_texts(tmp_path):
+    """The same 20 tokens on ten prompts, in float32: llama.cpp rounds what bfloat16 weights are multiplied with."""
+    model, tokenizer = load_model(EMBEDDED, dtype="float32"), load_tokenizer(EMBEDDED)
+    text = load_text("pydocs", "test").documents[0]
+    dense = save(tmp_path / "dense", model, tokenizer)
+    assert_llama_cpp_does_the_same(dense, text, 20, gap=0)
+    windows = sample_documents(load_text("pydocs", "train"), tokenizer, 8, 128, seed=0)
+    small = save(tmp_path / "small", apply_flat_llm(model, None, 0.3, windows, method="flatllm"), tokenizer)
+    assert_llama_cpp_does_the_same(small, text, 20, gap=0)
+    assert [stated(folder, "general.architecture") for folder in (dense, small)] == ["llama", "deci"]
+
+
+@pytest.mark.parametrize("kind", ["dense", "factors", "pairs"])
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if not name.startswith("Qwen3")])
+def test_a_model_of_each_family_does_the_same(tmp_path, name, kind):
+    folder = save(tmp_path, tiny(name, kind), byte_level_tokenizer())
+    assert_llama_cpp_does_the_same(folder, PLAIN, 8, gap=0.01)
+    architecture = stated(folder, "general.architecture")
+    assert architecture == ("deci" if kind != "dense" else "qwen2" if "Qwen2" in name else "llama")
+    # Of a window, whose end llama.cpp would not see.
+    assert stated(folder, f"{architecture}.context_length") == (
+        60 if PUBLISHED[name].get("sliding_window") == 5 else 128
+    )
+
+
+def test_qwen3_does_the_same(tmp_path):
+    assert_llama_cpp_does_the_same(save(tmp_path, tiny("Qwen3-0.6B"), byte_level_tokenizer()), PLAIN, 8, gap=0.01)
+
+
+def cut(names: tuple[str, ...]) -> object:
+    known = {"words": WORDS, "digits": pre_tokenizers.Digits(individual_digits=True)}
+    steps = [known.get(name) or pre_tokenizers.Split(Regex(name), "isolated") for name in names]
+    last = [] if WORDS in steps else [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    return pre_tokenizers.Sequence([*steps, *last])
+
+
+@pytest.mark.parametrize("name", [*CUTS.values(), "sentencepiece"])
+def test_texts_become_the_same_tokens(tmp_path, name):
+    names = next((names for names, value in CUTS.items() if value == name), None)
+    tokenizer = byte_level_tokenizer(cut(names)) if names else sentencepiece_tokenizer()
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    folder = save(tmp_path, tiny("Llama-2-7b"), tokenizer)
+    other = LlamaCpp(exported(folder))
+    # Behind a special token llama.cpp gives SentencePiece's words their space, transformers does where it is told to.
+    for text in (MIXED, PLAIN, *PROMPTS, *(["<s>the</s>end"] if names else [])):
+        assert other.tokenize(text) == tokenizer(text)["input_ids"]
+    assert stated(folder, "tokenizer.chat_template") == tokenizer.chat_template
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [("float64", "F32"), ("float16", "F16"), ("bfloat16", "BF16")])
+def test_weights_keep_their_type(tmp_path, dtype, kind):
+    """Matrices; vectors are F32. Not rotated and not padded, the last matrix is as it was, bit by bit."""
+    model = tiny("Llama-2-7b").to(getattr(torch, dtype))
+    reader = gguf.GGUFReader(exported(save(tmp_path, model, byte_level_tokenizer())))
+    assert {t.tensor_type.name for t in reader.tensors if len(t.shape) > 1} == {kind}
+    assert {t.tensor_type.name for t in reader.tensors if len(t.shape) == 1} == {"F32"}
+    (head,) = (tensor for tensor in reader.tensors if tensor.name == "output.weight")
+    found = torch.tensor(gguf.dequantize(head.data, head.tensor_type))
+    assert torch.equal(found, model.lm_head.weight.float())
+
+
+REFUSED = {
+    "qwen3 with MLPs of several widths": (lambda: tiny("Qwen3-0.6B", "factors"), byte_level_tokenizer),
+    "qwen3 with biases in attention": (lambda: tiny("Qwen3 with biases and windows"), byte_level_tokenizer),
+    "the activation gelu": (lambda: tiny("Llama-2-7b", hidden_act="gelu"), byte_level_tokenizer),
+    "of type dynamic are not written for llama": (
+        lambda: tiny("Llama-2-7b", rope_scaling={"rope_type": "dynamic", "factor": 2.0}),
+        byte_level_tokenizer,
+    ),
+    "of type linear are not written for qwen2": (
+        lambda: tiny("Qwen2-7B", rope_scaling={"rope_type": "linear", "factor": 2.0}),
+        byte_level_tokenizer,
+    ),
+    "a tokenizer of type WordLevel; accepted: BPE": (lambda: tiny("Llama-2-7b"), word_tokenizer),
+    "cut text as this one does": (
+        lambda: tiny("Llama-2-7b"),
+        lambda: byte_level_tokenizer(pre_tokenizers.ByteLevel(add_prefix_space=True)),
+    ),
+    "has a token 279, and the model's vocabulary 270": (
+        lambda: tiny("Llama-2-7b", vocab_size=270),
+        byte_level_tokenizer,
+    ),
+}
+
+
+@pytest.mark.parametrize("complaint", REFUSED)
+def test_what_llama_cpp_does_not_compute_is_one_line_and_no_file(tmp_path, complaint, capsys):
+    model, tokenizer = (make() for make in REFUSED[complaint])
+    folder = save(tmp_path / "model", model, tokenizer)
+    capsys.readouterr()
+    assert main([folder, str(tmp_path / "model.gguf")]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+    assert complaint in said
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_file_that_is_there_is_replaced_only_if_asked(tmp_path, capsys):
+    folder, file = save(tmp_path / "model", tiny("Llama-2-7b"), byte_level_tokenizer()), tmp_path / "model.gguf"
+    file.write_text("kept")
+    assert main([folder, str(file)]) == main([folder, folder]) == main([str(tmp_path), str(file)]) == 2
+    assert "exists; give --overwrite" in capsys.readouterr().err
+    assert file.read_text() == "kept"
+    assert main([folder, str(file), "--overwrite"]) == 0
+    assert file.read_bytes().startswith(b"GGUF")
