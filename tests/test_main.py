@@ -227,8 +227,10 @@ def test_scores_that_are_there_are_used_and_not_written_again(here):
 
 def test_a_rank_multiple_other_than_that_of_the_ranks_found_is_refused(here, refused):
     assert "go with --rank_multiple 1, not 4" in refused("--rank_multiple", "4")
-    assert run("--rank_multiple", "4", "--bi_score", SCORES) == 0
-    assert all(rank % 4 == 0 and width % 4 == 0 for rank, width in layer_ranks(read(RECORD)))
+    assert "do not go with --width_multiple 5" in refused("--width_multiple", "5")
+    multiples = ("--rank_multiple", "3", "--width_multiple", "4")
+    assert run(*multiples, "--bi_score", SCORES) == 0
+    assert all(rank % 3 == 0 and width % 4 == 0 for rank, width in layer_ranks(read(RECORD)))
 
 
 # What the flags do

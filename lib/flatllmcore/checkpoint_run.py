@@ -230,17 +230,15 @@ class CheckpointRun:
 
     def _allocation(self, keep_ratio: float) -> RankAllocation:
         """Return the ranks that are in their place, or else score the layers, allocate, and leave both there."""
-        config, pipeline, place = self.config, self.pipeline, self.config.score_place
+        pipeline, place = self.pipeline, self.config.score_place
         fingerprint, allocate = self.source.fingerprint(), partial(self.pipeline.allocate, keep_ratio)
         allocation = broadcast_object(lambda: find_ranks(place, pipeline.selector, fingerprint, keep_ratio, allocate))
         if allocation is None:
             logger.info("no ranks or scores in %s: scoring the layers first", place)
             scores = self.score()
             allocation = allocate(scores.scores, scores.curves, digest(to_json_bytes(scores)))
-        elif config.rank_multiple not in (None, allocation.rank_multiple):
-            raise InputError(
-                f"the ranks in {place} go with --rank_multiple {allocation.rank_multiple}, not {config.rank_multiple}"
-            )
+        else:
+            self._check_multiples(allocation)
         ranks = place / ranks_file(allocation.sparsity_ratio)
         is_of_scores_here = allocation.importance_sha256 is not None and place.is_dir() and not ranks.exists()
         if is_rank_0() and is_of_scores_here and os.access(place, os.W_OK):
@@ -252,6 +250,18 @@ class CheckpointRun:
             allocation.achieved_sparsity_percent,
         )
         return allocation
+
+    def _check_multiples(self, allocation: RankAllocation) -> None:
+        """Refuse ranks found that do not go with the multiples asked for."""
+        config, multiple = self.config, self.pipeline.selector.rank_multiple
+        narrowed = (width for width in allocation.per_layer("mlp_width") if width < self.dimensions.intermediate_size)
+        if (config.rank_multiple or config.width_multiple) and allocation.rank_multiple != multiple:
+            problem = f"go with --rank_multiple {allocation.rank_multiple}, not {multiple}"
+        elif config.width_multiple and any(width % config.width_multiple for width in narrowed):
+            problem = f"do not go with --width_multiple {config.width_multiple}"
+        else:
+            return
+        raise InputError(f"the ranks in {config.score_place} {problem}")
 
     def _perplexities(self, which: str, source: CheckpointSource) -> list[float]:
         found = []

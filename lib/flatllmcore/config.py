@@ -138,6 +138,12 @@ class FlatLLMConfig:
         "ranks and widths are multiples of this, at the exact target; 1 gives the published floors "
         "(8 if heads are 64 wide or more, else 1)",
     )
+    width_multiple: int | None = option(
+        None,
+        integer(1),
+        "MLP widths are multiples of this, and so is o_proj's input as far as 32: for int4 and its like 32 to 256 "
+        "(64 where it costs next to nothing, else the rank's)",
+    )
     device: str | None = option(None, DEVICE, f"{DEVICE_NAMES}: where layers run (the GPU if any)")
     dataset_root: Path | None = option(None, PATH, "folder with copies of the named datasets and of the tasks' data")
     cache_dir: Path | None = option(None, PATH, "where hub downloads are kept (the hub's own cache)")

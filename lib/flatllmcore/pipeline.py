@@ -43,9 +43,12 @@ class Pipeline:
     @cached_property
     def selector(self) -> ImportancePreservingRankSelector:
         """What allocates ranks to the model; made when the model is known to be a dense one."""
-        multiple, prune_qk = self.config.rank_multiple, not self.config.preserve_qk_layers
-        dimensions = dimensions_from_config(self.model_config)
-        return ImportancePreservingRankSelector(dimensions, rank_multiple=multiple, prune_qk=prune_qk)
+        return ImportancePreservingRankSelector(
+            dimensions_from_config(self.model_config),
+            rank_multiple=self.config.rank_multiple,
+            width_multiple=self.config.width_multiple,
+            prune_qk=not self.config.preserve_qk_layers,
+        )
 
     def announce_target(self, keep_ratio: float) -> None:
         """Log what is going to stay; InputError if the model is compressed already, or has not so much to remove."""
