@@ -82,7 +82,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="damage allocates by the curves that main.py --importance_method damage has measured, for flatllm+; "
         "the others by the scores (default: angular)",
     )
-    parser.add_argument("--rank_multiple", type=int, metavar="M", help=ROWS["rank_multiple"].metadata["help"])
+    for name in ("rank_multiple", "width_multiple"):
+        parser.add_argument(f"--{name}", type=int, metavar="M", help=ROWS[name].metadata["help"])
     parser.add_argument(
         "--plot",
         action=argparse.BooleanOptionalAction,
@@ -139,7 +140,10 @@ def allocate(importance: Importance, shares: dict[int, float], args: argparse.Na
     sha256 = digest(importance.path.read_bytes())
     try:
         selector = ImportancePreservingRankSelector(
-            importance.dimensions, rank_multiple=args.rank_multiple, prune_qk=args.prune_qk
+            importance.dimensions,
+            rank_multiple=args.rank_multiple,
+            width_multiple=args.width_multiple,
+            prune_qk=args.prune_qk,
         )
         curves = importance.curves if args.importance_method == DAMAGE else None
         if args.importance_method == DAMAGE and curves is None:

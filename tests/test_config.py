@@ -41,6 +41,7 @@ def test_the_importance_methods_are_those_that_exist():
         ("batch_size", (0,)),
         ("seed", (-1, 2**63)),
         ("rank_multiple", (0,)),
+        ("width_multiple", (0,)),
         ("device", (0, "gpu", "cuda:", "CPU", "mps")),
         ("dataset_root", (3,)),
         ("cache_dir", (3,)),

@@ -18,13 +18,15 @@ from unittest.mock import Mock
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import compute_rank
 import main
 from checkpoints import weights_in
 from conftest import tiny_model
+from flatllmcore.methods import METHODS
 from flatllmcore.methods.flatllm import FlatLLMStep
+from flatllmcore.utils.dimensions import Kept, ModelDimensions
 from python_process import SERVER, redirect
 from tiny_text import word_tokenizer, write_texts
 
@@ -33,6 +35,7 @@ SHORT = ("--nsamples", "6", "--seqlen", str(SEQLEN), "--device", "cpu")
 SCORES = "ranks/llama/importance.json"
 RANKS = "ranks/llama/ranks_30.json"
 MODEL = "out/llama-30"
+SIZES = ModelDimensions("llama", 3, 32, 4, 2, 12, 56)
 RECORD = "logs/llama_flatllm_30.json"
 
 
@@ -227,11 +230,43 @@ def test_scores_that_are_there_are_used_and_not_written_again(here):
 
 def test_a_rank_multiple_other_than_that_of_the_ranks_found_is_refused(here, refused):
     assert "go with --rank_multiple 1, not 4" in refused("--rank_multiple", "4")
-    assert run("--rank_multiple", "4", "--bi_score", SCORES) == 0
-    assert all(rank % 4 == 0 and width % 4 == 0 for rank, width in layer_ranks(read(RECORD)))
+    assert "do not go with --width_multiple 5" in refused("--width_multiple", "5")
+    multiples = ("--rank_multiple", "3", "--width_multiple", "4")
+    assert run(*multiples, "--bi_score", SCORES) == 0
+    assert all(rank % 3 == 0 and width % 4 == 0 for rank, width in layer_ranks(read(RECORD)))
 
 
 # What the flags do
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_stock_shape_is_resumed_to_the_same_bytes_of_a_dense_model_without_scores(here, caplog, method):
+    """From memory in one go, and from disk in two; the ranks and scores that lie there are not of this shape."""
+    stock = ("--shape", "stock", "--width_multiple", "8", "--prune_method", method)
+    scores, step = files(here / "ranks"), type(METHODS[method].steps(SIZES, Kept(0.7, 12, 24))[-1])
+    assert run(*stock, "--save_model", "straight") == 0
+    with pytest.MonkeyPatch.context() as patch:
+        solve, count = step.solve, 2 if method == "flatllm" else 4
+
+        def interrupt(*args):
+            nonlocal count
+            if (count := count - 1) == 0:
+                raise KeyboardInterrupt
+            return solve(*args)
+
+        patch.setattr(step, "solve", interrupt)
+        assert run(*stock, "--save_model", "resumed", "--out_of_core") == 2
+    assert run(*stock, "--save_model", "resumed", "--out_of_core") == 0
+    assert "1 of 3 layers are finished" in caplog.text
+    assert shards("resumed") == shards("straight")
+    assert files(here / "ranks") == scores
+    assert not list(Path("resumed").glob("*.py"))
+    record = read(f"logs/llama_{method}_stock_30.json")
+    assert (record["shape"], record["sparsity_ratio"]) == ("stock", 30)
+    model = AutoModelForCausalLM.from_pretrained("resumed")
+    assert type(model) is LlamaForCausalLM
+    assert {layer_ranks(record)[0]} == set(layer_ranks(record)) == {(12, model.config.intermediate_size)}
+    assert sum(p.numel() for p in model.parameters()) == record["parameters_after"]["total"]
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_does_not(here):
@@ -311,6 +346,10 @@ def test_argparse_refuses_in_one_line_after_the_usage(here, capsys, argv, reason
         (f"--save_model {256 * 'n'}", f"File name too long: {256 * 'n'}"),
         (f"--dataset {256 * 'n'}", "File name too long"),
         ("--rank_multiple 13", "accepted: 1 to 12"),
+        ("--shape stock --prune_qk --bi_score x", "leave out --prune_qk, --bi_score"),
+        ("--shape stock --prune_method bi", "leave out --prune_method bi"),
+        ("--shape stock --sparsity_ratio 60", "width multiple 64 does not fit this model; accepted: 1 to 56"),
+        ("--shape stock --width_multiple 8 --sparsity_ratio 20 60", "largest possible target is 48 %; the stock shape"),
         ("--seqlen 129", "this model takes 2 to 128 tokens"),
         ("--nsamples 9999", "asked 9999 windows of 32 tokens, text 'text' (train) gives at most"),
         ("--device meta", "--device is 'meta'; accepted: cpu, cuda or cuda:N"),

@@ -21,6 +21,7 @@ from flatllmcore.core.rank_files import ranks_file
 from flatllmcore.errors import InputError, door, show_all_characters
 from flatllmcore.methods import METHODS
 from flatllmcore.utils.checkpoint import check_output_folder, partial_folder
+from flatllmcore.utils.dimensions import STOCK
 from flatllmcore.utils.files import check_is_no_folder, check_writable
 from flatllmcore.utils.layer_utils import model_name
 from flatllmcore.utils.processes import is_rank_0, local_world_size
@@ -81,7 +82,8 @@ class Options(RunConfig):
     def record_place(self) -> Path:
         """Where the record goes, and with another suffix the log, which several ratios share."""
         ratios = "-".join(map(str, dict.fromkeys((min(self.sparsity_ratio), max(self.sparsity_ratio)))))
-        stage = "bi" if self.prune_method == "bi" else f"{self.prune_method}_{ratios}"
+        method = f"{self.prune_method}_stock" if self.shape == STOCK else self.prune_method
+        stage = "bi" if self.prune_method == "bi" else f"{method}_{ratios}"
         return self.save / f"{model_name(self.model)}_{stage}.json"
 
     def each_ratio(self) -> list["Options"]:
@@ -103,6 +105,14 @@ class Options(RunConfig):
         for flag in ("tasks", "num_fewshot", "limit", "include_path"):
             if getattr(self, flag) is not None and not self.eval_zero_shot:
                 raise InputError(f"--{flag} is about tasks of the evaluation harness; give --eval_zero_shot too")
+        unused = {
+            "--prune_method bi": self.prune_method == "bi",
+            "--prune_qk": self.prune_qk,
+            "--bi_score": self.bi_score,
+        }
+        if self.shape == STOCK and any(unused.values()):
+            given = ", ".join(flag for flag, value in unused.items() if value)
+            raise InputError(f"--shape stock has Q and K whole and all layers alike, without scores; leave out {given}")
         place = self.score_place
         is_kind_for_scores = place.suffix != ".pt" and not place.match("ranks_*.json")
         if not (is_kind_for_scores or place.is_file()):

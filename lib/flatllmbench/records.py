@@ -21,6 +21,7 @@ from flatllmcore.engine.checkpoint_sink import Manifest
 from flatllmcore.methods import METHODS
 from flatllmcore.utils.checkpoint import MANIFEST
 from flatllmcore.utils.devices import device_name
+from flatllmcore.utils.dimensions import STOCK
 from flatllmcore.utils.files import read_json, write_json
 from flatllmcore.utils.layer_utils import count_parameters, dense_dimensions, model_name
 from flatllmcore.utils.loading import empty_causal_lm, found_file, load_config
@@ -50,6 +51,8 @@ def describe_model(model: str, cache_dir: Path | None = None) -> dict[str, Any]:
     manifest = found_file(model, MANIFEST, cache_dir)
     request = {} if manifest is None else read_json(manifest, Manifest).request
     described = describe_config(load_config(model, cache_dir), model, request.get("base_model"))
+    if request.get("shape") == STOCK:  # in which the config does not say what there was
+        described["achieved_sparsity_percent"] = request["achieved_sparsity_percent"]
     return described | {"method": request.get("method")}
 
 
@@ -125,4 +128,6 @@ def mean_accuracy(run: Record) -> tuple[float, float] | None:
 def settings(run: Record) -> str:
     """Return what a compression depends on beside its model and the share removed."""
     windows = f"{run['kind']} on {run['dataset']}, {run['nsamples']} × {run['seqlen']} tokens, seed {run['seed']}"
+    if run.get("shape") == STOCK:
+        return f"{windows}, stock shape"
     return f"{windows}, multiples of {run['rank_multiple']}{', Q and K pruned' if run['prune_qk'] else ''}"

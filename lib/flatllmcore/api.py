@@ -15,6 +15,7 @@ from .engine.memory import ModelInMemory
 from .errors import InputError
 from .pipeline import Pipeline
 from .utils.devices import parse_device
+from .utils.dimensions import STOCK
 from .utils.layer_utils import check_causal_lm, check_is_dense, count_parameters
 
 
@@ -26,7 +27,8 @@ class FlatLLMPruner:
             Weights keep their device and dtype; a ``device_map`` over several devices is fine, offloading is not.
         tokenizer: The model's; not needed where ``cal_dataset`` holds token ids.
         config: What is asked; the defaults for ``None``.
-        importance_scores: Of every layer, computed before; measured when they are needed for ``None``.
+        importance_scores: Of every layer, computed before; measured when they are needed for ``None``, in the stock
+            shape never.
         rank_allocation: What layers keep, whatever ``target_sparsity`` says: of
             :meth:`ImportancePreservingRankSelector.allocate`, or shares of :meth:`FlatLLMReassembler.allocate_ranks`.
         **fields: Fields of :class:`FlatLLMConfig` that take precedence over ``config``.
@@ -57,7 +59,7 @@ class FlatLLMPruner:
         return list(self._importance().scores)
 
     def prune_model(self) -> PreTrainedModel:
-        """Compress the model and return it, the same object, now of the compressed class.
+        """Compress the model and return it, the same object, now of the compressed class, or of its own in stock shape.
 
         When anything fails, the model is as it was.
 
@@ -65,7 +67,9 @@ class FlatLLMPruner:
             InputError: If the model is compressed already or so much cannot be removed from it (the largest possible
                 target is named), the calibration data are unusable, or a layer's activations are not finite.
         """
-        check_is_dense(self.model.config)  # a second call finds the model compressed
+        check_is_dense(self.model.config)
+        if self._stats is not None:  # of the stock shape, which is a dense model's
+            raise InputError("the model is compressed already; make another FlatLLMPruner to compress it again")
         pipeline, before = self._pipeline, count_parameters(self.model)
         allocation = self._allocation()
         with in_memory(self.model, self.device) as source:
@@ -99,8 +103,12 @@ class FlatLLMPruner:
         if ranks is not None:
             allocation = ranks if isinstance(ranks, RankAllocation) else pipeline.selector.floored(list(ranks))
             allocation.check_matches(pipeline.selector.dimensions)
+            if allocation.shape != self.config.shape:
+                raise InputError(f"rank_allocation is of the shape {allocation.shape!r}, not {self.config.shape!r}")
             return allocation
         pipeline.announce_target(self.config.keep_ratio)
+        if self.config.shape == STOCK:
+            return pipeline.selector.stock(self.config.keep_ratio)
         found = self._importance() if self._scores is None else LayerImportance(tuple(self._scores), 0)
         return pipeline.allocate(self.config.keep_ratio, found.scores, found.curves)
 

@@ -30,6 +30,7 @@ from .pipeline import Pipeline
 from .utils.checkpoint import partial_folder
 from .utils.data_utils import check_token_ids, consecutive_windows, public_text
 from .utils.devices import GIB, free_host_memory, parse_device
+from .utils.dimensions import STOCK
 from .utils.files import check_disk_space, check_writable, digest, temporary_folder, to_json_bytes, write_json
 from .utils.layer_utils import count_parameters, dimensions_from_config, public_name
 from .utils.loading import found_file, load_config, load_tokenizer
@@ -197,10 +198,19 @@ class CheckpointRun:
 
     def _target(self, keep_ratio: float, data: dict[str, Any]) -> Target:
         """Return what removing a share comes to; ``data`` are digests of the windows."""
-        config, allocation = self.config, self._allocation(keep_ratio)
+        config = self.config
+        is_stock = config.shape == STOCK
+        allocation = self.pipeline.selector.stock(keep_ratio) if is_stock else self._ranked(keep_ratio)
+        logger.info(
+            "asked to remove %g %% of %d decoder-layer weights; the ranks remove %.3f %%",
+            allocation.sparsity_ratio,
+            allocation.parameters_before,
+            allocation.achieved_sparsity_percent,
+        )
         about = {
             "base_model": config.model,
             "method": config.method,
+            "shape": config.shape,
             "sparsity_ratio": allocation.sparsity_ratio,
             "achieved_sparsity_percent": allocation.achieved_sparsity_percent,
             "rank_multiple": allocation.rank_multiple,
@@ -228,30 +238,34 @@ class CheckpointRun:
         }
         return Target(allocation, about, about | depends_on | data | published)
 
-    def _allocation(self, keep_ratio: float) -> RankAllocation:
+    def _ranked(self, keep_ratio: float) -> RankAllocation:
         """Return the ranks that are in their place, or else score the layers, allocate, and leave both there."""
-        config, pipeline, place = self.config, self.pipeline, self.config.score_place
+        pipeline, place = self.pipeline, self.config.score_place
         fingerprint, allocate = self.source.fingerprint(), partial(self.pipeline.allocate, keep_ratio)
         allocation = broadcast_object(lambda: find_ranks(place, pipeline.selector, fingerprint, keep_ratio, allocate))
         if allocation is None:
             logger.info("no ranks or scores in %s: scoring the layers first", place)
             scores = self.score()
             allocation = allocate(scores.scores, scores.curves, digest(to_json_bytes(scores)))
-        elif config.rank_multiple not in (None, allocation.rank_multiple):
-            raise InputError(
-                f"the ranks in {place} go with --rank_multiple {allocation.rank_multiple}, not {config.rank_multiple}"
-            )
+        else:
+            self._check_multiples(allocation)
         ranks = place / ranks_file(allocation.sparsity_ratio)
         is_of_scores_here = allocation.importance_sha256 is not None and place.is_dir() and not ranks.exists()
         if is_rank_0() and is_of_scores_here and os.access(place, os.W_OK):
             save_ranks(replace(allocation, fingerprint=fingerprint), ranks)
-        logger.info(
-            "asked to remove %g %% of %d decoder-layer weights; the ranks remove %.3f %%",
-            allocation.sparsity_ratio,
-            allocation.parameters_before,
-            allocation.achieved_sparsity_percent,
-        )
         return allocation
+
+    def _check_multiples(self, allocation: RankAllocation) -> None:
+        """Refuse ranks found that do not go with the multiples asked for."""
+        config, multiple = self.config, self.pipeline.selector.rank_multiple
+        narrowed = (width for width in allocation.per_layer("mlp_width") if width < self.dimensions.intermediate_size)
+        if (config.rank_multiple or config.width_multiple) and allocation.rank_multiple != multiple:
+            problem = f"go with --rank_multiple {allocation.rank_multiple}, not {multiple}"
+        elif config.width_multiple and any(width % config.width_multiple for width in narrowed):
+            problem = f"do not go with --width_multiple {config.width_multiple}"
+        else:
+            return
+        raise InputError(f"the ranks in {config.score_place} {problem}")
 
     def _perplexities(self, which: str, source: CheckpointSource) -> list[float]:
         found = []

@@ -20,6 +20,7 @@ from .errors import InputError
 from .methods import METHODS
 from .utils.data_utils import text_names
 from .utils.devices import DEVICE_NAMES
+from .utils.dimensions import PER_LAYER, SHAPES, STOCK
 from .utils.layer_utils import model_name
 
 MOST = 10**6  # windows: more than anybody means, and still a number of things that memory might take
@@ -138,6 +139,18 @@ class FlatLLMConfig:
         "ranks and widths are multiples of this, at the exact target; 1 gives the published floors "
         "(8 if heads are 64 wide or more, else 1)",
     )
+    width_multiple: int | None = option(
+        None,
+        integer(1),
+        "MLP widths are multiples of this, and so is o_proj's input as far as 32: for int4 and its like 32 to 256 "
+        "(64 where it costs next to nothing, else the rank's)",
+    )
+    shape: str = option(
+        PER_LAYER,
+        one_of(SHAPES),
+        "per-layer: ranks and widths of each layer's own; stock: Q, K, V, O whole and one MLP width, a model of the "
+        "dense class that any program loads",
+    )
     device: str | None = option(None, DEVICE, f"{DEVICE_NAMES}: where layers run (the GPU if any)")
     dataset_root: Path | None = option(None, PATH, "folder with copies of the named datasets and of the tasks' data")
     cache_dir: Path | None = option(None, PATH, "where hub downloads are kept (the hub's own cache)")
@@ -151,6 +164,8 @@ class FlatLLMConfig:
         if self.preserve_qk_layers is None:
             prunes_pairs = own == self.importance_method == DAMAGE
             object.__setattr__(self, "preserve_qk_layers", not prunes_pairs)
+        if self.shape == STOCK:  # also where a config of the other shape was the pattern
+            object.__setattr__(self, "preserve_qk_layers", True)
 
     @property
     def keep_ratio(self) -> float:

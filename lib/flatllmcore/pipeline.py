@@ -23,6 +23,7 @@ from .errors import InputError
 from .methods import METHODS
 from .utils import data_utils
 from .utils.devices import parse_device
+from .utils.dimensions import STOCK
 from .utils.layer_utils import dimensions_from_config
 from .utils.stopwatch import stage
 from .utils.text_sources import TextDataset, load_text
@@ -43,13 +44,18 @@ class Pipeline:
     @cached_property
     def selector(self) -> ImportancePreservingRankSelector:
         """What allocates ranks to the model; made when the model is known to be a dense one."""
-        multiple, prune_qk = self.config.rank_multiple, not self.config.preserve_qk_layers
-        dimensions = dimensions_from_config(self.model_config)
-        return ImportancePreservingRankSelector(dimensions, rank_multiple=multiple, prune_qk=prune_qk)
+        return ImportancePreservingRankSelector(
+            dimensions_from_config(self.model_config),
+            rank_multiple=self.config.rank_multiple,
+            width_multiple=self.config.width_multiple,
+            prune_qk=not self.config.preserve_qk_layers,
+            shape=self.config.shape,
+        )
 
     def announce_target(self, keep_ratio: float) -> None:
         """Log what is going to stay; InputError if the model is compressed already, or has not so much to remove."""
-        self.selector.check_target(keep_ratio, self.config.importance_method == DAMAGE)
+        is_by_damage = self.config.importance_method == DAMAGE and self.config.shape != STOCK
+        self.selector.check_target(keep_ratio, is_by_damage)
         logger.info(
             "%.2f %% of the decoder layers' linear weights stay, %.2f %% of the projections that are pruned",
             100 * keep_ratio,

@@ -14,6 +14,7 @@ RECORD = {
     "sparsity_ratio": 20,
     "achieved_sparsity_percent": 20.0004,
     "prune_qk": False,
+    "shape": "per-layer",
     "parameters_before": {"decoder_linear": 1000, "total": 1200},
     "parameters_after": {"decoder_linear": 800, "total": 1000},
     "dataset": "wikitext2",
@@ -114,6 +115,7 @@ def test_the_card_states_how_the_model_was_made_and_names_no_path(tmp_path):
     for fact in ("20.000 % achieved", "5.472", "6.700", "256 samples of 4096 tokens, seed 42", "torch 2.13.0", "800"):
         assert fact in card
     assert "trust_remote_code=True" in card
+    assert "trust_remote_code" not in model_card(RECORD | {"shape": "stock"})
     (tmp_path / "texts").mkdir()
     text = str(tmp_path / "texts")
     command = f"python main.py --model {tmp_path} --dataset {text}+c4 --save_model {tmp_path}/a/out --tasks a,b"

@@ -7,9 +7,9 @@ from functools import partial
 from typing import Any
 
 from ..errors import InputError
-from ..utils.dimensions import Kept, ModelDimensions, check_length
+from ..utils.dimensions import PER_LAYER, STOCK, Kept, ModelDimensions, check_length
 from .curve_allocation import PAIRS, Curves, ideals_by_curves, largest_removal
-from .rank_rounding import Ideal, allowed_error, rounded_layers, width_step_for
+from .rank_rounding import WIDE_STEP, Ideal, allowed_error, rank_step_for, rounded_layers, width_step_for
 
 _BINARY_ROUNDING = 1e-9  # 0.29 · 100 is 28.999999999999996 and means 29
 
@@ -20,7 +20,8 @@ class RankAllocation:
 
     ``sparsity_ratio`` is the percentage of the decoder layers' linear weights asked to be removed, ``dimensions`` are
     those of the dense model, and ``importance_sha256`` is the digest of the file of scores that this was made from,
-    ``fingerprint`` what that says of the model. An InputError names an entry out of its bounds.
+    ``fingerprint`` what that says of the model. In the ``shape`` of a stock model layers keep the same, of their MLP
+    alone. An InputError names an entry out of its bounds.
     """
 
     sparsity_ratio: float
@@ -30,6 +31,7 @@ class RankAllocation:
     layers: tuple[Kept, ...]
     importance_sha256: str | None = None
     fingerprint: str | None = None
+    shape: str = PER_LAYER
 
     def __post_init__(self) -> None:
         largest = {"keep": 1, "value_rank": self.dimensions.head_dim, "mlp_width": self.dimensions.intermediate_size}
@@ -70,40 +72,60 @@ class ImportancePreservingRankSelector:
 
     Ranks and widths are multiples of ``rank_multiple``, and the parameters removed are within 0.1 % of the target or
     one step of the smaller kind. 1 gives the published floors where Q and K stay whole, which remove what they cut off
-    beyond the target. None takes 8 where heads are 64 wide or more, else 1. An InputError names one that does not fit.
+    beyond the target. None takes 8 where heads are 64 wide or more, else 1. With a ``width_multiple`` widths are
+    multiples of that, and so are heads × rank as far as 32. An InputError names a multiple that does not fit. Of the
+    stock ``shape`` there is one allocation, whatever the importance, and its width multiple is 64 for ``None``.
     """
 
     def __init__(
-        self, dimensions: ModelDimensions, *, rank_multiple: int | None = None, prune_qk: bool = False
+        self,
+        dimensions: ModelDimensions,
+        *,
+        rank_multiple: int | None = None,
+        width_multiple: int | None = None,
+        prune_qk: bool = False,
+        shape: str = PER_LAYER,
     ) -> None:
-        self.dimensions, self.prune_qk = dimensions, prune_qk
+        self.dimensions, self.prune_qk, self.is_stock = dimensions, prune_qk, shape == STOCK
+        if self.is_stock:  # no value head loses a direction
+            rank_multiple, width_multiple = dimensions.head_dim, width_multiple or WIDE_STEP
         default = 8 if dimensions.head_dim >= 64 else 1
-        self.rank_multiple = default if rank_multiple is None else rank_multiple
-        largest = min(dimensions.head_dim, dimensions.intermediate_size)
-        if not 1 <= self.rank_multiple <= largest:
-            raise InputError(f"rank multiple {self.rank_multiple} does not fit this model; accepted: 1 to {largest}")
+        self.rank_multiple = self._fitting("rank", default if rank_multiple is None else rank_multiple)
+        self.is_floored = self.rank_multiple == 1 and not prune_qk and width_multiple in (None, 1)
+        if width_multiple is None:
+            width_multiple = width_step_for(dimensions, self.rank_multiple)
+        else:
+            self.rank_multiple = self._fitting("rank", rank_step_for(dimensions, self.rank_multiple, width_multiple))
+        self.width_multiple = self._fitting("width", width_multiple)
 
     def prunable_keep_ratio(self, keep_ratio: float) -> float:
         """Return the share of the pruned projections to keep so that ``keep_ratio`` of all projections stays."""
         total = self.dimensions.layer_parameters
         fixed = 0 if self.prune_qk else self.dimensions.qk_parameters
+        if self.is_stock:
+            fixed = total - self.dimensions.intermediate_size * self.dimensions.width_parameters
         return (keep_ratio * total - fixed) / (total - fixed)
 
     def check_target(self, keep_ratio: float, is_by_curves: bool = False) -> None:
         """Refuse, naming the largest target, what no scores or curves could give: layers keep one step of each size."""
-        sizes, multiple = self.dimensions, self.rank_multiple
-        smallest = sizes.kept(1.0, multiple, width_step_for(sizes, multiple), self.prune_qk)
+        sizes, multiples = self.dimensions, (self.rank_multiple, self.width_multiple)
+        smallest = sizes.kept(1.0, *multiples, self.prune_qk)
         removable = sizes.layer_parameters - sizes.parameters_of(smallest)
         if is_by_curves:
             removable = min(removable, largest_removal(sizes, self.prune_qk))
 
         def is_possible(share: float) -> bool:
             removed, most = (sizes.num_layers * of for of in (share * sizes.layer_parameters, removable))
-            return removed <= most + allowed_error(sizes, removed, multiple) and self.prunable_keep_ratio(1 - share) > 0
+            most += allowed_error(sizes, removed, *multiples)
+            return removed < most + 0.5 and self.prunable_keep_ratio(1 - share) > 0
 
         if not is_possible(1 - keep_ratio):
             largest = max(percent for percent in range(100) if is_possible(percent / 100))
             more = "" if self.prune_qk else "; more with Q and K pruned: --prune_qk, or preserve_qk_layers=False"
+            if self.is_stock:
+                more = (
+                    "; the stock shape takes it from the MLP alone: more with --shape per-layer, or a narrower multiple"
+                )
             raise InputError(
                 f"removing {100 * (1 - keep_ratio):g} % of this model is impossible; "
                 f"the largest possible target is {largest} %{more}"
@@ -119,27 +141,47 @@ class ImportancePreservingRankSelector:
         """
         check_length("scores", scores, self.dimensions.num_layers)
         self.check_target(keep_ratio, curves is not None)
-        percent = round(100 * (1 - keep_ratio), 9)
+        percent, multiples = round(100 * (1 - keep_ratio), 9), (self.rank_multiple, self.width_multiple)
         if curves is not None:
             used = [{kind: curve for kind, curve in of.items() if self.prune_qk or kind != PAIRS} for of in curves]
             ideals = ideals_by_curves(self.dimensions, used, keep_ratio, self.rank_multiple)
-            layers = tuple(rounded_layers(self.dimensions, ideals, keep_ratio, self.rank_multiple))
+            layers = tuple(rounded_layers(self.dimensions, ideals, keep_ratio, *multiples))
             return RankAllocation(percent, self.prune_qk, self.rank_multiple, self.dimensions, layers)
         keep = allocate_keep_ratios(scores, self.prunable_keep_ratio(keep_ratio))
         floors = self.floored(keep)
         # Floors of narrow heads miss the target where they would be 0, or where the factors of Q and K are no smaller
         # than these, which stay whole then: the other parts must make up for it.
-        if self.rank_multiple == 1 and not self.prune_qk and floors.sparsity_ratio >= percent:
+        if self.is_floored and floors.sparsity_ratio >= percent:
             return replace(floors, sparsity_ratio=percent)
         ideals = [
             Ideal(w * self.dimensions.head_dim, w, partial(self.dimensions.kept, w, prune_qk=self.prune_qk))
             for w in keep
             if w < 1
         ]
-        rounded = iter(rounded_layers(self.dimensions, ideals, keep_ratio, self.rank_multiple))
+        rounded = iter(rounded_layers(self.dimensions, ideals, keep_ratio, *multiples))
         whole = Kept(1.0, self.dimensions.head_dim, self.dimensions.intermediate_size)
         layers = tuple(next(rounded) if w < 1 else whole for w in keep)
         return RankAllocation(percent, self.prune_qk, self.rank_multiple, self.dimensions, layers)
+
+    def stock(self, keep_ratio: float) -> RankAllocation:
+        """Return the stock shape that keeps ``keep_ratio`` of the linear weights, as nearly as one width step allows.
+
+        InputError if so much cannot be removed from the MLPs, or so little.
+        """
+        self.check_target(keep_ratio)
+        sizes, step = self.dimensions, self.width_multiple
+        ideal = self.prunable_keep_ratio(keep_ratio) * sizes.intermediate_size
+        stepped = max(1, round(ideal / step)) * step
+        width = min(sizes.intermediate_size, stepped, key=lambda one: abs(one - ideal))
+        percent = round(100 * (1 - keep_ratio), 9)
+        if width == sizes.intermediate_size and percent:
+            raise InputError(
+                f"MLP widths in steps of {step} cannot remove {percent:g} %; give a smaller width multiple"
+            )
+        kept = Kept(1.0, sizes.head_dim, width)
+        layer = replace(kept, keep=sizes.parameters_of(kept) / sizes.layer_parameters)
+        layers = (layer,) * sizes.num_layers
+        return RankAllocation(percent, False, sizes.head_dim, sizes, layers, shape=STOCK)
 
     def floored(self, keep: Sequence[float], keep_of_values: Sequence[float] | None = None) -> RankAllocation:
         """Return ⌊w·d⌋ and ⌊w·F⌋, at least 1, of given shares, or of others for d; they ask for what they remove."""
@@ -150,6 +192,12 @@ class ImportancePreservingRankSelector:
         )
         made = RankAllocation(0.0, self.prune_qk, 1, sizes, layers)
         return replace(made, sparsity_ratio=round(made.achieved_sparsity_percent, 9))
+
+    def _fitting(self, kind: str, multiple: int) -> int:
+        largest = self.dimensions.head_dim if kind == "rank" else self.dimensions.intermediate_size
+        if not 1 <= multiple <= largest:
+            raise InputError(f"{kind} multiple {multiple} does not fit this model; accepted: 1 to {largest}")
+        return multiple
 
 
 def allocate_keep_ratios(scores: Sequence[float], keep_ratio: float) -> list[float]:

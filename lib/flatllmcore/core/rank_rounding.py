@@ -10,6 +10,7 @@ from ..utils.dimensions import Kept, ModelDimensions
 RELATIVE_TOLERANCE = 0.001  # parameters removed, against the target
 WIDE_STEP = 64  # MLP channels that matrix units like best
 WIDE_STEP_SHARE = 0.005  # of a layer's parameters: what a wide step may cost
+INTEGER_GROUP = 32  # weights that share a scale in the narrowest of common 4-bit formats
 
 
 @dataclass(frozen=True)
@@ -22,20 +23,18 @@ class Ideal:
 
 
 def rounded_layers(
-    dimensions: ModelDimensions, ideals: Sequence[Ideal], keep_ratio: float, rank_step: int
+    dimensions: ModelDimensions, ideals: Sequence[Ideal], keep_ratio: float, rank_step: int, width_step: int
 ) -> list[Kept]:
     """Return layers whose ranks and MLP widths are whole steps and which keep ``keep_ratio`` of the linear weights.
 
-    Widths move in steps of 64 channels where that is cheap, else of ``rank_step``. Layers keep at least one step and at
-    most as many as fit. The parameters removed are within 0.1 % of the target for all layers of the model, or one step
-    of the smaller kind where that is more; InputError if no steps come there.
+    Layers keep at least one step and at most as many as fit. The parameters removed are within 0.1 % of the target for
+    all layers of the model, or one step of the smaller kind where that is more; InputError if no steps come there.
     """
-    width_step = width_step_for(dimensions, rank_step)
     most_ranks, most_widths = dimensions.head_dim // rank_step, dimensions.intermediate_size // width_step
     width_cost = width_step * dimensions.width_parameters
     total = dimensions.num_layers * dimensions.layer_parameters
     whole = (dimensions.num_layers - len(ideals)) * dimensions.layer_parameters
-    tolerance = allowed_error(dimensions, (1 - keep_ratio) * total, rank_step)
+    tolerance = allowed_error(dimensions, (1 - keep_ratio) * total, rank_step, width_step)
 
     def attention_costs(steps: Iterable[int]) -> list[int]:
         kept = (of.kept_with(n * rank_step, 0) for of, n in zip(ideals, steps, strict=True))
@@ -48,7 +47,7 @@ def rounded_layers(
         rank_steps = largest_remainder(ideal_ranks, rank_total, most_ranks)
         rest = keep_ratio * total - whole - sum(attention_costs(rank_steps))
         width_total = min(max(round(rest / width_cost), len(ideals)), len(ideals) * most_widths)
-        if abs(rest - width_total * width_cost) <= tolerance:
+        if abs(rest - width_total * width_cost) < tolerance + 0.5:  # half a weight: shares are in floating point
             width_steps = largest_remainder(ideal_widths, width_total, most_widths)
             sizes = zip(ideals, rank_steps, width_steps, strict=True)
             return [of.kept_with(rank * rank_step, width * width_step) for of, rank, width in sizes]
@@ -58,16 +57,25 @@ def rounded_layers(
     )
 
 
-def allowed_error(dimensions: ModelDimensions, removed: float, rank_step: int) -> float:
+def allowed_error(dimensions: ModelDimensions, removed: float, rank_step: int, width_step: int) -> float:
     """Return how many weights more or less than asked may be removed from a model: 0.1 %, or the smaller step."""
-    width_cost = width_step_for(dimensions, rank_step) * dimensions.width_parameters
-    return max(RELATIVE_TOLERANCE * removed, min(rank_step * dimensions.rank_parameters, width_cost))
+    smaller = min(rank_step * dimensions.rank_parameters, width_step * dimensions.width_parameters)
+    return max(RELATIVE_TOLERANCE * removed, smaller)
 
 
 def width_step_for(dimensions: ModelDimensions, rank_step: int) -> int:
-    """Return the step of MLP widths: 64 channels where that is cheap, else ``rank_step``."""
+    """Return the step of MLP widths where none is asked for: 64 channels where that is cheap, else ``rank_step``."""
     is_cheap = WIDE_STEP * dimensions.width_parameters < WIDE_STEP_SHARE * dimensions.layer_parameters
     return WIDE_STEP if WIDE_STEP % rank_step == 0 and is_cheap else rank_step
+
+
+def rank_step_for(dimensions: ModelDimensions, rank_step: int, width_step: int) -> int:
+    """Return a multiple of ``rank_step`` that leaves ``o_proj`` inputs that integers like, if ``width_step`` is one.
+
+    Those are heads × rank, and divisible by 32 then, a group of quantised weights, as far as the dense ones are.
+    """
+    group = math.gcd(width_step, INTEGER_GROUP, dimensions.num_heads * dimensions.head_dim)
+    return math.lcm(rank_step, group // math.gcd(group, dimensions.num_heads))
 
 
 def largest_remainder(ideal: Sequence[float], total: int, most: int) -> list[int]:

@@ -18,7 +18,6 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from ..errors import InputError
-from ..layers.flat_attention import FlatDecoderLayer
 from ..utils.checkpoint import (
     MANIFEST,
     MODEL_CARD,
@@ -29,7 +28,7 @@ from ..utils.checkpoint import (
     put_in_place,
 )
 from ..utils.files import file_digest, naming_place, read_json, replacing, write_atomically, write_json
-from ..utils.layer_utils import stored_tensors
+from ..utils.layer_utils import DecoderModule, stored_tensors
 from ..utils.loading import empty_causal_lm
 from ..utils.processes import barrier, broadcast_object, is_rank_0
 from .checkpoint_source import LAYERS, CheckpointSource
@@ -98,7 +97,7 @@ class CheckpointSink:
                 logger.info("%d of %d layers are finished in %s", len(self.finished), self.num_layers, self.partial)
             yield self
 
-    def put(self, index: int, layer: FlatDecoderLayer, record: LayerRecord) -> None:
+    def put(self, index: int, layer: DecoderModule, record: LayerRecord) -> None:
         """Write compressed layer ``index`` to its shard, and then that it is there."""
         finished = dict(sorted((self.finished | {index: record}).items()))
         if is_rank_0():
@@ -137,7 +136,7 @@ class CheckpointSink:
                 self._write_index()
                 # The config, and the modelling files beside it, as ``save_pretrained`` of the model would.
                 model = empty_causal_lm(flat_config)
-                saved = custom_object_save(model, self.partial, config=flat_config)
+                saved = custom_object_save(model, self.partial, config=flat_config) if model._auto_class else []
                 flat_config.architectures = [type(model).__name__]
                 flat_config.dtype = source.dtype
                 flat_config.save_pretrained(self.partial)

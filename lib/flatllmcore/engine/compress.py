@@ -15,7 +15,6 @@ from ..core.attention_pca import rank_for_mass
 from ..core.rank_allocation import RankAllocation
 from ..errors import InputError
 from ..layers import replacement
-from ..layers.flat_attention import FlatDecoderLayer
 from ..utils.layer_utils import DecoderModule, stored_tensors
 from ..utils.processes import all_reduce, broadcast
 from ..utils.progress import progress
@@ -49,7 +48,7 @@ def compress_layers(
     or a layer cannot be solved.
     """
     method.check(allocation, windows.numel())
-    flat_config = replacement.compressed_config(source.config, allocation.layers)
+    flat_config = replacement.compressed_config(source.config, allocation.layers, allocation.shape)
     unfinished = [index for index in range(source.num_layers) if index not in sink.finished]
     if unfinished:
         dense_walk = Walk(source, windows, batch_size) if method.follows_dense else None
@@ -101,7 +100,7 @@ class _Loop:
         parts += f", mlp {kept.mlp_width}/{sizes.intermediate_size}"
         logger.info("layer %d: keep %.3f, %s, %.1f s", index, kept.keep, parts, elapsed_s)
 
-    def _compressed(self, index: int, dense: DecoderModule) -> tuple[FlatDecoderLayer, Tensor | None]:
+    def _compressed(self, index: int, dense: DecoderModule) -> tuple[DecoderModule, Tensor | None]:
         """Return a compressed layer, behind which the hidden states are then, and the monitored eigenvalues."""
         steps = self.method.steps(self.allocation.dimensions, self.allocation.layers[index])
         layer, eigenvalues = copy.copy(dense), None

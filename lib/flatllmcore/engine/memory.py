@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ..layers.flat_attention import FlatDecoderLayer
 from ..layers.replacement import adopt_compressed_layers
 from ..utils.layer_utils import DecoderModule, stored_tensors
 from .protocols import LayerRecord
@@ -27,7 +26,7 @@ class ModelInMemory:
         self.device, self.dtype = device, model.get_input_embeddings().weight.dtype
         self.storage = StatesStorage()
         self.finished: dict[int, LayerRecord] = {}
-        self._compressed: dict[int, FlatDecoderLayer] = {}
+        self._compressed: dict[int, DecoderModule] = {}
 
     @contextmanager
     def embedding(self) -> Iterator[Callable[[Tensor], Tensor]]:
@@ -45,7 +44,7 @@ class ModelInMemory:
         with _lent(self.decoder.norm, self.device) as norm, _lent(self.model.lm_head, self.device) as lm_head:
             yield lambda states: lm_head(norm(states))
 
-    def put(self, index: int, layer: FlatDecoderLayer, record: LayerRecord) -> None:
+    def put(self, index: int, layer: DecoderModule, record: LayerRecord) -> None:
         """Keep compressed layer ``index`` at its dense one's home, in its mode."""
         dense = self.decoder.layers[index]
         layer.to(next(dense.parameters()).device).train(dense.training)  # it was compressed in evaluation mode

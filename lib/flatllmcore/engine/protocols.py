@@ -15,7 +15,6 @@ from transformers import PretrainedConfig
 
 from ..core.curve_allocation import Curves
 from ..core.rank_allocation import ImportancePreservingRankSelector, RankAllocation
-from ..layers.flat_attention import FlatDecoderLayer
 from ..utils.dimensions import Kept, ModelDimensions
 from ..utils.layer_utils import DecoderModule
 from .storage import StatesStorage
@@ -134,7 +133,7 @@ class LayerSink(Protocol):
     def finished(self) -> Mapping[int, LayerRecord]:
         """Layers that are there, the same in every process; an earlier run may have put them."""
 
-    def put(self, index: int, layer: FlatDecoderLayer, record: LayerRecord) -> None:
+    def put(self, index: int, layer: DecoderModule, record: LayerRecord) -> None:
         """Take compressed layer ``index``."""
 
     def weights(self, index: int) -> dict[str, Tensor]:

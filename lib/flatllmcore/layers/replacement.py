@@ -6,22 +6,24 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..utils.dimensions import Kept, check_length
+from ..utils.dimensions import PER_LAYER, STOCK, Kept, check_length
 from ..utils.layer_utils import DecoderModule, check_is_dense, stored_tensors
-from .families import family_of
-from .flat_attention import FlatDecoderLayer
+from .families import classes_of, family_of
 
 _LOST_IN_CONVERSION = ("model_type", "transformers_version", "architectures", "auto_map", "quantization_config")
 
 
-def compressed_config(config: PreTrainedConfig, kept: Sequence[Kept]) -> PreTrainedConfig:
-    """Return the compressed family's config; all else is as in the dense ``config``.
+def compressed_config(config: PreTrainedConfig, kept: Sequence[Kept], shape: str = PER_LAYER) -> PreTrainedConfig:
+    """Return the compressed family's config, or a stock model's; all else is as in the dense ``config``.
 
     A width that all layers share becomes the model's; otherwise it stands in ``per_layer_config``.
     """
     check_is_dense(config)
     check_length("kept", kept, config.num_hidden_layers)
     fields = {name: value for name, value in config.to_dict().items() if name not in _LOST_IN_CONVERSION}
+    if shape == STOCK:
+        fields["intermediate_size"] = kept[0].mlp_width
+        return type(config)(**fields, attn_implementation=config._attn_implementation)
     fields["dense_intermediate_size"] = config.intermediate_size
     layers = [
         {
@@ -41,10 +43,10 @@ def compressed_config(config: PreTrainedConfig, kept: Sequence[Kept]) -> PreTrai
     return family_of(config).config_class(**fields | shared, attn_implementation=config._attn_implementation)
 
 
-def empty_decoder_layer(flat_config: PreTrainedConfig, layer_idx: int) -> FlatDecoderLayer:
+def empty_decoder_layer(flat_config: PreTrainedConfig, layer_idx: int) -> DecoderModule:
     """Return layer ``layer_idx`` on the meta device, its weights still to be filled in."""
     with torch.device("meta"):
-        return family_of(flat_config).decoder_layer_class(flat_config, layer_idx)
+        return classes_of(flat_config)[1](flat_config, layer_idx)
 
 
 def fill_parameters(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
@@ -66,7 +68,7 @@ def compress_decoder_layer(
     the same objects, not copies. New ones take device, dtype and ``requires_grad`` of the dense parameter they stand in
     for, factors those of the weight they are factors of. RuntimeError as of :func:`fill_parameters`.
     """
-    module = empty_decoder_layer(flat_config, layer_idx).get_submodule(part)
+    module: nn.Module = empty_decoder_layer(flat_config, layer_idx).get_submodule(part)
     dense_part = dense_layer.get_submodule(part)
     dense = stored_tensors(dense_part)
     filling: dict[str, Tensor] = {name: dense[name] for name in stored_tensors(module) if name in dense}
@@ -85,7 +87,7 @@ def compress_decoder_layer(
 
 
 def adopt_compressed_layers(
-    model: PreTrainedModel, flat_config: PreTrainedConfig, layers: Sequence[FlatDecoderLayer]
+    model: PreTrainedModel, flat_config: PreTrainedConfig, layers: Sequence[DecoderModule]
 ) -> PreTrainedModel:
     """Turn a dense causal language model into the compressed one, in place, and return it.
 
@@ -93,7 +95,7 @@ def adopt_compressed_layers(
     TypeError, and nothing is changed, if the model is not of the family of ``flat_config``; ``layers`` are all those
     that the latter states, in order.
     """
-    causal_lm = family_of(flat_config)
+    causal_lm, layer_class = classes_of(flat_config)
     if not issubclass(causal_lm, type(model)):
         raise TypeError(f"a {causal_lm.__name__} cannot be made of a {type(model).__name__}")
     if quantizer := getattr(model, "hf_quantizer", None):  # of a GGUF file: its weights are plain numbers
@@ -104,7 +106,7 @@ def adopt_compressed_layers(
     new_layers.training = model.model.layers.training  # of the list alone: each layer has a mode of its own
     model.model.layers = new_layers
     model.__class__ = causal_lm
-    model._no_split_modules.add(causal_lm.decoder_layer_class.__name__)
+    model._no_split_modules.add(layer_class.__name__)
     # Recording hooks sat on the layers that went; transformers installs them anew when next asked for outputs.
     model.model._output_capturing_hooks_installed = False
     for module in model.modules():

@@ -69,7 +69,8 @@ class FlatLLMStep:
     def heads(self) -> dict[str, int]:
         """The taps whose moments are taken head by head, and how many heads each has."""
         heads, kv_heads = self.dimensions.num_heads, self.dimensions.num_kv_heads
-        return {VALUES: kv_heads} | ({} if self.kept.query_key_rank is None else {QUERIES: heads, KEYS: kv_heads})
+        values = {VALUES: kv_heads} if self.kept.value_rank < self.dimensions.head_dim else {}
+        return values | ({} if self.kept.query_key_rank is None else {QUERIES: heads, KEYS: kv_heads})
 
     @property
     def taps(self) -> list[str]:
@@ -92,8 +93,9 @@ class FlatLLMStep:
     def solve(self, layer: DecoderModule, sums: Sums) -> Solution:
         """Return the layer's new weights; a rank or width that is the whole one leaves its part as it is."""
         weights: dict[str, Tensor] = {}
-        eigenvalues, directions = headwise_pca(sums[VALUES])
-        if self.kept.value_rank < self.dimensions.head_dim:
+        eigenvalues = None
+        if VALUES in self.heads:
+            eigenvalues, directions = headwise_pca(sums[VALUES])
             bases = directions[..., : self.kept.value_rank]  # (G, d, r)
             weights |= _heads_projected(layer.self_attn.v_proj, "self_attn.v_proj", bases)
             weights["self_attn.o_proj.weight"] = project_output(layer.self_attn.o_proj.weight, bases)

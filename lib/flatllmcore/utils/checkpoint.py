@@ -14,6 +14,7 @@ from huggingface_hub import ModelCardData
 
 from ..errors import InputError
 from .data_utils import public_text
+from .dimensions import STOCK
 from .files import LEFT_OVER, check_writable, read_json
 from .layer_utils import public_name
 
@@ -29,8 +30,7 @@ _CARD = """\
 
 # {name}, compressed by FLAT-LLM
 
-{achieved_sparsity_percent:.2f} % of the decoder layers' linear weights were removed, without training: \
-{projections} projections by head-wise PCA, MLPs by Nyström approximation.
+{achieved_sparsity_percent:.2f} % of the decoder layers' linear weights were removed, without training: {parts}.
 
 | | dense | compressed |
 |---|---:|---:|
@@ -43,8 +43,7 @@ _CARD = """\
 - Versions: {packages}.
 - Command: `{command}`
 
-After `import flatllmcore`, or with `trust_remote_code=True` where it is not installed, \
-`AutoModelForCausalLM.from_pretrained` loads this folder.
+{loading}`AutoModelForCausalLM.from_pretrained` loads this folder.
 """
 
 
@@ -110,6 +109,11 @@ def model_card(record: Mapping[str, Any]) -> str:
         flat_llm={"base_model": name, "sparsity_ratio": record["sparsity_ratio"]},
     )
     projections = "query, key, value and output" if record["prune_qk"] else "value and output"
+    parts = f"{projections} projections by head-wise PCA, MLPs by Nyström approximation"
+    loading = "After `import flatllmcore`, or with `trust_remote_code=True` where it is not installed, "
+    if record["shape"] == STOCK:
+        parts = "channels of the MLPs, as many in every layer"
+        loading = "The model is of the same class as the base model, and plain "
     packages = ", ".join(f"{package} {version}" for package, version in record["versions"].items())
     words = (
         word if word == name else re.sub(r"^(--\w+=)?.*/(?=.)", r"\1", public_text(word))
@@ -122,8 +126,8 @@ def model_card(record: Mapping[str, Any]) -> str:
         for of in record["perplexity"]
     )
     rounded = f", whose weights its publisher had rounded to {bits}" if (bits := record["rounded_to"]) else ""
-    made = {"metadata": data.to_yaml(), "name": name, "projections": projections, "packages": packages}
-    made |= {"perplexities": perplexities, "rounded": rounded}
+    made = {"metadata": data.to_yaml(), "name": name, "parts": parts, "packages": packages}
+    made |= {"perplexities": perplexities, "rounded": rounded, "loading": loading}
     return _CARD.format(**{**record, **public, **made})
 
 

@@ -1,0 +1,129 @@
+"""The stock shape: a compressed model that is one of the dense class, narrower, for programs that know that class."""
+
+import subprocess
+import sys
+import textwrap
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import oracle
+from flatllmcore import FlatLLMConfig, FlatLLMPruner, FlatLLMReassembler, InputError
+from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector
+from flatllmcore.layers import FAMILIES
+from flatllmcore.methods import METHODS
+from flatllmcore.utils.dimensions import ModelDimensions
+from flatllmcore.utils.layer_utils import FAMILY_NAMES, dimensions_from_config
+
+from .tiny_models import dense_model_of, generate
+
+
+def random_windows(seed: int = 1) -> Tensor:
+    return torch.randint(1, 97, (24, 16), generator=torch.Generator().manual_seed(seed))
+
+
+def options(**fields: object) -> dict[str, object]:
+    return {"shape": "stock", "width_multiple": 4, "target_sparsity": 0.3, "cal_dataset": random_windows()} | fields
+
+
+def test_the_published_method_gives_the_oracle_s_weights(published: PreTrainedModel) -> None:
+    """In float64, but for the norms and rotary embeddings of transformers."""
+    weights, sizes = oracle.weights_and_sizes(published)
+    attention = {name: w for name, w in weights.items() if "mlp" not in name}
+    FlatLLMPruner(published, **options()).prune_model()
+    width, count = published.config.intermediate_size, sizes["L"]
+    expected = oracle.compress(weights, sizes, random_windows(), [sizes["d"]] * count, [width] * count)
+    assert {name: expected[name].shape for name in expected} == {n: w.shape for n, w in published.state_dict().items()}
+    for name, weight in published.state_dict().items():
+        if name in attention:
+            assert torch.equal(weight, attention[name]), name
+        torch.testing.assert_close(weight, expected[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_model_is_of_the_dense_class_and_of_the_size_asked_for(
+    published: PreTrainedModel, tmp_path: Path, method: str
+) -> None:
+    """Also when it is loaded from a folder with nothing but a config and weights in it."""
+    dense_class, config_class, d = type(published), type(published.config), dimensions_from_config(published.config)
+    pruner = FlatLLMPruner(published, **options(method=method))
+    assert pruner.prune_model() is published
+    width, stats = published.config.intermediate_size, pruner.get_compression_stats()
+    assert (type(published), type(published.config), width % 4) == (dense_class, config_class, 0)
+    assert {layer.mlp.down_proj.in_features for layer in published.model.layers} == {width}
+    assert all(layer.self_attn.config is published.config for layer in published.model.layers)
+    assert abs(stats["sparsity"] - 0.3) <= 2 * d.width_parameters / d.layer_parameters + 1e-9  # half a step
+    published.float().save_pretrained(tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} <= {"config.json", "model.safetensors", "generation_config.json"}
+    assert "auto_map" not in (tmp_path / "config.json").read_text()
+    loaded, tokens = AutoModelForCausalLM.from_pretrained(tmp_path), random_windows(2)[:3, :9]
+    assert type(loaded) is dense_class
+    assert torch.equal(generate(loaded, tokens), generate(published, tokens))
+    with pytest.raises(InputError, match="compressed already"):
+        pruner.prune_model()
+
+
+def test_every_family_loads_and_generates_without_the_package(tmp_path: Path) -> None:
+    tokens, expected = random_windows(2)[:2, :9], {}
+    for family in FAMILY_NAMES:
+        model = FlatLLMPruner(dense_model_of(family), **options()).prune_model()
+        model.save_pretrained(tmp_path / family)
+        expected[family] = generate(model, tokens)
+    torch.save((tokens, expected), tmp_path / "expected.pt")
+    program = f"""
+        import sys
+        sys.modules["flatllmcore"] = None  # makes its import fail
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        tokens, expected = torch.load({str(tmp_path / "expected.pt")!r})
+        for family, found in expected.items():
+            model = AutoModelForCausalLM.from_pretrained({str(tmp_path)!r} + "/" + family, trust_remote_code=False)
+            assert type(model).__module__.startswith("transformers.models.")
+            options = dict(attention_mask=torch.ones_like(tokens), max_new_tokens=8, do_sample=False)
+            assert torch.equal(model.generate(tokens, **options), found)
+    """
+    environment = {"OMP_NUM_THREADS": "1", "PATH": "", "HF_HUB_OFFLINE": "1"}
+    subprocess.run([sys.executable, "-I", "-c", textwrap.dedent(program)], env=environment, check=True)
+
+
+def test_no_scores_are_measured_and_none_are_needed(dense_model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flatllmcore.pipeline.layer_importance", None)
+    for method in METHODS:
+        model = FlatLLMReassembler.reassemble(dense_model(), method=method, **options())
+        assert type(model) is FAMILIES[model.config.model_type].__bases__[-1]
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"target_sparsity": 0.75}, r"removing 75 % .* largest possible target is \d\d %; .* --shape per-layer"),
+        ({"target_sparsity": 0.01, "width_multiple": 32}, "steps of 32 cannot remove 1 %"),
+        ({"width_multiple": 97}, "width multiple 97 .* 1 to 96"),
+        ({"rank_allocation": [0.5] * 3}, "of the shape 'per-layer', not 'stock'"),
+    ],
+)
+def test_what_the_shape_has_no_way_to_is_refused_before_work(dense_model, fields, reason) -> None:
+    model = dense_model()
+    with pytest.raises(InputError, match=reason):
+        FlatLLMPruner(model, **options(**fields)).prune_model()
+    assert model.config.intermediate_size == 96
+
+
+def test_q_and_k_stay_whole_whatever_the_pattern_of_a_config_has() -> None:
+    pattern = FlatLLMConfig(method="flatllm+")
+    assert (pattern.preserve_qk_layers, replace(pattern, shape="stock").preserve_qk_layers) == (False, True)
+
+
+@pytest.mark.parametrize(("percent", "width"), [(0, 1536), (10, 1344), (20, 1152), (30, 896), (60, 320)])
+def test_the_width_is_the_multiple_of_64_nearest_to_the_target(percent, width) -> None:
+    """By hand for SmolLM2-135M: 3,538,944 weights per layer, of which a channel is 1,728."""
+    selector = ImportancePreservingRankSelector(ModelDimensions("llama", 30, 576, 9, 3, 64, 1536), shape="stock")
+    allocation = selector.stock(1 - percent / 100)
+    assert set(allocation.per_layer("mlp_width")) == {width}
+    assert abs(1536 - percent / 100 * 3538944 / 1728 - width) <= 32
+    assert allocation.achieved_sparsity_percent == pytest.approx(100 * (1536 - width) * 1728 / 3538944)
