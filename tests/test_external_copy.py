@@ -31,7 +31,7 @@ config = FlatLLMConfig(target_sparsity=0.5, cal_dataset=documents(60), cal_nsamp
 dense_size = model.num_parameters()
 compressed_model = FlatLLMReassembler.reassemble(model, tokenizer, config)
 assert compressed_model is model
-assert type(model).__module__ == "{package}.layers.flat_llama"
+assert type(model).__module__ == "{package}.layers.flat_models"
 
 model.save_pretrained("{folder}")
 ids = torch.randint(97, (2, 10))

@@ -106,7 +106,7 @@ def test_the_folder_holds_what_save_pretrained_writes(tmp_path, windows, checkpo
     theirs_alone = {"model.safetensors", "generation_config.json"}  # the dense folder had none of the latter
     assert {n for n in ours.keys() - ours_alone if "-of-" not in n} == theirs.keys() - theirs_alone
     assert json.loads(ours["config.json"]) == json.loads(theirs["config.json"])
-    assert ours["flat_llama.py"] == theirs["flat_llama.py"]
+    assert ours["flat_models.py"] == theirs["flat_models.py"]
     index = json.loads(ours["model.safetensors.index.json"])
     assert index["metadata"]["total_size"] == sum(weight.nbytes for weight in weights_in(tmp_path / "ours").values())
     assert index["weight_map"].keys() == model.state_dict().keys()

@@ -7,8 +7,16 @@ Where two copies of this package are imported, the auto classes load models as t
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from .families import FAMILIES, family_of
-from .flat_llama import FlatLlamaAttention, FlatLlamaConfig, FlatLlamaDecoderLayer, FlatLlamaForCausalLM
-from .flat_mistral import FlatMistralAttention, FlatMistralConfig, FlatMistralDecoderLayer, FlatMistralForCausalLM
+from .flat_models import (
+    FlatLlamaAttention,
+    FlatLlamaConfig,
+    FlatLlamaDecoderLayer,
+    FlatLlamaForCausalLM,
+    FlatMistralAttention,
+    FlatMistralConfig,
+    FlatMistralDecoderLayer,
+    FlatMistralForCausalLM,
+)
 from .replacement import adopt_compressed_layers, compress_decoder_layer, compressed_config
 
 

@@ -2,19 +2,14 @@
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from ..utils.layer_utils import family_name
+from ..utils.layer_utils import FAMILY_NAMES, family_name
+from . import flat_models
 from .flat_attention import FlatCausalLM
-from .flat_llama import FlatLlamaForCausalLM
-from .flat_mistral import FlatMistralForCausalLM
-from .flat_qwen2 import FlatQwen2ForCausalLM
-from .flat_qwen3 import FlatQwen3ForCausalLM
 
 FAMILIES: dict[str, type[FlatCausalLM]] = {
-    "llama": FlatLlamaForCausalLM,
-    "mistral": FlatMistralForCausalLM,
-    "qwen2": FlatQwen2ForCausalLM,
-    "qwen3": FlatQwen3ForCausalLM,
+    name: getattr(flat_models, f"Flat{MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name]}") for name in FAMILY_NAMES
 }
 
 
