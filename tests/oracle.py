@@ -13,26 +13,39 @@ Weights = dict[str, Tensor]
 
 
 def weights_and_sizes(model) -> tuple[Weights, dict]:
-    """Return float64 copies of a dense transformers model's tensors, and its sizes."""
+    """Return float64 copies of a dense transformers model's tensors, and its sizes; lists have one entry per layer."""
     c = model.config
-    d = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    family = c.model_type
+    L, d = c.num_hidden_layers, getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    kinds = getattr(c, "layer_types", None) or ["sliding_attention"] * L
     window = getattr(c, "sliding_window", None)
-    has_window = [kind == "sliding_attention" for kind in getattr(c, "layer_types", [])] or [True] * c.num_hidden_layers
+    windows = [window if kind == "sliding_attention" else None for kind in kinds]
     sizes = {
-        "L": c.num_hidden_layers,
+        "L": L,
         "H": c.num_attention_heads,
         "G": c.num_key_value_heads,
         "d": d,
         "eps": c.rms_norm_eps,
-        "frequencies": rope_frequencies(c.rope_parameters, d),
-        "windows": [window if has else None for has in has_window],  # one per layer
+        "frequencies": [rope_frequencies(c.rope_parameters, d)] * L,
+        "pairs": "neighbours" if family in ("ernie4_5", "helium") else "halves",
+        "windows": windows,
+        "scaling": d**-0.5,
     }
+    if family == "smollm3":
+        sizes["frequencies"] = [
+            f if has else None for f, has in zip(sizes["frequencies"], c.no_rope_layers, strict=True)
+        ]
     weights = {name: tensor.detach().double().clone() for name, tensor in model.state_dict().items()}
     return weights, sizes
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x / torch.sqrt((x * x).mean(-1, keepdim=True) + eps) * weight
+
+
+def normed(x: Tensor, weights: Weights, name: str, sizes: dict) -> Tensor:
+    """Return ``x`` behind the norm of this name, or ``x`` where the model has none."""
+    return rms_norm(x, weights[name + ".weight"], sizes["eps"]) if name + ".weight" in weights else x
 
 
 def linear(x: Tensor, weights: Weights, name: str) -> Tensor:
@@ -42,7 +55,8 @@ def linear(x: Tensor, weights: Weights, name: str) -> Tensor:
 
 def rope_frequencies(rope: dict, d: int) -> Tensor:
     """Angle per position of each pair, (d/2,); Llama 3.1 slows those that turn little within its first context."""
-    frequencies = rope["rope_theta"] ** (-torch.arange(0, d, 2).double() / d)
+    theta = rope["rope_theta"] * rope.get("alpha", 1.0) ** (d / (d - 2))
+    frequencies = theta ** (-torch.arange(0, d, 2).double() / d)
     if rope["rope_type"] == "llama3":
         turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
@@ -51,26 +65,35 @@ def rope_frequencies(rope: dict, d: int) -> Tensor:
     return frequencies
 
 
-def rotate(x: Tensor, frequencies: Tensor) -> Tensor:
-    """Rotary embedding of (S, heads, d), halves paired as Llama checkpoints are."""
+def rotate(x: Tensor, frequencies: Tensor, pairs: str) -> Tensor:
+    """Rotary embedding of (S, heads, d); pairs are entries half a head apart, as in Llama, or neighbours."""
     S, _, d = x.shape
     angle = torch.arange(S).double()[:, None] * frequencies
     cos, sin = angle.cos()[:, None], angle.sin()[:, None]
-    a, b = x[..., : d // 2], x[..., d // 2 :]
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    first, second = (slice(0, d // 2), slice(d // 2, d)) if pairs == "halves" else (slice(0, d, 2), slice(1, d, 2))
+    turned = torch.empty_like(x)
+    turned[..., first] = x[..., first] * cos - x[..., second] * sin
+    turned[..., second] = x[..., second] * cos + x[..., first] * sin
+    return turned
+
+
+def queries_or_keys(h: Tensor, weights: Weights, sizes: dict, layer: int, name: str, norm_behind: str) -> Tensor:
+    """Return queries or keys (S, heads, d) as scores are made of them."""
+    p = f"model.layers.{layer}.self_attn."
+    x = linear(h, weights, f"{p}{name}_proj").unflatten(-1, (-1, sizes["d"]))
+    x = normed(x, weights, f"{p}{name}_norm", sizes)
+    if sizes["frequencies"][layer] is not None:
+        x = rotate(x, sizes["frequencies"][layer], sizes["pairs"])
+    return normed(x, weights, p + norm_behind, sizes)
 
 
 def run_layer(weights: Weights, sizes: dict, layer: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return output (S, D), values (S, G, r) and MLP activations (S, k) of one layer for one window."""
     p = f"model.layers.{layer}."
-    S, H, G, d = len(x), sizes["H"], sizes["G"], sizes["d"]
-    h = rms_norm(x, weights[p + "input_layernorm.weight"], sizes["eps"])
-    q = linear(h, weights, p + "self_attn.q_proj").view(S, H, d)
-    k = linear(h, weights, p + "self_attn.k_proj").view(S, G, d)
-    if p + "self_attn.q_norm.weight" in weights:
-        q = rms_norm(q, weights[p + "self_attn.q_norm.weight"], sizes["eps"])
-        k = rms_norm(k, weights[p + "self_attn.k_norm.weight"], sizes["eps"])
-    q, k = rotate(q, sizes["frequencies"]), rotate(k, sizes["frequencies"])
+    S, H, G = len(x), sizes["H"], sizes["G"]
+    h = normed(x, weights, p + "input_layernorm", sizes)
+    q = queries_or_keys(h, weights, sizes, layer, "q", "query_layernorm")
+    k = queries_or_keys(h, weights, sizes, layer, "k", "key_layernorm")
     v = linear(h, weights, p + "self_attn.v_proj").view(S, G, -1)
     distance = torch.arange(S)[:, None] - torch.arange(S)
     allowed = distance >= 0
@@ -79,10 +102,10 @@ def run_layer(weights: Weights, sizes: dict, layer: int, x: Tensor) -> tuple[Ten
     heads = []
     for head in range(H):
         g = head // (H // G)
-        scores = (q[:, head] @ k[:, g].T / math.sqrt(d)).masked_fill(~allowed, -math.inf)
+        scores = (q[:, head] @ k[:, g].T * sizes["scaling"]).masked_fill(~allowed, -math.inf)
         heads.append(scores.softmax(-1) @ v[:, g])
     x = x + linear(torch.cat(heads, dim=-1), weights, p + "self_attn.o_proj")
-    h = rms_norm(x, weights[p + "post_attention_layernorm.weight"], sizes["eps"])
+    h = normed(x, weights, p + "post_attention_layernorm", sizes)
     gate = linear(h, weights, p + "mlp.gate_proj")
     z = gate * torch.sigmoid(gate) * linear(h, weights, p + "mlp.up_proj")
     return x + linear(z, weights, p + "mlp.down_proj"), v, z
@@ -134,7 +157,7 @@ def compress(
 
         D = states[0].shape[1]
         if prune_qk and ranks[layer] * D + d * ranks[layer] < d * D:
-            rows = rms_norm(torch.cat(states), weights[p + "input_layernorm.weight"], sizes["eps"])
+            rows = normed(torch.cat(states), weights, p + "input_layernorm", sizes)
             for name in ("q_proj", "k_proj"):
                 project_to_principal_subspaces(weights, p + "self_attn." + name, rows, d, ranks[layer])
 
@@ -179,7 +202,7 @@ def perplexity(weights: Weights, sizes: dict, windows: Tensor) -> float:
         x = weights["model.embed_tokens.weight"][ids]
         for layer in range(sizes["L"]):
             x = run_layer(weights, sizes, layer, x)[0]
-        logits = rms_norm(x, weights["model.norm.weight"], sizes["eps"]) @ head.T
+        logits = normed(x, weights, "model.norm", sizes) @ head.T
         losses = -logits[:-1].log_softmax(-1).gather(1, ids[1:, None])
         nll, predicted = nll + losses.sum().item(), predicted + len(losses)
     return math.exp(nll / predicted)

@@ -15,12 +15,12 @@ import main
 from checkpoints import compressed, save_inputs
 from conftest import tiny_model
 from flatllmcore.core.attention_pca import headwise_pca
-from flatllmcore.layers import FAMILIES, compressed_config
+from flatllmcore.layers import compressed_config
 from flatllmcore.utils.layer_utils import count_parameters
-from layers.tiny_models import SIZES, dense_model_of, generate, kept
+from layers.tiny_models import KINDS, SIZES, dense_model_of, generate, kept
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=KINDS)
 def flat_model(request: pytest.FixtureRequest, tokens: Tensor) -> PreTrainedModel:
     """A model of each family whose three layers keep Q and K whole, at 12 of 16 directions, and at fewer."""
     biases = {"attention_bias": True} if request.param in ("llama", "qwen3") else {}

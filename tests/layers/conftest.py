@@ -9,14 +9,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from flatllmcore.utils.layer_utils import FAMILY_NAMES
 from flatllmcore.utils.loading import load_config
 
 from .published import COMMON, PUBLISHED
-from .tiny_models import SIZES, compress, dense_model_of, random_model
+from .tiny_models import KINDS, SIZES, compress, dense_model_of, random_model
 
 
-@pytest.fixture(params=FAMILY_NAMES)
+@pytest.fixture(params=KINDS)
 def family(request: pytest.FixtureRequest) -> str:
     return request.param
 

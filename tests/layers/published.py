@@ -29,6 +29,8 @@ LLAMA_3 = {
 QWEN_2 = {"model_type": "qwen2", "rope_theta": 1000000.0}
 QWEN_3 = {"model_type": "qwen3", "attention_bias": False, "rope_theta": 1000000, "rope_scaling": None}
 
+TIED = {"tie_word_embeddings": True}
+
 
 def shape(*sizes: int) -> dict[str, int]:
     names = ("num_attention_heads", "num_key_value_heads", "hidden_size", "intermediate_size")
@@ -58,5 +60,37 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
         **qwen_windows(True, 5, 3),
         **shape(4, 1, 32, 56),
+    },
+    "Ministral-8B": {
+        "model_type": "ministral",
+        "head_dim": 12,
+        "sliding_window": 5,
+        "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+        **shape(4, 1, 32, 56),
+    },
+    "Helium-1-2b": {"model_type": "helium", "head_dim": 8, "rope_theta": 100000.0, **shape(4, 2, 32, 56)},
+    "ERNIE-4.5-0.3B": {**TIED, "model_type": "ernie4_5", "head_dim": 8, "use_bias": False, **shape(4, 1, 24, 56)},
+    "SmolLM3-3B": {
+        **TIED,
+        "model_type": "smollm3",
+        "rope_theta": 5000000.0,
+        "no_rope_layers": [1, 0, 1],
+        "use_sliding_window": False,
+        **shape(4, 1, 32, 56),
+    },
+    "Seed-OSS-36B": {
+        "model_type": "seed_oss",
+        "attention_bias": True,
+        "attention_dropout": 0.1,
+        "residual_dropout": 0.1,
+        "head_dim": 8,
+        **shape(6, 2, 40, 56),
+    },
+    "Hunyuan-1.8B": {
+        **TIED,
+        "model_type": "hunyuan_v1_dense",
+        "rope_scaling": {"type": "dynamic", "alpha": 1000.0, "factor": 1.0, "beta_fast": 32, "beta_slow": 1},
+        "head_dim": 12,
+        **shape(4, 2, 32, 56),
     },
 }

@@ -13,7 +13,7 @@ from ..core.channel_obs import channels_by_damage
 from ..core.curve_allocation import MLP, MLP_SHARE, PAIR_SHARES, PAIRS, VALUE_SHARES, VALUES, Curves
 from ..core.moments import add_moment, inverse_length, mirror_lower_triangle
 from ..core.output_pca import lost_by_rank
-from ..core.rotary_pairs import pair_energies, without_pairs
+from ..core.rotary_pairs import has_free_pairs, pair_energies, without_pairs
 from ..layers import replacement
 from ..utils.dimensions import Kept
 from ..utils.layer_utils import DecoderModule, dimensions_from_config
@@ -67,8 +67,9 @@ class LayerDamage:
             lost = lost_by_rank(self._sums[ATTENDED], layer.self_attn.o_proj.weight, *heads, ranks)
             removed = round(MLP_SHARE * sizes.intermediate_size)
             _, damages = channels_by_damage(layer.mlp.down_proj.weight, self._sums[CHANNELS], removed, tokens)
-        has_norms = hasattr(layer.self_attn, "q_norm")  # which look at all the pairs of a head: all stay
-        left = [] if has_norms else dict.fromkeys(max(1, int(share * sizes.head_dim / 2)) for share in PAIR_SHARES)
+        left = dict.fromkeys(max(1, int(share * sizes.head_dim / 2)) for share in PAIR_SHARES)
+        if not has_free_pairs(layer.self_attn):
+            left = {}
         tried = [((sizes.head_dim - 2 * n) * sizes.rank_parameters, self._damage_of_pairs(n)) for n in left]
         return {
             VALUES: [((sizes.head_dim - rank) * sizes.rank_parameters, of / energy) for rank, of in lost.items()],

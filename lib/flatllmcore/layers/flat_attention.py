@@ -89,8 +89,8 @@ class FlatConfig:
 
     def __post_init__(self: Any, **kwargs: Any) -> None:
         """Have a ``head_dim`` always; in some families it is stated only where it is not ``hidden / heads``."""
-        if not hasattr(type(self), "head_dim"):
-            kwargs["head_dim"] = kwargs.get("head_dim") or self.hidden_size // self.num_attention_heads
+        stated = kwargs.pop("head_dim", None) or getattr(self, "head_dim", None)
+        self.head_dim = stated or self.hidden_size // self.num_attention_heads
         super().__post_init__(**kwargs)  # type: ignore[misc]
 
     def validate_widths(self: Any) -> None:
@@ -130,6 +130,7 @@ class FlatAttention(nn.Module):
     """Attention whose value heads, and the value half of its cache, have ``value_head_dim`` entries."""
 
     dense: ClassVar[ModuleType]  # whose rotary and eager functions are the family's
+    use_rope: bool | int = True  # layers of some families know no positions
 
     config: PreTrainedConfig
     layer_idx: int
@@ -172,6 +173,8 @@ class FlatAttention(nn.Module):
 
     def rotated(self, query: Tensor, key: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Return queries (B, H, T, d) and keys (B, G, T, d) turned by their positions, each by the pairs it has."""
+        if not self.use_rope:
+            return query, key
         if self.query_key_width == self.head_dim:
             return self.dense.apply_rotary_pos_emb(query, key, *position_embeddings)
         cos, sin = (part[..., self.rotary_places].transpose(1, 2) for part in position_embeddings)  # (B, G, T, d)

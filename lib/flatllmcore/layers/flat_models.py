@@ -15,19 +15,47 @@ from .flat_attention import FlatAttention, FlatCausalLM, FlatConfig, FlatDecoder
 
 
 class _Normed(FlatAttention):
-    """Queries and keys are normalised before they are turned, within each head."""
+    """Queries and keys are normalised before they are turned, within each head or all heads together."""
 
     q_norm: nn.Module
     k_norm: nn.Module
 
     def project_queries_and_keys(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         query, key = super().project_queries_and_keys(hidden_states)
-        return self.q_norm(query), self.k_norm(key)
+        return _normed(query, self.q_norm), _normed(key, self.k_norm)
+
+
+def _normed(heads: Tensor, norm: Any) -> Tensor:
+    is_within_heads = norm.weight.numel() == heads.shape[-1]
+    return norm(heads) if is_within_heads else norm(heads.flatten(-2)).view_as(heads)
+
+
+class _NormedBehind(FlatAttention):
+    """Queries and keys are normalised within each head when they have been turned."""
+
+    query_layernorm: nn.Module
+    key_layernorm: nn.Module
+
+    def rotated(self, query: Tensor, key: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        query, key = super().rotated(query, key, position_embeddings)
+        return self.query_layernorm(query), self.key_layernorm(key)
+
+
+class _Dropping(FlatAttention):
+    """What leaves the attention is dropped in part in training."""
+
+    residual_dropout: float
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        output, weights = super().forward(*args, **kwargs)
+        return nn.functional.dropout(output, self.residual_dropout, self.training), weights
 
 
 # Attention that does more than Llama's, by the family's part in the names of its classes.
 _ATTENTION: dict[str, type[FlatAttention]] = {
+    "HunYuanDenseV1": _NormedBehind,
     "Qwen3": _Normed,
+    "SeedOss": _Dropping,
 }
 
 

@@ -14,7 +14,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from ..errors import InputError
 from .dimensions import ModelDimensions
 
-FAMILY_NAMES = ("llama", "mistral", "qwen2", "qwen3")  # the ``model_type`` of dense models
+FAMILY_NAMES = (  # the ``model_type`` of dense models
+    *("llama", "mistral", "ministral", "qwen2", "qwen3"),
+    *("ernie4_5", "helium", "hunyuan_v1_dense", "seed_oss", "smollm3"),
+)
 _SUPPORTED = ", ".join(FAMILY_NAMES)
 # What weights may be, as safetensors spells it; float8 is a floating-point type too.
 WEIGHT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
