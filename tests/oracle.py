@@ -25,12 +25,31 @@ def weights_and_sizes(model) -> tuple[Weights, dict]:
         "H": c.num_attention_heads,
         "G": c.num_key_value_heads,
         "d": d,
-        "eps": c.rms_norm_eps,
-        "frequencies": [rope_frequencies(c.rope_parameters, d)] * L,
-        "pairs": "neighbours" if family in ("ernie4_5", "helium") else "halves",
+        "eps": c.layer_norm_eps if family == "cohere2" else c.rms_norm_eps,
+        "norm": {"cohere2": layer_norm, "gemma2": gemma_norm, "gemma3_text": gemma_norm}.get(family, rms_norm),
+        "activation": gelu_tanh if family.startswith("gemma") else silu,
+        "frequencies": [rope_frequencies(c.rope_parameters.get(kind, c.rope_parameters), d) for kind in kinds],
+        "lengths": [c.rope_parameters.get(kind, {}).get("attention_factor", 1.0) for kind in kinds],
+        "pairs": "neighbours" if family in ("cohere2", "ernie4_5", "helium") else "halves",
         "windows": windows,
         "scaling": d**-0.5,
+        "residual": 1.0,
+        "embedding": 1.0,
+        "logits": 1.0,
+        "cap": None,  # of scores
+        "final_cap": None,  # of logits
     }
+    if family == "granite":
+        sizes |= {"scaling": c.attention_multiplier, "residual": c.residual_multiplier}
+        sizes |= {"embedding": c.embedding_multiplier, "logits": 1 / c.logits_scaling}
+    if family == "cohere2":
+        sizes["logits"] = c.logit_scale
+    if family.startswith("gemma"):
+        sizes |= {"scaling": c.query_pre_attn_scalar**-0.5, "embedding": c.hidden_size**0.5}
+    if family == "gemma2":
+        sizes |= {"cap": c.attn_logit_softcapping, "final_cap": c.final_logit_softcapping}
+    if family == "cohere2" or (family == "exaone4" and window is not None):
+        sizes["frequencies"] = [f if has else None for f, has in zip(sizes["frequencies"], windows, strict=True)]
     if family == "smollm3":
         sizes["frequencies"] = [
             f if has else None for f, has in zip(sizes["frequencies"], c.no_rope_layers, strict=True)
@@ -43,9 +62,29 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x / torch.sqrt((x * x).mean(-1, keepdim=True) + eps) * weight
 
 
+def gemma_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return rms_norm(x, 1 + weight, eps)
+
+
+def layer_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return rms_norm(x - x.mean(-1, keepdim=True), weight, eps)
+
+
+def silu(x: Tensor) -> Tensor:
+    return x / (1 + torch.exp(-x))
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def capped(x: Tensor, cap: float | None) -> Tensor:
+    return x if cap is None else cap * torch.tanh(x / cap)
+
+
 def normed(x: Tensor, weights: Weights, name: str, sizes: dict) -> Tensor:
     """Return ``x`` behind the norm of this name, or ``x`` where the model has none."""
-    return rms_norm(x, weights[name + ".weight"], sizes["eps"]) if name + ".weight" in weights else x
+    return sizes["norm"](x, weights[name + ".weight"], sizes["eps"]) if name + ".weight" in weights else x
 
 
 def linear(x: Tensor, weights: Weights, name: str) -> Tensor:
@@ -54,7 +93,7 @@ def linear(x: Tensor, weights: Weights, name: str) -> Tensor:
 
 
 def rope_frequencies(rope: dict, d: int) -> Tensor:
-    """Angle per position of each pair, (d/2,); Llama 3.1 slows those that turn little within its first context."""
+    """Angle per position of each pair, (d/2,); Llama 3.1 and YaRN slow those that turn little in the first context."""
     theta = rope["rope_theta"] * rope.get("alpha", 1.0) ** (d / (d - 2))
     frequencies = theta ** (-torch.arange(0, d, 2).double() / d)
     if rope["rope_type"] == "llama3":
@@ -62,6 +101,12 @@ def rope_frequencies(rope: dict, d: int) -> Tensor:
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
         kept = ((turns - low) / (high - low)).clamp(0, 1)
         return frequencies * (kept + (1 - kept) / rope["factor"])
+    if rope["rope_type"] == "yarn":  # as far as 32 turns within the first context, and from 1 on
+        first = rope["original_max_position_embeddings"]
+        low, high = (d * math.log(first / (2 * math.pi * turns)) / (2 * math.log(theta)) for turns in (32, 1))
+        low, high = max(math.floor(low), 0), min(math.ceil(high), d - 1)
+        slowed = ((torch.arange(d // 2).double() - low) / (high - low)).clamp(0, 1)
+        return frequencies * (1 - slowed + slowed / rope["factor"])
     return frequencies
 
 
@@ -81,9 +126,12 @@ def queries_or_keys(h: Tensor, weights: Weights, sizes: dict, layer: int, name: 
     """Return queries or keys (S, heads, d) as scores are made of them."""
     p = f"model.layers.{layer}.self_attn."
     x = linear(h, weights, f"{p}{name}_proj").unflatten(-1, (-1, sizes["d"]))
-    x = normed(x, weights, f"{p}{name}_norm", sizes)
+    if len(weights.get(f"{p}{name}_norm.weight", [])) == x[0].numel():  # one norm for all heads together
+        x = normed(x.flatten(1), weights, f"{p}{name}_norm", sizes).view_as(x)
+    else:
+        x = normed(x, weights, f"{p}{name}_norm", sizes)
     if sizes["frequencies"][layer] is not None:
-        x = rotate(x, sizes["frequencies"][layer], sizes["pairs"])
+        x = sizes["lengths"][layer] * rotate(x, sizes["frequencies"][layer], sizes["pairs"])
     return normed(x, weights, p + norm_behind, sizes)
 
 
@@ -102,18 +150,29 @@ def run_layer(weights: Weights, sizes: dict, layer: int, x: Tensor) -> tuple[Ten
     heads = []
     for head in range(H):
         g = head // (H // G)
-        scores = (q[:, head] @ k[:, g].T * sizes["scaling"]).masked_fill(~allowed, -math.inf)
+        scores = capped(q[:, head] @ k[:, g].T * sizes["scaling"], sizes["cap"]).masked_fill(~allowed, -math.inf)
         heads.append(scores.softmax(-1) @ v[:, g])
-    x = x + linear(torch.cat(heads, dim=-1), weights, p + "self_attn.o_proj")
-    h = normed(x, weights, p + "post_attention_layernorm", sizes)
-    gate = linear(h, weights, p + "mlp.gate_proj")
-    z = gate * torch.sigmoid(gate) * linear(h, weights, p + "mlp.up_proj")
-    return x + linear(z, weights, p + "mlp.down_proj"), v, z
+    attended = linear(torch.cat(heads, dim=-1), weights, p + "self_attn.o_proj")
+    if p + "post_feedforward_layernorm.weight" in weights:  # norms stand behind attention and MLP
+        attended = normed(attended, weights, p + "post_attention_layernorm", sizes)
+        before_mlp = "pre_feedforward_layernorm"
+    else:
+        before_mlp = "post_attention_layernorm"
+    x = x + sizes["residual"] * attended
+    if sizes["norm"] is not layer_norm:  # else the MLP reads what the attention reads
+        h = normed(x, weights, p + before_mlp, sizes)
+    z = sizes["activation"](linear(h, weights, p + "mlp.gate_proj")) * linear(h, weights, p + "mlp.up_proj")
+    output = normed(linear(z, weights, p + "mlp.down_proj"), weights, p + "post_feedforward_layernorm", sizes)
+    return x + sizes["residual"] * output, v, z
+
+
+def embedded(weights: Weights, sizes: dict, windows: Tensor) -> list[Tensor]:
+    return [sizes["embedding"] * weights["model.embed_tokens.weight"][ids] for ids in windows]
 
 
 def importance(weights: Weights, sizes: dict, windows: Tensor) -> list[float]:
     """Mean over tokens of arccos(clamp(cos, 0, 1)) / π per layer."""
-    states = [weights["model.embed_tokens.weight"][ids] for ids in windows]
+    states = embedded(weights, sizes, windows)
     scores = []
     for layer in range(sizes["L"]):
         outputs = [run_layer(weights, sizes, layer, x)[0] for x in states]
@@ -148,7 +207,7 @@ def compress(
     """
     weights = {name: tensor.clone() for name, tensor in weights.items()}
     H, G, d = sizes["H"], sizes["G"], sizes["d"]
-    states = [weights["model.embed_tokens.weight"][ids] for ids in windows]
+    states = embedded(weights, sizes, windows)
     for layer in range(sizes["L"]):
         p = f"model.layers.{layer}."
         seen = [run_layer(weights, sizes, layer, x) for x in states]
@@ -199,10 +258,10 @@ def perplexity(weights: Weights, sizes: dict, windows: Tensor) -> float:
     nll, predicted = 0.0, 0
     head = weights.get("lm_head.weight", weights["model.embed_tokens.weight"])
     for ids in windows:
-        x = weights["model.embed_tokens.weight"][ids]
+        x = embedded(weights, sizes, ids[None])[0]
         for layer in range(sizes["L"]):
             x = run_layer(weights, sizes, layer, x)[0]
-        logits = normed(x, weights, "model.norm", sizes) @ head.T
+        logits = capped(normed(x, weights, "model.norm", sizes) @ head.T * sizes["logits"], sizes["final_cap"])
         losses = -logits[:-1].log_softmax(-1).gather(1, ids[1:, None])
         nll, predicted = nll + losses.sum().item(), predicted + len(losses)
     return math.exp(nll / predicted)

@@ -41,6 +41,19 @@ def qwen_windows(is_used: bool, size: int | None, whole_layers: int) -> dict[str
     return {"use_sliding_window": is_used, "sliding_window": size, "max_window_layers": whole_layers}
 
 
+def windows(*kinds: str) -> dict[str, Any]:
+    return {"sliding_window": 5, "layer_types": [f"{kind}_attention" for kind in kinds]}
+
+
+YARN = {"rope_type": "yarn", "factor": 8.0, "beta_fast": 32.0, "beta_slow": 1.0}
+GEMMA = {
+    **TIED,
+    "hidden_act": "gelu_pytorch_tanh",
+    "hidden_activation": "gelu_pytorch_tanh",
+    "head_dim": 12,
+    "query_pre_attn_scalar": 10,
+    **shape(4, 2, 32, 56),
+}
 PUBLISHED: dict[str, dict[str, Any]] = {
     "Llama-2-7b": {"model_type": "llama", "pretraining_tp": 1, "rope_scaling": None, **shape(4, 4, 32, 56)},
     "Llama-3.1-8B": {**LLAMA_3, "attention_bias": False, "eos_token_id": [2, 3], **shape(4, 1, 48, 72)},
@@ -64,8 +77,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "Ministral-8B": {
         "model_type": "ministral",
         "head_dim": 12,
-        "sliding_window": 5,
-        "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+        **windows("full", "sliding", "sliding"),
         **shape(4, 1, 32, 56),
     },
     "Helium-1-2b": {"model_type": "helium", "head_dim": 8, "rope_theta": 100000.0, **shape(4, 2, 32, 56)},
@@ -91,6 +103,63 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "model_type": "hunyuan_v1_dense",
         "rope_scaling": {"type": "dynamic", "alpha": 1000.0, "factor": 1.0, "beta_fast": 32, "beta_slow": 1},
         "head_dim": 12,
+        **shape(4, 2, 32, 56),
+    },
+    "OLMo-2-1B": {"model_type": "olmo2", "attention_bias": False, "rope_theta": 500000, **shape(4, 2, 32, 56)},
+    "Olmo-3-7B": {
+        "model_type": "olmo3",
+        "rope_scaling": {**YARN, "attention_factor": 1.2079441541679836, "original_max_position_embeddings": 16},
+        "rope_theta": 500000,
+        **windows("sliding", "full", "sliding"),
+        **shape(4, 4, 32, 56),
+    },
+    "EXAONE-4.0-32B": {
+        "model_type": "exaone4",
+        "head_dim": 8,
+        "sliding_window_pattern": "LLLG",
+        "rope_theta": 1000000,
+        **windows("sliding", "full", "sliding"),
+        **shape(4, 1, 40, 56),
+    },
+    "EXAONE-4.0-1.2B": {
+        **TIED,
+        "model_type": "exaone4",
+        "sliding_window": None,
+        "rope_theta": 1000000,
+        "layer_types": ["full_attention"] * 3,
+        **shape(4, 2, 32, 56),
+    },
+    "Command-R7B": {
+        **TIED,
+        "model_type": "cohere2",
+        "layer_norm_eps": 1e-5,
+        "logit_scale": 0.25,
+        "rope_theta": 50000.0,
+        **windows("sliding", "full", "sliding"),
+        **shape(4, 1, 32, 56),
+    },
+    "Gemma-2-2b": {
+        **GEMMA,
+        "model_type": "gemma2",
+        "attn_logit_softcapping": 5.0,
+        "final_logit_softcapping": 20.0,
+        **windows("sliding", "full", "sliding"),
+    },
+    "Gemma-3-1b": {
+        **GEMMA,
+        "model_type": "gemma3_text",
+        "rope_local_base_freq": 10000.0,
+        "rope_theta": 1000000.0,
+        **windows("sliding", "sliding", "full"),
+    },
+    "Granite-3.1-2b": {
+        **TIED,
+        "model_type": "granite",
+        "attention_multiplier": 0.25,
+        "embedding_multiplier": 3.0,
+        "logits_scaling": 2.0,
+        "residual_multiplier": 0.5,
+        "rope_theta": 5000000.0,
         **shape(4, 2, 32, 56),
     },
 }

@@ -14,7 +14,7 @@ from ..utils.layer_utils import DecoderModule
 
 
 def has_free_pairs(attention: DecoderModule) -> bool:
-    """Tell whether a dense attention can lose pairs: it turns them, half a head apart, and no norm looks at them all."""
+    """Tell whether a dense attention can lose pairs: it turns them, half a head apart, and no norm looks at all."""
     is_normed = hasattr(attention, "q_norm") or hasattr(attention, "query_layernorm")
     is_halved = sys.modules[type(attention).__module__].rotate_half(torch.arange(4))[0] == -2
     return bool(getattr(attention, "use_rope", True) and is_halved and not is_normed)

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..layers.replacement import fill_parameters
 from ..utils.files import digest, to_json_bytes
 from ..utils.layer_utils import DecoderModule, stored_tensors
 from ..utils.loading import EMBEDDINGS, HEAD, open_checkpoint, tokenizer_digest
+from .memory import entering, logits_of
 from .storage import StatesStorage
 
 LAYERS = "model.layers."  # as the model classes of all families name them
@@ -85,8 +85,12 @@ class CheckpointSource:
     @contextmanager
     def embedding(self) -> Iterator[Callable[[Tensor], Tensor]]:
         """Lend the embedding, read for the block."""
-        weight = self._read(EMBEDDINGS).to(self.device)
-        yield lambda ids: F.embedding(ids.to(self.device), weight)
+        embedding = copy.deepcopy(self.decoder.embed_tokens)
+        for name, scale in embedding.named_buffers():  # computed, not read
+            embedding.register_buffer(name, torch.empty_like(scale, device=self.device), persistent=False)
+        self.skeleton._init_weights(embedding)  # the weight is on the meta device still
+        fill_parameters(embedding, {"weight": self._read(EMBEDDINGS).to(self.device)})
+        yield lambda ids: entering(self.decoder, embedding(ids.to(self.device)))
 
     @contextmanager
     def layer(self, index: int) -> Iterator[DecoderModule]:
@@ -106,10 +110,12 @@ class CheckpointSource:
     @contextmanager
     def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
         """Lend the function from hidden states to logits, its weight read for the block."""
-        weight = self._read(HEAD if HEAD in self._names else EMBEDDINGS).to(self.device)
+        lm_head = copy.deepcopy(self.skeleton.lm_head)
+        name = HEAD if HEAD in self._names else EMBEDDINGS
+        fill_parameters(lm_head, {"weight": self._read(name).to(self.device)})
         norm = copy.deepcopy(self.decoder.norm).to(self.device)
         with torch.no_grad():
-            yield lambda states: F.linear(norm(states), weight)
+            yield logits_of(self.skeleton, norm, lm_head)
 
     def _take(self, index: int) -> dict[str, Tensor]:
         """Return the parameters of layer ``index``, and begin to read those of the next."""

@@ -1,5 +1,6 @@
 """A transformers model in memory as source and as sink of the walk."""
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cache
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..layers.replacement import adopt_compressed_layers
 from ..utils.layer_utils import DecoderModule, stored_tensors
@@ -32,7 +34,7 @@ class ModelInMemory:
     def embedding(self) -> Iterator[Callable[[Tensor], Tensor]]:
         """Lend the embedding at its home: it takes more memory than the rows looked up."""
         embedding = self.model.get_input_embeddings()
-        yield lambda ids: embedding(ids.to(embedding.weight.device)).to(self.device)
+        yield lambda ids: entering(self.decoder, embedding(ids.to(embedding.weight.device))).to(self.device)
 
     def layer(self, index: int) -> AbstractContextManager[DecoderModule]:
         """Lend decoder layer ``index``."""
@@ -42,7 +44,7 @@ class ModelInMemory:
     def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
         """Lend the function from hidden states to logits."""
         with _lent(self.decoder.norm, self.device) as norm, _lent(self.model.lm_head, self.device) as lm_head:
-            yield lambda states: lm_head(norm(states))
+            yield logits_of(self.model, norm, lm_head)
 
     def put(self, index: int, layer: DecoderModule, record: LayerRecord) -> None:
         """Keep compressed layer ``index`` at its dense one's home, in its mode."""
@@ -57,6 +59,19 @@ class ModelInMemory:
     def adopt(self, flat_config: PretrainedConfig) -> PreTrainedModel:
         """Put the compressed layers into the model, which becomes the flat class; return the same object."""
         return adopt_compressed_layers(self.model, flat_config, [self._compressed[i] for i in range(self.num_layers)])
+
+
+def entering(decoder: DecoderModule, embeddings: Tensor) -> Tensor:
+    """Return what enters layer 0 of a decoder that has these embeddings: Granite's makes them larger."""
+    return embeddings * getattr(decoder, "embedding_multiplier", 1)
+
+
+def logits_of(model: PreTrainedModel, norm: nn.Module, lm_head: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Return the model's own function from the last layer's output, (rows, D), to logits: some scale or cap these."""
+    head: Any = copy.copy(model)  # without its modules
+    head._modules = {"lm_head": lm_head}
+    head.model = lambda inputs_embeds, **_: BaseModelOutputWithPast(last_hidden_state=norm(inputs_embeds))
+    return lambda states: type(model).forward(head, inputs_embeds=states[None], return_dict=True).logits[0]
 
 
 def layer_arguments(decoder: DecoderModule, seqlen: int, device: torch.device) -> list[dict[str, Any]]:

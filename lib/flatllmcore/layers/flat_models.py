@@ -10,6 +10,7 @@ from typing import Any
 
 import transformers
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from .flat_attention import FlatAttention, FlatCausalLM, FlatConfig, FlatDecoderLayer
 
@@ -51,10 +52,41 @@ class _Dropping(FlatAttention):
         return nn.functional.dropout(output, self.residual_dropout, self.training), weights
 
 
+class _Capped(FlatAttention):
+    """Scores are capped, in attention functions that can."""
+
+    attn_logit_softcapping: float | None
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        return super().forward(*args, softcap=self.attn_logit_softcapping, **kwargs)
+
+
+class _TurnedInWindows(FlatAttention):
+    """Layers without a sliding window know no positions."""
+
+    @property
+    def use_rope(self) -> bool:  # type: ignore[override]
+        return self.sliding_window is not None
+
+
+class _NormedTurnedInWindows(_Normed):
+    """The same, with norms; where no layer has a window, all know positions."""
+
+    is_sliding: bool
+
+    def __init__(self, config: PreTrainedConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.use_rope = self.is_sliding or self.sliding_window is None
+        self.sliding_window = self.sliding_window if self.is_sliding else None
+
+
 # Attention that does more than Llama's, by the family's part in the names of its classes.
 _ATTENTION: dict[str, type[FlatAttention]] = {
+    "Cohere2": _TurnedInWindows,
+    "Exaone4": _NormedTurnedInWindows,
+    "Gemma2": _Capped,
     "HunYuanDenseV1": _NormedBehind,
-    "Qwen3": _Normed,
+    **dict.fromkeys(("Gemma3", "Olmo2", "Olmo3", "Qwen3"), _Normed),
     "SeedOss": _Dropping,
 }
 

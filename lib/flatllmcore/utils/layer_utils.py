@@ -17,6 +17,7 @@ from .dimensions import ModelDimensions
 FAMILY_NAMES = (  # the ``model_type`` of dense models
     *("llama", "mistral", "ministral", "qwen2", "qwen3"),
     *("ernie4_5", "helium", "hunyuan_v1_dense", "seed_oss", "smollm3"),
+    *("cohere2", "exaone4", "gemma2", "gemma3_text", "granite", "olmo2", "olmo3"),
 )
 _SUPPORTED = ", ".join(FAMILY_NAMES)
 # What weights may be, as safetensors spells it; float8 is a floating-point type too.

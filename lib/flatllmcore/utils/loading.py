@@ -79,7 +79,9 @@ def empty_causal_lm(config: PretrainedConfig) -> PreTrainedModel:
         model.config.validate()  # again, with the attention that was chosen for it
         decoder = model.get_decoder()
         rotary = type(decoder.rotary_emb)(config=model.config)  # not on meta: some look at the positions
-        angles = [part.to("meta") for part in rotary(torch.zeros(0, dtype=model.dtype), torch.arange(2)[None])]
+        example = torch.zeros(0, dtype=model.dtype), torch.arange(2)[None]
+        kind = getattr(rotary, "layer_types", ())[:1]  # some turn each kind of layer by angles of its own
+        angles = [part.to("meta") for part in rotary(*example, *kind)]
         chosen, model.config._attn_implementation = model.config._attn_implementation, "eager"  # it runs anywhere
         with torch.no_grad(), patch.object(decoder.rotary_emb, "forward", lambda *_, **__: angles):
             mask = torch.zeros(1, 1, 2, 2, device="meta")  # given, or the values of the tokens would be looked at
