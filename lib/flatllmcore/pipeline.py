@@ -24,7 +24,7 @@ from .methods import METHODS
 from .utils import data_utils
 from .utils.devices import parse_device
 from .utils.dimensions import STOCK
-from .utils.layer_utils import dimensions_from_config
+from .utils.layer_utils import PLAIN_FAMILIES, dimensions_from_config, family_name
 from .utils.stopwatch import stage
 from .utils.text_sources import TextDataset, load_text
 
@@ -40,6 +40,14 @@ class Pipeline:
     model_config: PretrainedConfig
     config: FlatLLMConfig
     tokenizer: PreTrainedTokenizerBase | None = None
+
+    def __post_init__(self) -> None:
+        family, method, scores = family_name(self.model_config), self.config.method, self.config.importance_method
+        if family not in PLAIN_FAMILIES and (METHODS[method].follows_dense or scores == DAMAGE):
+            raise InputError(
+                f"{method} by {scores} takes what attention and MLP write for what the stream gains, but layers of "
+                f"{family} norm or scale that, or run both at once; accepted: flatllm, by angular or gradient scores"
+            )
 
     @cached_property
     def selector(self) -> ImportancePreservingRankSelector:

@@ -14,9 +14,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from ..errors import InputError
 from .dimensions import ModelDimensions
 
-FAMILY_NAMES = (  # the ``model_type`` of dense models
+PLAIN_FAMILIES = (  # whose layers add attention and then MLP to the stream as they are
     *("llama", "mistral", "ministral", "qwen2", "qwen3"),
     *("ernie4_5", "helium", "hunyuan_v1_dense", "seed_oss", "smollm3"),
+)
+FAMILY_NAMES = (  # the ``model_type`` of dense models
+    *PLAIN_FAMILIES,
     *("cohere2", "exaone4", "gemma2", "gemma3_text", "granite", "olmo2", "olmo3"),
 )
 _SUPPORTED = ", ".join(FAMILY_NAMES)
