@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GPT2Config, PreTrainedModel
 
 import oracle
 from checkpoints import bytes_in, compress_to, in_memory, on_disk
@@ -190,6 +190,23 @@ def test_the_rope_scaling_of_llama_3_changes_the_result(published):
     plain.rope_parameters = {"rope_type": "default", "rope_theta": plain.rope_parameters["rope_theta"]}
     windows = random_windows(2, 2)
     assert not torch.allclose(published(windows).logits, random_model(plain).double()(windows).logits, rtol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("family", "obstacle"),
+    [
+        *[(name, "fused projections") for name in ("phi3", "glm", "glm4")],
+        *[
+            (name, "experts in place of MLPs")
+            for name in ("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3", "gpt_oss")
+        ],
+        *[(name, "state-space layers") for name in ("jamba", "mamba", "mamba2", "falcon_mamba", "bamba", "zamba2")],
+        ("gemma3", "its language model inside a larger one"),
+    ],
+)
+def test_a_family_that_does_not_fit_is_refused_in_one_line_that_says_why(family, obstacle):
+    with pytest.raises(InputError, match=f"^model family '{family}', which has {obstacle}, is not supported; .*olmo3$"):
+        dimensions_from_config(CONFIG_MAPPING[family]())
 
 
 def test_an_unsupported_family_is_refused_with_the_list_before_any_weight_is_read(tmp_path):

@@ -11,7 +11,14 @@ from flatllmcore.layers import adopt_compressed_layers, compress_decoder_layer, 
 from flatllmcore.utils.dimensions import Kept
 
 RANKS, WIDTHS = (5, 16, 11), (96, 40, 33)
-KINDS = ("llama", "mistral", "qwen3", "smollm3")  # families of each kind, for what does not depend on the family itself
+KINDS = (
+    "llama",
+    "mistral",
+    "qwen3",
+    "smollm3",
+    "cohere2",
+    "gemma3_text",
+)  # for what does not depend on the family itself
 SIZES = {
     "hidden_size": 64,
     "intermediate_size": 96,

@@ -23,6 +23,12 @@ FAMILY_NAMES = (  # the ``model_type`` of dense models
     *("cohere2", "exaone4", "gemma2", "gemma3_text", "granite", "olmo2", "olmo3"),
 )
 _SUPPORTED = ", ".join(FAMILY_NAMES)
+_OBSTACLES = {  # by a part of the family's name or of a field of its config
+    **dict.fromkeys(("mamba", "state_size"), "has state-space layers"),
+    "expert": "has experts in place of MLPs",
+    **dict.fromkeys(("phi3", "glm"), "has fused projections"),
+    "text_config": "has its language model inside a larger one",
+}
 # What weights may be, as safetensors spells it; float8 is a floating-point type too.
 WEIGHT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -45,7 +51,9 @@ def family_name(config: PretrainedConfig) -> str:
     """Return the family of a dense or compressed model's config, one of ``FAMILY_NAMES``."""
     name = config.model_type.removeprefix("flat_")  # of a compressed model
     if name not in FAMILY_NAMES:
-        raise InputError(f"model family {config.model_type!r} is not supported; supported: {_SUPPORTED}")
+        marks = " ".join((name, *config.to_dict()))
+        found = [f", which {obstacle}," for part, obstacle in _OBSTACLES.items() if part in marks]
+        raise InputError(f"model family {name!r}{''.join(found[:1])} is not supported; supported: {_SUPPORTED}")
     return name
 
 
