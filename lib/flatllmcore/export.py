@@ -29,6 +29,8 @@ from .utils.loading import load_tokenizer, open_checkpoint
 _ARCHITECTURES: dict[str, tuple[str, str | None]] = {
     "llama": ("llama", "deci"),
     "mistral": ("llama", "deci"),
+    "ministral": ("llama", "deci"),
+    "seed_oss": ("llama", "deci"),
     "qwen2": ("qwen2", "deci"),
     "qwen3": ("qwen3", None),
 }
@@ -81,7 +83,10 @@ def export_gguf(model: str, file: Path, overwrite: bool = False) -> None:
 
 def _architecture(model: PreTrainedModel, widths: set[int]) -> str:
     """Return llama.cpp's architecture for a model of these MLP widths; InputError if none computes what it does."""
-    own, per_layer = _ARCHITECTURES[dense_dimensions(model.config).architecture]
+    family = dense_dimensions(model.config).architecture
+    if family not in _ARCHITECTURES:
+        raise InputError(f"GGUF files of {family} are not written; accepted: {', '.join(_ARCHITECTURES)}")
+    own, per_layer = _ARCHITECTURES[family]
     chosen = own if len(widths) == 1 else per_layer
     if chosen is None:
         raise InputError(f"llama.cpp has no {own} with MLPs of several widths; compress to one width for all layers")
