@@ -10,9 +10,18 @@ import pytest
 import compute_rank
 import main
 from flatllmbench import command_line, report, speed, zero_shot
+from flatllmcore.export import _ARCHITECTURES
+from flatllmcore.utils.layer_utils import FAMILY_NAMES, PLAIN_FAMILIES
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = ("README.md", "INSTALL.md", "docs/MEASUREMENTS.md", "docs/CONTRIBUTING.md", "results/README.md")
+DOCUMENTS = (
+    "README.md",
+    "INSTALL.md",
+    "docs/MEASUREMENTS.md",
+    "docs/CONTRIBUTING.md",
+    "docs/FAMILIES.md",
+    "results/README.md",
+)
 PROGRAMS = ("main.py", "compute_rank.py", *(f"lib/flatllmbench/{name}.py" for name in ("report", "speed", "zero_shot")))
 PROGRAM = r"(?:python|torchrun|accelerate launch)(?: --\w+ \d+)* (?:(main|compute_rank)\.py|-m flatllmbench\.(\w+)) "
 COMMANDS = (re.compile(rf"^\s*{PROGRAM}(.*)$", re.MULTILINE), re.compile(rf"`{PROGRAM}([^`]*)`"))  # in blocks, in lines
@@ -55,6 +64,14 @@ def test_every_link_and_every_path_leads_to_a_file(document):
     assert [target for target in links if not (path.parent / target).exists()] == []
     named = re.findall(r"(?m)(?:(?<=[ `])|^)(?:scripts|benchmarks|docs|tests|lib|\.ci)/[\w./-]*\w(?![\w<])", text)
     assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_the_table_of_families_is_that_of_the_code():
+    text = (ROOT / "docs" / "FAMILIES.md").read_text()
+    rows = re.findall(r"(?m)^\| [^|]+ \| `(\w+)` \|[^|]*\| (yes|no) \|[^|]*\| (yes|no|one width) \|$", text)
+    assert {family for family, _, _ in rows} == set(FAMILY_NAMES)
+    assert {family for family, is_plain, _ in rows if is_plain == "yes"} == set(PLAIN_FAMILIES)
+    assert {family for family, _, gguf in rows if gguf != "no"} == set(_ARCHITECTURES)
 
 
 def test_help_names_every_flag_and_shows_examples(capsys):

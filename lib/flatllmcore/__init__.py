@@ -1,4 +1,4 @@
-"""FLAT-LLM: training-free compression of Llama-, Mistral- and Qwen-family language models.
+"""FLAT-LLM: training-free compression of language models, Llama and its relatives.
 
 Importing this package makes compressed models known to transformers: ``AutoModelForCausalLM.from_pretrained``
 then loads their folders like any other. ``FlatLLMReassembler`` is made when it is first asked for, since it is a
