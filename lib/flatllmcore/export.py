@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from .core.rotary_pairs import pairs_are_halves
 from .errors import InputError, door, run_program
 from .utils.files import check_disk_space, check_is_no_folder, check_writable, replacing
 from .utils.gguf_tokenizer import add_tokenizer
@@ -28,13 +29,18 @@ from .utils.loading import load_tokenizer, open_checkpoint
 # llama.cpp's name of each family's architecture, and of one whose MLPs may differ in width.
 _ARCHITECTURES: dict[str, tuple[str, str | None]] = {
     "llama": ("llama", "deci"),
-    "mistral": ("llama", "deci"),
-    "ministral": ("llama", "deci"),
-    "seed_oss": ("llama", "deci"),
     "qwen2": ("qwen2", "deci"),
-    "qwen3": ("qwen3", None),
+    **dict.fromkeys(("ernie4_5", "helium", "ministral", "mistral", "seed_oss"), ("llama", "deci")),
+    **{name: (name, None) for name in ("granite", "olmo2", "qwen3", "smollm3")},
 }
-_OF_NEIGHBOURS = ("llama", "deci")  # which rotate rows 2i and 2i+1 of a head together, and take rope_freqs
+# Those that rotate rows 2i and 2i+1 of a head together, and take rope_freqs.
+_OF_NEIGHBOURS = ("llama", "deci", "granite", "smollm3")
+_SCALES = {  # by what the writer calls them
+    "attention": "attention_multiplier",
+    "embedding": "embedding_multiplier",
+    "logit": "logits_scaling",
+    "residual": "residual_multiplier",
+}
 _KINDS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _PROJECTION = re.compile(r"(.*\.self_attn)\.(?!o_proj\.bias)([qkvo])_proj\.(?:down\.)?(weight|bias)")
 
@@ -92,6 +98,8 @@ def _architecture(model: PreTrainedModel, widths: set[int]) -> str:
         raise InputError(f"llama.cpp has no {own} with MLPs of several widths; compress to one width for all layers")
     if model.config.hidden_act != "silu":
         raise InputError(f"llama.cpp has no {chosen} with the activation {model.config.hidden_act}; accepted: silu")
+    if chosen == "smollm3" and any(has == (i % 4 == 3) for i, has in enumerate(model.config.no_rope_layers)):
+        raise InputError("llama.cpp has smollm3 with no positions in every fourth layer, and in no other")
     if chosen == "qwen3" and model.config.attention_bias:
         raise InputError("llama.cpp has no qwen3 with biases in attention")
     return chosen
@@ -112,6 +120,9 @@ def _add_sizes(writer: Any, config: PreTrainedConfig, widths: list[int]) -> None
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
+    for scale, field in _SCALES.items():
+        if hasattr(config, field):
+            getattr(writer, f"add_{scale}_scale")(getattr(config, field))
 
 
 def _rotary_factors(model: PreTrainedModel, architecture: str) -> dict[str, Tensor]:
@@ -148,7 +159,7 @@ def _dense_shaped(
         if part in "qk" and hasattr(attention, "rotary_places"):
             places = read(f"{place}.rotary_places")
         weight = _spread(weight.T, places, head_dim).T if part == "o" else _spread(weight, places, head_dim)
-        if part in "qk" and is_of_neighbours:
+        if part in "qk" and is_of_neighbours and pairs_are_halves(attention):
             weight = weight.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
         yield f"{place}.{part}_proj.{kind}", weight
 

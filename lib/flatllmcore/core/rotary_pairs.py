@@ -13,11 +13,16 @@ from torch import Tensor
 from ..utils.layer_utils import DecoderModule
 
 
+def pairs_are_halves(attention: DecoderModule) -> bool:
+    """Tell whether the two entries of a rotary pair stand half a head apart, and not side by side."""
+    of_family = getattr(attention, "dense", None) or sys.modules[type(attention).__module__]
+    return bool(of_family.rotate_half(torch.arange(4))[0] == -2)
+
+
 def has_free_pairs(attention: DecoderModule) -> bool:
     """Tell whether a dense attention can lose pairs: it turns them, half a head apart, and no norm looks at all."""
     is_normed = hasattr(attention, "q_norm") or hasattr(attention, "query_layernorm")
-    is_halved = sys.modules[type(attention).__module__].rotate_half(torch.arange(4))[0] == -2
-    return bool(getattr(attention, "use_rope", True) and is_halved and not is_normed)
+    return bool(getattr(attention, "use_rope", True) and pairs_are_halves(attention) and not is_normed)
 
 
 def pair_energies(outputs: Tensor, head_dim: int) -> Tensor:
