@@ -10,15 +10,19 @@ import pytest
 import compute_rank
 import main
 from flatllmbench import command_line, report, speed, zero_shot
+from flatllmcore import export
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = ("README.md", "INSTALL.md", "docs/MEASUREMENTS.md", "docs/CONTRIBUTING.md", "results/README.md")
+DOCUMENTS = ("README.md", "INSTALL.md", *(f"docs/{name}.md" for name in ("MEASUREMENTS", "SERVING", "CONTRIBUTING")))
+DOCUMENTS += ("results/README.md",)
 PROGRAMS = ("main.py", "compute_rank.py", *(f"lib/flatllmbench/{name}.py" for name in ("report", "speed", "zero_shot")))
-PROGRAM = r"(?:python|torchrun|accelerate launch)(?: --\w+ \d+)* (?:(main|compute_rank)\.py|-m flatllmbench\.(\w+)) "
+PROGRAMS += ("lib/flatllmcore/export.py",)
+PROGRAM = r"(?:python|torchrun|accelerate launch)(?: --\w+ \d+)* (?:(main|compute_rank)\.py|-m flatllm\w+\.(\w+)) "
 COMMANDS = (re.compile(rf"^\s*{PROGRAM}(.*)$", re.MULTILINE), re.compile(rf"`{PROGRAM}([^`]*)`"))  # in blocks, in lines
 PARSERS = {
     "main": lambda words: command_line.parse_options(words, ""),
     "compute_rank": compute_rank.parse_arguments,
+    "export": export.parse_arguments,
     "report": report.parse_arguments,
     "speed": speed.parse_arguments,
     "zero_shot": zero_shot.parse_arguments,
