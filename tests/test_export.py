@@ -1,6 +1,7 @@
 """GGUF files of dense and compressed models: run by llama.cpp, they do what transformers does with the folder."""
 
 import json
+import re
 from pathlib import Path
 
 import gguf
@@ -9,6 +10,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+import serving
 from flatllmcore import apply_flat_llm
 from flatllmcore.export import _ARCHITECTURES, main
 from flatllmcore.layers import compressed_config
@@ -118,6 +120,23 @@ def test_the_embedded_model_dense_and_compressed_writes_the_same_texts(tmp_path)
     small = save(tmp_path / "small", apply_flat_llm(model, None, 0.3, windows, method="flatllm"), tokenizer)
     assert_llama_cpp_does_the_same(small, text, 20, gap=0)
     assert [stated(folder, "general.architecture") for folder in (dense, small)] == ["llama", "deci"]
+
+
+@pytest.mark.slow
+def test_every_program_writes_the_same_texts(tmp_path, monkeypatch, capsys):
+    """The command of docs/SERVING.md: with the package, without it, by the attention of servers and by llama.cpp."""
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    model, tokenizer = load_model(EMBEDDED, dtype="float32"), load_tokenizer(EMBEDDED)
+    windows = sample_documents(load_text("pydocs", "train"), tokenizer, 8, 128, seed=0)
+    small = save(tmp_path / "small", apply_flat_llm(model, None, 0.3, windows, method="flatllm"), tokenizer)
+    capsys.readouterr()
+    assert serving.main([EMBEDDED, small]) == 0
+    rows = [re.split(r" *\| *", line)[1:-1] for line in capsys.readouterr().out.splitlines()[2:-2]]
+    assert [row[1] for row in rows] == 4 * ["10 of 10"]
+    perplexities = [[float(number) for number in re.findall(r"[\d.]+", row[2])] for row in rows]
+    assert perplexities == [pytest.approx(perplexities[0], rel=0.002)] * 4
+    assert float(rows[0][3]) < 0.9
+    assert rows[3][3] == "1.00"
 
 
 @pytest.mark.parametrize("kind", ["dense", "factors", "pairs"])
