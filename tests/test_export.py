@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import gguf
+import numpy as np
 import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -22,6 +23,7 @@ from flatllmcore.utils.text_sources import load_text
 from layers.published import COMMON, PUBLISHED
 from layers.tiny_models import random_model
 from llama_cpp import LlamaCpp
+from tiny_gguf import write_gguf
 from tiny_text import word_tokenizer
 
 EMBEDDED = str(Path(__file__).resolve().parents[1] / "models" / "pydocs-llama")
@@ -186,6 +188,19 @@ def test_weights_keep_their_type(tmp_path, dtype, kind):
     (head,) = (tensor for tensor in reader.tensors if tensor.name == "output.weight")
     found = torch.tensor(gguf.dequantize(head.data, head.tensor_type))
     assert torch.equal(found, model.lm_head.weight.float())
+
+
+def test_a_gguf_file_becomes_itself(tmp_path):
+    """Oracle: tiny_gguf.py, which lays weights out by itself; tensors and what is said of tokens are equal."""
+    write_gguf(tmp_path / "tiny.gguf")
+    assert main([str(tmp_path / "tiny.gguf"), str(tmp_path / "again.gguf")]) == 0
+    before, after = (gguf.GGUFReader(tmp_path / name) for name in ("tiny.gguf", "again.gguf"))
+    expected = {tensor.name: tensor.data for tensor in before.tensors}
+    assert {tensor.name for tensor in after.tensors} == expected.keys()
+    assert [tensor.name for tensor in after.tensors if not np.array_equal(tensor.data, expected[tensor.name])] == []
+    said = [{name: field.contents() for name, field in file.fields.items()} for file in (before, after)]
+    changed = {name for name in said[0] if said[1].get(name) != said[0][name]}
+    assert changed == {"general.name", "GGUF.kv_count"}
 
 
 REFUSED = {
