@@ -2,6 +2,7 @@
 
 import json
 import re
+import resource
 from pathlib import Path
 
 import gguf
@@ -238,6 +239,20 @@ def test_what_llama_cpp_does_not_compute_is_one_line_and_no_file(tmp_path, compl
     assert said.startswith("error: ")
     assert said.count("\n") == 1
     assert complaint in said
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_disk_that_fills_up_is_one_line_and_no_file(tmp_path, capsys):
+    """By a limit to the size of files, of which the system says what it says of a full disk."""
+    folder = save(tmp_path / "model", tiny("Llama-2-7b"), byte_level_tokenizer())
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        status = main([folder, str(tmp_path / "model.gguf")])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert status == 2
+    assert f"error: cannot write {tmp_path / 'model.gguf'}" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 

@@ -77,7 +77,8 @@ def export_gguf(model: str, file: Path, overwrite: bool = False) -> None:
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for _, weight in tensors(lambda name: files.read(name, dtype)):
-            writer.write_tensor_data(weight.contiguous().view(torch.uint8).numpy())
+            with door(f"cannot write {file}", "give a place with more room"):  # of a full disk NumPy gives no number
+                writer.write_tensor_data(weight.contiguous().view(torch.uint8).numpy())
         writer.close()
 
 
