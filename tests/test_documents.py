@@ -10,24 +10,20 @@ import pytest
 import compute_rank
 import main
 from flatllmbench import command_line, report, speed, zero_shot
-from flatllmcore.export import _ARCHITECTURES
+from flatllmcore import export
 from flatllmcore.utils.layer_utils import FAMILY_NAMES, PLAIN_FAMILIES
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = (
-    "README.md",
-    "INSTALL.md",
-    "docs/MEASUREMENTS.md",
-    "docs/CONTRIBUTING.md",
-    "docs/FAMILIES.md",
-    "results/README.md",
-)
+DOCS = ("MEASUREMENTS", "SERVING", "FAMILIES", "CONTRIBUTING")
+DOCUMENTS = ("README.md", "INSTALL.md", *(f"docs/{name}.md" for name in DOCS), "results/README.md")
 PROGRAMS = ("main.py", "compute_rank.py", *(f"lib/flatllmbench/{name}.py" for name in ("report", "speed", "zero_shot")))
-PROGRAM = r"(?:python|torchrun|accelerate launch)(?: --\w+ \d+)* (?:(main|compute_rank)\.py|-m flatllmbench\.(\w+)) "
+PROGRAMS += ("lib/flatllmcore/export.py",)
+PROGRAM = r"(?:python|torchrun|accelerate launch)(?: --\w+ \d+)* (?:(main|compute_rank)\.py|-m flatllm\w+\.(\w+)) "
 COMMANDS = (re.compile(rf"^\s*{PROGRAM}(.*)$", re.MULTILINE), re.compile(rf"`{PROGRAM}([^`]*)`"))  # in blocks, in lines
 PARSERS = {
     "main": lambda words: command_line.parse_options(words, ""),
     "compute_rank": compute_rank.parse_arguments,
+    "export": export.parse_arguments,
     "report": report.parse_arguments,
     "speed": speed.parse_arguments,
     "zero_shot": zero_shot.parse_arguments,
@@ -71,7 +67,7 @@ def test_the_table_of_families_is_that_of_the_code():
     rows = re.findall(r"(?m)^\| [^|]+ \| `(\w+)` \|[^|]*\| (yes|no) \|[^|]*\| (yes|no|one width) \|$", text)
     assert {family for family, _, _ in rows} == set(FAMILY_NAMES)
     assert {family for family, is_plain, _ in rows if is_plain == "yes"} == set(PLAIN_FAMILIES)
-    assert {family for family, _, gguf in rows if gguf != "no"} == set(_ARCHITECTURES)
+    assert {family for family, _, gguf in rows if gguf != "no"} == set(export._ARCHITECTURES)
 
 
 def test_help_names_every_flag_and_shows_examples(capsys):

@@ -1,14 +1,18 @@
 """GGUF files of dense and compressed models: run by llama.cpp, they do what transformers does with the folder."""
 
 import json
+import re
+import resource
 from pathlib import Path
 
 import gguf
+import numpy as np
 import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+import serving
 from flatllmcore import apply_flat_llm
 from flatllmcore.export import _ARCHITECTURES, main
 from flatllmcore.layers import compressed_config
@@ -20,6 +24,7 @@ from flatllmcore.utils.text_sources import load_text
 from layers.published import COMMON, PUBLISHED
 from layers.tiny_models import random_model
 from llama_cpp import LlamaCpp
+from tiny_gguf import write_gguf
 from tiny_text import word_tokenizer
 
 EMBEDDED = str(Path(__file__).resolve().parents[1] / "models" / "pydocs-llama")
@@ -120,6 +125,23 @@ def test_the_embedded_model_dense_and_compressed_writes_the_same_texts(tmp_path)
     assert [stated(folder, "general.architecture") for folder in (dense, small)] == ["llama", "deci"]
 
 
+@pytest.mark.slow
+def test_every_program_writes_the_same_texts(tmp_path, monkeypatch, capsys):
+    """The command of docs/SERVING.md: with the package, without it, by the attention of servers and by llama.cpp."""
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    model, tokenizer = load_model(EMBEDDED, dtype="float32"), load_tokenizer(EMBEDDED)
+    windows = sample_documents(load_text("pydocs", "train"), tokenizer, 8, 128, seed=0)
+    small = save(tmp_path / "small", apply_flat_llm(model, None, 0.3, windows, method="flatllm"), tokenizer)
+    capsys.readouterr()
+    assert serving.main([EMBEDDED, small]) == 0
+    rows = [re.split(r" *\| *", line)[1:-1] for line in capsys.readouterr().out.splitlines()[2:-2]]
+    assert [row[1] for row in rows] == 4 * ["10 of 10"]
+    perplexities = [[float(number) for number in re.findall(r"[\d.]+", row[2])] for row in rows]
+    assert perplexities == [pytest.approx(perplexities[0], rel=0.002)] * 4
+    assert float(rows[0][3]) < 0.9
+    assert rows[3][3] == "1.00"
+
+
 @pytest.mark.parametrize("kind", ["dense", "factors", "pairs"])
 @pytest.mark.parametrize("name", DECI)
 def test_a_model_of_each_family_does_the_same(tmp_path, name, kind):
@@ -182,6 +204,19 @@ def test_weights_keep_their_type(tmp_path, dtype, kind):
     assert torch.equal(found, model.lm_head.weight.float())
 
 
+def test_a_gguf_file_becomes_itself(tmp_path):
+    """Oracle: tiny_gguf.py, which lays weights out by itself; tensors and what is said of tokens are equal."""
+    write_gguf(tmp_path / "tiny.gguf")
+    assert main([str(tmp_path / "tiny.gguf"), str(tmp_path / "again.gguf")]) == 0
+    before, after = (gguf.GGUFReader(tmp_path / name) for name in ("tiny.gguf", "again.gguf"))
+    expected = {tensor.name: tensor.data for tensor in before.tensors}
+    assert {tensor.name for tensor in after.tensors} == expected.keys()
+    assert [tensor.name for tensor in after.tensors if not np.array_equal(tensor.data, expected[tensor.name])] == []
+    said = [{name: field.contents() for name, field in file.fields.items()} for file in (before, after)]
+    changed = {name for name in said[0] if said[1].get(name) != said[0][name]}
+    assert changed == {"general.name", "GGUF.kv_count"}
+
+
 REFUSED = {
     "qwen3 with MLPs of several widths": (lambda: tiny("Qwen3-0.6B", "factors"), byte_level_tokenizer),
     "qwen3 with biases in attention": (lambda: tiny("Qwen3 with biases and windows"), byte_level_tokenizer),
@@ -218,6 +253,20 @@ def test_what_llama_cpp_does_not_compute_is_one_line_and_no_file(tmp_path, compl
     assert said.startswith("error: ")
     assert said.count("\n") == 1
     assert complaint in said
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_disk_that_fills_up_is_one_line_and_no_file(tmp_path, capsys):
+    """By a limit to the size of files, of which the system says what it says of a full disk."""
+    folder = save(tmp_path / "model", tiny("Llama-2-7b"), byte_level_tokenizer())
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        status = main([folder, str(tmp_path / "model.gguf")])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert status == 2
+    assert f"error: cannot write {tmp_path / 'model.gguf'}" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 

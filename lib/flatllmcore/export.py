@@ -83,7 +83,8 @@ def export_gguf(model: str, file: Path, overwrite: bool = False) -> None:
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for _, weight in tensors(lambda name: files.read(name, dtype)):
-            writer.write_tensor_data(weight.contiguous().view(torch.uint8).numpy())
+            with door(f"cannot write {file}", "give a place with more room"):  # of a full disk NumPy gives no number
+                writer.write_tensor_data(weight.contiguous().view(torch.uint8).numpy())
         writer.close()
 
 
@@ -175,14 +176,19 @@ def _spread(rows: Tensor, places: Tensor, head_dim: int) -> Tensor:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; return its exit status: 0, or 2 after one line on stderr about unusable input."""
+    args = parse_arguments(argv)
+    logging.set_verbosity_error()
+    return run_program(lambda: export_gguf(**vars(args)), args.file)
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return the arguments of the program."""
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m flatllmcore.export", description=__doc__, formatter_class=layout)
     parser.add_argument("model", metavar="FOLDER", help="dense or compressed model: folder, GGUF file or hub id")
     parser.add_argument("file", metavar="FILE.gguf", type=Path, help="where to write it")
     parser.add_argument("--overwrite", action="store_true", help="replace a file that is there")
-    args = parser.parse_args(argv)
-    logging.set_verbosity_error()
-    return run_program(lambda: export_gguf(**vars(args)), args.file)
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

@@ -2,16 +2,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from flatllmcore.engine.memory import logits_of
 from flatllmcore.layers import compressed_config, flat_attention
 from flatllmcore.layers.flat_attention import one_token_attention, padded_values
 from flatllmcore.utils.dimensions import Kept
 from flatllmcore.utils.layer_utils import FAMILY_NAMES
+from served_attention import served_logits
 
 from .tiny_models import SIZES, compress, dense_model_of, generate, project_in_full_size
 
@@ -157,44 +156,20 @@ def test_a_new_attention_function_is_called_by_every_layer_with_its_window(
     assert called == list(enumerate(expected))
 
 
-def served_attention(module, query, key, value, attention_mask, scaling=None, attention_instances=None, **kwargs):
-    """As vLLM, SGLang and TGI have it: one prompt, one width for all parts, no mask, and the heads side by side."""
-    assert attention_mask is None
-    assert {part.shape[-1] for part in (query, key, value)} == {attention_instances[module.layer_idx]}
-    window = {"dropout": 0.0, "sliding_window": module.sliding_window}
-    assert {name: kwargs[name] for name in window} == window
-    output, _ = sdpa_attention_forward(module, query, key, value, None, scaling=scaling, is_causal=True)
-    return output.reshape(query.shape[2], -1), None  # (T, H·d)
-
-
-def served_logits(model, tokens):
-    """Run a model as vLLM does: the decoder alone, no cache, with positions and a keyword of its own."""
-    instances = dict.fromkeys(range(3), SIZES["head_dim"])
-    given = {"input_ids": tokens, "position_ids": torch.arange(tokens.shape[1])[None]}
-    decoder = model.get_decoder()
-    (states,) = decoder(**given, use_cache=False, return_dict=False, attention_instances=instances)[0]
-    return logits_of(model, nn.Identity(), model.lm_head)(states)[None]
-
-
 @pytest.mark.parametrize("family", [name for name in FAMILY_NAMES if name != "gemma2"])  # which caps scores
 def test_the_attention_of_servers_gives_the_same_bits(flat_model, tokens):
-    AttentionInterface.register("served", served_attention)
     model = flat_model()
-    expected = model(tokens[:1], use_cache=False).logits
-    model.set_attn_implementation("served")
-    assert torch.equal(served_logits(model, tokens[:1]), expected)
+    assert torch.equal(served_logits(model, tokens[:1]), model(tokens[:1], use_cache=False).logits)
     assert type(model).is_backend_compatible()
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
 def test_queries_and_keys_of_few_pairs_are_served_too(family, tokens):
-    AttentionInterface.register("served", served_attention)
     sizes = [Kept(0.5, rank, 40, None, pairs) for rank, pairs in ((5, 6), (16, 3), (11, None))]
     model = AutoModelForCausalLM.from_config(compressed_config(dense_model_of(family).config, sizes)).eval()
+    served = served_logits(model, tokens[:1])
     model.set_attn_implementation("eager")
-    expected = model(tokens[:1], use_cache=False).logits
-    model.set_attn_implementation("served")
-    torch.testing.assert_close(served_logits(model, tokens[:1]), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(served, model(tokens[:1], use_cache=False).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_attention_weights_and_hidden_states_equal_those_of_the_projected_model(dense_model, flat_model, tokens):

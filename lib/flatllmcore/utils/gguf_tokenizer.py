@@ -30,7 +30,8 @@ CUTS = {
 def add_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
     """Add a tokenizer of byte-level or SentencePiece's BPE to a GGUFWriter; InputError if llama.cpp has not its like.
 
-    ``vocab_size`` is the model's: tokens that the tokenizer lacks get names of their own.
+    ``vocab_size`` is the model's: tokens that the tokenizer lacks get names of their own, and added ones that the model
+    lacks, as transformers adds to some tokenizers of GGUF files, are left out.
     """
     from gguf import TokenType
 
@@ -38,7 +39,7 @@ def add_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerBase, vocab_size: i
     model, added = state["model"], {token["id"]: token for token in state.get("added_tokens", ())}
     if model["type"] != "BPE":
         raise InputError(f"llama.cpp is not given a tokenizer of type {model['type']}; accepted: BPE")
-    texts = {number: text for text, number in tokenizer.get_vocab().items()}
+    texts = {n: text for text, n in tokenizer.get_vocab().items() if n < vocab_size or n not in added}
     if max(texts) >= vocab_size:
         raise InputError(f"the tokenizer has a token {max(texts)}, and the model's vocabulary {vocab_size}")
     tokens = [texts.get(number, f"[PAD{number}]") for number in range(vocab_size)]
@@ -62,7 +63,7 @@ def add_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerBase, vocab_size: i
     writer.add_token_list(tokens)
     writer.add_token_types([types.get(number, TokenType.UNUSED) for number in range(vocab_size)])
     for name in ("bos", "eos", "unk", "pad"):
-        if (number := getattr(tokenizer, f"{name}_token_id")) is not None:
+        if (number := getattr(tokenizer, f"{name}_token_id")) in texts:
             getattr(writer, f"add_{name}_token_id")(number)
     ids = tokenizer("a")["input_ids"]
     writer.add_add_bos_token(ids[0] == tokenizer.bos_token_id)
