@@ -8,6 +8,7 @@ All rows see the same windows, scores and curves too. Excess is ``ln(compressed 
 A row is written to ``--out`` as soon as it is there, and is not done again.
 
     published    IPRS ranks of angular scores, the method of the paper; published-uniform: the same rank for all layers
+    published-stock, flatllm+-stock    each method in the stock shape
     obs          structured OBS with refit, uniform, whole key/value groups and channels (benchmarks/obs_peer.py)
     obs-mlp      the same, all from the MLPs
     values       flatllm+ at IPRS ranks, Q and K whole, fitted to each layer's own dense output alone
@@ -42,13 +43,14 @@ from flatllmcore.engine.protocols import Method
 from flatllmcore.methods import METHODS, flatllm_plus
 from flatllmcore.utils.data_utils import consecutive_windows, sample_mixture, text_names
 from flatllmcore.utils.devices import parse_device, peak_memory_gib
-from flatllmcore.utils.dimensions import ModelDimensions
+from flatllmcore.utils.dimensions import STOCK, ModelDimensions
 from flatllmcore.utils.layer_utils import dimensions_from_config, public_name
 from flatllmcore.utils.loading import load_model, load_tokenizer
 from flatllmcore.utils.text_sources import load_text
 from obs_peer import ObsPeer, channels_only, uniform_allocation
 
-ROWS = ("published", "published-uniform", "obs", "obs-mlp", "values", "dense", "damage", "flatllm+")
+ROWS = ("published", "published-uniform", "published-stock", "obs", "obs-mlp", "values", "dense", "damage")
+ROWS += ("flatllm+", "flatllm+-stock")
 
 
 def main() -> None:
@@ -131,10 +133,13 @@ def plan(
         per_group = dimensions.head_dim * dimensions.rank_parameters + dimensions.qk_parameters
         left = allocation.parameters_after - groups * dimensions.num_layers * per_group // dimensions.num_kv_heads
         return ObsPeer(groups), allocation, left
+    method = METHODS["flatllm" if row.startswith("published") else "flatllm+"]
+    if row.endswith("stock"):
+        allocation = ImportancePreservingRankSelector(dimensions, width_multiple=2, shape=STOCK).stock(keep_ratio)
+        return method, allocation, allocation.parameters_after
     selector = ImportancePreservingRankSelector(dimensions, rank_multiple=2, prune_qk=row == "flatllm+")
     scores = [1.0] * dimensions.num_layers if row.endswith("uniform") else found.scores
     allocation = selector.allocate(scores, keep_ratio, found.curves if row in ("damage", "flatllm+") else None)
-    method = METHODS["flatllm" if row.startswith("published") else "flatllm+"]
     return method, allocation, allocation.parameters_after
 
 

@@ -203,12 +203,17 @@ class TestPaths:
         assert load_text(str(path), "test").documents == text.documents
         assert not has_test_split(str(path))
 
-    @pytest.mark.parametrize("name", ["a.json", "a[1]*.jsonl", "a.json.gz", "a.jsonl.gz", "a.jsonl.xz", "a.parquet"])
+    @pytest.mark.parametrize(
+        "name", ["a.json", "a[1]*.jsonl", "a.json.gz", "a.jsonl.gz", "a.jsonl.xz", "a.csv", "a.parquet"]
+    )
     def test_each_kind_of_file_gives_its_records(self, tmp_path, name):
         rows = [{"text": "one\ntwo\r", "url": "u"}, {"text": "", "url": "v"}, {"text": "ü\x85", "url": "w"}]
         path = tmp_path / name
         if name.endswith("parquet"):
             Dataset.from_list(rows).to_parquet(path)
+        elif name.endswith("csv"):  # as spreadsheets write it
+            cells = [f'"{row["text"]}",{row["url"]}' for row in rows]
+            path.write_bytes("\r\n".join(["\ufefftext,url", *cells, ""]).encode())
         else:
             content = "\n".join(map(json.dumps, rows)) + "\n" if "jsonl" in name else json.dumps(rows, indent=1)
             pack = {"gz": gzip.compress, "xz": lzma.compress}.get(name.rpartition(".")[2], bytes)
@@ -241,6 +246,21 @@ class TestPaths:
         (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
         assert load_text(str(tmp_path / "a.jsonl"), "train", tokenizer=tokenizer).documents == expected
         assert read_calibration_data(rows, 9, (), tokenizer).documents == expected
+
+    def test_a_prompt_and_its_completion_are_one_text_or_one_conversation(self):
+        tokenizer = word_tokenizer()
+        tokenizer.chat_template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+        turns = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]
+        rows = [{"prompt": "w1", "completion": " w2"}, {"prompt": turns[:1], "completion": turns[1:]}]
+        rows += [rows[0] | {"text": "w3"}, rows[0] | {"messages": turns[:1]}]
+        expected = ["w1 w2", "<user>w1<assistant>w2", "w3", "<user>w1"]
+        assert read_calibration_data(rows, 9, (), tokenizer).documents == expected
+        with pytest.raises(InputError, match=r"has prompt \(str\), completion \(list\); accepted: .* prompt and compl"):
+            read_calibration_data([{"prompt": "w1", "completion": turns}], 9, (), tokenizer)
+
+    def test_a_table_s_cells_may_be_long(self, tmp_path):
+        (tmp_path / "a.csv").write_text(f"id,prompt,completion\n1,{'a' * 200_000},b\n")
+        assert load_text(str(tmp_path / "a.csv"), "train").documents == ["a" * 200_000 + "b"]
 
     @pytest.mark.parametrize(
         ("template", "messages", "message"),
@@ -326,6 +346,10 @@ class TestPaths:
             ("a.jsonl.xz", lzma.compress(b'{"text": "x"}\n' * 99)[:-12], DAMAGED),
             ("a.arrow", b"plain", DAMAGED),
             ("a.txt", b"x\n\xed\xa0\xbd", r"line 2: 'utf-8' codec .*\); accepted"),  # a surrogate is no UTF-8
+            ("a.csv", b"text,url\nx,y,z", r"row 2 has more cells than the first\); accepted"),
+            ("a.csv", b'text\n"x', r"unexpected end of data\); accepted"),
+            ("a.csv", b"text\n\xff", r"line 2: 'utf-8' codec"),
+            ("a.csv", b"title\nx\n", r"record 1 has title \(str\)"),
             ("a.pdf", b"%PDF-1.7", DAMAGED),
         ],
     )

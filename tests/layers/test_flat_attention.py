@@ -6,8 +6,8 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from flatllmcore.layers import compressed_config, flat_attention
-from flatllmcore.layers.flat_attention import one_token_attention, padded_values
+from flatllmcore.layers import compressed_config, flat_attention, flat_values
+from flatllmcore.layers.flat_values import one_token_attention, padded_values
 from flatllmcore.utils.dimensions import Kept
 from flatllmcore.utils.layer_utils import FAMILY_NAMES
 from served_attention import served_logits
@@ -50,7 +50,7 @@ MASKS = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_attention_of_one_token_is_softmax_of_scores_times_values(dtype, num_kv_heads, mask, few_keys, monkeypatch):
     """Oracle: one sequence and one head at a time, in float64."""
-    monkeypatch.setattr(flat_attention, "_FEW_KEYS", few_keys)
+    monkeypatch.setattr(flat_values, "_FEW_KEYS", few_keys)
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(2, 6, 1, 16, generator=generator).to(dtype)
     key = torch.randn(2, num_kv_heads, 5, 16, generator=generator).to(dtype)
@@ -73,7 +73,7 @@ def test_attention_of_one_token_is_softmax_of_scores_times_values(dtype, num_kv_
 @pytest.mark.parametrize("few_keys", [0, 2**16], ids=["plain", "fused"])
 def test_prompt_and_decoding_on_cpu_avoid_the_unfused_path(few_keys, monkeypatch, flat_model, tokens):
     """It is torch's answer to unequal widths, and copies the cache to float32."""
-    monkeypatch.setattr(flat_attention, "_FEW_KEYS", few_keys)
+    monkeypatch.setattr(flat_values, "_FEW_KEYS", few_keys)
     model = flat_model().bfloat16()
     cache = DynamicCache(config=model.config)
     with torch.no_grad(), profile(activities=[ProfilerActivity.CPU]) as profiler:

@@ -6,7 +6,9 @@ import textwrap
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig
+from transformers.cache_utils import StaticCache
+from transformers.integrations.executorch import convert_and_export_with_cache
 
 from flatllmcore.utils.layer_utils import FAMILY_NAMES
 
@@ -55,7 +57,7 @@ def test_the_folder_loads_where_the_package_is_not_installed(tokens, tmp_path):
         import sys
         sys.modules["flatllmcore"] = None  # makes its import fail
         import torch
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
         expected = torch.load({str(tmp_path / "expected.pt")!r})
         tokens = expected["tokens"]
@@ -67,6 +69,12 @@ def test_the_folder_loads_where_the_package_is_not_installed(tokens, tmp_path):
                 assert torch.equal(model(tokens).logits, logits)
                 model.generate(tokens, max_new_tokens=2, cache_implementation="static", disable_compile=True)
                 model.save_pretrained(folder + copy)
+            headless = AutoModel.from_pretrained(folder + "/third", trust_remote_code=True)
+            assert torch.equal(headless(tokens).last_hidden_state, model.model(tokens).last_hidden_state)
+            of_two = AutoModelForSequenceClassification.from_pretrained(folder + "/third", trust_remote_code=True)
+            of_two.save_pretrained(folder + "/classifier")
+            again = AutoModelForSequenceClassification.from_pretrained(folder + "/classifier", trust_remote_code=True)
+            assert torch.equal(again(tokens).logits, of_two(tokens).logits) and of_two(tokens).logits.shape == (4, 2)
     """
     subprocess.run(
         [sys.executable, "-I", "-c", textwrap.dedent(program)],
@@ -75,6 +83,50 @@ def test_the_folder_loads_where_the_package_is_not_installed(tokens, tmp_path):
     )
     for family in FAMILY_NAMES:
         assert contents(tmp_path / family / "third") == contents(tmp_path / family / "model")
+
+
+def test_the_model_without_a_head_and_the_classifier_are_loaded_by_auto_classes(flat_model, tokens, tmp_path):
+    """Oracle: the layers of the causal language model, and a linear map of what its last token gives."""
+    model = flat_model()
+    model.save_pretrained(tmp_path)
+    headless = AutoModel.from_pretrained(tmp_path)
+    classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=3)
+    states = model.model(tokens).last_hidden_state
+    assert torch.equal(headless(tokens).last_hidden_state, states)
+    torch.testing.assert_close(classifier(tokens).logits, states[:, -1] @ classifier.score.weight.T)
+    classifier(tokens, labels=torch.tensor([0, 1, 2, 0])).loss.backward()
+    assert all(parameter.grad is not None for parameter in classifier.parameters())
+
+
+def test_configs_are_compared_and_have_no_width_where_layers_differ(flat_model):
+    config, other = flat_model().config, flat_model().config
+    assert config == other
+    other.initializer_range *= 2
+    assert config != other
+    assert config != compress(dense_model_of(config.model_type.removeprefix("flat_")), (4, 16, 11)).config
+    assert (hasattr(config, "intermediate_size"), getattr(config, "intermediate_size", 7)) == (False, 7)
+    with pytest.raises(AttributeError, match=r"config\.per_layer_config\[i\]\.intermediate_size"):
+        _ = config.intermediate_size
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_a_cache_that_is_allocated_beforehand_gives_the_same_tokens(flat_model, tokens, implementation):
+    """It is as wide as the dense heads."""
+    model = flat_model()
+    model.set_attn_implementation(implementation)
+    cache = StaticCache(model.config, max_cache_len=24)
+    cache.early_initialization(len(tokens), 2, 16, torch.float32, torch.device("cpu"))
+    assert torch.equal(generate(model, tokens, past_key_values=cache), generate(model, tokens))
+
+
+def test_a_model_is_exported_with_a_static_cache(tokens):
+    model = compress(dense_model_of("llama", num_hidden_layers=2), (5, 11), (96, 33))
+    cache = {"batch_size": 1, "max_cache_len": 16}
+    model.generation_config = GenerationConfig(cache_implementation="static", cache_config=cache, max_length=16)
+    model.generation_config.use_cache = True
+    program = convert_and_export_with_cache(model, tokens[:1, :1], torch.tensor([0])).module()
+    found = [program(input_ids=tokens[:1, i : i + 1], cache_position=torch.tensor([i])) for i in range(4)]
+    torch.testing.assert_close(torch.cat(found, dim=1), model(tokens[:1, :4]).logits, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])

@@ -4,7 +4,7 @@ Where two copies of this package are imported, the auto classes load models as t
 """
 # ruff: noqa: F401 - what is imported is what this package offers
 
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig
 
 from .families import FAMILIES, family_of
 from .flat_models import (
@@ -26,7 +26,6 @@ def register() -> None:
         config = causal_lm.config_class
         if config.model_type not in CONFIG_MAPPING:  # else of a copy of this package that was there before
             AutoConfig.register(config.model_type, config)
-        AutoModelForCausalLM.register(config, causal_lm)
 
 
 register()

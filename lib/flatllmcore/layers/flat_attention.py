@@ -16,60 +16,12 @@ from typing import Any, ClassVar
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
+from transformers.integrations.heterogeneity import AmbiguousGlobalPerLayerAttributeError
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-# Numbers in the keys up to which one fused kernel call, values padded, is faster on a CPU than three plain ones.
-_FEW_KEYS = 2**16
-
-
-def padded_values(value: Tensor, head_dim: int, query_length: int, implementation: str, device_type: str) -> Tensor:
-    """Return values (..., r), padded with zeros up to ``head_dim`` at most, as the attention function takes them."""
-    rank = value.shape[-1]
-    # Fused kernels restrict the width, and what they refuse falls to the path that writes out the whole score matrix.
-    if implementation == "eager":
-        width = rank
-    elif implementation == "sdpa" and query_length == 1:
-        # A token reads the whole cache, and padding to head_dim would cost what the compression saves: so the next
-        # multiple of 8, for the memory-efficient kernel; nothing on a CPU, which has one_token_attention.
-        width = rank if device_type == "cpu" else min(-(-rank // 8) * 8, head_dim)
-    else:
-        # A prompt, for flash: zeros cost little beside the scores, and transformers shares key/value heads among
-        # queries without copying them only at equal widths. flash_attention_*, flex and paged caches ask for these.
-        width = head_dim
-    return _widened(value, width)
-
-
-def _widened(part: Tensor, width: int) -> Tensor:
-    """Return queries, keys or values (..., d) with zeros up to ``width``; scores and outputs are the same."""
-    return F.pad(part, (0, width - part.shape[-1])) if width > part.shape[-1] else part
-
-
-def one_token_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-    """Return the attention of each sequence's newest token on a CPU, whatever the width of the values.
-
-    ``scaled_dot_product_attention`` answers unequal widths there by copies of keys and values in float32. Here one
-    fused call takes padded values where they are few; else plain products read the cache as it is, and round scores
-    to its dtype as eager attention does.
-
-    Of ``query`` (B, H, 1, d), ``key`` (B, G, T, d) and ``value`` (B, G, T, r) it gives the outputs of all heads side by
-    side, (B, 1, H·r); ``mask`` (B or 1, 1, 1, T) is True where a key counts, or numbers to add to the scores.
-    """
-    batch_size, num_heads, _, head_dim = query.shape
-    num_kv_heads, rank = value.shape[1], value.shape[-1]
-    query = query.reshape(batch_size, num_kv_heads, num_heads // num_kv_heads, head_dim)
-    # Compiled, the plain products are fused anyway, and a choice by length would compile twice.
-    if not torch.compiler.is_compiling() and key.numel() <= _FEW_KEYS:
-        query, key, padded = (_widened(part, max(head_dim, rank)) for part in (query, key, value))
-        output = F.scaled_dot_product_attention(query, key, padded, attn_mask=mask, scale=scaling)[..., :rank]
-    else:
-        scores = (query @ key.mT).to(torch.promote_types(query.dtype, torch.float32)) * scaling  # (B, G, H/G, T)
-        if mask is not None:
-            scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-        output = scores.softmax(-1).to(value.dtype) @ value
-    return output.reshape(batch_size, 1, num_heads * rank)
+from .flat_values import cached, one_token_attention, padded_values, widened
 
 
 @dataclass(kw_only=True, repr=False, eq=False)  # those of PreTrainedConfig
@@ -77,6 +29,7 @@ class FlatConfig:
     """The fields that a family's compressed config has and its dense one has not; ``None`` leaves a part whole."""
 
     _auto_class: ClassVar[str] = "AutoConfig"
+    model_classes: ClassVar[dict[str, str]]  # the family's, module and name, by auto class
 
     value_head_dim: int | None = None  # width of each value head
     query_key_rank: int | None = None  # of each head's rows in q_proj and in k_proj, kept as two factors
@@ -86,6 +39,20 @@ class FlatConfig:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         strict(cls)  # calls every method named validate_* when a config has been made
+        # The family's own asks for all fields, and some of them differ from layer to layer.
+        cls.__eq__ = PreTrainedConfig.__eq__  # type: ignore[method-assign]
+
+    def __getattribute__(self, name: str) -> Any:
+        """Have no width where layers differ in it, for ``hasattr`` and for ``getattr`` with a default."""
+        try:
+            return super().__getattribute__(name)
+        except AmbiguousGlobalPerLayerAttributeError as error:
+            raise AttributeError(str(error)) from error
+
+    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> None:
+        """Name all the family's models, whichever of them is saved, for ``trust_remote_code=True``."""
+        self.auto_map = dict(self.model_classes)
+        super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
 
     def __post_init__(self: Any, **kwargs: Any) -> None:
         """Have a ``head_dim`` always; in some families it is stated only where it is not ``hidden / heads``."""
@@ -203,11 +170,11 @@ class FlatAttention(nn.Module):
         if past_key_values is not None:
             if implementation == "sdpa":  # padded here once; padded when read, the cache is copied for every token
                 value = padded_values(value, widest, 1, implementation, device_type)
-            key, value = past_key_values.update(key, value, self.layer_idx)
+            key, value = cached(past_key_values, self.layer_idx, key, value)
         if self._takes_one_token_attention(query, attention_mask, implementation):
             return self.o_proj(one_token_attention(query, key, value, attention_mask, self.scaling)), None
         if implementation != "eager":
-            query, key = _widened(query, widest), _widened(key, widest)
+            query, key = widened(query, widest), widened(key, widest)
         value = padded_values(value, widest, query.shape[2], implementation, device_type)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, self.dense.eager_attention_forward)
         output, weights = attend(
@@ -247,10 +214,8 @@ class FlatDecoderLayer(nn.Module):
         self.self_attn = self.attention_class(config, layer_idx)
 
 
-class FlatCausalLM(PreTrainedModel):
-    """A dense parent's causal language model over compressed layers."""
-
-    _auto_class = "AutoModelForCausalLM"
+class FlatModel(PreTrainedModel):
+    """A dense parent's model, of any kind, over compressed layers."""
 
     decoder_layer_class: ClassVar[type[FlatDecoderLayer]]
 
@@ -262,9 +227,15 @@ class FlatCausalLM(PreTrainedModel):
             super().__init__(config)
         finally:
             config.num_hidden_layers = num_layers
-        self.model.layers = nn.ModuleList(self.decoder_layer_class(config, i) for i in range(num_layers))
+        self.base_model.layers = nn.ModuleList(self.decoder_layer_class(config, i) for i in range(num_layers))
         self.post_init()
         self._no_split_modules.add(self.decoder_layer_class.__name__)
+
+
+class FlatCausalLM(FlatModel):
+    """A dense parent's causal language model over compressed layers."""
+
+    _auto_class = "AutoModelForCausalLM"
 
     def _get_static_cache_init_shape(self) -> None:
         """Let a static cache take its shapes from the first keys and values: the latter are narrower."""

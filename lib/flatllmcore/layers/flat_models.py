@@ -1,7 +1,7 @@
 """The compressed classes of every family, made of its dense ones when they are first asked for by name.
 
-``FlatLlamaConfig``, ``FlatLlamaAttention``, ``FlatLlamaDecoderLayer`` and ``FlatLlamaForCausalLM``, and so on: whatever
-is ``Flat`` before a class of transformers.
+``FlatLlamaConfig``, ``FlatLlamaAttention``, ``FlatLlamaDecoderLayer``, ``FlatLlamaModel``, ``FlatLlamaForCausalLM`` and
+``FlatLlamaForSequenceClassification``, and so on: whatever is ``Flat`` before a class of transformers.
 """
 
 import re
@@ -10,9 +10,16 @@ from typing import Any
 
 import transformers
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from transformers import (
+    MODEL_MAPPING,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+)
+from transformers.modeling_layers import GenericForSequenceClassification
 
-from .flat_attention import FlatAttention, FlatCausalLM, FlatConfig, FlatDecoderLayer
+from .flat_attention import FlatAttention, FlatCausalLM, FlatConfig, FlatDecoderLayer, FlatModel
 
 
 class _Normed(FlatAttention):
@@ -101,14 +108,25 @@ def _make_classes(family: str) -> None:
         globals()[name] = type(name, (shared, parent), {"__module__": __name__, **members})
         return globals()[name]
 
-    config = made(FlatConfig, causal_lm.config_class, model_type=f"flat_{causal_lm.config_class.model_type}")
+    config: Any = made(FlatConfig, causal_lm.config_class, model_type=f"flat_{causal_lm.config_class.model_type}")
     attention = made(_ATTENTION.get(family, FlatAttention), getattr(dense, f"{family}Attention"), dense=dense)
     layer = made(FlatDecoderLayer, getattr(dense, f"{family}DecoderLayer"), attention_class=attention)
-    made(FlatCausalLM, causal_lm, config_class=config, decoder_layer_class=layer)
+    members: dict[str, Any] = {"config_class": config, "decoder_layer_class": layer}
+    model = MODEL_MAPPING[causal_lm.config_class]
+    # Not all families have a classifier of their own, but all of those that have one make it of these.
+    classifier = type(f"{family}ForSequenceClassification", (GenericForSequenceClassification, *model.__bases__), {})
+    models = {
+        AutoModel: made(FlatModel, model, **members),
+        AutoModelForCausalLM: made(FlatCausalLM, causal_lm, **members),
+        AutoModelForSequenceClassification: made(FlatModel, classifier, **members),
+    }
+    config.model_classes = {of.__name__: f"{__name__.rpartition('.')[2]}.{one.__name__}" for of, one in models.items()}
+    for auto_class, one in models.items():  # here, because a classifier asks AutoModel for its body
+        auto_class.register(config, one, exist_ok=True)
 
 
 def __getattr__(name: str) -> Any:
-    of_family = re.fullmatch(r"Flat(\w+?)(Text)?(Config|Attention|DecoderLayer|ForCausalLM)", name)
+    of_family = re.fullmatch(r"Flat(\w+?)(Text)?(Config|Attention|DecoderLayer|Model|For\w+)", name)
     if of_family is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     _make_classes(of_family[1])

@@ -8,15 +8,21 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import InputError, door
 
+_OTHERS = ("messages", "instruction")  # columns that count before a prompt and its completion
+
 
 def document_of(record: Any, place: Path | str, number: int, tokenizer: PreTrainedTokenizerBase | None = None) -> str:
-    """Return a record's ``text``, its ``messages`` rendered, or the Alpaca prompt made of it.
+    """Return a record's ``text``, its ``messages`` rendered, ``prompt`` and ``completion``, or the Alpaca prompt of it.
 
     An InputError tells which record holds none of these, or a conversation that the tokenizer has no template for.
     """
     if isinstance(record, str):
         return record
     columns = record if isinstance(record, Mapping) else {"text": record}
+    parts: list[Any] = [columns.get("prompt"), columns.get("completion")]
+    for kind, whole in ((str, "text"), (list, "messages")):
+        if all(isinstance(part, kind) for part in parts) and columns.keys().isdisjoint(("text", *_OTHERS)):
+            columns = {whole: parts[0] + parts[1]}
     if "text" not in columns and isinstance(columns.get("messages"), list):
         if tokenizer is None or tokenizer.chat_template is None:
             raise InputError(f"{place}, record {number} is a conversation; give a tokenizer that has a chat template")
@@ -25,12 +31,12 @@ def document_of(record: Any, place: Path | str, number: int, tokenizer: PreTrain
         ):
             return tokenizer.apply_chat_template(columns["messages"], tokenize=False)
     names = ("text",) if "text" in columns else ("instruction", "input", "output")
-    parts: list[Any] = [columns.get(name) for name in names]
+    parts = [columns.get(name) for name in names]
     if parts[1:] and parts[1] is None:
         parts[1] = ""
     if not all(isinstance(part, str) for part in parts):
         found = ", ".join(f"{name} ({type(value).__name__})" for name, value in columns.items())
-        accepted = "text (str), or messages (list), or instruction, output and perhaps input"
+        accepted = "text (str), or messages (list), or prompt and completion, or instruction, output and perhaps input"
         raise InputError(f"{place}, record {number} has {found:.200}; accepted: {accepted}")
     return parts[0] if len(parts) == 1 else _alpaca_prompt(*parts)
 

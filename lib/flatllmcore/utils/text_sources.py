@@ -1,5 +1,6 @@
 """Where text comes from: a named dataset (the hub's, a local copy of it, or pydocs), a hub id, or a file or folder."""
 
+import csv
 import gzip
 import json
 import logging
@@ -11,6 +12,7 @@ from codecs import BOM_UTF8
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from io import StringIO
 from operator import ne
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -25,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 Split = Literal["train", "test"]
 EMBEDDED_TEXT = Path(__file__).resolve().parents[3] / "models" / "pydocs-llama" / "text"
-_SUFFIXES = (".txt", ".raw", ".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.xz", ".parquet", ".arrow")
+_SUFFIXES = (".txt", ".raw", ".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.xz", ".csv", ".parquet", ".arrow")
 _LINES = (".txt", ".raw")  # .raw: WikiText's own distribution
 _ACCEPTED = f"accepted: {', '.join(_SUFFIXES)}, in UTF-8"
 _WITHOUT_HUB = "without a network give --dataset_root DIR (dataset_root in Python) with a copy, or a path as dataset"
@@ -234,6 +236,9 @@ def _records(path: Path) -> Iterator[Any]:
             if _ends(path, _LINES):
                 yield from _parsed(file.read(), path, 1, str).split("\n")
                 return
+            if _ends(path, (".csv",)):
+                yield from _parsed(file.read(), path, 1, _table_rows)
+                return
             start = 3 if file.read(3) == BOM_UTF8 else file.seek(0)
             first = next((line.strip() for line in file if line.strip()), b"")
             if not first:
@@ -253,10 +258,19 @@ def _parsed(content: bytes, path: Path, line: int, parse: Callable[[str], Any]) 
     """Return what is made of UTF-8 that begins on a line of a file."""
     try:
         return parse(content.decode())
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError, csv.Error) as error:
         line += content.count(b"\n", 0, getattr(error, "start", 0)) + getattr(error, "lineno", 1) - 1
         reason = getattr(error, "msg", error)
         raise InputError(f"cannot read text from {path} (line {line}: {reason}); {_ACCEPTED}") from error
+
+
+def _table_rows(text: str) -> list[dict[str, str]]:
+    """Return the rows of a table in CSV, by the names in its first."""
+    csv.field_size_limit(max(len(text), csv.field_size_limit()))  # of a field: 128 KiB, unless it is raised
+    rows = list(csv.DictReader(StringIO(text.removeprefix("\ufeff"), newline=""), strict=True))
+    if short := next((number for number, row in enumerate(rows, 2) if None in row), None):  # of a comma in no quotes
+        raise csv.Error(f"row {short} has more cells than the first")
+    return rows
 
 
 def _alpaca_split(documents: list[str], split: Split) -> list[str]:

@@ -1,0 +1,68 @@
+"""Values that are narrower than queries and keys: padded for attention functions and caches, or read as they are."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers.cache_utils import Cache
+
+# Numbers in the keys up to which one fused kernel call, values padded, is faster on a CPU than three plain ones.
+_FEW_KEYS = 2**16
+
+
+def padded_values(value: Tensor, head_dim: int, query_length: int, implementation: str, device_type: str) -> Tensor:
+    """Return values (..., r), padded with zeros up to ``head_dim`` at most, as the attention function takes them."""
+    rank = value.shape[-1]
+    # Fused kernels restrict the width, and what they refuse falls to the path that writes out the whole score matrix.
+    if implementation == "eager":
+        width = rank
+    elif implementation == "sdpa" and query_length == 1:
+        # A token reads the whole cache, and padding to head_dim would cost what the compression saves: so the next
+        # multiple of 8, for the memory-efficient kernel; nothing on a CPU, which has one_token_attention.
+        width = rank if device_type == "cpu" else min(-(-rank // 8) * 8, head_dim)
+    else:
+        # A prompt, for flash: zeros cost little beside the scores, and transformers shares key/value heads among
+        # queries without copying them only at equal widths. flash_attention_*, flex and paged caches ask for these.
+        width = head_dim
+    return widened(value, width)
+
+
+def widened(part: Tensor, width: int) -> Tensor:
+    """Return queries, keys or values (..., d) with zeros up to ``width``; scores and outputs are the same."""
+    return F.pad(part, (0, width - part.shape[-1])) if width > part.shape[-1] else part
+
+
+def one_token_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    """Return the attention of each sequence's newest token on a CPU, whatever the width of the values.
+
+    ``scaled_dot_product_attention`` answers unequal widths there by copies of keys and values in float32. Here one
+    fused call takes padded values where they are few; else plain products read the cache as it is, and round scores
+    to its dtype as eager attention does.
+
+    Of ``query`` (B, H, 1, d), ``key`` (B, G, T, d) and ``value`` (B, G, T, r) it gives the outputs of all heads side by
+    side, (B, 1, H·r); ``mask`` (B or 1, 1, 1, T) is True where a key counts, or numbers to add to the scores.
+    """
+    batch_size, num_heads, _, head_dim = query.shape
+    num_kv_heads, rank = value.shape[1], value.shape[-1]
+    query = query.reshape(batch_size, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    # Compiled, the plain products are fused anyway, and a choice by length would compile twice.
+    if not torch.compiler.is_compiling() and key.numel() <= _FEW_KEYS:
+        query, key, padded = (widened(part, max(head_dim, rank)) for part in (query, key, value))
+        output = F.scaled_dot_product_attention(query, key, padded, attn_mask=mask, scale=scaling)[..., :rank]
+    else:
+        scores = (query @ key.mT).to(torch.promote_types(query.dtype, torch.float32)) * scaling  # (B, G, H/G, T)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+        output = scores.softmax(-1).to(value.dtype) @ value
+    return output.reshape(batch_size, 1, num_heads * rank)
+
+
+def cached(cache: Cache, layer_idx: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the keys (B, G, T, d) and values (B, G, T, r) of a layer, new ones included, each at its own width.
+
+    A cache that was allocated before it held any, as for export, is as wide as the dense heads, and zeros fill it up.
+    """
+    widths = key.shape[-1], value.shape[-1]
+    layer = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
+    new = widened(key, getattr(layer, "k_head_dim", 0)), widened(value, getattr(layer, "v_head_dim", 0))
+    keys, values = cache.update(*new, layer_idx)
+    return keys[..., : widths[0]], values[..., : widths[1]]
