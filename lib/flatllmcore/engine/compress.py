@@ -42,11 +42,11 @@ def compress_layers(
     """Compress every decoder layer of ``source`` into ``sink``; return the compressed config and a record per layer.
 
     Each layer sees what left the already compressed ones before it; its statistics come from its own dense weights. It
-    costs one forward pass per step of the method, and what these leave of one compressed (:mod:`.reuse`); one that the
-    sink has from an earlier run costs no more than that, and no solve of what it holds. The result depends on ``batch_size``, windows of ``windows``, (N, S), run at a time, only by
-    rounding, and not on ``tolerance``, the share of eigenvalue mass that is monitored. Stages counted: ``read``,
-    ``forward``, ``moments``, ``reduce``, ``solves`` and ``write``. InputError if a layer's activations are not finite,
-    or a layer cannot be solved.
+    costs one forward pass per step of the method, and what these leave of one compressed (see ``reuse.py``); one that
+    the sink has from an earlier run costs no more, and no solve of what it holds. The result depends on ``batch_size``,
+    windows of ``windows``, (N, S), run at a time, only by rounding, and not on ``tolerance``, the share of eigenvalue
+    mass that is monitored. Stages counted: ``read``, ``forward``, ``moments``, ``reduce``, ``solves`` and ``write``.
+    InputError if a layer's activations are not finite, or a layer cannot be solved.
     """
     method.check(allocation, windows.numel())
     flat_config = replacement.compressed_config(source.config, allocation.layers)

@@ -2,9 +2,9 @@
 
 Where values are narrowed by a linear map within each head and queries and keys stay, ``o_proj`` reads that map of what
 it read; channels of an MLP that stay are read as they were. The map is found in the weights alone, so the engine need
-not know the method, and a run that goes on finds the same one in a finished layer. It is folded into the last projection,
-whose product the part gives whether what was read is still there or is computed anew from the weights before: what fits
-into memory changes no byte of a result.
+not know the method, and a run that goes on finds the same one in a finished layer. It is folded into the last
+projection, whose product the part gives whether what was read is still there or is computed anew from the weights
+before: what fits into memory changes no byte of a result.
 """
 
 import copy
