@@ -6,23 +6,28 @@ the dtype: that, not the method, is what the tolerances of 1e-5 allow for.
 
 import copy
 import math
-from collections import Counter
 from contextlib import contextmanager
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import oracle
 from checkpoints import CPU, VARIANTS, assert_same_up_to_sign, compressed
 from conftest import tiny_model
 from flatllmcore.core.importance import angles_between
+from flatllmcore.core.rank_allocation import RankAllocation
+from flatllmcore.engine.compress import compress_layers
 from flatllmcore.engine.importance import layer_importance
 from flatllmcore.engine.memory import ModelInMemory
 from flatllmcore.engine.perplexity import perplexity
+from flatllmcore.engine.storage import StatesStorage
+from flatllmcore.engine.walk import Walk
 from flatllmcore.errors import InputError
 from flatllmcore.layers.flat_attention import HeadwiseFactoredLinear
-from flatllmcore.methods import flatllm
-from flatllmcore.utils.layer_utils import count_parameters
+from flatllmcore.methods import METHODS, flatllm
+from flatllmcore.utils.dimensions import Kept
+from flatllmcore.utils.layer_utils import count_parameters, dimensions_from_config
 
 TEST_WINDOWS = torch.randint(97, (6, 16), generator=torch.Generator().manual_seed(2))
 
@@ -87,23 +92,47 @@ def test_reported_parameters_are_those_of_the_model(keep_ratio, kv_heads, window
         assert isinstance(layer.self_attn.q_proj, HeadwiseFactoredLinear) == (kept.query_key_rank is not None)
 
 
-def test_a_layer_runs_once_for_its_statistics_and_once_compressed(windows, monkeypatch):
-    """Oracle: the calls of every projection, in windows. Dense layers never reach their down projection."""
-    seen = Counter()
-    linear = torch.nn.Linear.forward
+def multiplications(sizes, first, method, scores, is_room):
+    """Return those per token of the passes through two layers, ``first`` what the first keeps.
 
-    def counting(self, inputs):
-        seen[self.in_features, self.out_features] += len(inputs)
-        return linear(self, inputs)
+    ``scores`` are those of attention's two products with all positions. Nobody asks for what the last layer gives.
+    """
+    D, F, A = sizes.hidden_size, sizes.intermediate_size, sizes.num_heads * sizes.head_dim
+    attention = D * (A + 2 * sizes.num_kv_heads * sizes.head_dim) + scores  # as far as o_proj
+    if method == "flatllm":  # the dense layers as far as down_proj; o_proj on what it read, and the narrower MLP
+        return 2 * (attention + A * D + 2 * D * F) + A * D + 3 * D * first.mlp_width + (not is_room) * attention
+    # The dense stream; the other one as far as o_proj and down_proj; these on what they read.
+    dense, other, ends = attention + A * D + 3 * D * F, attention + 2 * D * F, 2 * A * D + D * F
+    return 2 * dense + 2 * other + ends + (not is_room) * 2 * (attention + D * F)
 
-    monkeypatch.setattr(torch.nn.Linear, "forward", counting)
-    _, allocation, _ = compressed(tiny_model(), windows)
-    assert seen[32, 48] == 2 * 2 * 24  # q_proj, dense and compressed
-    assert seen[32, 56] == 2 * 2 * 24  # gate_proj and up_proj, dense
-    assert seen[56, 32] == 0
-    for kept in allocation.layers:
-        assert seen[32, kept.mlp_width] == 2 * 24  # the same, compressed
-        assert seen[kept.mlp_width, 32] == 24
+
+@pytest.mark.parametrize("is_room", [True, False])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_layers_attention_is_computed_once_per_stream(windows, monkeypatch, method, is_room):
+    """Oracle: torch's count of operations, against the least; what was no room for is computed once more.
+
+    Nobody asks for what the last layer gives.
+    """
+    model = tiny_model(attn_implementation="eager")
+    sizes, source = dimensions_from_config(model.config), ModelInMemory(model, CPU)
+    allocation = RankAllocation(40.0, False, 1, sizes, tuple(Kept(0.6, 7, width) for width in (30, 40)))
+    run, counts = Walk.run, []
+
+    def counted(*args):
+        counter = FlopCounterMode(display=False)
+        try:
+            with counter:
+                return run(*args)
+        finally:
+            counts.append(counter.get_total_flops())
+
+    monkeypatch.setattr(Walk, "run", counted)
+    if not is_room:
+        monkeypatch.setattr(StatesStorage, "spare", lambda *_: None)
+    compress_layers(source, source, windows, METHODS[method], allocation, batch_size=5, tolerance=0.96)
+    scores = 2 * windows.shape[1] * sizes.num_heads * sizes.head_dim
+    expected = multiplications(sizes, allocation.layers[0], method, scores, is_room)
+    assert sum(counts) == 2 * windows.numel() * expected
 
 
 def test_a_failed_compression_leaves_the_model_as_it_was(model, windows):

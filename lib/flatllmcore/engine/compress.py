@@ -1,9 +1,8 @@
 """The loop that compresses, whatever the method: statistics, solve, replace, and on with the compressed output."""
 
-import copy
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -20,6 +19,7 @@ from ..utils.processes import all_reduce, broadcast
 from ..utils.progress import progress
 from ..utils.stopwatch import stage
 from .protocols import DENSE, HELD_OUT, STREAM, LayerRecord, LayerSink, LayerSource, Method, Solution, Step, Sums
+from .reuse import WRITERS, shallow_copy, written
 from .walk import Walk, check_finite, forward_of, lent_layer, tapped
 
 logger = logging.getLogger(__name__)
@@ -41,19 +41,20 @@ def compress_layers(
     """Compress every decoder layer of ``source`` into ``sink``; return the compressed config and a record per layer.
 
     Each layer sees what left the already compressed ones before it; its statistics come from its own dense weights. It
-    costs one forward pass per step of the method and one compressed; one that the sink has from an earlier run costs
-    the latter alone. The result depends on ``batch_size``, windows of ``windows``, (N, S), run at a time, only by
-    rounding, and not on ``tolerance``, the share of eigenvalue mass that is monitored. Stages counted: ``read``,
-    ``forward``, ``moments``, ``reduce``, ``solves`` and ``write``. InputError if a layer's activations are not finite,
-    or a layer cannot be solved.
+    costs one forward pass per step of the method, and what these leave of one compressed (see ``reuse.py``); one that
+    the sink has from an earlier run costs no more, and no solve of what it holds. The result depends on ``batch_size``,
+    windows of ``windows``, (N, S), run at a time, only by rounding, and not on ``tolerance``, the share of eigenvalue
+    mass that is monitored. Stages counted: ``read``, ``forward``, ``moments``, ``reduce``, ``solves`` and ``write``.
+    InputError if a layer's activations are not finite, or a layer cannot be solved.
     """
     method.check(allocation, windows.numel())
     flat_config = replacement.compressed_config(source.config, allocation.layers, allocation.shape)
     unfinished = [index for index in range(source.num_layers) if index not in sink.finished]
     if unfinished:
         dense_walk = Walk(source, windows, batch_size) if method.follows_dense else None
-        loop = _Loop(Walk(source, windows, batch_size), dense_walk, sink, method, allocation, flat_config, tolerance)
-        for index in progress(range(unfinished[-1] + 1), "compress", "layer"):
+        walk, last = Walk(source, windows, batch_size), unfinished[-1]
+        loop = _Loop(walk, dense_walk, sink, method, allocation, flat_config, tolerance, last)
+        for index in progress(range(last + 1), "compress", "layer"):
             if index in sink.finished:
                 loop.skip(index)
             else:
@@ -70,16 +71,13 @@ class _Loop:
     allocation: RankAllocation
     flat_config: PretrainedConfig
     tolerance: float
+    last: int  # layer to do, behind which nobody asks for hidden states
 
     def skip(self, index: int) -> None:
-        """Lead the hidden states through a layer that is finished."""
-        layer = replacement.empty_decoder_layer(self.flat_config, index).eval()
+        """Lead the hidden states through a layer that is finished, as they were led when it was."""
         weights = {name: weight.to(self.walk.source.device) for name, weight in self.sink.weights(index).items()}
-        replacement.fill_parameters(layer, weights)
-        self.walk.advance(layer, index)
-        if self.dense_walk is not None:
-            with lent_layer(self.walk.source, index) as dense:
-                self.dense_walk.advance(dense, index)
+        with lent_layer(self.walk.source, index) as dense:
+            self._compressed(index, dense, weights)
 
     def compress(self, index: int) -> None:
         """Compress one layer into the sink, and lead the hidden states through it."""
@@ -100,23 +98,36 @@ class _Loop:
         parts += f", mlp {kept.mlp_width}/{sizes.intermediate_size}"
         logger.info("layer %d: keep %.3f, %s, %.1f s", index, kept.keep, parts, elapsed_s)
 
-    def _compressed(self, index: int, dense: DecoderModule) -> tuple[DecoderModule, Tensor | None]:
-        """Return a compressed layer, behind which the hidden states are then, and the monitored eigenvalues."""
+    def _compressed(
+        self, index: int, dense: DecoderModule, finished: Mapping[str, Tensor] | None = None
+    ) -> tuple[DecoderModule, Tensor | None]:
+        """Return a compressed layer, behind which the hidden states are then, and the monitored eigenvalues.
+
+        Those of the last layer to do stay where they are: nobody asks for them. Of a layer that is ``finished``, what
+        leaves a part is not solved for again.
+        """
         steps = self.method.steps(self.allocation.dimensions, self.allocation.layers[index])
-        layer, eigenvalues = copy.copy(dense), None
-        layer._modules = dict(dense._modules)  # so that parts of the copy can be replaced
+        layer = before = dense
+        eigenvalues = None
         for part in PARTS if any(step.part for step in steps) else ("",):
-            is_dense_ahead = False
-            for step in (step for step in steps if step.part == part):
+            is_dense_ahead, read = False, None
+            for step in (of_part := [step for step in steps if step.part == part]):
                 if step.target == "output" and not is_dense_ahead:
                     is_dense_ahead = self._lead_dense(dense, index, part)
-                solution = self._solved(index, layer, step)
+                before, is_last = layer, step is of_part[-1]
+                if is_last and finished is not None:
+                    solution = Solution({name: weight for name, weight in finished.items() if name.startswith(part)})
+                else:
+                    read = self.walk.room(layer.get_submodule(WRITERS[part]).in_features) if is_last else None
+                    solution = self._solved(index, layer, step, read)
                 eigenvalues = eigenvalues if solution.eigenvalues is None else solution.eigenvalues
                 layer = self._with_solution(index, layer, step, solution)
                 del solution  # the layer has copies
+            if index == self.last and part != "self_attn":
+                break
             if not is_dense_ahead:
                 self._lead_dense(dense, index, part)
-            self.walk.advance(layer, index, part)
+            self._advance(index, before, layer, part, read)
         return replacement.compress_decoder_layer(layer, self.flat_config, index, {}), eigenvalues
 
     def _lead_dense(self, dense: DecoderModule, index: int, part: str) -> bool:
@@ -124,6 +135,21 @@ class _Loop:
         if self.dense_walk is not None:
             self.dense_walk.advance(dense, index, part)
         return True
+
+    def _advance(self, index: int, before: DecoderModule, after: DecoderModule, part: str, read: Tensor | None) -> None:
+        """Lead the hidden states through a part: a product of what its writer ``read`` before, where it is one."""
+        stand_in = None if before is after else written(before, after, part)
+        if stand_in is None:
+            self.walk.advance(after, index, part)
+            return
+        layer, tap = shallow_copy(after), f"{WRITERS[part]}.input"
+        layer.set_submodule(tap.partition(".")[0], stand_in)
+        forward, anew = forward_of(layer, part), forward_of(before, part)
+        with tapped(before, [tap]) as look:
+            for (states, stored), kept in zip(self.walk.batches(), self.walk.split(read), strict=False):
+                found = look(partial(self.walk.run, anew, index, states))[tap] if kept is None else kept
+                stand_in.read = found.view(*states.shape[:2], -1)
+                stored.copy_(self.walk.run(forward, index, states))
 
     def _with_solution(self, index: int, layer: DecoderModule, step: Step, solution: Solution) -> DecoderModule:
         """Return the layer as a step leaves it: a compressed one, or the same with another part."""
@@ -136,25 +162,28 @@ class _Loop:
             broadcast(stored[name.removeprefix(f"{step.part}.")])
         if step.part == "":
             return part
+        layer = shallow_copy(layer)
         layer.set_submodule(step.part, part)
         return layer
 
-    def _solved(self, index: int, layer: DecoderModule, step: Step) -> Solution:
-        """Return the solution of a step."""
-        sums = self._summed(index, layer, step)
+    def _solved(self, index: int, layer: DecoderModule, step: Step, read: Tensor | None) -> Solution:
+        """Return the solution of a step; where there is room for it, ``read`` is then what the part's writer reads."""
+        sums = self._summed(index, layer, step, read)
         try:
             with stage("solves"):
                 return step.solve(layer, sums)
         except (ArithmeticError, torch.linalg.LinAlgError) as error:
             raise InputError(f"layer {index} cannot be compressed: {error}") from error
 
-    def _summed(self, index: int, layer: DecoderModule, step: Step) -> Sums:
+    def _summed(self, index: int, layer: DecoderModule, step: Step, read: Tensor | None) -> Sums:
         """Return the sums of a step over the windows of all processes."""
-        sums = step.zeros(layer)
+        sums, tap = step.zeros(layer), f"{WRITERS[step.part]}.input"
         forward = forward_of(layer, "mlp") if step.part == "mlp" else layer  # as far as the last tap
-        with tapped(layer, step.taps) as look:
-            for states, beside in self._batches(step):
+        with tapped(layer, step.taps if read is None else {*step.taps, tap}) as look:
+            for (states, beside), stored in zip(self._batches(step), self.walk.split(read), strict=False):
                 seen = look(partial(self.walk.run, forward, index, states))
+                if stored is not None:
+                    stored.copy_(seen[tap].view_as(stored))
                 with stage("moments"):
                     step.add(layer, sums, {**seen, **beside})
         with stage("reduce"):

@@ -39,6 +39,17 @@ class StatesStorage:
         check_disk_space(self._folder(), size)
         return "file"
 
+    def spare(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, beside: int) -> Tensor | None:
+        """Return an uninitialised tensor where ``device`` computes, if there is room beside so many bytes of states.
+
+        None if not: what a GPU would have to fetch is sooner computed again.
+        """
+        size = torch.Size(shape).numel() * dtype.itemsize
+        share, free = _SHARE_OF_HOST, self.host_memory_bytes - beside
+        if device.type != "cpu":
+            share, free = _SHARE_OF_DEVICE, free_device_memory(device)
+        return torch.empty(*shape, dtype=dtype, device=device) if size <= share * free else None
+
     def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
         """Return an uninitialised tensor where hidden states of this shape belong."""
         size = torch.Size(shape).numel() * dtype.itemsize

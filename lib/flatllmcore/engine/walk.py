@@ -3,7 +3,8 @@
 What is on the device is one layer and one batch, whatever the size of the model.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -42,6 +43,15 @@ class Walk:
         for stored in progress(batches, "windows", "batch"):
             yield stored.to(self.source.device, non_blocking=True), stored
 
+    def room(self, width: int) -> Tensor | None:
+        """Return uninitialised room for what each token has of that width, (n, S, width), if there is some at hand."""
+        shape = (*self.windows.shape, width)
+        return self.source.storage.spare(shape, self.source.dtype, self.source.device, 2 * self.states.nbytes)
+
+    def split(self, read: Tensor | None) -> Iterable[Tensor | None]:
+        """Return the batches of what is kept of each token, or None for each batch."""
+        return itertools.repeat(None) if read is None else read.split(self.batch_size)
+
     def run(self, forward: Callable[..., Tensor], index: int, states: Tensor) -> Tensor:
         """Return what the layer at ``index``, or a part of it, makes of a batch, (batch, S, D), if it is finite."""
         with stage("forward"):
@@ -66,7 +76,8 @@ def lent_layer(source: LayerSource, index: int) -> Iterator[DecoderModule]:
 
 def check_finite(index: int, activations: Tensor) -> None:
     """Refuse what layer ``index`` gives if it is not finite."""
-    if not torch.isfinite(activations).all():
+    # The extremes, in one pass over them; NaN is both.
+    if activations.numel() and not torch.stack(torch.aminmax(activations)).isfinite().all():
         raise InputError(f"layer {index} gives NaN or infinite activations; a wider dtype may help")
 
 
@@ -75,7 +86,7 @@ class _AllSeenError(Exception):
 
 
 @contextmanager
-def tapped(layer: nn.Module, taps: Sequence[str]) -> Iterator[Callable[[Callable[[], Any]], Mapping[str, Tensor]]]:
+def tapped(layer: nn.Module, taps: Collection[str]) -> Iterator[Callable[[Callable[[], Any]], Mapping[str, Tensor]]]:
     """Lend a function that runs a forward pass, a call, as far as the last tap, and returns what passed them.
 
     Taps are a submodule's name and what of it, ``mlp.down_proj.input``, ``self_attn.v_proj.output``: (tokens, width).
