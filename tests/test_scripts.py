@@ -11,13 +11,14 @@ import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
-from itertools import takewhile
+from itertools import count, takewhile
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer
 
 import compute_rank
+import main
 from conftest import tiny_model
 from flatllmbench.report import MODELS, TABLE_1
 from flatllmbench.zero_shot import PAPER_TASKS
@@ -89,8 +90,8 @@ def performed(commands, monkeypatch, capsys):
     """Run what a script calls, one program after the other, in this process; return what they print."""
     monkeypatch.chdir(ROOT)
 
-    def perform(script: str, **settings: str | Path) -> str:
-        for command in commands(script, **settings):
+    def perform(script: str, *arguments: str, **settings: str | Path) -> str:
+        for command in commands(script, *arguments, **settings):
             is_module = command[0] == "-m"
             monkeypatch.setattr(sys, "argv", command[is_module:])
             with pytest.raises(SystemExit, match=r"^0$"):
@@ -200,6 +201,11 @@ def test_processes_are_started_by_accelerate(commands, tmp_path):
             "test_speedup.sh",
             "dense a",
             "BATCH_SIZE=1,8 PROMPT_LENGTH=16 NEW_TOKENS=4 REPEATS=2 PROTOCOL=grid DTYPE=float32 DEVICE=cpu THREADS=1",
+        ),
+        (
+            "recover.sh",
+            "m",
+            "STEPS=3 RANK=2 LEARNING_RATE=0.1 EVAL_DATASET=e EVAL_NSAMPLES=9 DATASET=t SEQLEN=9 SEED=7",
         ),
         ("llama_bi.sh", "--batch_size 3", "CACHE_DIR=c DATASET_ROOT=d DEVICE=cpu SEQLEN=9 SEED=7 DATASET=t"),
     ],
@@ -405,9 +411,52 @@ def test_test_sh_installs_once_and_passes_its_arguments_to_pytest(commands, tmp_
     assert commands("test.sh", "-k", "some name", SKIP_INSTALL="1") == [tests]
 
 
+def test_recovery_goes_on_from_a_checkpoint_to_the_same_bytes_and_leaves_an_ordinary_folder(
+    performed, tiny, text, tmp_path, monkeypatch, capsys
+):
+    """Interrupted in its third step, with factored Q and K; the text is of few words, which training soon sees."""
+    small, out = tmp_path / "small", tmp_path / "out"
+    texts = ["--dataset", str(text), "--seqlen", "32", "--device", "cpu"]
+    compression = ["--model", str(tiny[0]), "--prune_qk", "--nsamples", "4", "--bi_score", str(tmp_path / "ranks")]
+    assert main.main([*compression, *texts, "--save", str(tmp_path), "--save_model", str(small)]) == 0
+    program = runpy.run_path(str(ROOT / "scripts" / "recover.py"))["main"]
+    trial = [str(small), str(out), *texts, "--steps", "4", "--batch_size", "2", "--learning_rate", "0.01"]
+    step, steps = Trainer.training_step, count(1)
+
+    def interrupted_step(*given):
+        if next(steps) == 3:
+            raise KeyboardInterrupt
+        return step(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "training_step", interrupted_step)
+        assert program(trial) == 2
+    assert program([*trial, "--seed", "7"]) == 2
+    assert f"{out}.partial is of another request" in capsys.readouterr().err
+    monkeypatch.setattr(Trainer, "training_step", lambda *given: next(steps) and step(*given))
+    assert program(trial) == 0
+    assert next(steps) == 6  # third to fifth call: the interrupted one and the two that were left
+
+    variables = {"STEPS": "4", "BATCH_SIZE": "2", "LEARNING_RATE": "0.01", "DATASET": text, "SEQLEN": "32"}
+    performed("recover.sh", str(small), DEVICE="cpu", **variables)
+    files = {path.name: path.read_bytes() for path in (tmp_path / "small-recovered").iterdir()}
+    assert files == {path.name: path.read_bytes() for path in out.iterdir()}
+    own = {path.name: path.read_bytes() for path in small.iterdir() if path.suffix == ".py"}
+    assert files.items() >= own.items()
+    before, after = (AutoModelForCausalLM.from_pretrained(folder) for folder in (small, out))
+    assert {n: p.shape for n, p in before.named_parameters()} == {n: p.shape for n, p in after.named_parameters()}
+    is_adapted = {n for n, p in before.named_parameters() if not p.equal(after.get_parameter(n))}
+    assert is_adapted == {n for n, p in before.named_parameters() if "_proj" in n and not n.endswith("up")}
+    measured = json.loads(files["recovery.json"])["perplexity"]
+    assert measured["after"] < measured["before"]
+    assert not (tmp_path / "out.partial").exists()
+
+
 @pytest.mark.parametrize(
     ("script", "arguments", "reason"),
     [
+        ("recover.py", "{model} {place}/x --steps 0", "accepted: numbers above 0, and a learning rate up to 1"),
+        ("recover.py", "{model} {place}", "{place} exists"),
         ("generate.py", "{place} --prompt w1", "no usable tokenizer at '{place}'"),
         ("generate.py", "{model} --prompt w1 --chat", "'{model}' cannot chat"),
         ("dequantize.py", "{model} {place}", "{place} is there"),
