@@ -4,7 +4,6 @@ import argparse
 import copy
 import json
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -13,14 +12,12 @@ from torch import Tensor
 from transformers import LlamaConfig, MistralConfig, PretrainedConfig, PreTrainedModel
 
 from flatllmbench.records import hardware, versions
-from flatllmbench.speed import forward_operations
 from flatllmcore.core.rank_allocation import RankAllocation
 from flatllmcore.engine import perplexity as measuring
 from flatllmcore.engine.compress import compress_layers
 from flatllmcore.engine.importance import layer_importance
 from flatllmcore.engine.memory import ModelInMemory
 from flatllmcore.errors import InputError
-from flatllmcore.layers import compressed_config
 from flatllmcore.methods import METHODS
 from flatllmcore.utils.data_utils import consecutive_windows, sample_documents
 from flatllmcore.utils.devices import float32_product, synchronize
@@ -76,28 +73,32 @@ def one_layer(config: PretrainedConfig) -> PretrainedConfig:
     return config
 
 
-def operations(config: PretrainedConfig, allocation: RankAllocation, windows: int, seqlen: int) -> dict[str, float]:
-    """Return the operations of a compression that cuts every layer, by stage; a multiplication and an addition are two.
+def operations(
+    config: PretrainedConfig, allocation: RankAllocation, windows: int, seqlen: int, method: str = "flatllm"
+) -> dict[str, float]:
+    """Return the least operations of a compression that cuts every layer, by stage; a product and a sum are two.
 
-    ``forward`` is counted on the meta device: dense layers up to the input of ``down_proj``, then the compressed ones,
-    less the half of attention's square that looks ahead. ``moments`` are one triangle of the MLP's and every head's;
-    ``solves`` two Cholesky factors, the inverse of one, the products with ``down_proj``, and those of V and O.
+    ``forward`` is each stream's attention once, without the half of the square that looks ahead: of ``flatllm`` the
+    dense layers up to the input of ``down_proj``, then ``o_proj`` on what it read and the narrower MLP; of ``flatllm+``
+    the dense stream, and the other one up to ``o_proj`` and ``down_proj``, then these. Behind the last layer nothing.
+    ``moments`` are one triangle of each and the whole of those with a target. ``solves``, of ``flatllm`` alone, are two
+    Cholesky factors, the inverse of one, the products with ``down_proj``, and those of V and O.
     """
     dims, tokens = dimensions_from_config(config), windows * seqlen
-    D, F, d, G = dims.hidden_size, dims.intermediate_size, dims.head_dim, dims.num_kv_heads
-    layers = allocation.layers
-    one = one_layer(config)
-    both = dims.num_layers * forward_operations(one, seqlen)
-    both += sum(n * forward_operations(compressed_config(one, [kept]), seqlen) for kept, n in Counter(layers).items())
-    ahead = seqlen**2 * dims.num_heads * sum(3 * d + kept.value_rank for kept in layers)
-    solves = 0.0
-    for r, k in ((kept.value_rank, kept.mlp_width) for kept in layers):
-        solves += 2 * F**3 / 3 + k**3 / 3 + 2 * D * (F - k) * k + 2 * D * k**2 + 2 * d * r * dims.rank_parameters
-    return {
-        "forward": windows * (both - ahead) - dims.num_layers * tokens * 2 * D * F,
-        "moments": dims.num_layers * tokens * (F**2 + 2 * G * d**2),
-        "solves": solves,
-    }
+    D, F, d, G, H = dims.hidden_size, dims.intermediate_size, dims.head_dim, dims.num_kv_heads, dims.num_heads
+    layers, A = allocation.layers, dims.num_heads * dims.head_dim
+    dense = D * (A + 2 * G * d) + seqlen * A + A * D + 2 * D * F  # up to the input of down_proj
+    if method == "flatllm":
+        forward = len(layers) * dense + sum(A * D + 3 * D * kept.mlp_width for kept in layers[:-1])
+        moments, solves = len(layers) * (F**2 + 2 * G * d**2), 0.0
+        for r, k in ((kept.value_rank, kept.mlp_width) for kept in layers):
+            solves += 2 * F**3 / 3 + k**3 / 3 + 2 * D * (F - k) * k + 2 * D * k**2 + 2 * d * r * dims.rank_parameters
+        return {"forward": 2 * tokens * forward, "moments": tokens * moments, "solves": solves}
+    pruned = sum(d - 2 * kept.query_key_pairs for kept in layers if kept.query_key_pairs is not None)
+    forward = len(layers) * (2 * dense + D * F) + (len(layers) - 1) * D * F
+    forward -= pruned * (D * (H + G) + seqlen * H / 2)
+    moments = len(layers) * (2 * 3 * D**2 + A**2 + 2 * D * A + F**2 + 2 * D * F)
+    return {"forward": 2 * tokens * forward, "moments": tokens * moments}
 
 
 def moment_bytes(dims: ModelDimensions) -> int:

@@ -50,11 +50,10 @@ def test_operations_are_those_of_the_products_one_by_one(allocation):
     found = common.operations(CONFIGS["llama"], allocation, WINDOWS, S)
     forward = solves = 0
     pairs, tokens = S * S / 2, WINDOWS * S  # the counter sees the whole square: half of it is taken off
-    for r, k in ((kept.value_rank, kept.mlp_width) for kept in allocation.layers):
-        qk = D * d * (H + G)
-        statistics = qk + D * d * (H + G) + 2 * D * F  # and no down_proj
-        small = qk + D * r * (H + G) + 3 * D * k
-        forward += 2 * tokens * (statistics + small) + WINDOWS * pairs * H * 2 * ((d + d) + (d + r))
+    for layer, (r, k) in enumerate((kept.value_rank, kept.mlp_width) for kept in allocation.layers):
+        statistics = 2 * D * d * (H + G) + 2 * D * F  # and no down_proj
+        small = 0 if layer == LAYERS - 1 else D * d * H + 3 * D * k  # o_proj on what it read before
+        forward += 2 * tokens * (statistics + small) + WINDOWS * pairs * H * 2 * (d + d)
         cholesky = [sum(2 * j * (n - j) for j in range(n)) for n in (F, k)]
         inverse = sum(sum(range(2, 2 * (F - j), 2)) for j in range(F))
         products = D * k * 2 * (F - k) + D * 2 * sum(2 * i for i in range(k)) + 2 * d * r * D * (H + G)
