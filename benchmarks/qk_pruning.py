@@ -12,8 +12,7 @@ from dataclasses import asdict
 
 import common
 from flatllmbench.tables import markdown_table
-from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector, RankAllocation, allocate_keep_ratios
-from flatllmcore.core.rank_rounding import rounded_layers
+from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector, RankAllocation
 from flatllmcore.utils.devices import parse_device
 from flatllmcore.utils.dimensions import ModelDimensions
 from flatllmcore.utils.layer_utils import dimensions_from_config
@@ -58,11 +57,9 @@ def allocate_exactly(
     dimensions: ModelDimensions, scores: Sequence[float], percent: int, rank_multiple: int, prune_qk: bool
 ) -> RankAllocation:
     """Return the ranks at the exact budget also for a multiple of 1, whose published floors miss it."""
-    keep_ratio = 1 - percent / 100
     selector = ImportancePreservingRankSelector(dimensions, rank_multiple=rank_multiple, prune_qk=prune_qk)
-    keep = allocate_keep_ratios(scores, selector.prunable_keep_ratio(keep_ratio))
-    layers = rounded_layers(dimensions, keep, keep_ratio, rank_multiple, prune_qk)
-    return RankAllocation(percent, prune_qk, rank_multiple, dimensions, tuple(layers))
+    selector.is_floored = False
+    return selector.allocate(scores, 1 - percent / 100)
 
 
 if __name__ == "__main__":
