@@ -1,8 +1,11 @@
 """Plans and random checkpoints: operations and bytes against independent counts, and that the programs run."""
 
+import json
 import math
 import re
+import sys
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen3Config
 
 import common
+import compression_time
 from common import find_config
 from flatllmcore.core.mlp_nystrom import reconstruct_down_projection, select_channels
 from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector
@@ -164,3 +168,30 @@ def test_a_random_checkpoint_of_more_layers_has_a_tokenizer_beside_it(tmp_path):
     ids = AutoTokenizer.from_pretrained(tmp_path / "out")("def main", return_tensors="pt")
     assert torch.isfinite(model(**ids).logits).all()
     assert checkpoint_main([EMBEDDED, str(tmp_path / "out")]) == 2  # it is not empty
+
+
+def test_the_time_of_a_compression_is_told_by_both_methods(monkeypatch, capsys):
+    flags = ["--shape", "64x2", "--nsamples", "4", "--seqlen", "64", "--dtype", "float32", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["compression_time.py", *flags])
+    compression_time.main()
+    told = capsys.readouterr().out
+    assert [name in told for name in ("64x2, flatllm,", "64x2, flatllm+,")] == [True, True]
+    assert told.count(" tokens/s") == 2
+    assert len(re.findall(r"(?m)^\| (?:forward|moments) .*%", told)) == 4
+
+
+def test_two_checkouts_compress_by_turns(monkeypatch, capsys, tmp_path):
+    """Oracle: the seconds that are put into their records."""
+    turns = []
+
+    def run(command, env, **_):
+        turns.append(Path(env["PYTHONPATH"]))
+        seconds = {common.ROOT / "lib": 3.0, tmp_path / "lib": 4.0}[turns[-1]]
+        Path(command[command.index("--out") + 1]).write_text(json.dumps({"compress_cpu_s": seconds}))
+
+    monkeypatch.setattr(compression_time.subprocess, "run", run)
+    flags = ["--shape", "64x2", "--method", "flatllm", "--against", str(tmp_path), "--repeats", "2"]
+    monkeypatch.setattr(sys, "argv", ["compression_time.py", *flags])
+    compression_time.main()
+    assert turns == 2 * [common.ROOT / "lib", tmp_path / "lib"]
+    assert re.search(r"flatllm +\| +3.00 \| +4.00 \| +0.75 \| 0.75-0.75", capsys.readouterr().out)
