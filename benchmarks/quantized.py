@@ -2,8 +2,8 @@
 
     python benchmarks/quantized.py models/pydocs-llama demo/pydocs-llama-20 --by quanto-int8 quanto-int4
 
-Needs torchao and optimum-quanto, which nothing else here does. Arithmetic is float32: many a CPU has no instructions for
-bfloat16. The head, and embeddings, stay in the type they had. docs/QUANTIZE.md has what came of it.
+Needs torchao and optimum-quanto, which nothing else here does. Arithmetic is float32: many a CPU has no instructions
+for bfloat16. The head, and embeddings, stay in the type they had. docs/QUANTIZE.md has what came of it.
 """
 
 import argparse
