@@ -14,7 +14,7 @@ from flatllmcore import export
 from flatllmcore.utils.layer_utils import FAMILY_NAMES, PLAIN_FAMILIES
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCS = ("MEASUREMENTS", "SERVING", "FAMILIES", "CONTRIBUTING")
+DOCS = ("MEASUREMENTS", "SERVING", "RECOVER", "QUANTIZE", "FAMILIES", "CONTRIBUTING")
 DOCUMENTS = ("README.md", "INSTALL.md", *(f"docs/{name}.md" for name in DOCS), "results/README.md")
 PROGRAMS = ("main.py", "compute_rank.py", *(f"lib/flatllmbench/{name}.py" for name in ("report", "speed", "zero_shot")))
 PROGRAMS += ("lib/flatllmcore/export.py",)
