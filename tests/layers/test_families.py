@@ -172,7 +172,7 @@ def test_a_batch_of_4_with_padding_equals_four_batches_of_1(published, implement
     """In float64, where no near tie of two tokens depends on the order of a sum; eager attention has no such masks."""
     compressed, _ = compress(published, 30)
     set_attention(compressed, implementation)
-    compressed.to(torch.float32 if implementation == "eager" else torch.float64)
+    compressed.to(torch.float32 if compressed.config._attn_implementation == "eager" else torch.float64)
     options = {"cache_implementation": cache, "disable_compile": True}
     prompts = [row[: 9 - 2 * i] for i, row in enumerate(random_windows(4, 3))]
     padded = torch.stack([F.pad(prompt, (9 - len(prompt), 0)) for prompt in prompts])
