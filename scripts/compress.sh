@@ -29,7 +29,8 @@ fi
 
 folder="$out/$name" # main.py puts the percentage behind it, unless there is only one
 if [[ "$method" == "flatllm+" ]]; then # allocates by damage, and takes rotary pairs of Q and K
-    folder+=-plus scores+=-plus
+    folder+=-plus
+    scores="${BI_SCORE:-$scores-plus}"
     flags+=(--importance_method damage)
     rank_flags+=(--importance_method damage --prune_qk)
 fi

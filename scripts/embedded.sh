@@ -14,13 +14,13 @@ pip_install evaluation -e '.[eval]'
 export PYTHON
 export OUT="${OUT:-results}"
 export MODEL=models/pydocs-llama DATASET=pydocs SEQLEN=256 NSAMPLES=128 DEVICE=cpu
-export BI_SCORE="$OUT/ranks/pydocs-llama" OVERWRITE=1
+export OVERWRITE=1
 export TASKS=pydocs_endings,pydocs_text INCLUDE_PATH=tests/tasks
 export THREADS=1
-unset SEED BI_NSAMPLES RATIOS RANK_MULTIPLE PRUNE_QK PROCESSES NUM_FEWSHOT PROTOCOL BATCH_SIZE PROMPT_LENGTH NEW_TOKENS DTYPE
+unset BI_SCORE SEED BI_NSAMPLES RATIOS RANK_MULTIPLE PRUNE_QK PROCESSES NUM_FEWSHOT PROTOCOL BATCH_SIZE PROMPT_LENGTH NEW_TOKENS DTYPE
 records="$OUT/records/pydocs-llama"
 
-rm -f "$BI_SCORE/importance.json" "$BI_SCORE-plus/importance.json" # so that the layers are scored, and timed, again
+rm -f "$OUT"/ranks/pydocs-llama{,-plus}/importance.json # so that the layers are scored, and timed, again
 bash scripts/compress.sh
 METHOD=flatllm+ bash scripts/compress.sh
 compressed=("$OUT"/pydocs-llama-{10,20,30,40,50})

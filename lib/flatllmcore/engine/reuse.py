@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from ..utils.layer_utils import DecoderModule, stored_tensors
 
 WRITERS = {"": "self_attn.o_proj", "self_attn": "self_attn.o_proj", "mlp": "mlp.down_proj"}  # of a part of a layer
+HALF_PRECISION = 1e-4  # what the spacing of bfloat16 and float16 passes, and that of float32 does not
 
 
 class Written(nn.Module):
@@ -56,7 +57,8 @@ def _folded_values(before: DecoderModule, after: DecoderModule) -> Tensor | None
     """Return ``o_proj``'s weight, (D, H·d), for what it read before, if the values are narrowed and that is all.
 
     The map of each head is found by least squares on the rows of ``v_proj``, the bias a column. Directions in which a
-    head has nothing but rounding are left out: the pseudoinverse would make much of it.
+    head has nothing but rounding are left out: the pseudoinverse would make much of it. In half precision that would be
+    directions that massive activations may fill, so nothing stands for narrowed values there.
     """
     others = [
         {name: part for name, part in stored_tensors(module).items() if not name.startswith(("v_proj.", "o_proj."))}
@@ -65,7 +67,11 @@ def _folded_values(before: DecoderModule, after: DecoderModule) -> Tensor | None
     is_same = others[0].keys() == others[1].keys() and all(map(torch.equal, *(of.values() for of in others)))
     if not is_same:
         return None
+    if all(map(torch.equal, before.v_proj.parameters(), after.v_proj.parameters())):
+        return after.o_proj.weight
     num_kv_heads, precision = before.v_proj.out_features // before.head_dim, torch.finfo(before.v_proj.weight.dtype).eps
+    if precision > HALF_PRECISION:
+        return None
     wide, narrow = (
         torch.cat([part.view(num_kv_heads, -1, part[0].numel()) for part in of.v_proj.parameters()], 2).double()
         for of in (before, after)
@@ -86,8 +92,8 @@ def _folded_channels(before: DecoderModule, after: DecoderModule) -> Tensor | No
         if not name.startswith("down_proj") and not torch.equal(before.get_parameter(name)[stay], part):
             return None
     weight = after.down_proj.weight.new_zeros(before.down_proj.weight.shape)
-    weight[:, stay] = after.down_proj.weight
-    return weight
+    places_of = torch.tensor(stay, device=weight.device)
+    return weight.index_add(1, places_of, after.down_proj.weight)  # not assigned: equal channels are one
 
 
 def _bytes_of(weight: Tensor) -> Any:

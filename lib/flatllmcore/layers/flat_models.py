@@ -127,7 +127,8 @@ def _make_classes(family: str) -> None:
 
 def __getattr__(name: str) -> Any:
     of_family = re.fullmatch(r"Flat(\w+?)(Text)?(Config|Attention|DecoderLayer|Model|For\w+)", name)
-    if of_family is None:
+    if of_family is not None and f"Flat{of_family[1]}ForCausalLM" not in globals():
+        _make_classes(of_family[1])
+    if name not in globals():
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    _make_classes(of_family[1])
     return globals()[name]
