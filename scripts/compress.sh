@@ -11,7 +11,9 @@
 #                  latter end in -plus
 #   NSAMPLES       windows to compress on (default: 256)
 #   RANK_MULTIPLE  1 gives the published floors (default: 8 if heads are 64 wide or more, else 1)
+#   WIDTH_MULTIPLE of MLP widths (default: 64 where it costs next to nothing, else the rank's)
 #   PRUNE_QK       1 prunes Q and K too (default: they stay whole)
+#   SHAPE          stock gives models of the dense class, whose names end in -stock, without scores (default: per-layer)
 #   OVERWRITE      1 does ratios again whose ranks, or record and model, are there (default: they are left alone)
 # Arguments go to main.py; what changes the ranks is a variable here, since compute_rank.py needs it too.
 set -euo pipefail
@@ -22,6 +24,7 @@ ratios="${RATIOS:-10 20 30 40 50}"
 method="${METHOD:-flatllm}"
 rank_flags=()
 [[ -z "${RANK_MULTIPLE:-}" ]] || rank_flags+=(--rank_multiple "$RANK_MULTIPLE")
+[[ -z "${WIDTH_MULTIPLE:-}" ]] || rank_flags+=(--width_multiple "$WIDTH_MULTIPLE") flags+=(--width_multiple "$WIDTH_MULTIPLE")
 if [[ "${PRUNE_QK:-}" == 1 ]]; then
     rank_flags+=(--prune_qk)
     flags+=(--prune_qk)
@@ -31,25 +34,33 @@ folder="$out/$name" # main.py puts the percentage behind it, unless there is onl
 if [[ "$method" == "flatllm+" ]]; then # allocates by damage, and takes rotary pairs of Q and K
     folder+=-plus
     scores="${BI_SCORE:-$scores-plus}"
-    flags+=(--importance_method damage)
     rank_flags+=(--importance_method damage --prune_qk)
 fi
 
-[[ -e "$scores/importance.json" ]] || score "$MODEL" "$scores" "$records" "$@"
-left=()
-for percent in $ratios; do
-    if [[ "${OVERWRITE:-}" != 1 && -e "$scores/ranks_$percent.json" ]]; then
-        printf '\n%s is there and used as it is; OVERWRITE=1 makes it anew\n' "$scores/ranks_$percent.json"
-    else
-        left+=("$percent")
-    fi
-done
-((${#left[@]} == 0)) ||
-    run "$PYTHON" compute_rank.py --bi_score "$scores" --sparsity_ratio "${left[@]}" "${rank_flags[@]}"
+if [[ "${SHAPE:-}" == stock ]]; then # one for all layers, whatever matters most
+    folder+=-stock
+    flags+=(--shape stock)
+    kind="${method}_stock"
+else
+    kind="$method"
+    [[ "$method" != "flatllm+" ]] || flags+=(--importance_method damage)
+    [[ -e "$scores/importance.json" ]] || score "$MODEL" "$scores" "$records" "$@"
+    left=()
+    for percent in $ratios; do
+        if [[ "${OVERWRITE:-}" != 1 && -e "$scores/ranks_$percent.json" ]]; then
+            printf '\n%s is there and used as it is; OVERWRITE=1 makes it anew\n' "$scores/ranks_$percent.json"
+        else
+            left+=("$percent")
+        fi
+    done
+    ((${#left[@]} == 0)) ||
+        run "$PYTHON" compute_rank.py --bi_score "$scores" --sparsity_ratio "${left[@]}" "${rank_flags[@]}"
+    flags+=(--bi_score "$scores")
+fi
 
 left=()
 for percent in $ratios; do
-    record="$records/${name}_${method}_$percent.json"
+    record="$records/${name}_${kind}_$percent.json"
     if [[ "${OVERWRITE:-}" != 1 && -e "$record" && -e "$folder-$percent/config.json" ]]; then
         printf '\n%s is there; OVERWRITE=1 does it again\n' "$record"
     else
@@ -58,7 +69,7 @@ for percent in $ratios; do
 done
 if ((${#left[@]} > 0)); then
     ((${#left[@]} > 1)) || folder+="-${left[0]}"
-    run "${main[@]}" --prune_method "$method" --model "$MODEL" --sparsity_ratio "${left[@]}" --bi_score "$scores" \
+    run "${main[@]}" --prune_method "$method" --model "$MODEL" --sparsity_ratio "${left[@]}" \
         --nsamples "${NSAMPLES:-256}" --save "$records" --save_model "$folder" "${flags[@]}" "$@"
 fi
 run "$PYTHON" -m flatllmbench.report "$out/records" --out "$out"

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Everything that the results page says of the embedded model, made anew: scores, compression at 10 to 50 % by both methods, tasks, and
-# speed of the published method with one thread by both protocols. About ten minutes on two cores, which ought to have nothing else to do.
+# Everything that the results page says of the embedded model, made anew: scores, compression at 10 to 50 % by both
+# methods, tasks, and speed of the published one with one thread by both protocols. About ten minutes on two cores, which
+# ought to have nothing else to do.
 #
 #   bash scripts/embedded.sh
 #

@@ -80,7 +80,7 @@ def recover(args: argparse.Namespace) -> None:
     request |= {"seed": asked["seed"], "batch_size": batch_size, "seqlen": seqlen, "model": source.fingerprint()}
     request["windows"] = digest(windows.numpy().tobytes())
     work = partial_folder(args.out)
-    if (work / "request.json").exists() and read_json(work / "request.json", dict[str, Any]) != request:
+    if work.exists() and read_json(work / "request.json", dict[str, Any]) != request:
         raise InputError(f"{work} is of another request; give another folder, or delete it")
     write_json(work / "request.json", request)
 
@@ -109,6 +109,7 @@ def trained(
     how |= {"per_device_train_batch_size": request["batch_size"], "label_names": ["labels"], "report_to": "none"}
     how |= {"save_steps": every, "logging_steps": every, "save_total_limit": 1, "disable_tqdm": not sys.stderr.isatty()}
     training = TrainingArguments(work, use_cpu=on_cpu, dataloader_pin_memory=not on_cpu, **how)
+    training._n_gpu = min(1, training.n_gpu)  # else transformers shares batches out among all there are
     whole = sorted(work.glob("checkpoint-*/trainer_state.json"), key=os.path.getmtime)  # which is written last
     batches = [{"input_ids": ids, "labels": ids} for ids in windows]
     Trainer(adapted, training, train_dataset=batches).train(str(whole[-1].parent) if whole else None)

@@ -62,6 +62,7 @@ is_done() {
 }
 
 export OUT="$out"
+unset BI_SCORE # the methods have their own
 models=("$MODEL") records="$out/records/$name"
 for method in ${METHODS:-flatllm flatllm+}; do
     METHOD="$method" bash scripts/compress.sh --eval_dataset "${texts[@]}" "$@"

@@ -7,6 +7,7 @@ the dtype: that, not the method, is what the tolerances of 1e-5 allow for.
 import copy
 import math
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
@@ -21,8 +22,9 @@ from flatllmcore.engine.compress import compress_layers
 from flatllmcore.engine.importance import layer_importance
 from flatllmcore.engine.memory import ModelInMemory
 from flatllmcore.engine.perplexity import perplexity
+from flatllmcore.engine.reuse import WRITERS, written
 from flatllmcore.engine.storage import StatesStorage
-from flatllmcore.engine.walk import Walk
+from flatllmcore.engine.walk import Walk, tapped
 from flatllmcore.errors import InputError
 from flatllmcore.layers.flat_attention import HeadwiseFactoredLinear
 from flatllmcore.methods import METHODS, flatllm
@@ -133,6 +135,38 @@ def test_a_layers_attention_is_computed_once_per_stream(windows, monkeypatch, me
     scores = 2 * windows.shape[1] * sizes.num_heads * sizes.head_dim
     expected = multiplications(sizes, allocation.layers[0], method, scores, is_room)
     assert sum(counts) == 2 * windows.numel() * expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rank", "width"), [(12, 56), (7, 56), (12, 30)])
+def test_what_stands_for_a_part_gives_what_the_part_gives(windows, dtype, rank, width):
+    """Oracle: the parts of the compressed layer. Two channels are equal; half precision has no map of narrow values."""
+    model = tiny_model()
+    for name in ("gate_proj", "up_proj"):
+        weight = model.model.layers[0].mlp.get_submodule(name).weight.data
+        weight[1] = weight[0]
+    model.to(dtype)
+    before, sizes = copy.deepcopy(model.model.layers[0]), dimensions_from_config(model.config)
+    assert (sizes.head_dim, sizes.intermediate_size) == (12, 56)
+    source = ModelInMemory(model, CPU)
+    allocation = RankAllocation(10.0, False, 1, sizes, 2 * (Kept(0.9, rank, width),))
+    config, _ = compress_layers(source, source, windows, METHODS["flatllm"], allocation, batch_size=5, tolerance=0.96)
+    after, states = source.adopt(config).model.layers[0], torch.randn(3, 6, sizes.hidden_size).to(dtype)
+    angles = model.model.rotary_emb(states, torch.arange(6)[None])
+    calls = {"self_attn": {"position_embeddings": angles, "attention_mask": None}, "mlp": {}}
+    for part, arguments in calls.items():
+        stand_in = written(before, after, part)
+        if part == "self_attn" and rank < 12 and dtype == torch.bfloat16:
+            assert stand_in is None
+            continue
+        tap = f"{WRITERS[part]}.input"
+        with tapped(before, [tap]) as look:
+            read = look(partial(before.get_submodule(part), states, **arguments))[tap]
+        stand_in.read = read.view(*states.shape[:2], -1)
+        found, expected = stand_in(), after.get_submodule(part)(states, **arguments)
+        if part == "self_attn":
+            found, expected = found[0], expected[0]
+        torch.testing.assert_close(found, expected)
 
 
 def test_a_failed_compression_leaves_the_model_as_it_was(model, windows):

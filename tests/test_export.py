@@ -224,7 +224,7 @@ def test_a_gguf_file_becomes_itself(tmp_path):
 
 REFUSED = {
     "qwen3 with MLPs of several widths": (lambda: tiny("Qwen3-0.6B", "factors"), byte_level_tokenizer),
-    "qwen3 with biases in attention": (lambda: tiny("Qwen3 with biases and windows"), byte_level_tokenizer),
+    "qwen3 with attention_bias": (lambda: tiny("Qwen3 with biases and windows"), byte_level_tokenizer),
     "GGUF files of cohere2 are not written": (lambda: tiny("Command-R7B"), byte_level_tokenizer),
     "smollm3 with no positions in every fourth": (lambda: tiny("SmolLM3-3B"), byte_level_tokenizer),
     "the activation gelu": (lambda: tiny("Llama-2-7b", hidden_act="gelu"), byte_level_tokenizer),

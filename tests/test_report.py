@@ -204,7 +204,7 @@ def test_the_curve_starts_at_the_dense_model_and_falls_in_size(tmp_path):
 def test_accuracies_of_a_method_start_at_the_dense_model_and_are_those_of_its_own_models(tmp_path):
     """Oracle: the means by hand, and the standard error of a mean of independent figures."""
     answers = ACCURACIES | {"tasks": ACCURACIES["tasks"] | {"mmlu": ACCURACIES["tasks"]["mmlu"] | {"stderr": 0.0128}}}
-    models = DENSE_MODEL, SMALL_MODEL, SMALL_MODEL | {"method": "flatllm+"}, SMALL_MODEL | {"base_model": "other"}
+    models = DENSE_MODEL, SMALL_MODEL, *(SMALL_MODEL | other for other in OTHERS if "model" not in other)
     paths = [saved(tmp_path, str(i), EVALUATION, model=of, zero_shot=answers) for i, of in enumerate(models)]
     found = plots.accuracy_curve(read_records([saved(tmp_path, "a", COMPRESSION)]), read_records(paths))
     assert [kept for kept, *_ in found] == [100, 80.25]

@@ -229,6 +229,15 @@ def test_what_changes_the_ranks_reaches_the_ranks_and_the_compression(commands, 
     assert compressing[-2:] == ["--batch_size", "3"]
 
 
+def test_the_stock_shape_takes_no_scores_and_has_a_name_of_its_own(commands, tmp_path):
+    variables = {"MODEL": "m", "RATIOS": "20", "OUT": tmp_path, "SHAPE": "stock", "METHOD": "flatllm+"}
+    compressing, report = commands("compress.sh", WIDTH_MULTIPLE="32", **variables)
+    assert "flatllmbench.report" in report
+    assert not {"--bi_score", "--importance_method"} & set(compressing)
+    assert value_of("--save_model", compressing) == f"{tmp_path}/m-plus-stock-20"
+    assert (value_of("--shape", compressing), value_of("--width_multiple", compressing)) == ("stock", "32")
+
+
 def test_ratios_that_are_done_are_left_alone_unless_asked(commands, tmp_path):
     (tmp_path / "importance.json").write_text("{}")
     for place in (tmp_path / "out" / "records" / "m" / "m_flatllm_30.json", tmp_path / "out" / "m-30" / "config.json"):

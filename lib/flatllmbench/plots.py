@@ -73,14 +73,16 @@ def curve(runs: Sequence[Record], text: int) -> list[tuple[float, float]]:
 def accuracy_curve(runs: Sequence[Record], evaluations: Sequence[Record]) -> list[tuple[float, float, float]]:
     """Return percent kept, mean accuracy and its standard error of compressions and their dense model, by falling size.
 
-    Of evaluations on different tasks those on the first one's count; nothing if the runs were not evaluated.
+    An evaluation is of a compression if base model, method and percent removed are. Of evaluations on different tasks
+    those on the first one's count; nothing if the runs were not evaluated.
     """
-    base, method = model_name(runs[0]["base_model"]), runs[0]["kind"]
-    of_these = {(None, base, None), (base, None, method)}  # the dense model, and what was made of it
+    base = model_name(runs[0]["base_model"])
+    removed = {round(run["achieved_sparsity_percent"], 6) for run in runs}
+    of_these = {(None, base, None, 0.0), *((base, None, runs[0]["kind"], percent) for percent in removed)}
     found, tasks = [], None
     for run in evaluations:
-        origin = run.get("model.base_model")
-        identity = (origin, run["model.model"] if origin is None else None, run.get("model.method"))
+        origin, percent = run.get("model.base_model"), round(run["model.achieved_sparsity_percent"], 6)
+        identity = (origin, run["model.model"] if origin is None else None, run.get("model.method"), percent)
         tasks = tasks or (run["zero_shot.tasks"].keys() if identity in of_these else None)
         accuracy = mean_accuracy(run)
         if identity in of_these and run["zero_shot.tasks"].keys() == tasks and accuracy is not None:

@@ -31,12 +31,12 @@ from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector
 from flatllmcore.errors import InputError, run_program
 from flatllmcore.layers import compressed_config
 from flatllmcore.utils.devices import parse_device, peak_allocated_bytes, reset_peak_allocated, synchronize
-from flatllmcore.utils.layer_utils import count_parameters, dense_dimensions, dimensions_from_config
+from flatllmcore.utils.layer_utils import count_parameters, dense_dimensions, dimensions_from_config, model_name
 from flatllmcore.utils.loading import empty_causal_lm, load_config, load_model
 from flatllmcore.utils.progress import progress
 
 from .command_line import ROWS, parser_with, read_flags
-from .records import describe_config, flat, hardware, keep_record
+from .records import describe_config, describe_model, flat, hardware, keep_record
 from .tables import measured_tables
 
 FLAGS = {name: name for name in ("device", "dtype", "save", "cache_dir")}
@@ -143,7 +143,8 @@ def measure_models(args: argparse.Namespace, configs: dict[str, PretrainedConfig
             models.append(made.eval())
         else:
             models.append(load_model(name, dtype=dtype, cache_dir=args.cache_dir).to(device))
-        about = describe_config(config, name, None if name == first else first)
+        about = describe_config(config, name, None) if args.shape else describe_model(name, args.cache_dir)
+        about["base_model"] = None if name == first else model_name(first)
         described.append(about | {"weight_memory_bytes": models[-1].get_memory_footprint()})
     grid = [Workload(size, length, args.new_tokens) for size, length in product(args.batch_size, args.prompt_length)]
     cells: list[dict[str, Any]] = []

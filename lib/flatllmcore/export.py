@@ -4,7 +4,8 @@
 
 Where all MLPs are equally wide the file has the family's own architecture, else `deci`, in which every layer has its
 own. llama.cpp knows one width of heads for queries, keys and values, so what attention lost comes back as zeros: logits
-are the same, the cache and attention as large as the dense model's. Weights keep their type, but float64 becomes F32.
+are the same but for rounding, the cache and attention as large as the dense model's. Matrices have the model's type,
+F32 where that is float64; vectors are F32.
 """
 
 import argparse
@@ -101,8 +102,9 @@ def _architecture(model: PreTrainedModel, widths: set[int]) -> str:
         raise InputError(f"llama.cpp has no {chosen} with the activation {model.config.hidden_act}; accepted: silu")
     if chosen == "smollm3" and any(has == (i % 4 == 3) for i, has in enumerate(model.config.no_rope_layers)):
         raise InputError("llama.cpp has smollm3 with no positions in every fourth layer, and in no other")
-    if chosen == "qwen3" and model.config.attention_bias:
-        raise InputError("llama.cpp has no qwen3 with biases in attention")
+    biases = [name for name in ("attention_bias", "mlp_bias") if getattr(model.config, name, False)]
+    if biases and chosen in ("olmo2", "qwen3", "smollm3"):
+        raise InputError(f"llama.cpp has no {chosen} with {biases[0]}")
     return chosen
 
 
