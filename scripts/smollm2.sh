@@ -11,7 +11,8 @@
 #
 # With DATASET_ROOT it is calibrated on wikitext2 there. Perplexity is that of its test split (wikitext2_raw, where that
 # is there), of c4 and of $DATASET_ROOT/tinystories_eval.txt. Accuracy is that of six of the paper's tasks, whose data
-# are in folders called like their hub ids, in $DATASET_ROOT/zero_shot or in $DATASET_ROOT. Without it the text is
+# are in folders called like their hub ids, in $DATASET_ROOT/zero_shot or in $DATASET_ROOT. HellaSwag made of a text
+# release, its contexts split again, does not compare with published accuracies to the digit. Without DATASET_ROOT the text is
 # pydocs, of this repository, with two small tasks made of it: nothing published compares with what is measured then.
 #
 # Variables: VENV, PYTHON, SKIP_INSTALL (see scripts/environment.sh), those of scripts/compress.sh and
