@@ -22,7 +22,7 @@ from flatllmcore.engine.compress import compress_layers
 from flatllmcore.engine.importance import layer_importance
 from flatllmcore.engine.memory import ModelInMemory
 from flatllmcore.engine.perplexity import perplexity
-from flatllmcore.engine.reuse import WRITERS, written
+from flatllmcore.engine.reuse import WRITERS, is_worth_keeping, written
 from flatllmcore.engine.storage import StatesStorage
 from flatllmcore.engine.walk import Walk, tapped
 from flatllmcore.errors import InputError
@@ -155,6 +155,7 @@ def test_what_stands_for_a_part_gives_what_the_part_gives(windows, dtype, rank, 
     angles = model.model.rotary_emb(states, torch.arange(6)[None])
     calls = {"self_attn": {"position_embeddings": angles, "attention_mask": None}, "mlp": {}}
     for part, arguments in calls.items():
+        assert is_worth_keeping(part, dtype) == (part == "mlp" or dtype == torch.float32)
         stand_in = written(before, after, part)
         if part == "self_attn" and rank < 12 and dtype == torch.bfloat16:
             assert stand_in is None

@@ -442,6 +442,10 @@ def test_recovery_goes_on_from_a_checkpoint_to_the_same_bytes_and_leaves_an_ordi
         assert program(trial) == 2
     assert program([*trial, "--seed", "7"]) == 2
     assert f"{out}.partial is of another request" in capsys.readouterr().err
+    (tmp_path / "other.partial" / "precious").mkdir(parents=True)  # an interrupted compression, or anybody's
+    assert program([str(small), str(tmp_path / "other"), *trial[2:]]) == 2
+    assert "other.partial/request.json" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "other.partial").iterdir()] == ["precious"]
     monkeypatch.setattr(Trainer, "training_step", lambda *given: next(steps) and step(*given))
     assert program(trial) == 0
     assert next(steps) == 6  # third to fifth call: the interrupted one and the two that were left

@@ -19,7 +19,7 @@ from ..utils.processes import all_reduce, broadcast
 from ..utils.progress import progress
 from ..utils.stopwatch import stage
 from .protocols import DENSE, HELD_OUT, STREAM, LayerRecord, LayerSink, LayerSource, Method, Solution, Step, Sums
-from .reuse import WRITERS, shallow_copy, written
+from .reuse import WRITERS, is_worth_keeping, shallow_copy, written
 from .walk import Walk, check_finite, forward_of, lent_layer, tapped
 
 logger = logging.getLogger(__name__)
@@ -118,7 +118,8 @@ class _Loop:
                 if is_last and finished is not None:
                     solution = Solution({name: weight for name, weight in finished.items() if name.startswith(part)})
                 else:
-                    read = self.walk.room(layer.get_submodule(WRITERS[part]).in_features) if is_last else None
+                    is_kept = is_last and is_worth_keeping(part, self.walk.source.dtype)
+                    read = self.walk.room(layer.get_submodule(WRITERS[part]).in_features) if is_kept else None
                     solution = self._solved(index, layer, step, read)
                 eigenvalues = eigenvalues if solution.eigenvalues is None else solution.eigenvalues
                 layer = self._with_solution(index, layer, step, solution)

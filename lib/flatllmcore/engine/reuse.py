@@ -35,6 +35,11 @@ class Written(nn.Module):
         return (output, None) if self.is_attention else output
 
 
+def is_worth_keeping(part: str, dtype: torch.dtype) -> bool:
+    """Tell whether what the last projection of a ``part`` reads can be of use: not for narrow values in halves."""
+    return part == "mlp" or torch.finfo(dtype).eps < HALF_PRECISION
+
+
 def written(before: DecoderModule, after: DecoderModule, part: str) -> Written | None:
     """Return what stands for the attention, or for a ``part`` "mlp", of a compressed layer; None where nothing can."""
     of = WRITERS[part].partition(".")[0]
@@ -70,7 +75,7 @@ def _folded_values(before: DecoderModule, after: DecoderModule) -> Tensor | None
     if all(map(torch.equal, before.v_proj.parameters(), after.v_proj.parameters())):
         return after.o_proj.weight
     num_kv_heads, precision = before.v_proj.out_features // before.head_dim, torch.finfo(before.v_proj.weight.dtype).eps
-    if precision > HALF_PRECISION:
+    if not is_worth_keeping("self_attn", before.v_proj.weight.dtype):
         return None
     wide, narrow = (
         torch.cat([part.view(num_kv_heads, -1, part[0].numel()) for part in of.v_proj.parameters()], 2).double()
@@ -78,7 +83,8 @@ def _folded_values(before: DecoderModule, after: DecoderModule) -> Tensor | None
     )  # (G, d or r, D), or D + 1 with a bias
     q, r = torch.linalg.qr(wide.mT)
     maps = narrow @ q @ torch.linalg.pinv(r.mT, rtol=precision)  # (G, r, d)
-    if (narrow - maps @ wide).norm() > max(4 * precision, 1e-9) * narrow.norm():
+    missed, size = ((of**2).sum((1, 2)).sqrt() for of in (narrow - maps @ wide, narrow))
+    if (missed > max(4 * precision, 1e-9) * size).any():
         return None
     output = after.o_proj.weight.double().unflatten(1, (num_kv_heads, -1, maps.shape[1]))  # (D, G, H/G, r)
     return torch.einsum("DGnr,Grd->DGnd", output, maps).flatten(1)
