@@ -6,12 +6,13 @@ from typing import Any
 
 COMMON: dict[str, Any] = {
     "command": "python main.py --model tiny",
-    "request": {"dtype": "auto", "save_model": "out/tiny-20"},
+    "request": {"dtype": "auto", "save_model": "out/tiny-20", "shape": None},
     "versions": {"python": "3.11.7", "torch": "2.13.0"},
     "hardware": {"device": "Some GPU", "machine": "x86_64", "system": "Linux"},
     "elapsed_s": 100.0,
 }
 COMPRESSION: dict[str, Any] = COMMON | {
+    "request": COMMON["request"] | {"shape": "per-layer"},
     "kind": "flatllm",
     "base_model": "models/tiny",
     "sparsity_ratio": 20.0,

@@ -74,8 +74,8 @@ def _facts(run: Record) -> Iterator[str]:
             yield f"perplexity on {of['dataset']}, {of['windows']} × {of['seqlen']} tokens"
     if run["kind"] == "speed":
         yield f"{run['protocol']}, {run['dtype']}, {run['attention']}, {run['cells'][0]['repeats']} repeats"
-    if run.get("request.shape"):
-        yield f"random weights in the shape of {run['request.shape']}"
+        if run.get("request.shape"):
+            yield f"random weights in the shape of {run['request.shape']}"
     if run.get("zero_shot"):
         for task, found in run["zero_shot.tasks"].items():
             shots = "mixed" if found["num_fewshot"] is None else found["num_fewshot"]
