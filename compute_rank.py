@@ -18,15 +18,15 @@ from flatllmbench.command_line import ROWS
 from flatllmbench.plots import plot_ranks
 from flatllmcore.config import checked
 from flatllmcore.core.curve_allocation import Curves
-from flatllmcore.core.importance import IMPORTANCE_FILE, ImportanceScores, read_author_numbers
+from flatllmcore.core.importance import ImportanceScores, read_author_numbers
 from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector, RankAllocation
-from flatllmcore.core.rank_files import ranks_file, save_ranks
-from flatllmcore.engine.importance import DAMAGE, IMPORTANCE_METHODS
+from flatllmcore.core.rank_files import save_ranks
 from flatllmcore.errors import InputError, run_program
 from flatllmcore.utils.dimensions import ModelDimensions
 from flatllmcore.utils.files import digest, read_json
 from flatllmcore.utils.layer_utils import dimensions_from_config
 from flatllmcore.utils.loading import load_config
+from flatllmcore.utils.names import DAMAGE, IMPORTANCE_FILE, IMPORTANCE_METHODS, ranks_file
 
 IMPORTANCE_FILES = (IMPORTANCE_FILE, "bi_score.pt")
 

@@ -14,21 +14,26 @@ import logging
 import os
 import signal
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from flatllmbench.command_line import Options, answer_at_once, command_line, parse_options
+
+if __name__ == "__main__":
+    answer_at_once(lambda: parse_options(None, __doc__ or ""))
+
 import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from flatllmbench.command_line import Options, command_line, logging_to, parse_options
-from flatllmbench.records import Record, hardware, versions
+from flatllmbench.logs import logging_to
+from flatllmbench.records import Record, costs, hardware, versions
+from flatllmbench.request import check_places, check_request
 from flatllmbench.zero_shot import evaluate_saved, load_tasks
 from flatllmcore.checkpoint_run import CheckpointRun, Target
 from flatllmcore.errors import UNUSABLE_PLACE, InputError, complain
 from flatllmcore.utils.checkpoint import MODEL_CARD, model_card, partial_folder
-from flatllmcore.utils.devices import parse_device, peak_memory_gib
+from flatllmcore.utils.devices import parse_device
 from flatllmcore.utils.files import digest, read_json, write_json
 from flatllmcore.utils.processes import (
     OtherProcessError,
@@ -100,12 +105,12 @@ class Program:
 
     def check(self) -> list[Record | None]:
         """Refuse what can be refused before work; return this command's records of what is done, unless all is."""
-        self.options.check()
+        check_request(self.options)
         kept = {one: self.kept_record(one) for one in self.options.each_ratio()}
         if all(record and not self.is_unevaluated(record) for record in kept.values()):
             kept = dict.fromkeys(kept)
         for one in (one for one, record in kept.items() if record is None):
-            one.check_places()
+            check_places(one)
         return list(kept.values())
 
     def kept_record(self, options: Options) -> Record | None:
@@ -124,7 +129,7 @@ class Program:
         """Write the model's importance scores, and the record of the run."""
         scores = CheckpointRun(self.options, self.provenance()).score()
         found = {name: getattr(scores, name) for name in ("nsamples", "seqlen", "scores", "zero_rows")}
-        self.keep_record(self.options, found | self.costs())
+        self.keep_record(self.options, found | costs(self.stopwatch))
 
     def compress(self, kept: Sequence[Record | None]) -> None:
         """Compress the model at each ratio that is not done, measure it before and after, save it and its record."""
@@ -150,7 +155,7 @@ class Program:
         """Compress the model at one ratio, and evaluate it on the tasks, if there are any."""
         with run.output_folder(options.save_model) as folder:
             with run.compressed(target, folder) as (done, sink):
-                result = done | self.costs()
+                result = done | costs(self.stopwatch)
                 card = model_card(self.asked() | result)
                 result["card_sha256"] = digest(card.encode())
                 self.keep_record(options, result)
@@ -177,19 +182,6 @@ class Program:
         """Write the record of the run, or of one ratio."""
         if is_rank_0():
             write_json(options.record_place, self.asked() | result)
-
-    def costs(self) -> Record:
-        """Return where the time went since the stopwatch was started, and the peak memory, for the record."""
-        elapsed_s = time.perf_counter() - self.stopwatch.started
-        stages = {name: round(seconds, 3) for name, seconds in self.stopwatch.elapsed_s.items()}
-        peak = peak_memory_gib(self.stopwatch.device)
-        memory = ", ".join(f"{gib:.2f} GiB on the {place}" for place, gib in peak.items())
-        logger.info("%.1f s in all; peak memory %s", elapsed_s, memory)
-        return {
-            "elapsed_s": round(elapsed_s, 3),
-            "stages_s": stages | {"rest": round(elapsed_s - sum(stages.values()), 3)},
-            "peak_memory_gib": peak,
-        }
 
 
 if __name__ == "__main__":

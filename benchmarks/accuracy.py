@@ -41,11 +41,12 @@ from flatllmcore.engine.importance import layer_importance
 from flatllmcore.engine.memory import ModelInMemory
 from flatllmcore.engine.protocols import Method
 from flatllmcore.methods import METHODS, flatllm_plus
-from flatllmcore.utils.data_utils import consecutive_windows, sample_mixture, text_names
+from flatllmcore.utils.data_utils import consecutive_windows, sample_mixture
 from flatllmcore.utils.devices import parse_device, peak_memory_gib
-from flatllmcore.utils.dimensions import STOCK, ModelDimensions
-from flatllmcore.utils.layer_utils import dimensions_from_config, public_name
+from flatllmcore.utils.dimensions import ModelDimensions
+from flatllmcore.utils.layer_utils import dimensions_from_config
 from flatllmcore.utils.loading import load_model, load_tokenizer
+from flatllmcore.utils.names import STOCK, public_name, text_names
 from flatllmcore.utils.text_sources import load_text
 from obs_peer import ObsPeer, channels_only, uniform_allocation
 

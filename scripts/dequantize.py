@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from flatllmbench.command_line import keep_bars_to_terminals
+from flatllmbench.logs import keep_bars_to_terminals
 from flatllmcore.errors import InputError, run_program
 from flatllmcore.utils.loading import load_model, load_tokenizer
 

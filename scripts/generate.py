@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from flatllmbench.command_line import keep_bars_to_terminals
+from flatllmbench.logs import keep_bars_to_terminals
 from flatllmcore.errors import InputError, complain, door
 from flatllmcore.utils.devices import best_device
 from flatllmcore.utils.loading import load_model, load_tokenizer

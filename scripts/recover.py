@@ -19,15 +19,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
-from flatllmbench.command_line import keep_bars_to_terminals, parser_with, read_flags
+from flatllmbench.command_line import parser_with, read_flags
+from flatllmbench.logs import keep_bars_to_terminals
 from flatllmcore.engine.checkpoint_source import CheckpointSource
 from flatllmcore.engine.perplexity import perplexity
 from flatllmcore.errors import InputError, run_program
 from flatllmcore.utils.checkpoint import partial_folder
-from flatllmcore.utils.data_utils import check_token_ids, consecutive_windows, sample_mixture, text_names, window_length
+from flatllmcore.utils.data_utils import check_token_ids, consecutive_windows, sample_mixture, window_length
 from flatllmcore.utils.devices import parse_device
 from flatllmcore.utils.files import check_writable, digest, read_json, write_json
 from flatllmcore.utils.loading import load_model, load_tokenizer
+from flatllmcore.utils.names import text_names
 from flatllmcore.utils.text_sources import load_text
 
 _FIELDS = ("cal_dataset", "eval_dataset", "eval_nsamples", "dataset_root", "seqlen", "batch_size", "seed", "device")

@@ -10,7 +10,7 @@ import torch
 
 from flatllmcore import FlatLLMConfig, InputError
 from flatllmcore.config import RunConfig
-from flatllmcore.engine.importance import IMPORTANCE_METHODS
+from flatllmcore.utils.names import IMPORTANCE_METHODS
 
 
 def test_the_defaults_are_the_documented_ones():

@@ -18,14 +18,8 @@ from transformers import PreTrainedTokenizerFast
 
 from flatllmcore.errors import InputError
 from flatllmcore.utils import data_utils, text_sources
-from flatllmcore.utils.data_utils import (
-    consecutive_windows,
-    public_text,
-    read_calibration_data,
-    sample_documents,
-    sample_mixture,
-    text_names,
-)
+from flatllmcore.utils.data_utils import consecutive_windows, read_calibration_data, sample_documents, sample_mixture
+from flatllmcore.utils.names import public_text, text_names
 from flatllmcore.utils.text_sources import TextDataset, has_test_split, load_text
 from python_process import run_python
 from tiny_text import word_tokenizer
@@ -546,7 +540,7 @@ class TestHubIds:
             file.write_bytes(content)
         said = run_python(f"""if True:
             import contextlib, io, pathlib
-            from flatllmbench.command_line import logging_to
+            from flatllmbench.logs import logging_to
             from flatllmcore.errors import run_program
             from flatllmcore.utils.text_sources import load_text
             def work():

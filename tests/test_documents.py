@@ -11,7 +11,7 @@ import compute_rank
 import main
 from flatllmbench import command_line, report, speed, zero_shot
 from flatllmcore import export
-from flatllmcore.utils.layer_utils import FAMILY_NAMES, PLAIN_FAMILIES
+from flatllmcore.utils.names import FAMILY_NAMES, PLAIN_FAMILIES
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ("MEASUREMENTS", "SERVING", "RECOVER", "QUANTIZE", "FAMILIES", "CONTRIBUTING")

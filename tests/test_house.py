@@ -1,7 +1,10 @@
 """The house's own rules, read off its sources: who may import whom, how long a function is, what explains it."""
 
 import ast
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +16,7 @@ PACKAGE = LIBRARY / "flatllmcore"
 FILES = sorted(LIBRARY.rglob("*.py"))
 # From the ground up: a file imports from its own floor and from those below.
 FLOORS = (
-    {"errors", "_versions"},
+    {"errors", "_versions", "_lazy"},
     {"utils"},
     {"core", "layers"},
     {"engine"},
@@ -143,14 +146,56 @@ def loaded():
     return {name.partition(".")[0] for name in sys.modules} & set(HEAVY)
 from transformers import LlamaForCausalLM
 by_the_ground = loaded()
-import flatllmcore
+from flatllmcore import FlatLLMPruner
 print(*loaded() - by_the_ground)
 """
 
 
-def test_importing_the_package_loads_nothing_heavy(tmp_path):
+def test_using_the_package_loads_nothing_heavy(tmp_path):
     """No more than what it is built on loads by itself, and not FedCore, which may not even be importable."""
     heavy = ("accelerate", "datasets", "fedcore", "hypothesis", "lm_eval", "matplotlib", "msgspec", "pandas", "pyarrow")
     (tmp_path / "fedcore.py").write_text("raise SystemExit('imported too early')")
     assert run_python(LOADED.replace("HEAVY", str(heavy)), [tmp_path, LIBRARY]) == "\n"
     assert (PACKAGE / "py.typed").is_file()
+
+
+def run_fresh(code: str) -> str:
+    """Return what ``code`` prints in a process that has imported nothing yet."""
+    environment = os.environ | {"PYTHONPATH": str(LIBRARY)}
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
+    ).stdout
+
+
+SLOW = "print(*{'numpy', 'torch', 'transformers'} & sys.modules.keys())"
+AT_ONCE = """
+import runpy, sys
+sys.path.insert(0, {root!r})
+sys.argv = ["main.py", *{flags!r}]
+try:
+    runpy.run_path({root!r} + "/main.py", run_name="__main__")
+except SystemExit as end:
+    print(end.code)
+"""
+
+
+def test_importing_the_package_loads_nothing_that_takes_seconds():
+    assert run_fresh(f"import sys; import flatllmcore; {SLOW}") == "\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "status"), [(["--help"], 0), (["--modle", "x"], 2), (["--model", "x", "--sparsity_ratio", "200"], 2)]
+)
+def test_help_and_unusable_flags_are_answered_before_what_takes_seconds_is_loaded(flags, status):
+    said = run_fresh(AT_ONCE.format(root=str(LIBRARY.parent), flags=flags) + SLOW)
+    assert said.endswith(f"{status}\n\n")
+
+
+@pytest.mark.parametrize("imports", ["import flatllmcore; from transformers import {}", "from transformers import {}"])
+def test_compressed_models_are_known_whichever_package_is_imported_first(imports):
+    """The module of Gemma 3's config itself imports the auto classes."""
+    names = imports.format("Gemma3TextConfig, AutoConfig, AutoModelForCausalLM")
+    config = 'config = AutoConfig.for_model("flat_gemma3_text", num_hidden_layers=0)'
+    classes = "print(type(config).__name__, type(AutoModelForCausalLM.from_config(config)).__name__)"
+    said = run_fresh(f"{names}; import flatllmcore\n{config}\n{classes}")
+    assert said == "FlatGemma3TextConfig FlatGemma3ForCausalLM\n"

@@ -9,10 +9,11 @@ import torch
 
 from flatllmcore.core.importance import ImportanceScores
 from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector, RankAllocation
-from flatllmcore.core.rank_files import find_ranks, ranks_file, read_ranks, save_ranks
+from flatllmcore.core.rank_files import find_ranks, read_ranks, save_ranks
 from flatllmcore.errors import InputError
 from flatllmcore.utils.dimensions import Kept, ModelDimensions
 from flatllmcore.utils.files import digest, read_json, to_json_bytes, write_json
+from flatllmcore.utils.names import ranks_file
 
 DIMENSIONS = ModelDimensions("llama", 2, 64, 4, 2, 16, 128)
 SELECTOR = ImportancePreservingRankSelector(DIMENSIONS)

@@ -1,31 +1,18 @@
-"""Command lines made from the table of options, and what the programs share in talking to a terminal."""
+"""Command lines made from the table of options. No torch here: they are read before it is imported."""
 
 import argparse
-import logging
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
-from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
-import transformers
-
 from flatllmcore.config import MOST, PATH, SWITCH, Accepted, RunConfig, checked, integer, one_of, option
-from flatllmcore.core.importance import IMPORTANCE_FILE
-from flatllmcore.core.rank_files import ranks_file
-from flatllmcore.errors import InputError, door, show_all_characters
+from flatllmcore.errors import run_program
 from flatllmcore.methods import METHODS
-from flatllmcore.utils.checkpoint import check_output_folder, partial_folder
-from flatllmcore.utils.dimensions import STOCK
-from flatllmcore.utils.files import check_is_no_folder, check_writable
-from flatllmcore.utils.layer_utils import model_name
-from flatllmcore.utils.processes import is_rank_0, local_world_size
-from flatllmcore.utils.text_sources import has_test_split
+from flatllmcore.utils.names import STOCK, model_name
 
 FOLDER = Accepted("a folder that is there", os.path.isdir, os.path.expanduser)
 TASK_NAMES = Accepted(
@@ -93,62 +80,6 @@ class Options(RunConfig):
         folders = {p: self.save_model and Path(f"{self.save_model}-{p}") for p in self.sparsity_ratio}
         return [replace(self, sparsity_ratio=[p], save_model=folder) for p, folder in folders.items()]
 
-    def check(self) -> None:
-        """Refuse what can be refused without looking at the model."""
-        for name, flag in FLAGS.items():
-            place = Path(self.model) if name == "model" else getattr(self, name)
-            if isinstance(place, Path):
-                with door(f"--{flag} {place} is no place", "give another one"):
-                    place.resolve()  # RuntimeError of a link to itself
-        if self.device is not None and ":" in self.device and local_world_size() > 1:
-            raise InputError(f"--device {self.device} is one GPU for several processes; with cuda each has its own")
-        for flag in ("tasks", "num_fewshot", "limit", "include_path"):
-            if getattr(self, flag) is not None and not self.eval_zero_shot:
-                raise InputError(f"--{flag} is about tasks of the evaluation harness; give --eval_zero_shot too")
-        unused = {
-            "--prune_method bi": self.prune_method == "bi",
-            "--prune_qk": self.prune_qk,
-            "--bi_score": self.bi_score,
-        }
-        if self.shape == STOCK and any(unused.values()):
-            given = ", ".join(flag for flag, value in unused.items() if value)
-            raise InputError(f"--shape stock has Q and K whole and all layers alike, without scores; leave out {given}")
-        place = self.score_place
-        is_kind_for_scores = place.suffix != ".pt" and not place.match("ranks_*.json")
-        if not (is_kind_for_scores or place.is_file()):
-            raise InputError(
-                f"--bi_score {place} does not exist; give a file that does, a folder, or a .json for scores"
-            )
-        if self.prune_method == "bi":
-            if place.is_file() and not (is_kind_for_scores and place == self.score_file):
-                raise InputError(f"--bi_score {place} is a file; scores are written to a folder, or to a .json of them")
-            if self.score_file.exists() and not self.overwrite:
-                raise InputError(f"{self.score_file} exists; give --overwrite, or another --bi_score")
-            return
-        for name in [] if self.eval_dataset else self.eval_texts:
-            if not has_test_split(name, self.dataset_root):
-                raise InputError(f"{name} has no test split to measure perplexity on; name an --eval_dataset")
-
-    def check_places(self) -> None:
-        """Refuse places that cannot be written to, and a model folder that another place would be part of."""
-        for place in filter(None, (self.save, self.offload_folder)):
-            check_writable(place)
-        for file in (IMPORTANCE_FILE, *map(ranks_file, self.sparsity_ratio)):
-            check_is_no_folder(self.score_place / file)
-        for suffix in (".log", ".json"):
-            check_is_no_folder(self.record_place.with_suffix(suffix))
-        if self.save_model is None:
-            return
-        out = Path(os.path.realpath(self.save_model))
-        places: dict[str, Path | None] = {"save": self.save, "bi_score": self.score_place, "model": Path(self.model)}
-        places |= {"offload_folder": self.offload_folder, "cache_dir": self.cache_dir}
-        for flag, path in places.items():
-            real = Path(os.path.realpath(path or "/"))  # which is part of nothing
-            is_part = any(real.is_relative_to(folder) for folder in (out, partial_folder(out)))
-            if is_part or (flag == "model" and out.is_relative_to(real)):
-                raise InputError(f"--save_model {self.save_model} overlaps with --{flag} {path}; give another folder")
-        check_output_folder(self.save_model, self.overwrite)
-
 
 ROWS = {row.name: row for row in fields(Options)}
 _ALIASES = {"cal_dataset": "dataset", "cal_nsamples": "nsamples", "tolerance": "tol"}
@@ -163,6 +94,15 @@ def parse_options(argv: Sequence[str] | None, description: str) -> tuple[Options
     """Return the options of ``main.py``, and the flags as they were given, as JSON takes them."""
     args = parser_with(FLAGS, "main.py", description).parse_args(argv)
     return Options(**read_flags(args, FLAGS)), as_given(args)
+
+
+def answer_at_once(read: Callable[[], object]) -> None:
+    """Read a program's flags, and end it if they ask for help or cannot be used, before what it imports takes seconds.
+
+    Several processes are left to say what is wrong once, as a group.
+    """
+    if "WORLD_SIZE" not in os.environ and (status := run_program(read)):
+        sys.exit(status)
 
 
 def as_given(args: argparse.Namespace) -> dict[str, Any]:
@@ -204,46 +144,3 @@ def parser_with(flags: Mapping[str, str], program: str, description: str | None)
 def read_flags(args: argparse.Namespace, flags: Mapping[str, str]) -> dict[str, Any]:
     """Return the values of flags that :func:`parser_with` gave, checked, by field."""
     return {name: checked(ROWS[name], getattr(args, flag), f"--{flag}") for name, flag in flags.items()}
-
-
-class LogFile(logging.FileHandler):
-    """A log file that is made, folder and all, for its first line; the run ends when it cannot be written."""
-
-    def _open(self) -> TextIOWrapper:
-        Path(self.baseFilename).parent.mkdir(parents=True, exist_ok=True)
-        return super()._open()
-
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
-        """Let the error that is being handled end the run."""
-        raise  # noqa: PLE0704 (called while the error is handled)
-
-
-@contextmanager
-def logging_to(path: Path) -> Iterator[None]:
-    """Log to the console and to the end of a file inside the block, from rank 0 alone; other libraries log errors."""
-    transformers.utils.logging.set_verbosity_error()
-    show_all_characters()
-    keep_bars_to_terminals()
-    huggingface_hub.utils.logging.set_verbosity_error()
-    os.environ["DATASETS_VERBOSITY"] = "critical"  # read when the library is imported; what it logs it raises too
-    for name in ("flatllm", "flatllmcore", "flatllmbench"):
-        logging.getLogger(name).setLevel(logging.INFO if is_rank_0() else logging.CRITICAL)
-    handlers = (logging.StreamHandler(sys.stdout), LogFile(path, delay=True)) if is_rank_0() else ()
-    for handler in handlers:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
-        logging.getLogger().addHandler(handler)
-    try:
-        yield
-    finally:
-        for handler in handlers:
-            logging.getLogger().removeHandler(handler)
-            handler.close()
-
-
-def keep_bars_to_terminals() -> None:
-    """Let transformers, datasets and the hub draw their bars where stderr is a terminal, and nowhere else."""
-    if sys.stderr.isatty() and is_rank_0():
-        transformers.utils.logging.enable_progress_bar()
-    else:
-        transformers.utils.logging.disable_progress_bar()
-        os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"

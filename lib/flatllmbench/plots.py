@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from flatllmcore.utils.files import write_atomically
-from flatllmcore.utils.layer_utils import model_name
+from flatllmcore.utils.names import model_name
 
 from .records import Record, dense_model, mean_accuracy, of_kind, settings
 from .tables import grouped

@@ -1,5 +1,6 @@
 """JSON records of runs: what they say of models, versions and hardware, how they are written, and read."""
 
+import logging
 import platform
 import shlex
 import sys
@@ -20,13 +21,17 @@ from transformers import PretrainedConfig
 from flatllmcore.engine.checkpoint_sink import Manifest
 from flatllmcore.methods import METHODS
 from flatllmcore.utils.checkpoint import MANIFEST
-from flatllmcore.utils.devices import device_name
-from flatllmcore.utils.dimensions import STOCK
+from flatllmcore.utils.devices import device_name, peak_memory_gib
 from flatllmcore.utils.files import read_json, write_json
-from flatllmcore.utils.layer_utils import count_parameters, dense_dimensions, model_name
+from flatllmcore.utils.layer_utils import count_parameters, dense_dimensions
 from flatllmcore.utils.loading import empty_causal_lm, found_file, load_config
+from flatllmcore.utils.names import STOCK, model_name
+from flatllmcore.utils.stopwatch import Stopwatch
 
-from .command_line import as_given, logging_to
+from .command_line import as_given
+from .logs import logging_to
+
+logger = logging.getLogger(__name__)
 
 Record: TypeAlias = dict[str, Any]
 _PACKAGES = ("flatllmcore", "torch", "transformers", "datasets", "accelerate", "numpy", "safetensors", "tokenizers")
@@ -44,6 +49,20 @@ def versions() -> dict[str, str]:
 def hardware(device: torch.device) -> dict[str, str]:
     """Return the device a run used and the machine around it."""
     return {"device": device_name(device), "machine": platform.machine(), "system": platform.system()}
+
+
+def costs(stopwatch: Stopwatch) -> Record:
+    """Return where the time of a run went since its stopwatch was started, and the peak memory, and log the sums."""
+    elapsed_s = time.perf_counter() - stopwatch.started
+    stages = {name: round(seconds, 3) for name, seconds in stopwatch.elapsed_s.items()}
+    peak = peak_memory_gib(stopwatch.device)
+    memory = ", ".join(f"{gib:.2f} GiB on the {place}" for place, gib in peak.items())
+    logger.info("%.1f s in all; peak memory %s", elapsed_s, memory)
+    return {
+        "elapsed_s": round(elapsed_s, 3),
+        "stages_s": stages | {"rest": round(elapsed_s - sum(stages.values()), 3)},
+        "peak_memory_gib": peak,
+    }
 
 
 def describe_model(model: str, cache_dir: Path | None = None) -> dict[str, Any]:

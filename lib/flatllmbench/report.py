@@ -15,7 +15,7 @@ from typing import Any
 from flatllmcore.config import checked
 from flatllmcore.errors import InputError, door, run_program
 from flatllmcore.utils.files import read_json, replacing, write_atomically
-from flatllmcore.utils.layer_utils import model_name
+from flatllmcore.utils.names import model_name
 
 from .command_line import ROWS
 from .plots import draw_perplexity

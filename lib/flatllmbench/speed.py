@@ -31,8 +31,9 @@ from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector
 from flatllmcore.errors import InputError, run_program
 from flatllmcore.layers import compressed_config
 from flatllmcore.utils.devices import parse_device, peak_allocated_bytes, reset_peak_allocated, synchronize
-from flatllmcore.utils.layer_utils import count_parameters, dense_dimensions, dimensions_from_config, model_name
+from flatllmcore.utils.layer_utils import count_parameters, dense_dimensions, dimensions_from_config
 from flatllmcore.utils.loading import empty_causal_lm, load_config, load_model
+from flatllmcore.utils.names import model_name
 from flatllmcore.utils.progress import progress
 
 from .command_line import ROWS, parser_with, read_flags

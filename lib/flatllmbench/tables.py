@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from flatllmcore.utils.layer_utils import model_name
+from flatllmcore.utils.names import model_name
 
 from .records import Record, dense_model, flat, mean_accuracy, of_kind, settings
 

@@ -1,8 +1,11 @@
 """Refuses in one line a transformers that is too old; imported before anything that such a one lacks."""
 
-import transformers
+import sys
+from importlib.metadata import version
 
 NEEDED = "5.15"  # the first with per-layer configs; pyproject.toml says so too
 
-if tuple(map(int, transformers.__version__.split(".")[:2])) < tuple(map(int, NEEDED.split("."))):
-    raise ImportError(f"flatllmcore needs transformers {NEEDED} or later; here it is {transformers.__version__}")
+# Asked of the package where it is imported: that may be another one than what is installed.
+found = getattr(sys.modules.get("transformers"), "__version__", None) or version("transformers")
+if tuple(map(int, found.split(".")[:2])) < tuple(map(int, NEEDED.split("."))):
+    raise ImportError(f"flatllmcore needs transformers {NEEDED} or later; here it is {found}")

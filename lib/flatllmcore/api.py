@@ -15,8 +15,8 @@ from .engine.memory import ModelInMemory
 from .errors import InputError
 from .pipeline import Pipeline
 from .utils.devices import parse_device
-from .utils.dimensions import STOCK
 from .utils.layer_utils import check_causal_lm, check_is_dense, count_parameters
+from .utils.names import STOCK
 
 
 class FlatLLMPruner:

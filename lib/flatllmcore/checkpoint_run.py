@@ -20,7 +20,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from .config import RunConfig
 from .core.importance import ImportanceScores
 from .core.rank_allocation import RankAllocation
-from .core.rank_files import find_ranks, ranks_file, save_ranks
+from .core.rank_files import find_ranks, save_ranks
 from .engine.checkpoint_sink import CheckpointSink, read_manifest
 from .engine.checkpoint_source import CheckpointSource
 from .engine.perplexity import perplexity
@@ -28,12 +28,12 @@ from .engine.storage import StatesStorage
 from .errors import InputError
 from .pipeline import Pipeline
 from .utils.checkpoint import partial_folder
-from .utils.data_utils import check_token_ids, consecutive_windows, public_text
+from .utils.data_utils import check_token_ids, consecutive_windows
 from .utils.devices import GIB, free_host_memory, parse_device
-from .utils.dimensions import STOCK
 from .utils.files import check_disk_space, check_writable, digest, temporary_folder, to_json_bytes, write_json
-from .utils.layer_utils import count_parameters, dimensions_from_config, public_name
+from .utils.layer_utils import count_parameters, dimensions_from_config
 from .utils.loading import found_file, load_config, load_tokenizer
+from .utils.names import STOCK, public_name, public_text, ranks_file
 from .utils.processes import broadcast_object, is_rank_0, local_world_size, world_size
 from .utils.stopwatch import stage
 from .utils.text_sources import load_text

@@ -14,14 +14,19 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, get_args
 
-from .core.importance import IMPORTANCE_FILE
-from .engine.importance import DAMAGE, IMPORTANCE_METHODS
 from .errors import InputError
 from .methods import METHODS
-from .utils.data_utils import text_names
-from .utils.devices import DEVICE_NAMES
-from .utils.dimensions import PER_LAYER, SHAPES, STOCK
-from .utils.layer_utils import model_name
+from .utils.names import (
+    DAMAGE,
+    DEVICE_NAMES,
+    IMPORTANCE_FILE,
+    IMPORTANCE_METHODS,
+    PER_LAYER,
+    SHAPES,
+    STOCK,
+    model_name,
+    text_names,
+)
 
 MOST = 10**6  # windows: more than anybody means, and still a number of things that memory might take
 

@@ -49,7 +49,7 @@ def show_all_characters() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
-def run_program(work: Callable[[], None], place: Path | None = None) -> int:
+def run_program(work: Callable[[], object], place: Path | None = None) -> int:
     """Do a program's work; return its exit status: 0, or 2 after one line on stderr about what the user can mend.
 
     ``place``, where it writes, is named when an error about a file does not say which.

@@ -24,8 +24,9 @@ from .core.rotary_pairs import pairs_are_halves
 from .errors import InputError, door, run_program
 from .utils.files import check_disk_space, check_is_no_folder, check_writable, replacing
 from .utils.gguf_tokenizer import add_tokenizer
-from .utils.layer_utils import DecoderModule, dense_dimensions, find_decoder_layers, model_name
+from .utils.layer_utils import DecoderModule, dense_dimensions, find_decoder_layers
 from .utils.loading import load_tokenizer, open_checkpoint
+from .utils.names import model_name
 
 # llama.cpp's name of each family's architecture, and of one whose MLPs may differ in width.
 _ARCHITECTURES: dict[str, tuple[str, str | None]] = {

@@ -17,14 +17,14 @@ from .core.curve_allocation import Curves
 from .core.importance import LayerImportance
 from .core.rank_allocation import ImportancePreservingRankSelector, RankAllocation
 from .engine.compress import compress_layers
-from .engine.importance import DAMAGE, layer_importance
+from .engine.importance import layer_importance
 from .engine.protocols import LayerRecord, LayerSink, LayerSource
 from .errors import InputError
 from .methods import METHODS
 from .utils import data_utils
 from .utils.devices import parse_device
-from .utils.dimensions import STOCK
-from .utils.layer_utils import PLAIN_FAMILIES, dimensions_from_config, family_name
+from .utils.layer_utils import dimensions_from_config, family_name
+from .utils.names import DAMAGE, PLAIN_FAMILIES, STOCK, text_names
 from .utils.stopwatch import stage
 from .utils.text_sources import TextDataset, load_text
 
@@ -118,7 +118,7 @@ class Pipeline:
         """Texts, or else rows of token ids."""
         config = self.config
         if isinstance(config.cal_dataset, str):
-            names = data_utils.text_names(config.cal_dataset)
+            names = text_names(config.cal_dataset)
             places = {"dataset_root": config.dataset_root, "cache_dir": config.cache_dir}
             return [load_text(name, "train", **places, tokenizer=self.tokenizer) for name in names], []
         padding_ids = data_utils.padding_ids_of(self.model_config, self.tokenizer)

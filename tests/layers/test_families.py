@@ -23,8 +23,9 @@ from flatllmcore.engine.memory import ModelInMemory, layer_arguments
 from flatllmcore.engine.perplexity import perplexity
 from flatllmcore.layers import FAMILIES, family_of
 from flatllmcore.methods import METHODS
-from flatllmcore.utils.layer_utils import FAMILY_NAMES, PLAIN_FAMILIES, count_parameters, dimensions_from_config
+from flatllmcore.utils.layer_utils import count_parameters, dimensions_from_config
 from flatllmcore.utils.loading import load_config
+from flatllmcore.utils.names import FAMILY_NAMES, PLAIN_FAMILIES
 
 from .published import PUBLISHED
 from .tiny_models import generate, random_model

@@ -9,7 +9,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from flatllmcore.layers import compressed_config, flat_attention, flat_values
 from flatllmcore.layers.flat_values import one_token_attention, padded_values
 from flatllmcore.utils.dimensions import Kept
-from flatllmcore.utils.layer_utils import FAMILY_NAMES
+from flatllmcore.utils.names import FAMILY_NAMES
 from served_attention import served_logits
 
 from .tiny_models import SIZES, compress, dense_model_of, generate, project_in_full_size

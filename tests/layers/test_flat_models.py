@@ -10,7 +10,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 from transformers.cache_utils import StaticCache
 from transformers.integrations.executorch import convert_and_export_with_cache
 
-from flatllmcore.utils.layer_utils import FAMILY_NAMES
+from flatllmcore.utils.names import FAMILY_NAMES
 
 from .tiny_models import RANKS, SIZES, compress, dense_model_of, generate, project_in_full_size
 

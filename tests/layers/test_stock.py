@@ -17,7 +17,8 @@ from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector
 from flatllmcore.layers import FAMILIES
 from flatllmcore.methods import METHODS
 from flatllmcore.utils.dimensions import ModelDimensions
-from flatllmcore.utils.layer_utils import FAMILY_NAMES, PLAIN_FAMILIES, dimensions_from_config
+from flatllmcore.utils.layer_utils import dimensions_from_config
+from flatllmcore.utils.names import FAMILY_NAMES, PLAIN_FAMILIES
 
 from .tiny_models import dense_model_of, generate
 

@@ -14,8 +14,6 @@ from ..errors import InputError
 from ..utils.dimensions import ModelDimensions
 from .curve_allocation import Curves, check_curves
 
-IMPORTANCE_FILE = "importance.json"
-
 
 def angles_between(inputs: Tensor, outputs: Tensor) -> tuple[Tensor, int]:
     """Return ``arccos(clamp(cos(x, y), 0, 1)) / π``, (...), of rows (..., D), and how many had a zero side: cosine 0.5.

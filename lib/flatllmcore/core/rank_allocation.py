@@ -7,7 +7,8 @@ from functools import partial
 from typing import Any
 
 from ..errors import InputError
-from ..utils.dimensions import PER_LAYER, STOCK, Kept, ModelDimensions, check_length
+from ..utils.dimensions import Kept, ModelDimensions, check_length
+from ..utils.names import PER_LAYER, STOCK
 from .curve_allocation import PAIRS, Curves, ideals_by_curves, largest_removal
 from .rank_rounding import WIDE_STEP, Ideal, allowed_error, rank_step_for, rounded_layers, width_step_for
 

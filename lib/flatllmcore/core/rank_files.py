@@ -9,8 +9,9 @@ from typing import Any, TypeAlias
 from ..errors import InputError
 from ..utils.dimensions import ModelDimensions, check_length
 from ..utils.files import digest, read_json, write_json
+from ..utils.names import IMPORTANCE_FILE, ranks_file
 from .curve_allocation import Curves
-from .importance import IMPORTANCE_FILE, ImportanceScores, differing_parts, read_author_numbers
+from .importance import ImportanceScores, differing_parts, read_author_numbers
 from .rank_allocation import ImportancePreservingRankSelector, RankAllocation
 
 logger = logging.getLogger(__name__)
@@ -18,11 +19,6 @@ logger = logging.getLogger(__name__)
 SHARE_ROUNDING = 1e-6  # the authors' shares, stored in float32, may pass 1 by their last digit
 # Of scores, curves of damage where there are some, and the digest of their file.
 Allocate: TypeAlias = Callable[[Sequence[float], Sequence[Curves] | None, str | None], RankAllocation]
-
-
-def ranks_file(sparsity_percent: float) -> str:
-    """Return the name of the file of ranks for a percentage removed."""
-    return f"ranks_{sparsity_percent:g}.json"
 
 
 @dataclass(frozen=True)

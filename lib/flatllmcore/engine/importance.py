@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ..core.importance import LayerImportance, angles_between
+from ..utils.names import ANGULAR, DAMAGE, GRADIENT
 from ..utils.processes import all_reduce, own_share
 from ..utils.progress import progress
 from ..utils.stopwatch import stage
@@ -20,12 +21,11 @@ from .walk import Walk, check_finite, lent_layer, tapped
 logger = logging.getLogger(__name__)
 
 OUTPUT = ".output"  # of the layer itself
-DAMAGE = "damage"  # the way that measures curves beside scores
 
 
-def layer_importance(source: LayerSource, windows: Tensor, batch_size: int, method: str = "angular") -> LayerImportance:
+def layer_importance(source: LayerSource, windows: Tensor, batch_size: int, method: str = ANGULAR) -> LayerImportance:
     """Score every decoder layer on token ids (N, S), and log the scores, which depend on batches only by rounding."""
-    found = IMPORTANCE_METHODS[method](source, windows, batch_size)
+    found = _WAYS[method](source, windows, batch_size)
     if found.zero_rows:
         logger.warning("%d rows of zeros have no angle and count as cosine 0.5", found.zero_rows)
     for index, score in enumerate(found.scores):
@@ -100,9 +100,9 @@ def gradient_importance(source: LayerSource, windows: Tensor, batch_size: int) -
     return LayerImportance(tuple((totals / windows.numel()).tolist()), zero_rows=0)
 
 
-IMPORTANCE_METHODS: dict[str, Callable[[LayerSource, Tensor, int], LayerImportance]] = {
-    "angular": angular_importance,
-    "gradient": gradient_importance,
+_WAYS: dict[str, Callable[[LayerSource, Tensor, int], LayerImportance]] = {  # by IMPORTANCE_METHODS
+    ANGULAR: angular_importance,
+    GRADIENT: gradient_importance,
     DAMAGE: partial(angular_importance, with_curves=True),
 }
 

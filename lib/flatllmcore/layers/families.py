@@ -4,7 +4,8 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from ..utils.layer_utils import FAMILY_NAMES, family_name
+from ..utils.layer_utils import family_name
+from ..utils.names import FAMILY_NAMES
 from . import flat_models
 from .flat_attention import FlatCausalLM
 

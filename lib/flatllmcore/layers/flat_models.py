@@ -19,7 +19,8 @@ from transformers import (
 )
 from transformers.modeling_layers import GenericForSequenceClassification
 
-from .flat_attention import FlatAttention, FlatCausalLM, FlatConfig, FlatDecoderLayer, FlatModel
+from .flat_attention import FlatAttention, FlatCausalLM, FlatDecoderLayer, FlatModel
+from .flat_configs import flat_config
 
 
 class _Normed(FlatAttention):
@@ -108,7 +109,8 @@ def _make_classes(family: str) -> None:
         globals()[name] = type(name, (shared, parent), {"__module__": __name__, **members})
         return globals()[name]
 
-    config: Any = made(FlatConfig, causal_lm.config_class, model_type=f"flat_{causal_lm.config_class.model_type}")
+    config = flat_config(causal_lm.config_class.model_type)
+    globals()[config.__name__] = config
     attention = made(_ATTENTION.get(family, FlatAttention), getattr(dense, f"{family}Attention"), dense=dense)
     layer = made(FlatDecoderLayer, getattr(dense, f"{family}DecoderLayer"), attention_class=attention)
     members: dict[str, Any] = {"config_class": config, "decoder_layer_class": layer}
@@ -120,7 +122,6 @@ def _make_classes(family: str) -> None:
         AutoModelForCausalLM: made(FlatCausalLM, causal_lm, **members),
         AutoModelForSequenceClassification: made(FlatModel, classifier, **members),
     }
-    config.model_classes = {of.__name__: f"{__name__.rpartition('.')[2]}.{one.__name__}" for of, one in models.items()}
     for auto_class, one in models.items():  # here, because a classifier asks AutoModel for its body
         auto_class.register(config, one, exist_ok=True)
 

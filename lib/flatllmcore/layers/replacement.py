@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..utils.dimensions import PER_LAYER, STOCK, Kept, check_length
+from ..utils.dimensions import Kept, check_length
 from ..utils.layer_utils import DecoderModule, check_is_dense, stored_tensors
+from ..utils.names import PER_LAYER, STOCK
 from .families import classes_of, family_of
 
 _LOST_IN_CONVERSION = ("model_type", "transformers_version", "architectures", "auto_map", "quantization_config")

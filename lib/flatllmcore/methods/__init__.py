@@ -4,10 +4,23 @@ A method is data about what is looked at and what is solved; ``engine/protocols.
 one is a file here and an entry below.
 """
 
-from ..engine.protocols import Method
-from .flatllm import FlatLLM
-from .flatllm_plus import FlatLLMPlus
+from collections import UserDict
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-METHODS: dict[str, Method] = {method.name: method for method in (FlatLLM(), FlatLLMPlus())}
+if TYPE_CHECKING:
+    from ..engine.protocols import Method
 
-__all__ = ["METHODS", "FlatLLM"]
+
+class _Methods(UserDict[str, Any]):
+    """Methods by name; of one that a file here has, its class is imported when the method is first asked for."""
+
+    def __getitem__(self, name: str) -> "Method":
+        found = super().__getitem__(name)
+        if isinstance(found, str):
+            module, _, kind = found.rpartition(".")
+            self[name] = found = getattr(import_module(module, __name__), kind)()
+        return found
+
+
+METHODS = _Methods({"flatllm": ".flatllm.FlatLLM", "flatllm+": ".flatllm_plus.FlatLLMPlus"})

@@ -13,10 +13,8 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from ..errors import InputError
-from .data_utils import public_text
-from .dimensions import STOCK
 from .files import LEFT_OVER, check_writable, read_json
-from .layer_utils import public_name
+from .names import STOCK, public_name, public_text
 
 logger = logging.getLogger(__name__)
 

@@ -3,7 +3,6 @@
 Windows are cut from token ids, never from text made of tokens again, so every one has exactly the tokens asked for.
 """
 
-import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import cycle, islice
@@ -15,23 +14,12 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..errors import InputError, door
 from .documents import document_of
-from .layer_utils import public_name
 from .progress import progress
 from .text_sources import TextDataset
 
 LONGEST_WINDOW = 4096  # the published one
 # A tokenizer works with about 550 bytes per token; one call on a whole C4 shard would take 90 GB.
 _PIECE_CHARACTERS = 2**24
-
-
-def text_names(mixture: str) -> list[str]:
-    """Return the names and paths that ``+`` joins; a path that is there is one, whatever is in it."""
-    return [mixture] if os.path.exists(os.path.expanduser(mixture)) else mixture.split("+")
-
-
-def public_text(mixture: str) -> str:
-    """Return a mixture of texts as it may be published: of every path here its last part."""
-    return "+".join(map(public_name, text_names(mixture)))
 
 
 def sample_documents(

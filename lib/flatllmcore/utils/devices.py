@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from .names import DEVICE_NAMES
 from .processes import launch_number
 
-DEVICE_NAMES = "cpu, cuda or cuda:N"
 GIB = 2**30
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 

@@ -5,7 +5,6 @@ from dataclasses import asdict, dataclass
 
 from ..errors import InputError
 
-SHAPES = PER_LAYER, STOCK = "per-layer", "stock"  # of compressed models; the latter is the dense family's own
 LARGEST_SIZE = 2**17  # twice the widest MLP there is; the moment of one this wide takes 128 GiB
 
 

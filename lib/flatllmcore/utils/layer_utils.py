@@ -1,9 +1,7 @@
 """What a model is made of: its family, its dimensions and where its layers are."""
 
 import copy
-import os
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -13,15 +11,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from ..errors import InputError
 from .dimensions import ModelDimensions
+from .names import FAMILY_NAMES
 
-PLAIN_FAMILIES = (  # whose layers add attention and then MLP to the stream as they are
-    *("llama", "mistral", "ministral", "qwen2", "qwen3"),
-    *("ernie4_5", "helium", "hunyuan_v1_dense", "seed_oss", "smollm3"),
-)
-FAMILY_NAMES = (  # the ``model_type`` of dense models
-    *PLAIN_FAMILIES,
-    *("cohere2", "exaone4", "gemma2", "gemma3_text", "granite", "olmo2", "olmo3"),
-)
 _SUPPORTED = ", ".join(FAMILY_NAMES)
 _OBSTACLES = {  # by a part of the family's name or of a field of its config
     **dict.fromkeys(("mamba", "state_size"), "has state-space layers"),
@@ -34,17 +25,6 @@ WEIGHT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float1
 
 # A decoder layer or a part of one. torch types a module's members as tensor or module, so their own are lost.
 DecoderModule: TypeAlias = Any
-
-
-def model_name(model: str | Path) -> str:
-    """Return the last part of a model's folder or hub id, and of a GGUF file its name without the suffix."""
-    name = Path(model).absolute().name  # absolute: "." has no name
-    return name.removesuffix(".gguf")
-
-
-def public_name(model: str) -> str:
-    """Return a hub id, or a name, as it is, and of a path here its last part: what may be published."""
-    return model_name(model) if os.path.exists(model) else model
 
 
 def family_name(config: PretrainedConfig) -> str:

@@ -21,7 +21,8 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 from ..errors import InputError, door
 from .files import digest, file_digest, to_json_bytes
 from .gguf import checkpoint_folder
-from .layer_utils import FAMILY_NAMES, WEIGHT_DTYPES, dense_dimensions, stored_tensors
+from .layer_utils import WEIGHT_DTYPES, dense_dimensions, stored_tensors
+from .names import FAMILY_NAMES
 
 logger = logging.getLogger(__name__)
 

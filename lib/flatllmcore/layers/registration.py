@@ -1,0 +1,77 @@
+"""Makes compressed models known to transformers' auto classes, whichever of the two packages is imported first.
+
+It costs next to nothing, since the classes are made when a config of theirs is: what they are built on takes seconds.
+"""
+
+import sys
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any, ClassVar
+
+from ..utils.names import FAMILY_NAMES
+
+_CONFIGS = "transformers.models.auto.configuration_auto"  # has the mapping that all auto classes look into
+
+
+class _BehindConfigs(MetaPathFinder):
+    """Registers when the module of the mapping has been imported, by whoever it was that asked for it."""
+
+    def find_spec(self, name: str, _: Sequence[str] | None, __: ModuleType | None = None) -> ModuleSpec | None:
+        if name != _CONFIGS:
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(name)
+        assert spec is not None
+        assert spec.loader is not None
+        execute = spec.loader.exec_module
+
+        def execute_and_register(module: ModuleType) -> None:
+            execute(module)
+            register()
+
+        spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+        return spec
+
+
+def register_with_transformers() -> None:
+    """Make compressed models known now if transformers' mapping is there, else as soon as it is."""
+    if _CONFIGS in sys.modules:
+        register()
+    else:
+        sys.meta_path.insert(0, _BehindConfigs())
+
+
+def register() -> None:
+    """Make compressed models known; vLLM, in each of its processes, calls this as a plugin.
+
+    Where two copies of this package are imported, the auto classes load models as those of the first.
+    """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+
+    class StandIn(PreTrainedConfig):
+        """Stands for a family's config class until a config of it is made."""
+
+        family: ClassVar[str]
+
+        def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+            return cls.made()(*args, **kwargs)
+
+        @classmethod
+        def from_dict(cls, *args: Any, **kwargs: Any) -> Any:
+            return cls.made().from_dict(*args, **kwargs)
+
+        @classmethod
+        def made(cls) -> Any:
+            from .flat_configs import flat_config
+
+            config = flat_config(cls.family)
+            AutoConfig.register(cls.model_type, config, exist_ok=True)
+            return config
+
+    for family in FAMILY_NAMES:
+        if (model_type := f"flat_{family}") not in CONFIG_MAPPING:
+            members = {"family": family, "model_type": model_type}
+            AutoConfig.register(model_type, type(f"{StandIn.__name__}_{family}", (StandIn,), members))
