@@ -49,6 +49,18 @@ PUBLISHED: dict[str, Callable[[], PretrainedConfig]] = {  # as their publishers 
     "mistral-7b": lambda: MistralConfig(**_GQA, vocab_size=32000, max_position_embeddings=32768, sliding_window=4096),
 }
 
+SHAPES = PUBLISHED | {  # and smaller ones
+    "1024x8": lambda: LlamaConfig(
+        hidden_size=1024, intermediate_size=2816, num_hidden_layers=8, num_attention_heads=16
+    ),
+    "64x2": lambda: LlamaConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=512
+    ),
+    "llama-2-7b-4-layers": lambda: LlamaConfig(
+        intermediate_size=11008, num_hidden_layers=4, max_position_embeddings=4096
+    ),
+}
+
 
 def find_config(model: str) -> PretrainedConfig:
     """Return the config of a published model by name, or that of a local folder, ``config.json`` or hub id.

@@ -26,9 +26,9 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from common import PUBLISHED, ROOT, falling_scores, operations, peak_rates
+from common import ROOT, SHAPES, falling_scores, operations, peak_rates
 from flatllmbench.records import hardware, versions
 from flatllmbench.tables import markdown_table
 from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector
@@ -42,19 +42,6 @@ from flatllmcore.utils.layer_utils import dimensions_from_config
 from flatllmcore.utils.loading import load_model, load_tokenizer
 from flatllmcore.utils.stopwatch import Stopwatch
 from flatllmcore.utils.text_sources import load_text
-
-SHAPES = PUBLISHED | {
-    "1024x8": lambda: LlamaConfig(
-        hidden_size=1024, intermediate_size=2816, num_hidden_layers=8, num_attention_heads=16
-    ),
-    "64x2": lambda: LlamaConfig(
-        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=512
-    ),
-    "llama-2-7b-4-layers": lambda: LlamaConfig(
-        intermediate_size=11008, num_hidden_layers=4, max_position_embeddings=4096
-    ),
-}
-
 
 NOT_PASSED = ("method", "against", "repeats", "out")  # to the processes of a comparison
 

@@ -20,19 +20,22 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import LlamaConfig
 
 from common import ROOT, solve_bytes
 from flatllmbench.records import hardware, versions
-from flatllmcore.utils.devices import GIB
+from flatllmcore.utils.devices import GIB, parse_device
 from flatllmcore.utils.files import write_json
 from flatllmcore.utils.layer_utils import dimensions_from_config
 from flatllmcore.utils.loading import load_tokenizer
 from random_checkpoint import write_random_checkpoint
 
 CHUNK = 2**24
-IMPORTS = "import main, torch; print(main.peak_memory_gib(torch.device('cpu'))['host'])"
+IMPORTS = """
+import main, torch
+from flatllmcore.utils.devices import peak_memory_gib
+print(peak_memory_gib(torch.device('cpu'))['host'])
+"""
 
 
 def main() -> None:
@@ -57,7 +60,7 @@ def main() -> None:
     run = [sys.executable, str(ROOT / "main.py"), "--model", str(dense), "--dataset", str(text)]
     run += ["--eval_dataset", str(text), "--nsamples", str(args.nsamples), "--seqlen", str(args.seqlen)]
     run += ["--sparsity_ratio", "20", "--bi_score", str(args.folder / "scores"), "--save", str(args.folder / "logs")]
-    run += ["--save_model", str(compressed), "--out_of_core", "--device", "cpu"]
+    run += ["--save_model", str(compressed), "--out_of_core", "--device", args.device]
     imports_s, printed = timed([sys.executable, "-c", IMPORTS])
     imports_gib = float(printed)
     run_s, _ = timed(run)
@@ -77,12 +80,12 @@ def main() -> None:
         "imports": {"elapsed_s": imports_s, "peak_memory_gib": imports_gib},
         "run": {
             "elapsed_s": run_s,
-            "peak_memory_gib": record["peak_memory_gib"]["host"],
+            "peak_memory_gib": record["peak_memory_gib"],
             "stages_s": record["stages_s"],
         },
         "read_s": read_s(dense),
         "write_s": write_s(compressed, args.folder / "copy"),
-        "hardware": hardware(torch.device("cpu")),
+        "hardware": hardware(parse_device(args.device)),
         "versions": versions(),
     }
     # Four layers: in use, compressed, read ahead, and the mapped pages it is read from.
@@ -97,6 +100,7 @@ def parse_arguments() -> argparse.Namespace:
     sizes = {"layers": 28, "hidden_size": 4096, "intermediate_size": 4096, "nsamples": 8, "seqlen": 128}
     for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=Path("results/benchmarks/out_of_core.json"))
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)

