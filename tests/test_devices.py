@@ -1,14 +1,19 @@
 """What differs between devices."""
 
+import logging
+
 import pytest
 import torch
 
 from flatllmcore.errors import InputError
-from flatllmcore.utils.devices import best_device, float32_product, parse_device, peak_memory_gib
+from flatllmcore.utils import devices
+from flatllmcore.utils.devices import best_device, computed_in, float32_product, parse_device, peak_memory_gib
 from python_process import run_python_anew
 
+DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("batch", [(), (3,)])
 def test_products_are_accumulated_in_at_least_float32(device, dtype, batch):
     """Oracle: the product in float64. A sum in bf16 would be wrong by 1e-2, one in fp16 by 1e-3."""
@@ -17,6 +22,31 @@ def test_products_are_accumulated_in_at_least_float32(device, dtype, batch):
     product = float32_product(a, b)
     assert product.dtype == torch.promote_types(dtype, torch.float32)
     torch.testing.assert_close(product.double(), a.double() @ b.double(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("instructions", "halves"),
+    [
+        ({"avx512_f": True, "avx512_bf16": False}, []),
+        ({"amx_bf16": True}, [torch.bfloat16]),
+        ({"bf16": True, "fp16_arith": True}, [torch.bfloat16, torch.float16]),
+        (None, []),  # torch before 2.11 says nothing
+    ],
+)
+def test_halves_are_computed_in_float32_on_cpus_without_instructions_for_them(
+    instructions, halves, monkeypatch, caplog, request
+):
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: instructions, raising=False)
+    if instructions is None:
+        monkeypatch.delattr(torch.cpu, "get_capabilities")
+    devices.multiplies.cache_clear()
+    request.addfinalizer(devices.multiplies.cache_clear)
+    for dtype in 2 * DTYPES:
+        is_slow = dtype in (torch.bfloat16, torch.float16) and dtype not in halves
+        assert computed_in(dtype, torch.device("cpu")) == (torch.float32 if is_slow else dtype)
+        assert computed_in(dtype, torch.device("cuda")) == dtype
+        assert caplog.text.count(f"no instructions for {dtype}:") == is_slow
 
 
 @pytest.mark.parametrize("name", ["nonsense", "cpu:x", "", "cuda:99", "meta", "mps"])

@@ -24,7 +24,7 @@ import torch
 
 from flatllmcore.config import checked
 from flatllmcore.errors import InputError, door, run_program
-from flatllmcore.utils.devices import parse_device
+from flatllmcore.utils.devices import computed_in, parse_device
 from flatllmcore.utils.loading import load_model, load_tokenizer
 from flatllmcore.utils.progress import bars_on_terminals_alone
 
@@ -108,7 +108,8 @@ def evaluate_saved(
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of what is chosen here
     tokenizer = load_tokenizer(model, cache_dir=loading.get("cache_dir"))
-    loaded = load_model(model, **loading).to(device)
+    loaded = load_model(model, **loading)
+    loaded.to(device, computed_in(loaded.dtype, device))
     loaded.register_forward_hook(_refuse_logits_that_are_not_finite)
     harnessed = HFLM(loaded, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32")
     known = TaskManager(include_defaults=False)  # they are loaded

@@ -79,7 +79,7 @@ class CheckpointRun:
         own = source.fingerprint()
         if broadcast_object(lambda: own) != own:
             raise InputError(f"{config.model} has other weights here than where the first process runs")
-        weights = count_parameters(source.skeleton)["total"] * source.dtype.itemsize
+        weights = count_parameters(source.skeleton)["total"] * source.weights_dtype.itemsize
         source.is_kept = not config.out_of_core and weights <= host_memory / 2
         if source.is_kept:
             source.storage = StatesStorage(host_memory - weights, config.offload_folder)
@@ -187,7 +187,7 @@ class CheckpointRun:
         needed_bytes = []
         for config in configs:
             removed = config.target_sparsity * parameters["decoder_linear"]
-            needed_bytes.append(int(parameters["total"] - removed) * self.source.dtype.itemsize)
+            needed_bytes.append(int(parameters["total"] - removed) * self.source.weights_dtype.itemsize)
             if config.save_model is not None:
                 written = partial_folder(config.save_model).glob("*.safetensors")
                 needed_bytes[-1] -= sum(path.stat().st_size for path in written)
@@ -224,7 +224,8 @@ class CheckpointRun:
         depends_on = {
             **self.source.identity,
             "attention": self.source.config._attn_implementation,
-            "dtype": str(self.source.dtype),
+            "dtype": str(self.source.weights_dtype),
+            "computed_in": str(self.source.dtype),
             "ranks": digest(to_json_bytes(allocation.layers))[:16],
             "tol": config.tolerance,
             "batch_size": self.pipeline.batch_size(self.windows),

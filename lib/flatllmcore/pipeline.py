@@ -145,7 +145,7 @@ class Pipeline:
         if hours > 0.25 and parse_device(config.device).type == "cpu":
             logger.warning(
                 "%d x %d tokens take a CPU about %.1f hours per pass through the model, at 1e11 operations/s; fewer by "
-                "cal_nsamples and seqlen (--nsamples, --seqlen); float32 is often faster than bfloat16",
+                "cal_nsamples and seqlen (--nsamples, --seqlen)",
                 *windows.shape,
                 hours,
             )

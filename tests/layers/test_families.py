@@ -23,8 +23,9 @@ from flatllmcore.engine.memory import ModelInMemory, layer_arguments
 from flatllmcore.engine.perplexity import perplexity
 from flatllmcore.layers import FAMILIES, family_of
 from flatllmcore.methods import METHODS
+from flatllmcore.utils import devices
 from flatllmcore.utils.layer_utils import count_parameters, dimensions_from_config
-from flatllmcore.utils.loading import load_config
+from flatllmcore.utils.loading import load_config, load_model
 from flatllmcore.utils.names import FAMILY_NAMES, PLAIN_FAMILIES
 
 from .published import PUBLISHED
@@ -107,7 +108,7 @@ def test_a_compressed_model_equals_the_oracle(published, prune_qk):
 def test_layer_arguments_are_those_the_model_passes(published):
     """Oracle: the model's own hidden states. Windows differ from layer to layer, and so must masks."""
     windows = random_windows(4, 2)
-    arguments = layer_arguments(published.model, 16, CPU)
+    arguments = layer_arguments(ModelInMemory(published, CPU), 16)
     states = published.model(windows, output_hidden_states=True).hidden_states
     for i, layer in enumerate(published.model.layers[:-1]):  # the last state is the norm's output
         torch.testing.assert_close(layer(states[i], **arguments[i]), states[i + 1])
@@ -158,14 +159,19 @@ def test_the_second_method_leaves_a_model_that_is_saved_and_loaded(published, tm
 
 
 @pytest.mark.parametrize("published", ONE_EACH, indirect=True)
-def test_out_of_core_gives_the_bytes_of_the_model_in_memory(published, tmp_path):
+@pytest.mark.parametrize("has_units", [True, False])
+def test_out_of_core_gives_the_bytes_of_the_model_in_memory(published, tmp_path, monkeypatch, has_units):
     """In a dtype that rounds much: what scales embeddings or logits must be rounded alike."""
+    monkeypatch.setattr(devices, "multiplies", lambda _: has_units)
     windows, dense = random_windows(24, 1), str(tmp_path / "dense")
     published.to(torch.bfloat16).save_pretrained(dense)
     for folder, source in (("disk", on_disk(dense)), ("memory", in_memory(dense))):
         compress_to(tmp_path / folder, dense, windows, source=source)
     assert bytes_in(tmp_path / "disk") == bytes_in(tmp_path / "memory")
-    assert perplexity(on_disk(dense), windows, 5) == perplexity(in_memory(dense), windows, 5)
+    measured = perplexity(on_disk(dense), windows, 5)
+    assert measured == perplexity(in_memory(dense), windows, 5)
+    widened = load_model(dense).float()(windows, labels=windows).loss.exp().item()
+    assert measured == pytest.approx(widened, rel=0.05 if has_units else 1e-6)
 
 
 @pytest.mark.parametrize(("implementation", "cache"), [("sdpa", "dynamic"), ("sdpa", "static"), ("eager", "dynamic")])

@@ -138,7 +138,7 @@ class CheckpointSink:
                 model = empty_causal_lm(flat_config)
                 saved = custom_object_save(model, self.partial, config=flat_config) if model._auto_class else []
                 flat_config.architectures = [type(model).__name__]
-                flat_config.dtype = source.dtype
+                flat_config.dtype = source.weights_dtype
                 flat_config.save_pretrained(self.partial)
                 if generation_config is not None:
                     saved.append(shutil.copyfile(generation_config, self.partial / generation_config.name))

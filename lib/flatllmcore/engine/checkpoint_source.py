@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..layers.replacement import fill_parameters
+from ..utils.devices import computed_in, retyped
 from ..utils.files import digest, to_json_bytes
 from ..utils.layer_utils import DecoderModule, stored_tensors
 from ..utils.loading import EMBEDDINGS, HEAD, open_checkpoint, tokenizer_digest
@@ -26,8 +27,9 @@ class CheckpointSource:
     """The checkpoint of a dense or compressed model, its weights read from safetensors when they are needed.
 
     Host memory holds one decoder layer (a second one while it is read ahead), or the embeddings, or the head; or, where
-    ``is_kept``, all layers that have been read so far. Weights are cast to ``dtype`` as they are read; ``auto`` is the
-    checkpoint's own. InputError if they are missing, damaged or of other shapes than the config says.
+    ``is_kept``, all layers that have been read so far. Weights are cast to ``dtype`` as they are read, ``auto`` is the
+    checkpoint's own, and lent in the type that the device computes in. InputError if they are missing, damaged or of
+    other shapes than the config says.
     """
 
     def __init__(
@@ -45,7 +47,8 @@ class CheckpointSource:
         self.skeleton, self._files, stored = open_checkpoint(model, cache_dir)
         self.config = self.skeleton.config
         self._names = list(stored_tensors(self.skeleton))  # tied ones once
-        self.dtype = self.config.dtype = stored if dtype == "auto" else getattr(torch, dtype)
+        self.weights_dtype = self.config.dtype = stored if dtype == "auto" else getattr(torch, dtype)
+        self.dtype = computed_in(self.weights_dtype, device)
         self.decoder = self.skeleton.get_decoder()
         self.num_layers = len(self.decoder.layers)
         self.decoder.rotary_emb = type(self.decoder.rotary_emb)(config=self.config)  # computed, not read
@@ -89,7 +92,7 @@ class CheckpointSource:
         for name, scale in embedding.named_buffers():  # computed, not read
             embedding.register_buffer(name, torch.empty_like(scale, device=self.device), persistent=False)
         self.skeleton._init_weights(embedding)  # the weight is on the meta device still
-        fill_parameters(embedding, {"weight": self._read(EMBEDDINGS).to(self.device)})
+        fill_parameters(embedding, {"weight": self._brought(self._read(EMBEDDINGS))})
         yield lambda ids: entering(self.decoder, embedding(ids.to(self.device)))
 
     @contextmanager
@@ -98,7 +101,7 @@ class CheckpointSource:
         weights = self._take(index)
         with torch.device("meta"):
             layer = type(self.decoder.layers[index])(self.config, index)
-        fill_parameters(layer, {name: weight.to(self.device, non_blocking=True) for name, weight in weights.items()})
+        fill_parameters(layer, {name: self._brought(weight) for name, weight in weights.items()})
         del weights  # on the device now, or the layer's own
         try:
             with torch.no_grad():
@@ -112,8 +115,8 @@ class CheckpointSource:
         """Lend the function from hidden states to logits, its weight read for the block."""
         lm_head = copy.deepcopy(self.skeleton.lm_head)
         name = HEAD if HEAD in self._names else EMBEDDINGS
-        fill_parameters(lm_head, {"weight": self._read(name).to(self.device)})
-        norm = copy.deepcopy(self.decoder.norm).to(self.device)
+        fill_parameters(lm_head, {"weight": self._brought(self._read(name))})
+        norm = copy.deepcopy(self.decoder.norm).to(self.device, self.dtype)
         with torch.no_grad():
             yield logits_of(self.skeleton, norm, lm_head)
 
@@ -136,4 +139,7 @@ class CheckpointSource:
         return weights
 
     def _read(self, name: str) -> Tensor:
-        return self._files.read(name, self.dtype)
+        return self._files.read(name, self.weights_dtype)
+
+    def _brought(self, weight: Tensor) -> Tensor:
+        return retyped(weight.to(self.device, non_blocking=True), self.weights_dtype, self.dtype)

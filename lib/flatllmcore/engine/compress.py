@@ -14,6 +14,7 @@ from ..core.attention_pca import rank_for_mass
 from ..core.rank_allocation import RankAllocation
 from ..errors import InputError
 from ..layers import replacement
+from ..utils.devices import retyped
 from ..utils.layer_utils import DecoderModule, stored_tensors
 from ..utils.processes import all_reduce, broadcast
 from ..utils.progress import progress
@@ -89,6 +90,8 @@ class _Loop:
         elapsed_s = round(time.perf_counter() - started, 3)
         record = LayerRecord(**asdict(kept), layer=index, rank_at_tolerance=rank, elapsed_s=elapsed_s)
         with stage("write"):
+            for weight in stored_tensors(compressed).values():
+                weight.data = self._at_home(weight.data)
             self.sink.put(index, compressed, record)
         monitored = "" if rank is None else f" ({rank:.1f} would keep {self.tolerance:g} of the mass)"
         query_key = "" if kept.query_key_rank is None else f", Q and K {kept.query_key_rank}"
@@ -118,7 +121,7 @@ class _Loop:
                 if is_last and finished is not None:
                     solution = Solution({name: weight for name, weight in finished.items() if name.startswith(part)})
                 else:
-                    is_kept = is_last and is_worth_keeping(part, self.walk.source.dtype)
+                    is_kept = is_last and is_worth_keeping(part, self.walk.source.weights_dtype)
                     read = self.walk.room(layer.get_submodule(WRITERS[part]).in_features) if is_kept else None
                     solution = self._solved(index, layer, step, read)
                 eigenvalues = eigenvalues if solution.eigenvalues is None else solution.eigenvalues
@@ -159,13 +162,20 @@ class _Loop:
         config = replacement.compressed_config(self.walk.source.config, layers)
         part = replacement.compress_decoder_layer(layer, config, index, solution.weights, step.part)
         stored = stored_tensors(part)
-        for name in solution.weights:  # one for all: the signs of eigenvectors are anybody's choice
-            broadcast(stored[name.removeprefix(f"{step.part}.")])
+        for name in solution.weights:
+            weight = stored[name.removeprefix(f"{step.part}.")]
+            home = self._at_home(weight)
+            broadcast(home)  # one for all: the signs of eigenvectors are anybody's choice
+            weight.copy_(home)  # as it is going to be read, whatever is computed in
         if step.part == "":
             return part
         layer = shallow_copy(layer)
         layer.set_submodule(step.part, part)
         return layer
+
+    def _at_home(self, weight: Tensor) -> Tensor:
+        """Return a weight in the type of the source's own ones."""
+        return retyped(weight, self.walk.source.dtype, self.walk.source.weights_dtype)
 
     def _solved(self, index: int, layer: DecoderModule, step: Step, read: Tensor | None) -> Solution:
         """Return the solution of a step; where there is room for it, ``read`` is then what the part's writer reads."""

@@ -77,7 +77,7 @@ def gradient_importance(source: LayerSource, windows: Tensor, batch_size: int) -
     On the device are one batch's hidden states at every layer boundary, ``(L + 1)·batch·S·D`` numbers, and one layer,
     which runs again to carry the gradient back: every batch borrows each layer twice, not all of them together once.
     """
-    arguments = layer_arguments(source.decoder, windows.shape[1], source.device)
+    arguments = layer_arguments(source, windows.shape[1])
     totals = torch.zeros(source.num_layers, dtype=torch.float64, device=source.device)
     for ids in progress(own_share(windows, batch_size).split(batch_size), "gradient importance", "batch"):
         with source.embedding() as embed:

@@ -14,8 +14,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..layers.replacement import adopt_compressed_layers
+from ..utils.devices import computed_in, retyped
 from ..utils.layer_utils import DecoderModule, stored_tensors
-from .protocols import LayerRecord
+from .protocols import LayerRecord, LayerSource
 from .storage import StatesStorage
 
 
@@ -25,7 +26,9 @@ class ModelInMemory:
     def __init__(self, model: PreTrainedModel, device: torch.device) -> None:
         self.model, self.config, self.decoder = model, model.config, model.get_decoder()
         self.num_layers = len(self.decoder.layers)
-        self.device, self.dtype = device, model.get_input_embeddings().weight.dtype
+        self.device, self.weights_dtype = device, model.get_input_embeddings().weight.dtype
+        is_mixed = len({parameter.dtype for parameter in model.parameters()}) > 1  # and has reasons of its own
+        self.dtype = self.weights_dtype if is_mixed else computed_in(self.weights_dtype, device)
         self.storage = StatesStorage()
         self.finished: dict[int, LayerRecord] = {}
         self._compressed: dict[int, DecoderModule] = {}
@@ -33,17 +36,21 @@ class ModelInMemory:
     @contextmanager
     def embedding(self) -> Iterator[Callable[[Tensor], Tensor]]:
         """Lend the embedding at its home: it takes more memory than the rows looked up."""
-        embedding = self.model.get_input_embeddings()
-        yield lambda ids: entering(self.decoder, embedding(ids.to(embedding.weight.device))).to(self.device)
+        home = self.model.get_input_embeddings().weight.device
+        with self._lent(self.model.get_input_embeddings(), home) as embedding:
+            yield lambda ids: entering(self.decoder, embedding(ids.to(home))).to(self.device)
 
     def layer(self, index: int) -> AbstractContextManager[DecoderModule]:
         """Lend decoder layer ``index``."""
-        return _lent(self.decoder.layers[index], self.device)
+        return self._lent(self.decoder.layers[index], self.device)
 
     @contextmanager
     def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
         """Lend the function from hidden states to logits."""
-        with _lent(self.decoder.norm, self.device) as norm, _lent(self.model.lm_head, self.device) as lm_head:
+        with (
+            self._lent(self.decoder.norm, self.device) as norm,
+            self._lent(self.model.lm_head, self.device) as lm_head,
+        ):
             yield logits_of(self.model, norm, lm_head)
 
     def put(self, index: int, layer: DecoderModule, record: LayerRecord) -> None:
@@ -60,6 +67,9 @@ class ModelInMemory:
         """Put the compressed layers into the model, which becomes the flat class; return the same object."""
         return adopt_compressed_layers(self.model, flat_config, [self._compressed[i] for i in range(self.num_layers)])
 
+    def _lent(self, module: nn.Module, device: torch.device) -> AbstractContextManager[nn.Module]:
+        return _lent(module, lambda home: retyped(home.to(device, non_blocking=True), self.weights_dtype, self.dtype))
+
 
 def entering(decoder: DecoderModule, embeddings: Tensor) -> Tensor:
     """Return what enters layer 0 of a decoder that has these embeddings: Granite's makes them larger."""
@@ -74,37 +84,37 @@ def logits_of(model: PreTrainedModel, norm: nn.Module, lm_head: nn.Module) -> Ca
     return lambda states: type(model).forward(head, inputs_embeds=states[None], return_dict=True).logits[0]
 
 
-def layer_arguments(decoder: DecoderModule, seqlen: int, device: torch.device) -> list[dict[str, Any]]:
-    """Return the keyword arguments that ``decoder`` passes to each layer for a window; they broadcast over a batch.
+def layer_arguments(source: LayerSource, seqlen: int) -> list[dict[str, Any]]:
+    """Return the keyword arguments that the decoder passes to each layer for a window; they broadcast over a batch.
 
     Masks, positions and rotary embeddings are the model's own business, so it runs once on a window of embeddings
     while its layers only note what they are given.
     """
-    recorded: list[dict[str, Any]] = []
+    decoder, recorded = source.decoder, list[dict[str, Any]]()
 
     def note_arguments(hidden_states: Tensor, **arguments: Any) -> Tensor:
         recorded.append(arguments)
         return hidden_states
 
     example = decoder.norm.weight  # there even where the embeddings are not
-    window = example.new_zeros(1, seqlen, decoder.config.hidden_size)
-    with _lent(decoder), ExitStack() as stack:
+    window = example.new_zeros(1, seqlen, decoder.config.hidden_size, dtype=source.dtype)
+    with _lent(decoder, lambda home: home), ExitStack() as stack:
         for layer in decoder.layers:  # a forward that a user or accelerate put on one is put back
             stack.enter_context(patch.object(layer, "forward", note_arguments))
         decoder(inputs_embeds=window, use_cache=False)
-    moved = cache(lambda tensor: tensor.to(device))  # most occur in the arguments of every layer
+    moved = cache(lambda tensor: tensor.to(source.device))  # most occur in the arguments of every layer
     return tree_map_only(Tensor, moved, recorded)
 
 
 @contextmanager
-def _lent(module: nn.Module, device: torch.device | None = None) -> Iterator[nn.Module]:
-    """Lend a module on ``device``, or where it is, without dropout or gradients; tensors and modes are put back."""
+def _lent(module: nn.Module, brought: Callable[[Tensor], Tensor]) -> Iterator[nn.Module]:
+    """Lend a module with its tensors ``brought``, without dropout or gradients; tensors and modes are put back."""
     homes = {tensor: tensor.data for tensor in (*module.parameters(), *module.buffers())}
     modes = {part: part.training for part in module.modules()}
     try:
         module.eval()
         for tensor, home in homes.items():
-            tensor.data = home.to(device=device, non_blocking=True)
+            tensor.data = brought(home)
         with torch.no_grad():
             yield module
     finally:

@@ -111,7 +111,8 @@ class LayerSource(Protocol):
 
     config: PretrainedConfig
     device: torch.device
-    dtype: torch.dtype
+    dtype: torch.dtype  # of hidden states and of weights that are lent
+    weights_dtype: torch.dtype  # of the weights at home, and of the compressed ones there
     num_layers: int
     storage: StatesStorage
     decoder: Any  # the model's, which knows what it passes to its layers; weights of those may be missing

@@ -35,7 +35,7 @@ class Walk:
         with source.embedding() as embed:
             for stored, ids in zip(self.states.split(batch_size), self.windows.split(batch_size), strict=True):
                 stored.copy_(embed(ids))
-        self._arguments = layer_arguments(source.decoder, windows.shape[1], source.device)
+        self._arguments = layer_arguments(source, windows.shape[1])
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the windows' hidden states in order, (batch, S, D), on the device, each with its place in storage."""

@@ -1,12 +1,16 @@
 """What differs between devices."""
 
+import logging
 import math
 import os
 import re
 import resource
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,8 +19,13 @@ from ..errors import InputError
 from .names import DEVICE_NAMES
 from .processes import launch_number
 
+logger = logging.getLogger(__name__)
+
 GIB = 2**30
-_LOW_PRECISION = (torch.bfloat16, torch.float16)
+_LOW_PRECISION = {  # with the instructions, as torch names them, by which CPUs multiply such numbers
+    torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16"),
+    torch.float16: ("avx512_fp16", "amx_fp16", "fp16_arith"),
+}
 
 
 def best_device() -> torch.device:
@@ -38,6 +47,30 @@ def parse_device(name: str | None) -> torch.device:
         if device.type in ("cpu", "cuda"):
             return device
     raise InputError(f"device {name!r} is not usable here; use {DEVICE_NAMES}")
+
+
+@cache
+def multiplies(dtype: torch.dtype) -> bool:
+    """Tell whether this CPU has instructions for a half-precision type; the log says so, once, if it has none."""
+    known: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # which older versions of torch lack
+    has_units = any(known.get(name) for name in _LOW_PRECISION[dtype])
+    if not has_units:
+        logger.info("this CPU has no instructions for %s: weights keep that type, float32 is computed in", dtype)
+    return has_units
+
+
+def computed_in(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Return the type that weights of ``dtype`` are computed with: float32 for halves a CPU has no instructions for.
+
+    There these take ten times as long or more; every half is a float32 too, so that weights are the same numbers.
+    """
+    is_slow = device.type == "cpu" and dtype in _LOW_PRECISION and not multiplies(dtype)
+    return torch.float32 if is_slow else dtype
+
+
+def retyped(tensor: Tensor, given: torch.dtype, wanted: torch.dtype) -> Tensor:
+    """Return a tensor of the type ``given`` in the type ``wanted``, and of others, whole numbers say, as it is."""
+    return tensor.to(wanted) if tensor.dtype == given else tensor
 
 
 def product_operand(x: Tensor) -> Tensor:

@@ -1,0 +1,135 @@
+"""Weights of half a float32 on CPUs that have no instructions for them, and on those that have."""
+
+import copy
+import logging
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from checkpoints import CPU, bytes_in, compress_to, in_memory, on_disk, weights_in
+from conftest import assert_same_weights, tiny_model
+from flatllmcore.api import FlatLLMPruner
+from flatllmcore.config import FlatLLMConfig
+from flatllmcore.engine.importance import IMPORTANCE_METHODS, layer_importance
+from flatllmcore.engine.memory import ModelInMemory
+from flatllmcore.engine.perplexity import perplexity
+from flatllmcore.methods import METHODS, flatllm, flatllm_plus
+from flatllmcore.utils import devices
+from test_out_of_core import StoppedError
+
+STEPS = (flatllm.FlatLLMStep, flatllm_plus.InputStep, flatllm_plus.OutputStep)
+HALVES = [torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(params=[False, True], ids=["no units", "units"])
+def has_units(request, monkeypatch):
+    monkeypatch.setattr(devices, "multiplies", lambda _: request.param)
+    return request.param
+
+
+@pytest.fixture
+def without_units(monkeypatch):
+    monkeypatch.setattr(devices, "multiplies", lambda _: False)
+
+
+def config_of(method, windows, **fields):
+    fields |= {"target_sparsity": 0.5, "rank_multiple": 1, "batch_size": 5, "device": "cpu"}
+    return FlatLLMConfig(method=method, cal_dataset=windows, **fields)
+
+
+@pytest.mark.parametrize("method", IMPORTANCE_METHODS)
+def test_scores_and_perplexity_are_those_of_the_widened_model(model, windows, method, without_units):
+    """Oracle: the same numbers in a model of float32, bit for bit."""
+    half, widened = ModelInMemory(model.bfloat16(), CPU), ModelInMemory(copy.deepcopy(model).float(), CPU)
+    assert layer_importance(half, windows, 5, method) == layer_importance(widened, windows, 5, method)
+    assert perplexity(half, windows, 5) == perplexity(widened, windows, 5)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(("method", "fields"), [("flatllm", {"preserve_qk_layers": False}), ("flatllm+", {})])
+def test_a_model_is_compressed_as_the_widened_one_whose_solutions_are_rounded(
+    model, windows, dtype, method, fields, without_units, monkeypatch
+):
+    """Oracle: a model of float32 of which each step's weights are rounded before anything runs through them."""
+    model.to(dtype).train().model.layers[0].requires_grad_(False)
+    model.model.norm.weight.grad = torch.ones_like(model.model.norm.weight)
+    widened, before = copy.deepcopy(model).float(), dict(model.named_parameters())
+    FlatLLMPruner(model, config=config_of(method, windows, **fields)).prune_model()
+
+    def rounded(weight):
+        return weight.to(dtype).float() if weight.is_floating_point() else weight
+
+    for step in STEPS:
+
+        def solve(*args, solve=step.solve):
+            solution = solve(*args)
+            return solution._replace(weights={name: rounded(weight) for name, weight in solution.weights.items()})
+
+        monkeypatch.setattr(step, "solve", solve)
+    FlatLLMPruner(widened, config=config_of(method, windows, **fields)).prune_model()
+    assert_same_weights(model.float().state_dict(), widened.state_dict())
+    assert any("rotary_places" in name or "q_proj.up" in name for name in model.state_dict())
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == ("layers.0." not in name)
+        if "norm" in name:
+            assert parameter is before[name]
+    assert all(module.training for module in model.modules())
+
+
+def test_what_is_lent_comes_back_as_it_was(model, windows, without_units):
+    """A failure comes in the last layer, behind one that is compressed."""
+    model.to(torch.bfloat16).model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.inf
+    before = {name: (parameter, parameter.data_ptr()) for name, parameter in model.named_parameters()}
+    for run in (FlatLLMPruner.compute_importance_scores, FlatLLMPruner.prune_model):
+        with pytest.raises(ValueError, match="layer 1 gives NaN or infinite"):
+            run(FlatLLMPruner(model, config=config_of("flatllm", windows)))
+        assert {name: (of, of.data_ptr()) for name, of in model.named_parameters()} == before
+
+
+def test_weights_of_several_types_are_computed_with_as_they_are(windows, without_units):
+    """Gemma's norms widen themselves; what an author kept apart has reasons."""
+    model = tiny_model().to(torch.bfloat16)
+    model.lm_head.float()
+    source = ModelInMemory(model, CPU)
+    with source.layer(0) as layer:
+        assert {source.dtype, *(parameter.dtype for parameter in layer.parameters())} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(("dtype", "method"), list(zip(HALVES, METHODS, strict=True)))
+def test_the_bytes_are_the_same_in_memory_on_disk_and_behind_a_stop(
+    tmp_path, windows, dtype, method, has_units, monkeypatch, caplog
+):
+    """And the folder's perplexity, as the run measures it, is that of the folder loaded in float32."""
+    caplog.set_level(logging.INFO)
+    dense = str(tmp_path / "dense")
+    tiny_model(num_hidden_layers=4).to(dtype).save_pretrained(dense)
+    compress_to(tmp_path / "disk", dense, windows, method=method)
+    compress_to(tmp_path / "memory", dense, windows, method=method, source=in_memory(dense))
+    kept = on_disk(dense)
+    kept.is_kept = True
+    compress_to(tmp_path / "kept", dense, windows, method=method, source=kept)
+    step, done = STEPS[0 if method == "flatllm" else 2], []
+
+    def solve_or_stop(*args, solve=step.solve):
+        done.append(args)
+        if len(done) == 4:
+            raise StoppedError
+        return solve(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(step, "solve", solve_or_stop)
+        with pytest.raises(StoppedError):
+            compress_to(tmp_path / "stopped", dense, windows, method=method)
+    compress_to(tmp_path / "stopped", dense, windows, method=method)
+    assert "of 4 layers are finished" in caplog.text
+    expected = bytes_in(tmp_path / "disk")
+    assert all(bytes_in(tmp_path / name) == expected for name in ("memory", "kept", "stopped"))
+    assert {weight.dtype for weight in weights_in(tmp_path / "disk").values()} - {torch.int64} == {dtype}
+
+    source = on_disk(str(tmp_path / "disk"))
+    assert (source.weights_dtype, source.dtype) == (dtype, dtype if has_units else torch.float32)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "disk", dtype=torch.float32)
+    loss = loaded(windows, labels=windows).loss
+    assert perplexity(source, windows, 5) == pytest.approx(loss.exp().item(), rel=0.05 if has_units else 1e-6)
