@@ -7,8 +7,8 @@
 
 A shape is a Llama with random weights, and without `--dataset` the tokens are random: the time does not depend on their
 values. The bound of a stage is its operations over the rate of one large matrix product on the same device in the same
-run, in the model's dtype, in the dtype the moments are multiplied in, and in float64. Every layer is cut. Peak memory
-is read before the rates are measured, and with several methods it is that of all so far.
+run, in the dtype that layers are computed in, in the one that moments are multiplied in, and in float64. Every layer is
+cut. Peak memory is read before the rates are measured, and with several methods it is that of all so far.
 
 `--against` has another checkout of this repository compress by turns with this one, in processes of their own, and
 gives the ratio of the CPU seconds that compressions took: where others use the machine too, these are steadier.
@@ -73,7 +73,7 @@ def measure(
     args: argparse.Namespace, name: str, model: PreTrainedModel, windows: torch.Tensor, device: torch.device
 ) -> dict:
     """Return the record of a compression by the method of that name, of a model that it changes."""
-    config, dtype, dimensions = model.config, model.dtype, dimensions_from_config(model.config)
+    config, dimensions = model.config, dimensions_from_config(model.config)
     batch_size = args.batch_size or max(1, 4096 // args.seqlen)
     source, method = ModelInMemory(model, device), METHODS[name]
     started = time.perf_counter()
@@ -93,12 +93,12 @@ def measure(
     cpu_s += sum(os.times()[:2])
 
     peak = peak_memory_gib(device)
-    rates = peak_rates(dtype, device)
+    rates = peak_rates(source.dtype, device)
     counted = operations(config, allocation, *windows.shape, name)
     return {
         "model": args.model or args.shape,
         "method": name,
-        "dtype": str(dtype),
+        "dtype": str(source.dtype),
         "windows": list(windows.shape),
         "batch_size": batch_size,
         "importance_s": importance_s,

@@ -24,7 +24,7 @@ from transformers import LlamaConfig
 
 from common import ROOT, solve_bytes
 from flatllmbench.records import hardware, versions
-from flatllmcore.utils.devices import GIB, parse_device
+from flatllmcore.utils.devices import GIB, computed_in, parse_device
 from flatllmcore.utils.files import write_json
 from flatllmcore.utils.layer_utils import dimensions_from_config
 from flatllmcore.utils.loading import load_tokenizer
@@ -68,6 +68,7 @@ def main() -> None:
 
     dimensions = dimensions_from_config(config)
     layer_gib = 2 * dimensions.layer_parameters / GIB
+    widened = computed_in(torch.bfloat16, parse_device(args.device)).itemsize / 2
     solve_gib = max(solve_bytes(dimensions, layer["mlp_width"]) for layer in record["layers"]) / GIB
     found: dict[str, Any] = {
         "command": "python benchmarks/out_of_core.py " + " ".join(sys.argv[1:]),
@@ -76,7 +77,7 @@ def main() -> None:
         "compressed_gib": size_gib(compressed),
         "layer_gib": layer_gib,
         "solve_gib": solve_gib,
-        "states_gib": 2 * record["perplexity"][0]["windows"] * args.seqlen * args.hidden_size / GIB,
+        "states_gib": 2 * widened * record["perplexity"][0]["windows"] * args.seqlen * args.hidden_size / GIB,
         "imports": {"elapsed_s": imports_s, "peak_memory_gib": imports_gib},
         "run": {
             "elapsed_s": run_s,
@@ -88,8 +89,8 @@ def main() -> None:
         "hardware": hardware(parse_device(args.device)),
         "versions": versions(),
     }
-    # Four layers: in use, compressed, read ahead, and the mapped pages it is read from.
-    found["bound_gib"] = imports_gib + 4 * layer_gib + solve_gib + found["states_gib"]
+    # Four layers: in use and compressed, as they are computed with, read ahead, and the mapped pages it is read from.
+    found["bound_gib"] = imports_gib + (2 * widened + 2) * layer_gib + solve_gib + found["states_gib"]
     write_json(args.out, found)
     print(json.dumps(found, indent=1))
 

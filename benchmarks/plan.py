@@ -8,7 +8,8 @@
 Each model is a published model's name, a model folder, a `config.json` or a hub id. Sizes and operations are those of
 the published run (importance on 128 windows, compression on 256, of 4096 tokens or what the model takes), ranks those
 of equal scores. Times are bounds: operations over the peak rate, that of float64 for the solves. Not counted: reading
-and writing weights, perplexity, and what Python and its libraries take of memory.
+and writing weights, perplexity, and what Python and its libraries take of memory. Sizes are those of bf16: on a CPU
+without instructions for it hidden states and the layers at work are of float32 and take twice as much.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from flatllmbench.tables import markdown_table
 from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector
 from flatllmcore.errors import InputError, run_program
 from flatllmcore.utils.data_utils import window_length
-from flatllmcore.utils.devices import GIB, best_device, device_name, free_host_memory
+from flatllmcore.utils.devices import GIB, best_device, computed_in, device_name, free_host_memory
 from flatllmcore.utils.layer_utils import count_parameters, dimensions_from_config
 from flatllmcore.utils.loading import empty_causal_lm
 
@@ -94,7 +95,7 @@ def machines_of(args: argparse.Namespace) -> list[Machine]:
         return [Machine("given", args.device_tflops * 1e12, args.device_tflops * 1e12 / 16, args.device_gib * GIB)]
     if args.device == "here":
         device = best_device()
-        rates = peak_rates(torch.bfloat16, device)
+        rates = peak_rates(computed_in(torch.bfloat16, device), device)
         is_gpu = device.type == "cuda"
         memory_bytes = torch.cuda.get_device_properties(device).total_memory if is_gpu else free_host_memory()
         return [Machine(device_name(device), rates["forward"], rates["solves"], memory_bytes)]

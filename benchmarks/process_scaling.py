@@ -23,6 +23,7 @@ from transformers import LlamaConfig
 from common import ROOT, operations, peak_rates
 from flatllmbench.records import hardware, versions
 from flatllmcore.core.rank_files import read_ranks
+from flatllmcore.utils.devices import computed_in
 from flatllmcore.utils.files import write_json
 from flatllmcore.utils.loading import load_tokenizer
 from random_checkpoint import write_random_checkpoint
@@ -56,7 +57,7 @@ def main() -> None:
     allocation = read_ranks(args.folder / "scores" / "ranks_20.json")
     os.sched_setaffinity(0, {0})
     torch.set_num_threads(1)
-    rates = peak_rates(torch.bfloat16, CPU)
+    rates = peak_rates(computed_in(torch.bfloat16, CPU), CPU)
     counted = operations(config, allocation, args.nsamples, args.seqlen)
     bound_s = sum(count / rates[stage] for stage, count in counted.items())
     shape = ("layers", "hidden_size", "intermediate_size", "nsamples", "seqlen")

@@ -22,8 +22,7 @@ export BI_SCORE="$OUT/ranks"
 export OVERWRITE=1
 
 rm -f "$BI_SCORE/importance.json" # an earlier demo's; it may be about another model
-# In bf16 many a CPU takes ten times as long; a tenth of the test text tells nearly as much.
-bash scripts/compress.sh --dtype float32 --eval_nsamples 32
+bash scripts/compress.sh --eval_nsamples 32 # a tenth of the test text tells nearly as much
 name="$(basename "$MODEL")"
 "$PYTHON" scripts/generate.py "$MODEL" "$OUT/$name-20" "$OUT/$name-50" --prompt "${PROMPT:-If the file does not exist,}"
 printf '\nTables and picture: %s/README.md\n' "$OUT"

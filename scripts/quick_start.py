@@ -23,8 +23,7 @@ PROMPT = "If the file does not exist,"
 
 def main(argv: Sequence[str] | None = None) -> None:
     folder = parse_arguments(argv).model
-    dtype = "auto" if torch.cuda.is_available() else "float32"  # in bf16 many a CPU takes ten times as long
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     parameters_before = model.num_parameters()
 

@@ -23,7 +23,7 @@
 #   REPEATS       timed runs of every model (default: 7)
 #   PROMPT        question that the models answer
 #   OUT           gets the models, records and the report (default: out/smollm2)
-# Arguments go to main.py: --dtype float32 is several times faster on CPUs that have no instructions for bfloat16.
+# Arguments go to main.py.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 pip_install evaluation -e '.[eval]'
