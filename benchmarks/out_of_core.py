@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import LlamaConfig
 
 from common import ROOT, solve_bytes
