@@ -11,11 +11,12 @@ from checkpoints import CPU, bytes_in, compress_to, in_memory, on_disk, weights_
 from conftest import assert_same_weights, tiny_model
 from flatllmcore.api import FlatLLMPruner
 from flatllmcore.config import FlatLLMConfig
-from flatllmcore.engine.importance import IMPORTANCE_METHODS, layer_importance
+from flatllmcore.engine.importance import layer_importance
 from flatllmcore.engine.memory import ModelInMemory
 from flatllmcore.engine.perplexity import perplexity
 from flatllmcore.methods import METHODS, flatllm, flatllm_plus
 from flatllmcore.utils import devices
+from flatllmcore.utils.names import IMPORTANCE_METHODS
 from test_out_of_core import StoppedError
 
 STEPS = (flatllm.FlatLLMStep, flatllm_plus.InputStep, flatllm_plus.OutputStep)
