@@ -2,21 +2,25 @@
 
 import copy
 import logging
+from unittest.mock import Mock
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from checkpoints import CPU, bytes_in, compress_to, in_memory, on_disk, weights_in
+import main
+from checkpoints import CPU, bytes_in, compress_to, in_memory, on_disk, save_inputs, weights_in
 from conftest import assert_same_weights, tiny_model
 from flatllmcore.api import FlatLLMPruner
 from flatllmcore.config import FlatLLMConfig
+from flatllmcore.engine.checkpoint_sink import CheckpointSink
 from flatllmcore.engine.importance import layer_importance
 from flatllmcore.engine.memory import ModelInMemory
 from flatllmcore.engine.perplexity import perplexity
 from flatllmcore.methods import METHODS, flatllm, flatllm_plus
 from flatllmcore.utils import devices
 from flatllmcore.utils.names import IMPORTANCE_METHODS
+from test_kills import OUT as RUN
 from test_out_of_core import StoppedError
 
 STEPS = (flatllm.FlatLLMStep, flatllm_plus.InputStep, flatllm_plus.OutputStep)
@@ -134,3 +138,18 @@ def test_the_bytes_are_the_same_in_memory_on_disk_and_behind_a_stop(
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "disk", dtype=torch.float32)
     loss = loaded(windows, labels=windows).loss
     assert perplexity(source, windows, 5) == pytest.approx(loss.exp().item(), rel=0.05 if has_units else 1e-6)
+
+
+def test_a_run_that_was_computed_in_another_type_is_not_gone_on_with(tmp_path, monkeypatch, capsys):
+    """As where a CPU without instructions for bfloat16 finds what one with them left: bytes would be of neither."""
+    monkeypatch.chdir(save_inputs(tmp_path, torch.bfloat16))
+    monkeypatch.setattr(devices, "multiplies", lambda _: True)
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointSink, "publish", Mock(side_effect=KeyboardInterrupt))
+        assert main.main(RUN) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(devices, "multiplies", lambda _: False)
+        assert main.main(RUN) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.endswith("(dtype torch.bfloat16 in torch.float32, not torch.bfloat16); finish that one or delete it")
+    assert main.main(RUN) == 0

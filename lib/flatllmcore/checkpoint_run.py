@@ -224,8 +224,7 @@ class CheckpointRun:
         depends_on = {
             **self.source.identity,
             "attention": self.source.config._attn_implementation,
-            "dtype": str(self.source.weights_dtype),
-            "computed_in": str(self.source.dtype),
+            "dtype": " in ".join(dict.fromkeys(map(str, (self.source.weights_dtype, self.source.dtype)))),
             "ranks": digest(to_json_bytes(allocation.layers))[:16],
             "tol": config.tolerance,
             "batch_size": self.pipeline.batch_size(self.windows),

@@ -21,13 +21,16 @@ from .storage import StatesStorage
 
 
 class ModelInMemory:
-    """A causal language model as source and sink, unchanged until :meth:`adopt`; parts are lent on ``device``."""
+    """A causal language model as source and sink, unchanged until :meth:`adopt`; parts are lent on ``device``.
+
+    They are lent in the type that the device computes in; those of a model of several types as they are.
+    """
 
     def __init__(self, model: PreTrainedModel, device: torch.device) -> None:
         self.model, self.config, self.decoder = model, model.config, model.get_decoder()
         self.num_layers = len(self.decoder.layers)
         self.device, self.weights_dtype = device, model.get_input_embeddings().weight.dtype
-        is_mixed = len({parameter.dtype for parameter in model.parameters()}) > 1  # and has reasons of its own
+        is_mixed = len({parameter.dtype for parameter in model.parameters()}) > 1
         self.dtype = self.weights_dtype if is_mixed else computed_in(self.weights_dtype, device)
         self.storage = StatesStorage()
         self.finished: dict[int, LayerRecord] = {}
@@ -42,15 +45,12 @@ class ModelInMemory:
 
     def layer(self, index: int) -> AbstractContextManager[DecoderModule]:
         """Lend decoder layer ``index``."""
-        return self._lent(self.decoder.layers[index], self.device)
+        return self._lent(self.decoder.layers[index])
 
     @contextmanager
     def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
         """Lend the function from hidden states to logits."""
-        with (
-            self._lent(self.decoder.norm, self.device) as norm,
-            self._lent(self.model.lm_head, self.device) as lm_head,
-        ):
+        with self._lent(self.decoder.norm) as norm, self._lent(self.model.lm_head) as lm_head:
             yield logits_of(self.model, norm, lm_head)
 
     def put(self, index: int, layer: DecoderModule, record: LayerRecord) -> None:
@@ -67,8 +67,9 @@ class ModelInMemory:
         """Put the compressed layers into the model, which becomes the flat class; return the same object."""
         return adopt_compressed_layers(self.model, flat_config, [self._compressed[i] for i in range(self.num_layers)])
 
-    def _lent(self, module: nn.Module, device: torch.device) -> AbstractContextManager[nn.Module]:
-        return _lent(module, lambda home: retyped(home.to(device, non_blocking=True), self.weights_dtype, self.dtype))
+    def _lent(self, module: nn.Module, device: torch.device | None = None) -> AbstractContextManager[nn.Module]:
+        place, types = device or self.device, (self.weights_dtype, self.dtype)
+        return _lent(module, lambda home: retyped(home.to(place, non_blocking=True), *types))
 
 
 def entering(decoder: DecoderModule, embeddings: Tensor) -> Tensor:

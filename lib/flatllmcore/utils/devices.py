@@ -6,11 +6,9 @@ import os
 import re
 import resource
 import sys
-from collections.abc import Mapping
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,7 +50,7 @@ def parse_device(name: str | None) -> torch.device:
 @cache
 def multiplies(dtype: torch.dtype) -> bool:
     """Tell whether this CPU has instructions for a half-precision type; the log says so, once, if it has none."""
-    known: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # which older versions of torch lack
+    known: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # which older versions of torch lack
     has_units = any(known.get(name) for name in _LOW_PRECISION[dtype])
     if not has_units:
         logger.info("this CPU has no instructions for %s: weights keep that type, float32 is computed in", dtype)
