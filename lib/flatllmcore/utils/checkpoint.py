@@ -81,7 +81,8 @@ def check_output_folder(folder: Path, overwrite: bool) -> None:
     is_begun = partial.is_dir() and (  # if only what a kill left of writing its manifest
         (partial / MANIFEST).is_file() or all(p.match(LEFT_OVER) and p.is_file() for p in partial.iterdir())
     )
-    for place, is_ours in ((partial, is_begun), (lock, lock.is_file())):
+    is_lock = lock.is_file() and not lock.stat().st_size  # or what is in it would be lost
+    for place, is_ours in ((partial, is_begun), (lock, is_lock)):
         if os.path.lexists(place) and (place.is_symlink() or not is_ours):  # a link would be renamed and not the folder
             raise InputError(f"{place} is in the way: it is no unfinished run's; move it, or give another folder")
 
