@@ -95,8 +95,11 @@ def test_the_folder_is_that_of_the_model_compressed_in_memory(tmp_path, windows,
     assert measured == pytest.approx(loss.exp().item(), rel=1e-6)
 
 
-def test_the_folder_holds_what_save_pretrained_writes(tmp_path, windows, checkpoint):
+def test_the_folder_holds_what_save_pretrained_writes_and_its_tokenizer_loads_without_a_question(
+    tmp_path, windows, checkpoint, monkeypatch
+):
     """Oracle: the library's own saving of the same model, shards apart."""
+    monkeypatch.setattr("builtins.input", pytest.fail)
     compress_to(tmp_path / "ours", checkpoint, windows)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
     model.save_pretrained(tmp_path / "theirs")
@@ -110,8 +113,9 @@ def test_the_folder_holds_what_save_pretrained_writes(tmp_path, windows, checkpo
     index = json.loads(ours["model.safetensors.index.json"])
     assert index["metadata"]["total_size"] == sum(weight.nbytes for weight in weights_in(tmp_path / "ours").values())
     assert index["weight_map"].keys() == model.state_dict().keys()
-    loaded = AutoTokenizer.from_pretrained(tmp_path / "ours")
-    assert loaded("w3 w5")["input_ids"] == word_tokenizer()("w3 w5")["input_ids"]
+    for folder in ("ours", "theirs"):
+        loaded = AutoTokenizer.from_pretrained(tmp_path / folder)
+        assert loaded("w3 w5")["input_ids"] == word_tokenizer()("w3 w5")["input_ids"]
 
 
 class StoppedError(Exception):

@@ -65,7 +65,7 @@ def open_streams() -> None:
     for number, name in ((1, "stdout"), (2, "stderr")):
         stream = getattr(sys, name)
         if stream is None:  # was closed from the start
-            stream = open(os.devnull, "w")  # noqa: SIM115 (until the program ends)
+            stream = open(os.devnull, "w", errors="backslashreplace")  # noqa: SIM115 (until the program ends)
         elif stream is getattr(sys, f"__{name}__"):
             buffer, line_buffering = BufferedWriter(_Stream(number, "w", closefd=False)), stream.line_buffering
             stream = TextIOWrapper(buffer, stream.encoding, "backslashreplace", line_buffering=line_buffering)
