@@ -158,6 +158,8 @@ def test_reported_sizes_equal_the_reloaded_model(finished):
         linear = [p.numel() for name, p in model.named_parameters() if ".layers." in name and "_proj.weight" in name]
         total = sum(parameter.numel() for parameter in model.parameters())
         assert record[reported] == {"decoder_linear": sum(linear), "total": total}
+    inputs = [part.in_features for name, part in model.named_modules() if name.endswith("_proj")]
+    assert record["input_divisor"] == math.gcd(*inputs)
     before, after = (record[name]["decoder_linear"] for name in ("parameters_before", "parameters_after"))
     assert record["achieved_sparsity_percent"] == pytest.approx(100 * (1 - after / before))
     assert record["achieved_sparsity_percent"] == pytest.approx(30, abs=4)  # floors of 12 directions and 56 channels

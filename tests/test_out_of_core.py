@@ -102,6 +102,8 @@ def test_the_folder_holds_what_save_pretrained_writes_and_its_tokenizer_loads_wi
     monkeypatch.setattr("builtins.input", pytest.fail)
     compress_to(tmp_path / "ours", checkpoint, windows)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    auto, dense = (AutoModelForCausalLM.from_pretrained(f, device_map="auto") for f in (tmp_path / "ours", checkpoint))
+    assert getattr(auto, "hf_device_map", None) == getattr(dense, "hf_device_map", None)
     model.save_pretrained(tmp_path / "theirs")
     word_tokenizer().save_pretrained(tmp_path / "theirs")
     ours, theirs = bytes_in(tmp_path / "ours"), bytes_in(tmp_path / "theirs")

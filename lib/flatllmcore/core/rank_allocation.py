@@ -67,6 +67,14 @@ class RankAllocation:
         """Percent of the linear weights that is removed."""
         return 100 * (1 - self.parameters_after / self.parameters_before)
 
+    @property
+    def input_divisor(self) -> int:
+        """What divides the inputs of all linear layers, as groups of quantised weights are to."""
+        inputs = (
+            size for kept in self.layers for size in (self.dimensions.num_heads * kept.value_rank, kept.mlp_width)
+        )
+        return math.gcd(self.dimensions.hidden_size, *inputs)
+
 
 class ImportancePreservingRankSelector:
     """Allocates ranks to the layers of one model in proportion to their importance.
