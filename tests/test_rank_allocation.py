@@ -11,7 +11,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from common import PUBLISHED as PUBLISHED_MODELS
-from flatllmcore.core.curve_allocation import MLP, PAIRS, VALUES, largest_removals
+from flatllmcore.core.curve_allocation import MLP, PAIRS, VALUES, outlines
 from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector, RankAllocation, allocate_keep_ratios
 from flatllmcore.core.rank_rounding import largest_remainder
 from flatllmcore.errors import InputError
@@ -163,8 +163,8 @@ class TestBudget:
         selector = ImportancePreservingRankSelector(dimensions)
         found = select(dimensions, narrowest).achieved_sparsity_percent
         assert found == pytest.approx(narrowest, abs=0.1)
-        removals = largest_removals(dimensions, dimensions.num_layers)
-        for of_curves, largest in ((None, narrowest), (removals, by_curves)):
+        far = outlines(dimensions, [True] * dimensions.num_layers)
+        for of_curves, largest in ((None, narrowest), (far, by_curves)):
             selector.check_target(1 - largest / 100, of_curves)
             with pytest.raises(InputError, match=f"largest possible target is {largest} %; more with Q and K pruned"):
                 selector.check_target(1 - (largest + 1) / 100, of_curves)
@@ -204,7 +204,7 @@ class TestBudget:
             for i in layers
         ]
         with pytest.raises(InputError, match="impossible") as before:
-            selector.check_target(0, largest_removals(dimensions, sum(free)))
+            selector.check_target(0, outlines(dimensions, free))
         with pytest.raises(InputError, match="impossible") as behind:
             selector.allocate(scores_for(dimensions, 0), 0, curves)
         assert str(before.value) == str(behind.value)

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from .config import FlatLLMConfig
-from .core.curve_allocation import Curves, largest_removals
+from .core.curve_allocation import Curves, outlines
 from .core.importance import LayerImportance
 from .core.rank_allocation import ImportancePreservingRankSelector, RankAllocation
 from .core.rotary_pairs import has_free_pairs
@@ -65,7 +65,7 @@ class Pipeline:
     def announce_target(self, keep_ratio: float) -> None:
         """Log what is going to stay; InputError if the model is compressed already, or has not so much to remove."""
         is_by_damage = self.config.importance_method == DAMAGE and self.config.shape != STOCK
-        self.selector.check_target(keep_ratio, self._largest_removals if is_by_damage else None)
+        self.selector.check_target(keep_ratio, self._outlines if is_by_damage else None)
         logger.info(
             "%.2f %% of the decoder layers' linear weights stay, %.2f %% of the projections that are pruned",
             100 * keep_ratio,
@@ -73,11 +73,10 @@ class Pipeline:
         )
 
     @cached_property
-    def _largest_removals(self) -> tuple[int, int]:
-        """How many weights curves of damage will remove at most, with Q and K whole and pruned."""
+    def _outlines(self) -> list[Curves]:
+        """How far curves of damage will go."""
         layers = find_decoder_layers(empty_causal_lm(self.model_config))
-        pairs_are_free = [has_free_pairs(layer.self_attn) for layer in layers]
-        return largest_removals(self.selector.dimensions, sum(pairs_are_free))
+        return outlines(self.selector.dimensions, [has_free_pairs(layer.self_attn) for layer in layers])
 
     def windows_to_score(self) -> Tensor:
         """Return the token windows that importance is measured on, (N, S)."""

@@ -71,24 +71,13 @@ def ideals_by_curves(
     return [_ideal(dimensions, of_layer, max(1, rank_step // 2)) for of_layer in taken]
 
 
-def largest_removals(dimensions: ModelDimensions, layers_with_pairs: int) -> tuple[int, int]:
-    """Return how many weights of all layers curves of damage remove at most, with Q and K whole and pruned.
-
-    So many of the layers can lose rotary pairs.
-    """
-    head_dim = dimensions.head_dim
-    values = (head_dim - max(1, int(VALUE_SHARES[-1] * head_dim))) * dimensions.rank_parameters
-    pairs = (head_dim - 2 * max(1, int(PAIR_SHARES[-1] * head_dim / 2))) * dimensions.rank_parameters
+def outlines(dimensions: ModelDimensions, can_lose_pairs: Sequence[bool]) -> list[Curves]:
+    """Return how far the curves of each layer will go, which can lose rotary pairs or not, without their damage."""
+    head_dim, per_direction = dimensions.head_dim, dimensions.rank_parameters
+    values = (head_dim - max(1, int(VALUE_SHARES[-1] * head_dim))) * per_direction
+    pairs = (head_dim - 2 * max(1, int(PAIR_SHARES[-1] * head_dim / 2))) * per_direction
     channels = round(MLP_SHARE * dimensions.intermediate_size) * dimensions.width_parameters
-    whole = dimensions.num_layers * (values + channels)
-    return whole, whole + layers_with_pairs * pairs
-
-
-def removals_by(curves: Sequence[Curves]) -> tuple[int, int]:
-    """Return the same of curves that were measured."""
-    pairs = sum(curve[-1][0] for of in curves for kind, curve in of.items() if kind == PAIRS)
-    removed = sum(curve[-1][0] for of in curves for curve in of.values())
-    return int(removed - pairs), int(removed)
+    return [{VALUES: [(values, 0)], MLP: [(channels, 0)], PAIRS: [(pairs * can, 0)]} for can in can_lose_pairs]
 
 
 def check_curves(curves: Sequence[Curves], dimensions: ModelDimensions) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import InputError
 from ..utils.dimensions import Kept, ModelDimensions, check_length
 from ..utils.names import PER_LAYER, STOCK
-from .curve_allocation import PAIRS, Curves, ideals_by_curves, removals_by
+from .curve_allocation import MLP, PAIRS, VALUES, Curves, ideals_by_curves
 from .rank_rounding import WIDE_STEP, Ideal, allowed_error, rank_step_for, rounded_layers, width_step_for
 
 _BINARY_ROUNDING = 1e-9  # 0.29 · 100 is 28.999999999999996 and means 29
@@ -115,16 +115,19 @@ class ImportancePreservingRankSelector:
             fixed = total - self.dimensions.intermediate_size * self.dimensions.width_parameters
         return (keep_ratio * total - fixed) / (total - fixed)
 
-    def check_target(self, keep_ratio: float, by_curves: tuple[int, int] | None = None) -> None:
-        """Refuse, naming the largest target, what no scores could give: layers keep one step of each size.
+    def check_target(self, keep_ratio: float, curves: Sequence[Curves] | None = None) -> None:
+        """Refuse, naming the largest target, what no scores could give, or where given no curves that go so far.
 
-        ``by_curves`` is how many weights of all layers curves of damage remove at most, with Q and K whole and pruned.
+        Layers keep one step of each size.
         """
         sizes, multiples = self.dimensions, (self.rank_multiple, self.width_multiple)
         smallest = sizes.kept(1.0, *multiples, self.prune_qk)
         removable = sizes.num_layers * (sizes.layer_parameters - sizes.parameters_of(smallest))
-        if by_curves is not None:
-            removable = min(removable, by_curves[self.prune_qk])
+        has_pairs = True
+        if curves is not None:
+            ends = {kind: sum(of[kind][-1][0] for of in curves if kind in of) for kind in (VALUES, MLP, PAIRS)}
+            has_pairs = ends[PAIRS] > 0
+            removable = int(min(removable, sum(ends.values()) if self.prune_qk else ends[VALUES] + ends[MLP]))
 
         def is_possible(share: float) -> bool:
             removed = share * sizes.num_layers * sizes.layer_parameters
@@ -138,7 +141,7 @@ class ImportancePreservingRankSelector:
                 more = (
                     "; the stock shape takes it from the MLP alone: more with --shape per-layer, or a narrower multiple"
                 )
-            elif not self.prune_qk and (by_curves is None or by_curves[0] < by_curves[1]):
+            elif has_pairs and not self.prune_qk:
                 more = "; more with Q and K pruned: --prune_qk, or preserve_qk_layers=False"
             raise InputError(
                 f"removing {100 * (1 - keep_ratio):g} % of this model is impossible; "
@@ -154,7 +157,7 @@ class ImportancePreservingRankSelector:
         is no such allocation.
         """
         check_length("scores", scores, self.dimensions.num_layers)
-        self.check_target(keep_ratio, None if curves is None else removals_by(curves))
+        self.check_target(keep_ratio, curves)
         percent, multiples = round(100 * (1 - keep_ratio), 9), (self.rank_multiple, self.width_multiple)
         if curves is not None:
             used = [{kind: curve for kind, curve in of.items() if self.prune_qk or kind != PAIRS} for of in curves]

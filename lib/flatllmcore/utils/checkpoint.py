@@ -65,17 +65,11 @@ def partial_folder(folder: Path) -> Path:
     return folder.parent / f"{folder.name}.partial"  # also of /, which has no name
 
 
-def lock_file(folder: Path) -> Path:
-    """Return the file that a run holds while it writes a model: beside it, so that it outlives the renaming."""
-    return partial_folder(folder).with_name(f".{partial_folder(folder).name}.lock")
-
-
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold the lock of a folder that a run writes inside the block; InputError if another run has it."""
-    place = lock_file(folder)
+    place = _lock_file(folder)
     place.parent.mkdir(parents=True, exist_ok=True)
-    _check_is_lock(place)
     try:
         held = FileLock(place).acquire(timeout=0)
     except Timeout as error:
@@ -88,8 +82,11 @@ def locked(folder: Path) -> Iterator[None]:
             place.unlink(missing_ok=True)
 
 
-def _check_is_lock(place: Path) -> None:
-    _check_is_ours(place, place.is_file() and not place.stat().st_size)  # what is in a file would be lost
+def _lock_file(folder: Path) -> Path:
+    """Return the file that a run holds, beside the folder so that it outlives the renaming; refuse what is no lock."""
+    place = partial_folder(folder).with_name(f".{partial_folder(folder).name}.lock")
+    _check_is_ours(place, place.is_file() and not place.stat().st_size)
+    return place
 
 
 def _check_is_ours(place: Path, is_ours: bool) -> None:
@@ -116,7 +113,7 @@ def check_output_folder(folder: Path, overwrite: bool) -> None:
         (partial / MANIFEST).is_file() or all(p.match(LEFT_OVER) and p.is_file() for p in partial.iterdir())
     )
     _check_is_ours(partial, is_begun)
-    _check_is_lock(lock_file(folder))
+    _lock_file(folder)
 
 
 def find_other(folder: Path) -> Path | None:
