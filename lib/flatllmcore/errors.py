@@ -63,10 +63,8 @@ class _Stream(FileIO):
 def open_streams() -> None:
     """Let stdout and stderr be closed, now or later, and show by its number a character that their encoding lacks."""
     for number, name in ((1, "stdout"), (2, "stderr")):
-        stream = getattr(sys, name)
-        if stream is None:  # was closed from the start
-            stream = open(os.devnull, "w", errors="backslashreplace")  # noqa: SIM115 (until the program ends)
-        elif stream is getattr(sys, f"__{name}__"):
+        stream = getattr(sys, name) or open(os.devnull, "w", errors="backslashreplace")  # noqa: SIM115 (was closed)
+        if stream is getattr(sys, f"__{name}__"):
             buffer, line_buffering = BufferedWriter(_Stream(number, "w", closefd=False)), stream.line_buffering
             stream = TextIOWrapper(buffer, stream.encoding, "backslashreplace", line_buffering=line_buffering)
         setattr(sys, name, stream)

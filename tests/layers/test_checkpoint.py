@@ -120,7 +120,7 @@ def test_the_card_states_how_the_model_was_made_and_names_no_path(tmp_path):
     assert stated["pipeline_tag"] == "text-generation"
     assert "NF4" not in card
     uneven = model_card(RECORD | {"input_divisor": 8})
-    assert "multiples of 8 and not of 64, as groups of weights want.\n  bitsandbytes' NF4 is silently wrong" in uneven
+    assert "multiples of 64 (but of 8), as groups of weights want.\n  bitsandbytes' NF4 is silently wrong" in uneven
     (tmp_path / "texts").mkdir()
     text = str(tmp_path / "texts")
     command = f"python main.py --model {tmp_path} --dataset {text}+c4 --save_model {tmp_path}/a/out --tasks a,b"

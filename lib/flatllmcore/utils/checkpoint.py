@@ -47,8 +47,8 @@ _CARD = """\
 """
 
 _UNEVEN = """\
-- Quantisation: inputs of its linear layers are multiples of {input_divisor} and not of 64, as groups of weights want.
-  bitsandbytes' NF4 is silently wrong on such layers on a CPU.
+- Quantisation: not all inputs of linear layers are multiples of 64 (but of {input_divisor}), as groups of weights want.
+  bitsandbytes' NF4 is silently wrong on the others on a CPU.
 """
 
 
