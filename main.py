@@ -31,7 +31,7 @@ from flatllmbench.records import Record, costs, hardware, versions
 from flatllmbench.request import check_places, check_request
 from flatllmbench.zero_shot import evaluate_saved, load_tasks
 from flatllmcore.checkpoint_run import CheckpointRun, Target
-from flatllmcore.errors import UNUSABLE_PLACE, InputError, complain
+from flatllmcore.errors import InputError, complain, mendable, open_streams
 from flatllmcore.utils.checkpoint import MODEL_CARD, model_card, partial_folder
 from flatllmcore.utils.devices import parse_device
 from flatllmcore.utils.files import digest, read_json, write_json
@@ -50,6 +50,7 @@ logger = logging.getLogger("flatllm")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; return its exit status: 0, or 2 after one line on stderr about unusable input."""
+    open_streams()
     try:
         check_launch()
     except InputError as error:
@@ -74,12 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return complain_once(str(error), isinstance(error, InputError))
     except KeyboardInterrupt:
         return complain_once(f"interrupted; {program.finished()}; go on with: {program.command}")
-    except OSError as error:
-        if error.errno not in UNUSABLE_PLACE:
-            raise
-        place = error.filename or options.save  # a log that cannot be written does not say its name
-        remedy = f"{program.finished()}; mend that and run: {program.command}"
-        return complain_once(f"{error.strerror}: {place}; {remedy}")
+    except (OSError, MemoryError, RuntimeError) as error:
+        problem = mendable(error, options.save)  # a log that cannot be written does not say its name
+        return complain_once(f"{problem}; {program.finished()}; mend that and run: {program.command}")
     return 0
 
 

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flatllmbench.logs import keep_bars_to_terminals
-from flatllmcore.errors import InputError, complain, door
+from flatllmcore.errors import door, run_program
 from flatllmcore.utils.devices import best_device
 from flatllmcore.utils.loading import load_model, load_tokenizer
 
@@ -21,16 +21,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print one line per model; return the exit status: 0, or 2 after one line on stderr about unusable input."""
     args = parse_arguments(argv)
     keep_bars_to_terminals()
-    try:
-        for name in args.models:
-            tokenizer = load_tokenizer(name)
-            model = load_model(name).to(best_device())
-            say = answer if args.chat else finished_sentence
-            text = say(model, tokenizer, args.prompt, args.max_new_tokens)
-            print(f"{name}: {text}")
-    except InputError as error:
-        return complain(str(error))
-    return 0
+    return run_program(lambda: say_all(args))
+
+
+def say_all(args: argparse.Namespace) -> None:
+    """Print what each model says."""
+    for name in args.models:
+        tokenizer = load_tokenizer(name)
+        model = load_model(name).to(best_device())
+        say = answer if args.chat else finished_sentence
+        print(f"{name}: {say(model, tokenizer, args.prompt, args.max_new_tokens)}")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

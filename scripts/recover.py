@@ -24,7 +24,7 @@ from flatllmbench.logs import keep_bars_to_terminals
 from flatllmcore.engine.checkpoint_source import CheckpointSource
 from flatllmcore.engine.perplexity import perplexity
 from flatllmcore.errors import InputError, run_program
-from flatllmcore.utils.checkpoint import partial_folder
+from flatllmcore.utils.checkpoint import locked, partial_folder
 from flatllmcore.utils.data_utils import check_token_ids, consecutive_windows, sample_mixture, window_length
 from flatllmcore.utils.devices import parse_device
 from flatllmcore.utils.files import check_writable, digest, read_json, write_json
@@ -54,7 +54,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def recover(args: argparse.Namespace) -> None:
-    """Train, merge, measure and save; InputError for what cannot be used, before any work."""
+    """Train, merge, measure and save, alone; InputError for what cannot be used, before any work."""
     try:
         import peft  # noqa: F401 (needed after the first measurements, which is too late to say so)
     except ImportError as error:
@@ -67,7 +67,12 @@ def recover(args: argparse.Namespace) -> None:
         raise InputError(f"{args.out} exists; give another folder, or delete it")
     check_writable(args.out.parent)
     keep_bars_to_terminals()
+    with locked(args.out):
+        recover_alone(args, asked, request)
 
+
+def recover_alone(args: argparse.Namespace, asked: dict[str, Any], request: dict[str, Any]) -> None:
+    """Do so in a folder that is this process's; ``asked`` are the flags of the library, ``request`` the others."""
     tokenizer, source = load_tokenizer(args.model), CheckpointSource(args.model, parse_device(asked["device"]))
     seqlen = window_length(asked["seqlen"], source.config.max_position_embeddings)
     batch_size = asked["batch_size"] or max(1, 4096 // seqlen)

@@ -52,7 +52,9 @@ def edit_weights(folder: Path, data: st.DataObject) -> None:
         weights[data.draw(st.sampled_from(NAMES))] = weights[name].clone()
     elif kind == 4:
         row = data.draw(st.integers(0, len(weights[name]) - 1))
-        weights[name][row] = weights[name][row] * data.draw(st.sampled_from([-1, 0, 0.5, 1, 1.01]))
+        values = weights[name][row]
+        values = values.double() if values.is_floating_point() else values  # float8 knows no products
+        weights[name][row] = values * data.draw(st.sampled_from([-1, 0, 0.5, 1, 1.01]))
     else:
         weights = {name.removeprefix("model."): weight for name, weight in weights.items()}
     save_file(weights, path, {"format": "pt"})

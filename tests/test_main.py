@@ -9,6 +9,7 @@ import runpy
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -24,6 +25,7 @@ import compute_rank
 import main
 from checkpoints import weights_in
 from conftest import tiny_model
+from flatllmcore.errors import door
 from flatllmcore.methods import METHODS
 from flatllmcore.methods.flatllm import FlatLLMStep
 from flatllmcore.utils.dimensions import Kept, ModelDimensions
@@ -156,6 +158,8 @@ def test_reported_sizes_equal_the_reloaded_model(finished):
         linear = [p.numel() for name, p in model.named_parameters() if ".layers." in name and "_proj.weight" in name]
         total = sum(parameter.numel() for parameter in model.parameters())
         assert record[reported] == {"decoder_linear": sum(linear), "total": total}
+    inputs = [part.in_features for name, part in model.named_modules() if name.endswith("_proj")]
+    assert record["input_divisor"] == math.gcd(*inputs)
     before, after = (record[name]["decoder_linear"] for name in ("parameters_before", "parameters_after"))
     assert record["achieved_sparsity_percent"] == pytest.approx(100 * (1 - after / before))
     assert record["achieved_sparsity_percent"] == pytest.approx(30, abs=4)  # floors of 12 directions and 56 channels
@@ -857,3 +861,67 @@ def test_a_signal_that_ends_the_program_leaves_no_temporary_folder(here, monkeyp
     process.join()
     assert process.exitcode == 128 + ending, (here / "stderr").read_text()
     assert os.listdir(here / "temporary") == []
+
+
+BI = ("main.py", "--model", "llama", "--dataset", "text", *SHORT, "--prune_method", "bi", "--bi_score", "new")
+RANK = ("compute_rank.py", "--bi_score", SCORES)
+FULL = "error: No space left on device: standard output or error\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "stdout", "said"),
+    [
+        (BI, None, ""),
+        (BI, "unread", ""),
+        (BI, "/dev/full", ""),
+        (RANK, None, ""),
+        (RANK, "unread", ""),
+        (RANK, "/dev/full", FULL),
+    ],
+)
+def test_a_console_that_is_closed_or_takes_no_more_ends_no_work_and_shows_no_traceback(here, argv, stdout, said):
+    """None stands for stdin, stdout and stderr closed before the program starts."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    out = open(stdout, "w") if stdout == "/dev/full" else writer  # noqa: SIM115
+    command = [sys.executable, str(Path(main.__file__).with_name(argv[0])), *argv[1:]]
+    closing = None if stdout else (lambda: os.closerange(0, 3))
+    done = subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=out,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+        preexec_fn=closing,
+    )
+    os.close(writer)
+    assert (done.stderr, done.returncode) == (said, 2 if said else 0)
+    made = "new/importance.json" if argv is BI else "ranks/llama/ranks_50.json"
+    assert Path(made).is_file()
+    if argv is BI:
+        assert "importance scores are in new/importance.json" in Path("logs/llama_bi.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("take", "said"),
+    [
+        (lambda: torch.empty(2**50), r"DefaultCPUAllocator: can't allocate memory: you tried to allocate \d+ bytes"),
+        (lambda: bytearray(2**62), "of the host"),
+        (Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has")), "2 GiB"),
+    ],
+)
+def test_too_little_memory_is_one_line_that_says_what_takes_less_and_how_to_go_on(here, capfd, monkeypatch, take, said):
+    monkeypatch.setattr("flatllmcore.checkpoint_run.perplexity", lambda *_: take())
+    assert run("--save_model", "out/new") == 2
+    line = capfd.readouterr().err
+    remedy = "a smaller batch_size, seqlen or host_memory_gib takes less; scores .*; mend that and run: python main.py"
+    assert re.fullmatch(rf"error: out of memory \(.*{said}\); {remedy} .*\n", line)
+    with pytest.raises((MemoryError, RuntimeError)), door("the file is damaged", "mend it"):
+        take()
+
+
+def test_a_mistake_of_ours_that_torch_raises_keeps_its_traceback(here, monkeypatch):
+    monkeypatch.setattr("flatllmcore.checkpoint_run.perplexity", lambda *_: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError, match="inconsistent tensor size"):
+        run()

@@ -95,10 +95,15 @@ def test_the_folder_is_that_of_the_model_compressed_in_memory(tmp_path, windows,
     assert measured == pytest.approx(loss.exp().item(), rel=1e-6)
 
 
-def test_the_folder_holds_what_save_pretrained_writes(tmp_path, windows, checkpoint):
+def test_the_folder_holds_what_save_pretrained_writes_and_its_tokenizer_loads_without_a_question(
+    tmp_path, windows, checkpoint, monkeypatch
+):
     """Oracle: the library's own saving of the same model, shards apart."""
+    monkeypatch.setattr("builtins.input", pytest.fail)
     compress_to(tmp_path / "ours", checkpoint, windows)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    auto, dense = (AutoModelForCausalLM.from_pretrained(f, device_map="auto") for f in (tmp_path / "ours", checkpoint))
+    assert getattr(auto, "hf_device_map", None) == getattr(dense, "hf_device_map", None)
     model.save_pretrained(tmp_path / "theirs")
     word_tokenizer().save_pretrained(tmp_path / "theirs")
     ours, theirs = bytes_in(tmp_path / "ours"), bytes_in(tmp_path / "theirs")
@@ -110,8 +115,9 @@ def test_the_folder_holds_what_save_pretrained_writes(tmp_path, windows, checkpo
     index = json.loads(ours["model.safetensors.index.json"])
     assert index["metadata"]["total_size"] == sum(weight.nbytes for weight in weights_in(tmp_path / "ours").values())
     assert index["weight_map"].keys() == model.state_dict().keys()
-    loaded = AutoTokenizer.from_pretrained(tmp_path / "ours")
-    assert loaded("w3 w5")["input_ids"] == word_tokenizer()("w3 w5")["input_ids"]
+    for folder in ("ours", "theirs"):
+        loaded = AutoTokenizer.from_pretrained(tmp_path / folder)
+        assert loaded("w3 w5")["input_ids"] == word_tokenizer()("w3 w5")["input_ids"]
 
 
 class StoppedError(Exception):

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import sys
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,11 +17,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen3
 
 import common
 import compression_time
+import quantized
 from common import find_config
 from flatllmcore.core.mlp_nystrom import reconstruct_down_projection, select_channels
 from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector
+from flatllmcore.engine.checkpoint_source import CheckpointSource
+from flatllmcore.engine.perplexity import perplexity
+from flatllmcore.utils.data_utils import consecutive_windows
 from flatllmcore.utils.layer_utils import count_parameters, dimensions_from_config
-from flatllmcore.utils.loading import empty_causal_lm
+from flatllmcore.utils.loading import empty_causal_lm, load_tokenizer
+from flatllmcore.utils.text_sources import load_text
 from plan import MACHINES, main
 from random_checkpoint import main as checkpoint_main
 from random_checkpoint import write_random_checkpoint
@@ -195,3 +201,19 @@ def test_two_checkouts_compress_by_turns(monkeypatch, capsys, tmp_path):
     compression_time.main()
     assert turns == 2 * [common.ROOT / "lib", tmp_path / "lib"]
     assert re.search(r"flatllm +\| +3.00 \| +4.00 \| +0.75 \| 0.75-0.75", capsys.readouterr().out)
+
+
+def test_quantised_models_are_measured_when_they_are_loaded_again(capsys):
+    """Oracle: the walk's perplexity of the same bf16 weights. Of a package that is missing the row says so."""
+    quantized.main([EMBEDDED, "--windows", "2"])
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()]
+    assert [row[1] for row in rows] == list(quantized.WAYS)
+    windows = consecutive_windows(load_text("pydocs", "test"), load_tokenizer(EMBEDDED), 256)[:2]
+    bf16 = perplexity(CheckpointSource(EMBEDDED, torch.device("cpu"), "float32"), windows, 2)
+    size = sum(path.stat().st_size for path in Path(EMBEDDED).glob("*.safetensors")) / 1e6
+    assert list(map(float, rows[0][2:])) == [pytest.approx(size, abs=0.06), pytest.approx(bf16, abs=0.006)]
+    for _, way, *found in rows[1:]:
+        if not all(map(find_spec, ["torchao"] if way.startswith("torchao") else ["optimum", "optimum.quanto"])):
+            assert re.search(r"^no \((ModuleNotFoundError|ImportError): .*; see docs/QUANTIZE.md$", found[0])
+        else:
+            assert float(found[1]) == pytest.approx(bf16, rel=0.1)

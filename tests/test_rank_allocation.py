@@ -11,6 +11,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from common import PUBLISHED as PUBLISHED_MODELS
+from flatllmcore.core.curve_allocation import MLP, PAIRS, VALUES, outlines
 from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector, RankAllocation, allocate_keep_ratios
 from flatllmcore.core.rank_rounding import largest_remainder
 from flatllmcore.errors import InputError
@@ -26,6 +27,7 @@ NARROW = [  # the test models of conftest.py, the embedded model, SmolLM2's widt
     ModelDimensions("llama", 30, 576, 18, 6, 32, 1536),
 ]
 
+QWEN3 = ModelDimensions("qwen3", 28, 2048, 16, 8, 128, 6144)
 SMOLLM2 = ModelDimensions("llama", 30, 576, 9, 3, 64, 1536)
 SIX_HEADS = ModelDimensions("llama", 8, 192, 6, 2, 32, 1792)
 
@@ -161,10 +163,11 @@ class TestBudget:
         selector = ImportancePreservingRankSelector(dimensions)
         found = select(dimensions, narrowest).achieved_sparsity_percent
         assert found == pytest.approx(narrowest, abs=0.1)
-        for is_by_curves, largest in ((False, narrowest), (True, by_curves)):
-            selector.check_target(1 - largest / 100, is_by_curves)
+        far = outlines(dimensions, [True] * dimensions.num_layers)
+        for of_curves, largest in ((None, narrowest), (far, by_curves)):
+            selector.check_target(1 - largest / 100, of_curves)
             with pytest.raises(InputError, match=f"largest possible target is {largest} %; more with Q and K pruned"):
-                selector.check_target(1 - (largest + 1) / 100, is_by_curves)
+                selector.check_target(1 - (largest + 1) / 100, of_curves)
         assert select(dimensions, 90, prune_qk=True).achieved_sparsity_percent == pytest.approx(90, abs=0.1)
 
     @given(model_dimensions(), st.sampled_from([1, 2, 8]), st.booleans(), st.integers(0, 99))
@@ -180,6 +183,41 @@ class TestBudget:
         removed = largest / 100 * allocation.parameters_before
         missing = removed - (allocation.parameters_before - counted_parameters(allocation))
         assert missing <= allowed_error(dimensions, removed, allocation.rank_multiple) + 1e-6
+
+    @pytest.mark.parametrize("prune_qk", [False, True])
+    @pytest.mark.parametrize("with_pairs", [0, 0.75, 1])
+    @pytest.mark.parametrize("dimensions", [*PUBLISHED, QWEN3, TINY, SMOLLM2])
+    def test_the_most_that_curves_of_damage_remove_is_met_whatever_layers_have_pairs_to_lose(
+        self, dimensions, with_pairs, prune_qk
+    ):
+        """Pairs are Q and K by halves; V and O go to a quarter and MLPs to a tenth."""
+        selector = ImportancePreservingRankSelector(dimensions, prune_qk=prune_qk)
+        ends = {VALUES: 0.75 * dimensions.head_dim * dimensions.rank_parameters, PAIRS: dimensions.qk_parameters / 2}
+        ends[MLP] = round(0.9 * dimensions.intermediate_size) * dimensions.width_parameters
+        layers = range(dimensions.num_layers)
+        free = [i < with_pairs * dimensions.num_layers for i in layers]
+        curves = [
+            {
+                kind: [(0, 0), (end / 2, 1 + i), (end, 9)] if kind != PAIRS or free[i] else [(0, 0)]
+                for kind, end in ends.items()
+            }
+            for i in layers
+        ]
+        with pytest.raises(InputError, match="impossible") as before:
+            selector.check_target(0, outlines(dimensions, free))
+        with pytest.raises(InputError, match="impossible") as behind:
+            selector.allocate(scores_for(dimensions, 0), 0, curves)
+        assert str(before.value) == str(behind.value)
+        assert ("--prune_qk" in str(before.value)) == (any(free) and not prune_qk)
+        largest = int(re.search(r"largest possible target is (\d+) %", str(before.value))[1])
+        allocation = selector.allocate(scores_for(dimensions, 0), 1 - largest / 100, curves)
+        missing = largest / 100 * allocation.parameters_before - (
+            allocation.parameters_before - allocation.parameters_after
+        )
+        assert abs(missing) <= max(0.001 * allocation.parameters_before, 64 * dimensions.width_parameters)
+        whole = [end for kind, end in ends.items() if kind != PAIRS]
+        most = dimensions.num_layers * sum(whole) + (sum(free) * ends[PAIRS] if prune_qk else 0)
+        assert largest == pytest.approx(100 * most / allocation.parameters_before, abs=1.1)
 
 
 class TestPublishedFloors:

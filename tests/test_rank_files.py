@@ -150,6 +150,8 @@ def test_a_damaged_file_is_named(tmp_path, name, content):
         ("ranks_20.json", {"keep": [1, 1.5]}, "'keep' of layer 1 is 1.5; accepted: more than 0, at most 1"),
         ("ranks_20.json", {"keep": [1, float("nan")]}, "is not JSON"),
         ("ranks_20.json", {"prune_qk": 1}, r"Expected `bool`, got `int` - at `\$\.prune_qk`"),
+        ("ranks_20.json", {"rank_multiple": 1e18}, "Expected `int`, got `float`"),
+        ("ranks_20.json", {"rank_multiple": "8"}, "Expected `int`, got `str`"),
         ("ranks_20.json", {"sparsity_ratio": 1e9}, r"the ranks are to remove 1e\+09 %, and here it is 20 %"),
         ("ranks_20.json", {"dimensions": {"architecture": "llama"}}, "missing required field `num_layers`"),
         ("importance.json", {"scores": [0.1]}, "'scores' has 1 entries; the model has 2 layers"),

@@ -23,6 +23,7 @@ import main
 from conftest import tiny_model
 from flatllmbench.report import MODELS, TABLE_1
 from flatllmbench.zero_shot import PAPER_TASKS
+from flatllmcore.utils.checkpoint import locked
 from tiny_gguf import tiny_llama, write_gguf
 from tiny_text import documents, word_tokenizer, write_texts
 
@@ -470,6 +471,9 @@ def test_recovery_goes_on_from_a_checkpoint_to_the_same_bytes_and_leaves_an_ordi
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "training_step", interrupted_step)
         assert program(trial) == 2
+    with locked(out):
+        assert program(trial) == 2
+    assert f"another run is writing {out}.partial" in capsys.readouterr().err
     assert program([*trial, "--seed", "7"]) == 2
     assert f"{out}.partial is of another request" in capsys.readouterr().err
     (tmp_path / "other.partial" / "precious").mkdir(parents=True)  # an interrupted compression, or anybody's

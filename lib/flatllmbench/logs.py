@@ -11,7 +11,6 @@ from pathlib import Path
 import huggingface_hub
 import transformers
 
-from flatllmcore.errors import show_all_characters
 from flatllmcore.utils.processes import is_rank_0
 
 
@@ -31,7 +30,7 @@ class LogFile(logging.FileHandler):
 def logging_to(path: Path) -> Iterator[None]:
     """Log to the console and to the end of a file inside the block, from rank 0 alone; other libraries log errors."""
     transformers.utils.logging.set_verbosity_error()
-    show_all_characters()
+    logging.raiseExceptions = False  # of a console that takes no more; LogFile ends the run all the same
     keep_bars_to_terminals()
     huggingface_hub.utils.logging.set_verbosity_error()
     os.environ["DATASETS_VERBOSITY"] = "critical"  # read when the library is imported; what it logs it raises too

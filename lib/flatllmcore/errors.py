@@ -1,12 +1,15 @@
 """The exception that entry points turn into a line on stderr and exit status 2, and the doors that others pass by."""
 
 import errno
+import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from io import TextIOWrapper
+from io import BufferedWriter, FileIO, TextIOWrapper
 from pathlib import Path
+from typing import Any
 
 # What a user can mend about a place: where it is, what it is called, who may use it, its room, the disk under it.
 UNUSABLE_PLACE = {
@@ -35,7 +38,7 @@ def door(problem: str, remedy: str) -> Iterator[None]:
         yield
     except BaseException as error:
         is_panic = type(error).__name__ == "PanicException"  # of Rust: no Exception, and from no module
-        if isinstance(error, InputError) or not (is_panic or isinstance(error, Exception)):
+        if isinstance(error, InputError) or is_out_of_memory(error) or not (is_panic or isinstance(error, Exception)):
             raise
         words = " ".join(" ".join(str(error).split("\n")[:2]).split())
         where = traceback.extract_tb(error.__traceback__)[-1].line  # an assertion says no more than itself
@@ -43,28 +46,64 @@ def door(problem: str, remedy: str) -> Iterator[None]:
         raise InputError(f"{problem} ({kind}{words or where:.300}); {remedy}") from error
 
 
-def show_all_characters() -> None:
-    """Let stdout show by its number a character that its encoding lacks, as stderr does."""
-    if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
+class _Stream(FileIO):
+    """Standard output or error; when nobody reads it any more, or it takes no more, what is written goes nowhere."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+            if error.errno == errno.EPIPE:
+                return len(data)
+            error.filename = "standard output or error"
+            raise
+
+
+def open_streams() -> None:
+    """Let stdout and stderr be closed, now or later, and show by its number a character that their encoding lacks."""
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        stream = getattr(sys, name) or open(os.devnull, "w", errors="backslashreplace")  # noqa: SIM115 (was closed)
+        if stream is getattr(sys, f"__{name}__"):
+            buffer, line_buffering = BufferedWriter(_Stream(number, "w", closefd=False)), stream.line_buffering
+            stream = TextIOWrapper(buffer, stream.encoding, "backslashreplace", line_buffering=line_buffering)
+        setattr(sys, name, stream)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether there was too little memory for what was asked, on the host or a GPU."""
+    words = "out of memory|allocate memory|ALLOC_FAILED"  # of torch's allocators, CUDA and its libraries
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(re.search(words, str(error))))
+
+
+def mendable(error: Exception, place: Path | None) -> str:
+    """Return in words what a user can mend of an error of the machine; any other is raised again.
+
+    ``place``, where the program writes, is named when an error about a file does not say which.
+    """
+    if is_out_of_memory(error):
+        words = ". ".join(str(error).split(". ")[:2]) or "of the host"
+        return f"out of memory ({words:.200}); a smaller batch_size, seqlen or host_memory_gib takes less"
+    if isinstance(error, OSError) and error.errno in UNUSABLE_PLACE:
+        return f"{error.strerror}: {error.filename or place}"
+    raise error
 
 
 def run_program(work: Callable[[], object], place: Path | None = None) -> int:
     """Do a program's work; return its exit status: 0, or 2 after one line on stderr about what the user can mend.
 
-    ``place``, where it writes, is named when an error about a file does not say which.
+    ``place`` is where it writes.
     """
-    show_all_characters()
+    open_streams()
     try:
         work()
+        sys.stdout.flush()
     except InputError as error:
         return complain(str(error))
     except KeyboardInterrupt:
         return complain("interrupted; run it again")
-    except OSError as error:
-        if error.errno not in UNUSABLE_PLACE:
-            raise
-        return complain(f"{error.strerror}: {error.filename or place}")
+    except (OSError, MemoryError, RuntimeError) as error:
+        return complain(mendable(error, place))
     return 0
 
 

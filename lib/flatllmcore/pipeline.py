@@ -13,9 +13,10 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from .config import FlatLLMConfig
-from .core.curve_allocation import Curves
+from .core.curve_allocation import Curves, outlines
 from .core.importance import LayerImportance
 from .core.rank_allocation import ImportancePreservingRankSelector, RankAllocation
+from .core.rotary_pairs import has_free_pairs
 from .engine.compress import compress_layers
 from .engine.importance import layer_importance
 from .engine.protocols import LayerRecord, LayerSink, LayerSource
@@ -23,7 +24,8 @@ from .errors import InputError
 from .methods import METHODS
 from .utils import data_utils
 from .utils.devices import parse_device
-from .utils.layer_utils import dimensions_from_config, family_name
+from .utils.layer_utils import dimensions_from_config, family_name, find_decoder_layers
+from .utils.loading import empty_causal_lm
 from .utils.names import DAMAGE, PLAIN_FAMILIES, STOCK, text_names
 from .utils.stopwatch import stage
 from .utils.text_sources import TextDataset, load_text
@@ -63,12 +65,18 @@ class Pipeline:
     def announce_target(self, keep_ratio: float) -> None:
         """Log what is going to stay; InputError if the model is compressed already, or has not so much to remove."""
         is_by_damage = self.config.importance_method == DAMAGE and self.config.shape != STOCK
-        self.selector.check_target(keep_ratio, is_by_damage)
+        self.selector.check_target(keep_ratio, self._outlines if is_by_damage else None)
         logger.info(
             "%.2f %% of the decoder layers' linear weights stay, %.2f %% of the projections that are pruned",
             100 * keep_ratio,
             100 * self.selector.prunable_keep_ratio(keep_ratio),
         )
+
+    @cached_property
+    def _outlines(self) -> list[Curves]:
+        """How far curves of damage will go."""
+        layers = find_decoder_layers(empty_causal_lm(self.model_config))
+        return outlines(self.selector.dimensions, [has_free_pairs(layer.self_attn) for layer in layers])
 
     def windows_to_score(self) -> Tensor:
         """Return the token windows that importance is measured on, (N, S)."""

@@ -15,6 +15,7 @@ RECORD = {
     "achieved_sparsity_percent": 20.0004,
     "prune_qk": False,
     "shape": "per-layer",
+    "input_divisor": 128,
     "parameters_before": {"decoder_linear": 1000, "total": 1200},
     "parameters_after": {"decoder_linear": 800, "total": 1000},
     "dataset": "wikitext2",
@@ -116,6 +117,10 @@ def test_the_card_states_how_the_model_was_made_and_names_no_path(tmp_path):
         assert fact in card
     assert "trust_remote_code=True" in card
     assert "trust_remote_code" not in model_card(RECORD | {"shape": "stock"})
+    assert stated["pipeline_tag"] == "text-generation"
+    assert "NF4" not in card
+    uneven = model_card(RECORD | {"input_divisor": 8})
+    assert "multiples of 64 (but of 8), as groups of weights want.\n  bitsandbytes' NF4 is silently wrong" in uneven
     (tmp_path / "texts").mkdir()
     text = str(tmp_path / "texts")
     command = f"python main.py --model {tmp_path} --dataset {text}+c4 --save_model {tmp_path}/a/out --tasks a,b"

@@ -135,7 +135,10 @@ def test_save_load_generate_and_save_again_are_bit_exact(published, prune_qk, tm
 
 
 def test_the_second_method_leaves_a_model_that_is_saved_and_loaded(published, tmp_path):
-    """Pairs stay where a norm looks at all of them, where they are neighbours, and in a layer that turns none."""
+    """Pairs stay where a norm looks at all of them, where they are neighbours, and in a layer that turns none.
+
+    The largest target that is named before layers are scored is the one that their curves go as far as.
+    """
     windows = random_windows(24, 1)
     config = FlatLLMConfig(method="flatllm+", target_sparsity=0.5, rank_multiple=1, cal_dataset=windows)
     if published.config.model_type not in PLAIN_FAMILIES:
@@ -148,6 +151,15 @@ def test_the_second_method_leaves_a_model_that_is_saved_and_loaded(published, tm
         ("llama", "mistral", "ministral", "qwen2", "seed_oss"), [True] * 3
     )
     assert are_free == expected.get(published.config.model_type, [False] * 3)
+    found = layer_importance(ModelInMemory(published, torch.device("cpu")), windows, 8, "damage")
+    selector = ImportancePreservingRankSelector(
+        dimensions_from_config(published.config), rank_multiple=1, prune_qk=True
+    )
+    with pytest.raises(InputError, match="largest possible target is") as early:
+        FlatLLMPruner(published, config=config, target_sparsity=0.99).prune_model()
+    with pytest.raises(InputError) as late:
+        selector.allocate(found.scores, 0.01, found.curves)
+    assert str(early.value) == str(late.value)
     compressed = FlatLLMPruner(published, config=config).prune_model()
     assert count_parameters(compressed)["decoder_linear"] == pytest.approx(before / 2, rel=0.02)
     losing = [i for i, layer in enumerate(compressed.model.layers) if hasattr(layer.self_attn, "rotary_places")]

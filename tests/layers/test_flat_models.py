@@ -11,6 +11,7 @@ from transformers.cache_utils import StaticCache
 from transformers.integrations.executorch import convert_and_export_with_cache
 
 from flatllmcore.utils.names import FAMILY_NAMES
+from tiny_text import word_tokenizer
 
 from .tiny_models import RANKS, SIZES, compress, dense_model_of, generate, project_in_full_size
 
@@ -51,13 +52,14 @@ def test_the_folder_loads_where_the_package_is_not_installed(tokens, tmp_path):
     for family in FAMILY_NAMES:
         model = compress(dense_model_of(family))
         model.save_pretrained(tmp_path / family / "model")
+        word_tokenizer().save_pretrained(tmp_path / family / "classifier")
         expected[family] = model(tokens).logits
     torch.save({"tokens": tokens, "logits": expected}, tmp_path / "expected.pt")
     program = f"""
         import sys
         sys.modules["flatllmcore"] = None  # makes its import fail
         import torch
-        from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+        from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
         expected = torch.load({str(tmp_path / "expected.pt")!r})
         tokens = expected["tokens"]
@@ -75,6 +77,8 @@ def test_the_folder_loads_where_the_package_is_not_installed(tokens, tmp_path):
             of_two.save_pretrained(folder + "/classifier")
             again = AutoModelForSequenceClassification.from_pretrained(folder + "/classifier", trust_remote_code=True)
             assert torch.equal(again(tokens).logits, of_two(tokens).logits) and of_two(tokens).logits.shape == (4, 2)
+            tokenizer = AutoTokenizer.from_pretrained(folder + "/classifier", trust_remote_code=False)
+            assert tokenizer("w3 w5")["input_ids"] == {word_tokenizer()("w3 w5")["input_ids"]}
     """
     subprocess.run(
         [sys.executable, "-I", "-c", textwrap.dedent(program)],

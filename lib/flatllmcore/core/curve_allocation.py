@@ -12,7 +12,7 @@ from typing import TypeAlias
 
 from ..errors import InputError
 from ..utils.dimensions import Kept, ModelDimensions, check_length
-from .rank_rounding import RELATIVE_TOLERANCE, Ideal
+from .rank_rounding import Ideal
 
 Curve: TypeAlias = list[tuple[float, float]]
 Curves: TypeAlias = dict[str, Curve]  # of one layer, by kind
@@ -37,7 +37,7 @@ class _Piece:
 def removed_by_curves(
     curves: Sequence[Mapping[str, Curve]], removed: float, layer_parameters: int
 ) -> list[dict[str, float]]:
-    """Return the weights of each kind to remove from each layer, ``removed`` in all.
+    """Return the weights of each kind to remove from each layer, ``removed`` in all, or all that the curves have.
 
     Pieces of the curves' lower convex hulls go in the order of their slope, first as many as each layer has to lose,
     half the mean, then those of all layers together, until a layer has lost one and a half times the mean.
@@ -59,9 +59,6 @@ def removed_by_curves(
         pieces = [
             _Piece(piece.slope, piece.layer, piece.kind, rest) for piece in pieces if (rest := take(piece, bound)) > 0
         ]
-    if left > RELATIVE_TOLERANCE * removed:
-        largest = 100 * (removed - left) / (len(curves) * layer_parameters)
-        raise InputError(f"the curves of damage go as far as {largest:.1f} % of the weights; give a smaller target")
     return taken
 
 
@@ -74,13 +71,13 @@ def ideals_by_curves(
     return [_ideal(dimensions, of_layer, max(1, rank_step // 2)) for of_layer in taken]
 
 
-def largest_removal(dimensions: ModelDimensions, prune_qk: bool) -> int:
-    """Return as how many weights of a layer curves of damage go, where norms do not keep Q and K whole."""
-    directions = dimensions.head_dim - max(1, int(VALUE_SHARES[-1] * dimensions.head_dim))
-    if prune_qk:
-        directions += dimensions.head_dim - 2 * max(1, int(PAIR_SHARES[-1] * dimensions.head_dim / 2))
-    channels = round(MLP_SHARE * dimensions.intermediate_size)
-    return directions * dimensions.rank_parameters + channels * dimensions.width_parameters
+def outlines(dimensions: ModelDimensions, can_lose_pairs: Sequence[bool]) -> list[Curves]:
+    """Return how far the curves of each layer will go, which can lose rotary pairs or not, without their damage."""
+    head_dim, per_direction = dimensions.head_dim, dimensions.rank_parameters
+    values = (head_dim - max(1, int(VALUE_SHARES[-1] * head_dim))) * per_direction
+    pairs = (head_dim - 2 * max(1, int(PAIR_SHARES[-1] * head_dim / 2))) * per_direction
+    channels = round(MLP_SHARE * dimensions.intermediate_size) * dimensions.width_parameters
+    return [{VALUES: [(values, 0)], MLP: [(channels, 0)], PAIRS: [(pairs * can, 0)]} for can in can_lose_pairs]
 
 
 def check_curves(curves: Sequence[Curves], dimensions: ModelDimensions) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import InputError
 from ..utils.dimensions import Kept, ModelDimensions, check_length
 from ..utils.names import PER_LAYER, STOCK
-from .curve_allocation import PAIRS, Curves, ideals_by_curves, largest_removal
+from .curve_allocation import MLP, PAIRS, VALUES, Curves, ideals_by_curves
 from .rank_rounding import WIDE_STEP, Ideal, allowed_error, rank_step_for, rounded_layers, width_step_for
 
 _BINARY_ROUNDING = 1e-9  # 0.29 · 100 is 28.999999999999996 and means 29
@@ -67,6 +67,14 @@ class RankAllocation:
         """Percent of the linear weights that is removed."""
         return 100 * (1 - self.parameters_after / self.parameters_before)
 
+    @property
+    def input_divisor(self) -> int:
+        """What divides the inputs of all linear layers, as groups of quantised weights are to."""
+        inputs = (
+            size for kept in self.layers for size in (self.dimensions.num_heads * kept.value_rank, kept.mlp_width)
+        )
+        return math.gcd(self.dimensions.hidden_size, *inputs)
+
 
 class ImportancePreservingRankSelector:
     """Allocates ranks to the layers of one model in proportion to their importance.
@@ -107,26 +115,34 @@ class ImportancePreservingRankSelector:
             fixed = total - self.dimensions.intermediate_size * self.dimensions.width_parameters
         return (keep_ratio * total - fixed) / (total - fixed)
 
-    def check_target(self, keep_ratio: float, is_by_curves: bool = False) -> None:
-        """Refuse, naming the largest target, what no scores or curves could give: layers keep one step of each size."""
+    def check_target(self, keep_ratio: float, curves: Sequence[Curves] | None = None) -> None:
+        """Refuse, naming the largest target, what no scores could give, or where given no curves that go so far.
+
+        Layers keep one step of each size.
+        """
         sizes, multiples = self.dimensions, (self.rank_multiple, self.width_multiple)
         smallest = sizes.kept(1.0, *multiples, self.prune_qk)
-        removable = sizes.layer_parameters - sizes.parameters_of(smallest)
-        if is_by_curves:
-            removable = min(removable, largest_removal(sizes, self.prune_qk))
+        removable = sizes.num_layers * (sizes.layer_parameters - sizes.parameters_of(smallest))
+        has_pairs = True
+        if curves is not None:
+            ends = {kind: sum(of[kind][-1][0] for of in curves if kind in of) for kind in (VALUES, MLP, PAIRS)}
+            has_pairs = ends[PAIRS] > 0
+            removable = int(min(removable, sum(ends.values()) if self.prune_qk else ends[VALUES] + ends[MLP]))
 
         def is_possible(share: float) -> bool:
-            removed, most = (sizes.num_layers * of for of in (share * sizes.layer_parameters, removable))
-            most += allowed_error(sizes, removed, *multiples)
+            removed = share * sizes.num_layers * sizes.layer_parameters
+            most = removable + allowed_error(sizes, removed, *multiples)
             return removed < most + 0.5 and self.prunable_keep_ratio(1 - share) > 0
 
         if not is_possible(1 - keep_ratio):
             largest = max(percent for percent in range(100) if is_possible(percent / 100))
-            more = "" if self.prune_qk else "; more with Q and K pruned: --prune_qk, or preserve_qk_layers=False"
+            more = ""
             if self.is_stock:
                 more = (
                     "; the stock shape takes it from the MLP alone: more with --shape per-layer, or a narrower multiple"
                 )
+            elif has_pairs and not self.prune_qk:
+                more = "; more with Q and K pruned: --prune_qk, or preserve_qk_layers=False"
             raise InputError(
                 f"removing {100 * (1 - keep_ratio):g} % of this model is impossible; "
                 f"the largest possible target is {largest} %{more}"
@@ -141,7 +157,7 @@ class ImportancePreservingRankSelector:
         is no such allocation.
         """
         check_length("scores", scores, self.dimensions.num_layers)
-        self.check_target(keep_ratio, curves is not None)
+        self.check_target(keep_ratio, curves)
         percent, multiples = round(100 * (1 - keep_ratio), 9), (self.rank_multiple, self.width_multiple)
         if curves is not None:
             used = [{kind: curve for kind, curve in of.items() if self.prune_qk or kind != PAIRS} for of in curves]

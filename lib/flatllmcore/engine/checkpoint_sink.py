@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -23,7 +22,7 @@ from ..utils.checkpoint import (
     MODEL_CARD,
     check_output_folder,
     find_other,
-    lock_file,
+    locked,
     partial_folder,
     put_in_place,
 )
@@ -157,13 +156,7 @@ class CheckpointSink:
     def _open(self, stack: ExitStack) -> tuple[dict[str, Any], dict[int, LayerRecord]]:
         """Lock the partial folder and return results and layers, without those whose shards are damaged."""
         check_output_folder(self.folder, self.overwrite)
-        self.partial.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(lock_file(self.folder))
-        try:
-            stack.enter_context(lock.acquire(timeout=0))
-        except Timeout as error:
-            raise InputError(f"another run is writing {self.partial}; wait for it, or give another folder") from error
-        stack.callback(Path(lock.lock_file).unlink, missing_ok=True)
+        stack.enter_context(locked(self.folder))
         check_output_folder(self.folder, self.overwrite)  # which a run may have published just before
         self.partial.mkdir(exist_ok=True)
         manifest = read_manifest(self.partial, self.request) or Manifest(self.request)

@@ -5,11 +5,13 @@ import os
 import re
 import shlex
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from huggingface_hub import ModelCardData
 
 from ..errors import InputError
@@ -39,9 +41,14 @@ _CARD = """\
 - Removed: {sparsity_ratio:g} % asked, {achieved_sparsity_percent:.3f} % achieved.
 - Calibration: {dataset}, {nsamples} samples of {seqlen} tokens, seed {seed}.
 - Versions: {packages}.
-- Command: `{command}`
+{uneven}- Command: `{command}`
 
 {loading}`AutoModelForCausalLM.from_pretrained` loads this folder.
+"""
+
+_UNEVEN = """\
+- Quantisation: not all inputs of linear layers are multiples of 64 (but of {input_divisor}), as groups of weights want.
+  bitsandbytes' NF4 is silently wrong on the others on a CPU.
 """
 
 
@@ -58,9 +65,33 @@ def partial_folder(folder: Path) -> Path:
     return folder.parent / f"{folder.name}.partial"  # also of /, which has no name
 
 
-def lock_file(folder: Path) -> Path:
-    """Return the file that a run holds while it writes a model: beside it, so that it outlives the renaming."""
-    return partial_folder(folder).with_name(f".{partial_folder(folder).name}.lock")
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder that a run writes inside the block; InputError if another run has it."""
+    place = _lock_file(folder)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        held = FileLock(place).acquire(timeout=0)
+    except Timeout as error:
+        partial = partial_folder(folder)
+        raise InputError(f"another run is writing {partial}; wait for it, or give another folder") from error
+    with held:
+        try:
+            yield
+        finally:
+            place.unlink(missing_ok=True)
+
+
+def _lock_file(folder: Path) -> Path:
+    """Return the file that a run holds, beside the folder so that it outlives the renaming; refuse what is no lock."""
+    place = partial_folder(folder).with_name(f".{partial_folder(folder).name}.lock")
+    _check_is_ours(place, place.is_file() and not place.stat().st_size)
+    return place
+
+
+def _check_is_ours(place: Path, is_ours: bool) -> None:
+    if os.path.lexists(place) and (place.is_symlink() or not is_ours):  # a link would be renamed and not the folder
+        raise InputError(f"{place} is in the way: it is no unfinished run's; move it, or give another folder")
 
 
 def check_output_folder(folder: Path, overwrite: bool) -> None:
@@ -68,7 +99,7 @@ def check_output_folder(folder: Path, overwrite: bool) -> None:
 
     It must be missing or empty, or, with ``overwrite``, hold what its manifest says that a run wrote and nothing else.
     """
-    partial, lock = partial_folder(folder), lock_file(folder)
+    partial = partial_folder(folder)
     if folder.exists():
         if not folder.is_dir() or os.path.ismount(folder):  # to which nothing can be renamed
             raise InputError(f"cannot save to {folder}: it is a file, or a file system is mounted there")
@@ -81,9 +112,8 @@ def check_output_folder(folder: Path, overwrite: bool) -> None:
     is_begun = partial.is_dir() and (  # if only what a kill left of writing its manifest
         (partial / MANIFEST).is_file() or all(p.match(LEFT_OVER) and p.is_file() for p in partial.iterdir())
     )
-    for place, is_ours in ((partial, is_begun), (lock, lock.is_file())):
-        if os.path.lexists(place) and (place.is_symlink() or not is_ours):  # a link would be renamed and not the folder
-            raise InputError(f"{place} is in the way: it is no unfinished run's; move it, or give another folder")
+    _check_is_ours(partial, is_begun)
+    _lock_file(folder)
 
 
 def find_other(folder: Path) -> Path | None:
@@ -102,6 +132,7 @@ def model_card(record: Mapping[str, Any]) -> str:
     is_local = Path(base_model).exists()
     data = ModelCardData(
         library_name="transformers",
+        pipeline_tag="text-generation",
         tags=["flat-llm", "compressed"],
         base_model=None if is_local else base_model,  # the hub links this name to a repository
         flat_llm={"base_model": name, "sparsity_ratio": record["sparsity_ratio"]},
@@ -126,6 +157,7 @@ def model_card(record: Mapping[str, Any]) -> str:
     rounded = f", whose weights its publisher had rounded to {bits}" if (bits := record["rounded_to"]) else ""
     made = {"metadata": data.to_yaml(), "name": name, "parts": parts, "packages": packages}
     made |= {"perplexities": perplexities, "rounded": rounded, "loading": loading}
+    made["uneven"] = _UNEVEN.format(**record) if record["input_divisor"] % 64 else ""
     return _CARD.format(**{**record, **public, **made})
 
 
