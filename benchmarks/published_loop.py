@@ -18,10 +18,10 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from common import SHAPES, one_layer
 from flatllmbench.records import hardware, versions
 from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector
-from flatllmcore.engine.memory import layer_arguments
+from flatllmcore.engine.memory import ModelInMemory, layer_arguments
 from flatllmcore.engine.walk import tapped
 from flatllmcore.layers import compressed_config
-from flatllmcore.utils.devices import parse_device, peak_memory_gib
+from flatllmcore.utils.devices import computed_in, parse_device, peak_memory_gib
 from flatllmcore.utils.dimensions import Kept
 from flatllmcore.utils.files import write_json
 from flatllmcore.utils.layer_utils import dimensions_from_config
@@ -59,12 +59,13 @@ def compress(
     dense: PretrainedConfig, narrow: PretrainedConfig, kept: Kept, args: argparse.Namespace, device: torch.device
 ) -> None:
     """Do what a layer takes."""
+    dtype = computed_in(torch.bfloat16, device)
     with torch.device(device):
-        models = [AutoModelForCausalLM.from_config(of, dtype=torch.bfloat16).eval() for of in (dense, narrow)]
+        models = [AutoModelForCausalLM.from_config(of, dtype=dtype).eval() for of in (dense, narrow)]
     before, after = (model.model.layers[0] for model in models)
-    arguments = layer_arguments(models[0].model, args.seqlen, device)[0]
+    arguments = layer_arguments(ModelInMemory(models[0], device), args.seqlen)[0]
     shape = (args.nsamples, 1, args.seqlen, dense.hidden_size)
-    states = torch.randn(shape, dtype=torch.bfloat16)  # on the host, as there
+    states = torch.randn(shape, dtype=dtype)  # on the host, as there
     num_kv_heads, width = dense.num_key_value_heads, dense.intermediate_size
     heads = torch.zeros(num_kv_heads, before.self_attn.head_dim, before.self_attn.head_dim, dtype=torch.float64)
     heads, channels = heads.to(device), torch.zeros(width, width, dtype=torch.float64, device=device)

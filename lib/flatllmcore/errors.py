@@ -67,6 +67,8 @@ def open_streams() -> None:
         if stream is getattr(sys, f"__{name}__"):
             buffer, line_buffering = BufferedWriter(_Stream(number, "w", closefd=False)), stream.line_buffering
             stream = TextIOWrapper(buffer, stream.encoding, "backslashreplace", line_buffering=line_buffering)
+        elif isinstance(stream, TextIOWrapper):  # the caller's, or ours already
+            stream.reconfigure(errors="backslashreplace")
         setattr(sys, name, stream)
 
 
