@@ -21,7 +21,7 @@ from typing import Any
 from flatllmbench.command_line import Options, answer_at_once, command_line, parse_options
 
 if __name__ == "__main__":
-    answer_at_once(lambda: parse_options(None, __doc__ or ""))
+    answer_at_once(__doc__ or "")
 
 import torch
 from tqdm.contrib.logging import logging_redirect_tqdm

@@ -33,22 +33,22 @@ part() {
     ((limit > 0 && PIPESTATUS[0] == 0)) || failed+=("$name")
 }
 
+part 40 tests "$python" -m pytest -q "${tests[@]}"
 for method in flatllm flatllm+; do # stages beside their bounds, at 20 %
-    part 150 "time_$method" "$python" benchmarks/compression_time.py --shape "$shape" "${sizes[@]}" \
+    part 120 "time_$method" "$python" benchmarks/compression_time.py --shape "$shape" "${sizes[@]}" \
         --dtype "$dtype" --device "$device" --method "$method" --out "$out/time_$method.json"
 done
-part 90 authors_loop "$python" benchmarks/published_loop.py --shape "$shape" "${sizes[@]}" --device "$device" \
+part 60 authors_loop "$python" benchmarks/published_loop.py --shape "$shape" "${sizes[@]}" --device "$device" \
     --out "$out/authors_loop.json"
-part 90 speed "$python" -m flatllmbench.speed --shape "$config" --ratios 20,50 --rank_multiple 8 "${speed[@]}" \
+part 80 speed "$python" -m flatllmbench.speed --shape "$config" --ratios 20,50 --rank_multiple 8 "${speed[@]}" \
     --dtype "$dtype" --device "$device" --save "$out"
 part 20 kernels "$python" benchmarks/attention_kernels.py --shape "$shape" --device "$device" --out "$out/kernels.json"
-part 120 out_of_core "$python" benchmarks/out_of_core.py --folder "$out/checkpoint" --layers 2 "${wide[@]}" \
+part 60 out_of_core "$python" benchmarks/out_of_core.py --folder "$out/checkpoint" --layers 2 "${wide[@]}" \
     --device "$device" --out "$out/out_of_core.json"
-part 30 moments "$python" benchmarks/moment_precision.py --model models/pydocs-llama --dataset pydocs \
+part 15 moments "$python" benchmarks/moment_precision.py --model models/pydocs-llama --dataset pydocs \
     --nsamples "$windows" --seqlen 128 --device "$device" --out "$out/moments.json"
-part 60 accuracy "$python" benchmarks/accuracy.py --model models/pydocs-llama --dataset pydocs --eval_dataset pydocs \
+part 25 accuracy "$python" benchmarks/accuracy.py --model models/pydocs-llama --dataset pydocs --eval_dataset pydocs \
     --nsamples "$windows" --seqlen 128 --eval_windows "$windows" --sparsity_ratio 20 --device "$device" --out "$out/accuracy.jsonl"
-part 60 tests "$python" -m pytest -q "${tests[@]}"
 rm -rf "$out/checkpoint"
 ((${#failed[@]} == 0)) || printf '\nfailed or out of time: %s\n' "${failed[*]}"
 ((${#failed[@]} == 0))

@@ -58,17 +58,18 @@ def main() -> None:
 def compress(
     dense: PretrainedConfig, narrow: PretrainedConfig, kept: Kept, args: argparse.Namespace, device: torch.device
 ) -> None:
-    """Do what a layer takes."""
+    """Run the loop on one layer of random weights, in the stages of the stopwatch."""
     dtype = computed_in(torch.bfloat16, device)
     with torch.device(device):
         models = [AutoModelForCausalLM.from_config(of, dtype=dtype).eval() for of in (dense, narrow)]
     before, after = (model.model.layers[0] for model in models)
     arguments = layer_arguments(ModelInMemory(models[0], device), args.seqlen)[0]
-    shape = (args.nsamples, 1, args.seqlen, dense.hidden_size)
-    states = torch.randn(shape, dtype=dtype)  # on the host, as there
+    window = torch.randn(1, 1, args.seqlen, dense.hidden_size, dtype=dtype)  # on the host, as there
+    states = window.expand(args.nsamples, -1, -1, -1)
     num_kv_heads, width = dense.num_key_value_heads, dense.intermediate_size
-    heads = torch.zeros(num_kv_heads, before.self_attn.head_dim, before.self_attn.head_dim, dtype=torch.float64)
-    heads, channels = heads.to(device), torch.zeros(width, width, dtype=torch.float64, device=device)
+    zeros = partial(torch.zeros, dtype=torch.float64, device=device)
+    heads = zeros(num_kv_heads, before.self_attn.head_dim, before.self_attn.head_dim)
+    channels = zeros(width, width)
     with tapped(before, TAPS) as look:
         for window in states:
             with stage("forward"):

@@ -63,8 +63,6 @@ def recover(args: argparse.Namespace) -> None:
     request = {name: getattr(args, name) for name in ("steps", "rank", "learning_rate")}
     if not (args.steps > 0 and args.rank > 0 and 0 < args.learning_rate <= 1):
         raise InputError(f"{request}; accepted: numbers above 0, and a learning rate up to 1")
-    if args.out.exists():
-        raise InputError(f"{args.out} exists; give another folder, or delete it")
     check_writable(args.out.parent)
     keep_bars_to_terminals()
     with locked(args.out):
@@ -73,6 +71,8 @@ def recover(args: argparse.Namespace) -> None:
 
 def recover_alone(args: argparse.Namespace, asked: dict[str, Any], request: dict[str, Any]) -> None:
     """Do so in a folder that is this process's; ``asked`` are the flags of the library, ``request`` the others."""
+    if args.out.exists():
+        raise InputError(f"{args.out} exists; give another folder, or delete it")
     tokenizer, source = load_tokenizer(args.model), CheckpointSource(args.model, parse_device(asked["device"]))
     seqlen = window_length(asked["seqlen"], source.config.max_position_embeddings)
     batch_size = asked["batch_size"] or max(1, 4096 // seqlen)

@@ -40,13 +40,13 @@ def test_halves_are_computed_in_float32_on_cpus_without_instructions_for_them(
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: instructions, raising=False)
     if instructions is None:
         monkeypatch.delattr(torch.cpu, "get_capabilities")
-    devices.multiplies.cache_clear()
-    request.addfinalizer(devices.multiplies.cache_clear)
+    devices.has_instructions_for.cache_clear()
+    request.addfinalizer(devices.has_instructions_for.cache_clear)
     for dtype in 2 * DTYPES:
         is_slow = dtype in (torch.bfloat16, torch.float16) and dtype not in halves
         assert computed_in(dtype, torch.device("cpu")) == (torch.float32 if is_slow else dtype)
         assert computed_in(dtype, torch.device("cuda")) == dtype
-        assert caplog.text.count(f"no instructions for {dtype}:") == is_slow
+        assert caplog.text.count(f"no instructions of this CPU for {dtype}:") == is_slow
 
 
 @pytest.mark.parametrize("name", ["nonsense", "cpu:x", "", "cuda:99", "meta", "mps"])

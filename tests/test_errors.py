@@ -1,8 +1,13 @@
 """What becomes a line, and what keeps its traceback."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from flatllmcore.errors import InputError, door
+from python_process import LIBRARY
 
 
 class PanicException(BaseException):
@@ -32,3 +37,26 @@ def test_what_a_library_raises_becomes_one_line_and_what_ends_a_program_passes(r
     else:
         assert (type(caught.value), str(caught.value)) == (InputError, f"this is wrong ({reason}); that is accepted")
         assert caught.value.__cause__ is raised
+
+
+OPENED = """
+import sys
+print("before", flush=False)
+from flatllmcore.errors import open_streams
+open_streams()
+print("behind")
+with open({name!r}, "w") as file:
+    file.write(str(file.fileno()))
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("is_closed", [False, True])
+def test_streams_lose_no_line_and_no_file_gets_the_number_of_one_that_was_closed(tmp_path, is_closed):
+    code = "import os\n" + OPENED.format(name=str(tmp_path / "number"))
+    closing = (lambda: os.closerange(0, 3)) if is_closed else None
+    environment = os.environ | {"PYTHONPATH": str(LIBRARY)}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, preexec_fn=closing, env=environment)
+    assert done.stdout == ("" if is_closed else "before\nbehind\n")
+    assert int((tmp_path / "number").read_text()) > 2

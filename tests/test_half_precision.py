@@ -29,13 +29,13 @@ HALVES = [torch.bfloat16, torch.float16]
 
 @pytest.fixture(params=[False, True], ids=["no units", "units"])
 def has_units(request, monkeypatch):
-    monkeypatch.setattr(devices, "multiplies", lambda _: request.param)
+    monkeypatch.setattr(devices, "has_instructions_for", lambda _: request.param)
     return request.param
 
 
 @pytest.fixture
 def without_units(monkeypatch):
-    monkeypatch.setattr(devices, "multiplies", lambda _: False)
+    monkeypatch.setattr(devices, "has_instructions_for", lambda _: False)
 
 
 def config_of(method, windows, **fields):
@@ -143,12 +143,12 @@ def test_the_bytes_are_the_same_in_memory_on_disk_and_behind_a_stop(
 def test_a_run_that_was_computed_in_another_type_is_not_gone_on_with(tmp_path, monkeypatch, capsys):
     """As where a CPU without instructions for bfloat16 finds what one with them left: bytes would be of neither."""
     monkeypatch.chdir(save_inputs(tmp_path, torch.bfloat16))
-    monkeypatch.setattr(devices, "multiplies", lambda _: True)
+    monkeypatch.setattr(devices, "has_instructions_for", lambda _: True)
     with monkeypatch.context() as patch:
         patch.setattr(CheckpointSink, "publish", Mock(side_effect=KeyboardInterrupt))
         assert main.main(RUN) == 2
     with monkeypatch.context() as patch:
-        patch.setattr(devices, "multiplies", lambda _: False)
+        patch.setattr(devices, "has_instructions_for", lambda _: False)
         assert main.main(RUN) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.endswith("(dtype torch.bfloat16 in torch.float32, not torch.bfloat16); finish that one or delete it")

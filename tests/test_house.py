@@ -188,3 +188,22 @@ def test_compressed_models_are_known_whichever_package_is_imported_first(imports
     classes = "print(type(config).__name__, type(AutoModelForCausalLM.from_config(config)).__name__)"
     said = run_python_anew(f"{names}; import flatllmcore\n{config}\n{classes}")
     assert said == "FlatGemma3TextConfig FlatGemma3ForCausalLM\n"
+
+
+INTERRUPTED = """
+import builtins, importlib.util, sys
+import flatllmcore
+found = importlib.util.find_spec("transformers.models.auto.configuration_auto")
+name = "transformers.models.auto.auto_mappings"  # imported at the top of it
+sys.modules[name] = None
+try:
+    from transformers import AutoConfig
+except ImportError:
+    del sys.modules[name]
+from transformers import CONFIG_MAPPING
+print("flat_llama" in CONFIG_MAPPING)
+"""
+
+
+def test_compressed_models_are_known_when_the_first_import_was_looked_for_or_failed():
+    assert run_python_anew(INTERRUPTED) == "True\n"

@@ -915,8 +915,9 @@ def test_too_little_memory_is_one_line_that_says_what_takes_less_and_how_to_go_o
     monkeypatch.setattr("flatllmcore.checkpoint_run.perplexity", lambda *_: take())
     assert run("--save_model", "out/new") == 2
     line = capfd.readouterr().err
-    remedy = "a smaller batch_size, seqlen or host_memory_gib takes less; scores .*; mend that and run: python main.py"
-    assert re.fullmatch(rf"error: out of memory \(.*{said}\); {remedy} .*\n", line)
+    remedy = "a smaller host_memory_gib takes less, or begin anew with a smaller batch_size"
+    way_on = "scores .*; mend that and run: python main.py"
+    assert re.fullmatch(rf"error: out of memory \(.*{said}\); {remedy}; {way_on} .*\n", line)
     with pytest.raises((MemoryError, RuntimeError)), door("the file is damaged", "mend it"):
         take()
 

@@ -141,14 +141,17 @@ def test_accuracies_equal_those_counted_by_hand(folder):
 )
 def test_log_likelihoods_are_those_of_our_perplexity_in_float32(folder, dtype, has_units, error, monkeypatch):
     """Of documents, each predicted whole from a BOS token; log-probabilities rounded to bf16 would be off by more."""
-    monkeypatch.setattr(devices, "multiplies", lambda _: has_units)
+    monkeypatch.setattr(devices, "has_instructions_for", lambda _: has_units)
     source = ModelInMemory(load_model(folder, dtype=dtype), CPU)
     tokenizer, nll = load_tokenizer(folder), 0.0
     for text in PASSAGES[:6]:
         ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(text)["input_ids"]]])
         nll += math.log(perplexity(source, ids, 1)) * (ids.numel() - 1)
     tasks = load_tasks(["pydocs_text"], include_path=LOCAL_TASKS)
+    loaded = load_model(folder, dtype=dtype)
+    monkeypatch.setattr(program, "load_model", lambda *_, **__: loaded)
     row = evaluate_saved(folder, tasks, CPU, 1, 6, dtype=dtype)["tasks"]["pydocs_text"]
+    assert loaded.base_model.rotary_emb.inv_freq.dtype == torch.float32  # in half precision places would be rounded
     assert (row["metric"], row["stderr"], row["samples"]) == ("word_perplexity", None, 6)
     words, size = (sum(map(len, map(split, PASSAGES[:6]))) for split in (str.split, str.encode))
     assert math.log(row["value"]) == pytest.approx(nll / words, rel=error)

@@ -4,7 +4,7 @@ import argparse
 import os
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -96,12 +96,12 @@ def parse_options(argv: Sequence[str] | None, description: str) -> tuple[Options
     return Options(**read_flags(args, FLAGS)), as_given(args)
 
 
-def answer_at_once(read: Callable[[], object]) -> None:
-    """Read a program's flags, and end it if they ask for help or cannot be used, before what it imports takes seconds.
+def answer_at_once(description: str) -> None:
+    """End ``main.py`` if its flags ask for help or cannot be used, before what it imports takes seconds.
 
     Several processes are left to say what is wrong once, as a group.
     """
-    if "WORLD_SIZE" not in os.environ and (status := run_program(read)):
+    if "WORLD_SIZE" not in os.environ and (status := run_program(lambda: parse_options(None, description))):
         sys.exit(status)
 
 

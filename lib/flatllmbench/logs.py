@@ -30,7 +30,7 @@ class LogFile(logging.FileHandler):
 def logging_to(path: Path) -> Iterator[None]:
     """Log to the console and to the end of a file inside the block, from rank 0 alone; other libraries log errors."""
     transformers.utils.logging.set_verbosity_error()
-    logging.raiseExceptions = False  # of a console that takes no more; LogFile ends the run all the same
+    raised, logging.raiseExceptions = logging.raiseExceptions, False  # of a console that takes no more
     keep_bars_to_terminals()
     huggingface_hub.utils.logging.set_verbosity_error()
     os.environ["DATASETS_VERBOSITY"] = "critical"  # read when the library is imported; what it logs it raises too
@@ -43,6 +43,7 @@ def logging_to(path: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        logging.raiseExceptions = raised
         for handler in handlers:
             logging.getLogger().removeHandler(handler)
             handler.close()

@@ -108,8 +108,9 @@ def evaluate_saved(
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of what is chosen here
     tokenizer = load_tokenizer(model, cache_dir=loading.get("cache_dir"))
-    loaded = load_model(model, **loading)
-    loaded.to(device, computed_in(loaded.dtype, device))
+    loaded = load_model(model, **loading).to(device)
+    if computed_in(loaded.dtype, device) == torch.float32:  # buffers too, which keep a wider type than halves
+        loaded.float()
     loaded.register_forward_hook(_refuse_logits_that_are_not_finite)
     harnessed = HFLM(loaded, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32")
     known = TaskManager(include_defaults=False)  # they are loaded

@@ -15,7 +15,7 @@ def attach(
     def find(name: str) -> Any:
         if name in home:
             return getattr(import_module(home[name], package), name)
-        if find_spec(f"{package}.{name}") is None:
+        if "." in name or find_spec(f"{package}.{name}") is None:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         return import_module(f".{name}", package)
 

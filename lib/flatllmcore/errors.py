@@ -62,11 +62,17 @@ class _Stream(FileIO):
 
 def open_streams() -> None:
     """Let stdout and stderr be closed, now or later, and show by its number a character that their encoding lacks."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:  # closed from the start: no file that is opened later gets its number
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)
     for number, name in ((1, "stdout"), (2, "stderr")):
-        stream = getattr(sys, name) or open(os.devnull, "w", errors="backslashreplace")  # noqa: SIM115 (was closed)
+        stream = getattr(sys, name)
         if stream is getattr(sys, f"__{name}__"):
-            buffer, line_buffering = BufferedWriter(_Stream(number, "w", closefd=False)), stream.line_buffering
-            stream = TextIOWrapper(buffer, stream.encoding, "backslashreplace", line_buffering=line_buffering)
+            if stream is not None:
+                stream.flush()
+            encoding = None if stream is None else stream.encoding
+            buffer = BufferedWriter(_Stream(number, "w", closefd=False))
+            stream = TextIOWrapper(buffer, encoding, "backslashreplace", line_buffering=True)
         elif isinstance(stream, TextIOWrapper):  # the caller's, or ours already
             stream.reconfigure(errors="backslashreplace")
         setattr(sys, name, stream)
@@ -74,8 +80,9 @@ def open_streams() -> None:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Tell whether there was too little memory for what was asked, on the host or a GPU."""
-    words = "out of memory|allocate memory|ALLOC_FAILED"  # of torch's allocators, CUDA and its libraries
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(re.search(words, str(error))))
+    words = "out of memory|allocate memory|ALLOC_FAILED"  # of torch's allocators, the system, CUDA and its libraries
+    is_said = isinstance(error, RuntimeError | OSError) and re.search(words, str(error))
+    return isinstance(error, MemoryError) or bool(is_said)
 
 
 def mendable(error: Exception, place: Path | None) -> str:
@@ -85,7 +92,8 @@ def mendable(error: Exception, place: Path | None) -> str:
     """
     if is_out_of_memory(error):
         words = ". ".join(str(error).split(". ")[:2]) or "of the host"
-        return f"out of memory ({words:.200}); a smaller batch_size, seqlen or host_memory_gib takes less"
+        remedy = "a smaller host_memory_gib takes less, or begin anew with a smaller batch_size"
+        return f"out of memory ({words:.200}); {remedy}"
     if isinstance(error, OSError) and error.errno in UNUSABLE_PLACE:
         return f"{error.strerror}: {error.filename or place}"
     raise error

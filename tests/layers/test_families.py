@@ -174,7 +174,7 @@ def test_the_second_method_leaves_a_model_that_is_saved_and_loaded(published, tm
 @pytest.mark.parametrize("has_units", [True, False])
 def test_out_of_core_gives_the_bytes_of_the_model_in_memory(published, tmp_path, monkeypatch, has_units):
     """In a dtype that rounds much: what scales embeddings or logits must be rounded alike."""
-    monkeypatch.setattr(devices, "multiplies", lambda _: has_units)
+    monkeypatch.setattr(devices, "has_instructions_for", lambda _: has_units)
     windows, dense = random_windows(24, 1), str(tmp_path / "dense")
     published.to(torch.bfloat16).save_pretrained(dense)
     for folder, source in (("disk", on_disk(dense)), ("memory", in_memory(dense))):

@@ -38,7 +38,7 @@ class ModelInMemory:
 
     @contextmanager
     def embedding(self) -> Iterator[Callable[[Tensor], Tensor]]:
-        """Lend the embedding at its home: it takes more memory than the rows looked up."""
+        """Lend the embedding at its home: the rows that are looked up are less to move."""
         home = self.model.get_input_embeddings().weight.device
         with self._lent(self.model.get_input_embeddings(), home) as embedding:
             yield lambda ids: entering(self.decoder, embedding(ids.to(home))).to(self.device)

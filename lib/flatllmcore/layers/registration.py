@@ -7,7 +7,6 @@ import sys
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -19,18 +18,19 @@ _CONFIGS = "transformers.models.auto.configuration_auto"  # has the mapping that
 class _BehindConfigs(MetaPathFinder):
     """Registers when the module of the mapping has been imported, by whoever it was that asked for it."""
 
-    def find_spec(self, name: str, _: Sequence[str] | None, __: ModuleType | None = None) -> ModuleSpec | None:
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name != _CONFIGS:
             return None
-        sys.meta_path.remove(self)
-        spec = find_spec(name)
-        assert spec is not None
-        assert spec.loader is not None
+        later = sys.meta_path[sys.meta_path.index(self) + 1 :]
+        spec = next(filter(None, (finder.find_spec(name, path, target) for finder in later)), None)
+        if spec is None or spec.loader is None:
+            return None
         execute = spec.loader.exec_module
 
         def execute_and_register(module: ModuleType) -> None:
             execute(module)
             register()
+            sys.meta_path.remove(self)  # now, for an import that was interrupted may be tried again
 
         spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec
@@ -74,4 +74,4 @@ def register() -> None:
     for family in FAMILY_NAMES:
         if (model_type := f"flat_{family}") not in CONFIG_MAPPING:
             members = {"family": family, "model_type": model_type}
-            AutoConfig.register(model_type, type(f"{StandIn.__name__}_{family}", (StandIn,), members))
+            AutoConfig.register(model_type, type(f"StandIn_{family}", (StandIn,), members))

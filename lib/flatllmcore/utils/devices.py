@@ -48,12 +48,12 @@ def parse_device(name: str | None) -> torch.device:
 
 
 @cache
-def multiplies(dtype: torch.dtype) -> bool:
+def has_instructions_for(dtype: torch.dtype) -> bool:
     """Tell whether this CPU has instructions for a half-precision type; the log says so, once, if it has none."""
     known: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # which older versions of torch lack
     has_units = any(known.get(name) for name in _LOW_PRECISION[dtype])
     if not has_units:
-        logger.info("this CPU has no instructions for %s: weights keep that type, float32 is computed in", dtype)
+        logger.info("torch knows no instructions of this CPU for %s: weights keep it, float32 is computed in", dtype)
     return has_units
 
 
@@ -62,7 +62,7 @@ def computed_in(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
     There these take ten times as long or more; every half is a float32 too, so that weights are the same numbers.
     """
-    is_slow = device.type == "cpu" and dtype in _LOW_PRECISION and not multiplies(dtype)
+    is_slow = device.type == "cpu" and dtype in _LOW_PRECISION and not has_instructions_for(dtype)
     return torch.float32 if is_slow else dtype
 
 
