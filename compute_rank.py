@@ -24,8 +24,6 @@ from flatllmcore.core.rank_files import save_ranks
 from flatllmcore.errors import InputError, run_program
 from flatllmcore.utils.dimensions import ModelDimensions
 from flatllmcore.utils.files import digest, read_json
-from flatllmcore.utils.layer_utils import dimensions_from_config
-from flatllmcore.utils.loading import load_config
 from flatllmcore.utils.names import DAMAGE, IMPORTANCE_FILE, IMPORTANCE_METHODS, ranks_file
 
 IMPORTANCE_FILES = (IMPORTANCE_FILE, "bi_score.pt")
@@ -98,13 +96,21 @@ def allocate_all(args: argparse.Namespace) -> None:
     percents = checked(ROWS["sparsity_ratio"], args.sparsity_ratio, "--sparsity_ratio")
     shares = {percent: percent / 100 for percent in percents}
     model = None if args.model is None else checked(ROWS["model"], args.model, "--model")
-    dimensions = dimensions_from_config(load_config(model)) if model else None
+    dimensions = None if model is None else dimensions_of(model)
     place = checked(ROWS["bi_score"], args.bi_score, "--bi_score")
     files = [read_importance(path, model, dimensions) for path in find_importance_files(place)]
     allocated = [(importance, allocate(importance, shares, args)) for importance in files]
     for importance, allocations in allocated:
         write_ranks(importance, allocations, args.plot)
         sys.stdout.write(table(importance, allocations))
+
+
+def dimensions_of(model: str) -> ModelDimensions:
+    """Return the sizes of a model in a folder or at a hub id."""
+    from flatllmcore.utils.layer_utils import dimensions_from_config
+    from flatllmcore.utils.loading import load_config
+
+    return dimensions_from_config(load_config(model))
 
 
 def find_importance_files(path: Path) -> list[Path]:

@@ -27,7 +27,8 @@ import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from flatllmbench.logs import logging_to
-from flatllmbench.records import Record, costs, hardware, versions
+from flatllmbench.provenance import costs, hardware, versions
+from flatllmbench.records import Record
 from flatllmbench.request import check_places, check_request
 from flatllmbench.zero_shot import evaluate_saved, load_tasks
 from flatllmcore.checkpoint_run import CheckpointRun, Target

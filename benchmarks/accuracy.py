@@ -32,7 +32,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from common import perplexity
-from flatllmbench.records import hardware, versions
+from flatllmbench.provenance import hardware, versions
 from flatllmbench.tables import markdown_table
 from flatllmcore.core.importance import LayerImportance
 from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector, RankAllocation

@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from common import SHAPES, one_layer
-from flatllmbench.records import hardware, versions
+from flatllmbench.provenance import hardware, versions
 from flatllmbench.tables import markdown_table
 from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector
 from flatllmcore.layers import compressed_config

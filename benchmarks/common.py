@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, MistralConfig, PretrainedConfig, PreTrainedModel
 
-from flatllmbench.records import hardware, versions
+from flatllmbench.provenance import hardware, versions
 from flatllmcore.core.rank_allocation import RankAllocation
 from flatllmcore.engine import perplexity as measuring
 from flatllmcore.engine.compress import compress_layers

@@ -29,7 +29,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from common import ROOT, SHAPES, falling_scores, operations, peak_rates
-from flatllmbench.records import hardware, versions
+from flatllmbench.provenance import hardware, versions
 from flatllmbench.tables import markdown_table
 from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector
 from flatllmcore.engine.compress import compress_layers

@@ -24,9 +24,9 @@ import torch
 from transformers import LlamaConfig
 
 from common import ROOT, solve_bytes
-from flatllmbench.records import hardware, versions
-from flatllmcore.utils.devices import GIB, computed_in, parse_device
-from flatllmcore.utils.files import write_json
+from flatllmbench.provenance import hardware, versions
+from flatllmcore.utils.devices import computed_in, parse_device
+from flatllmcore.utils.files import GIB, write_json
 from flatllmcore.utils.layer_utils import dimensions_from_config
 from flatllmcore.utils.loading import load_tokenizer
 from random_checkpoint import write_random_checkpoint

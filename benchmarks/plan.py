@@ -26,7 +26,8 @@ from flatllmbench.tables import markdown_table
 from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector
 from flatllmcore.errors import InputError, run_program
 from flatllmcore.utils.data_utils import window_length
-from flatllmcore.utils.devices import GIB, best_device, computed_in, device_name, free_host_memory
+from flatllmcore.utils.devices import best_device, computed_in, device_name, free_host_memory
+from flatllmcore.utils.files import GIB
 from flatllmcore.utils.layer_utils import count_parameters, dimensions_from_config
 from flatllmcore.utils.loading import empty_causal_lm
 

@@ -21,7 +21,7 @@ import torch
 from transformers import LlamaConfig
 
 from common import ROOT, operations, peak_rates
-from flatllmbench.records import hardware, versions
+from flatllmbench.provenance import hardware, versions
 from flatllmcore.core.rank_files import read_ranks
 from flatllmcore.utils.devices import computed_in
 from flatllmcore.utils.files import write_json

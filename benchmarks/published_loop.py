@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from common import SHAPES, one_layer
-from flatllmbench.records import hardware, versions
+from flatllmbench.provenance import hardware, versions
 from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector
 from flatllmcore.engine.memory import ModelInMemory, layer_arguments
 from flatllmcore.engine.walk import tapped

@@ -23,8 +23,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from common import find_config
 from flatllmcore.errors import run_program
 from flatllmcore.utils.checkpoint import check_output_folder
-from flatllmcore.utils.devices import GIB
-from flatllmcore.utils.files import check_disk_space
+from flatllmcore.utils.files import GIB, check_disk_space
 from flatllmcore.utils.loading import load_tokenizer
 
 

@@ -168,8 +168,10 @@ except SystemExit as end:
 """
 
 
-def test_importing_the_package_loads_nothing_that_takes_seconds():
-    assert run_python_anew(f"import sys; import flatllmcore; {SLOW}") == "\n"
+@pytest.mark.parametrize("module", ["flatllmcore", "compute_rank", "flatllmbench.report"])
+def test_what_needs_no_tensors_loads_nothing_that_takes_seconds(module):
+    root = str(LIBRARY.parent)
+    assert run_python_anew(f"import sys; sys.path.insert(0, {root!r}); import {module}; {SLOW}") == "\n"
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import tiny_model
-from flatllmbench import records
-from flatllmbench.records import describe_model, hardware, versions
+from flatllmbench import provenance
+from flatllmbench.provenance import describe_model, hardware, versions
 from flatllmcore import FlatLLMPruner, InputError
 from flatllmcore.utils.checkpoint import MANIFEST
 from flatllmcore.utils.files import write_json
@@ -20,7 +20,7 @@ def test_versions_and_hardware_are_those_that_run_and_what_is_not_installed_is_l
     assert versions()["python"] == platform.python_version()
     assert hardware(torch.device("cpu"))["device"].endswith(f"CPU, {torch.get_num_threads()} threads")
 
-    monkeypatch.setattr(records, "_PACKAGES", ("torch", "no_such_package"))
+    monkeypatch.setattr(provenance, "_PACKAGES", ("torch", "no_such_package"))
     assert versions().keys() == {"python", "torch"}
 
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 import main
 from conftest import tiny_model
 from flatllmbench import zero_shot as program
-from flatllmbench.records import describe_model
+from flatllmbench.provenance import describe_model
 from flatllmbench.zero_shot import PAPER_TASKS, evaluate_saved, load_tasks
 from flatllmcore import FlatLLMPruner, InputError
 from flatllmcore.engine.memory import ModelInMemory

@@ -37,7 +37,8 @@ from flatllmcore.utils.names import model_name
 from flatllmcore.utils.progress import progress
 
 from .command_line import ROWS, parser_with, read_flags
-from .records import describe_config, describe_model, flat, hardware, keep_record
+from .provenance import describe_config, describe_model, hardware, keep_record
+from .records import flat
 from .tables import measured_tables
 
 FLAGS = {name: name for name in ("device", "dtype", "save", "cache_dir")}

@@ -29,7 +29,7 @@ from flatllmcore.utils.loading import load_model, load_tokenizer
 from flatllmcore.utils.progress import bars_on_terminals_alone
 
 from .command_line import ROWS, parser_with, read_flags
-from .records import describe_model, hardware, keep_record
+from .provenance import describe_model, hardware, keep_record
 
 # Examples before every question, and the metric that is reported.
 PAPER_TASKS = dict.fromkeys(

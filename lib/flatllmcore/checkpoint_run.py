@@ -29,8 +29,8 @@ from .errors import InputError
 from .pipeline import Pipeline
 from .utils.checkpoint import partial_folder
 from .utils.data_utils import check_token_ids, consecutive_windows
-from .utils.devices import GIB, free_host_memory, parse_device
-from .utils.files import check_disk_space, check_writable, digest, temporary_folder, to_json_bytes, write_json
+from .utils.devices import free_host_memory, parse_device
+from .utils.files import GIB, check_disk_space, check_writable, digest, temporary_folder, to_json_bytes, write_json
 from .utils.layer_utils import count_parameters, dimensions_from_config
 from .utils.loading import found_file, load_config, load_tokenizer
 from .utils.names import STOCK, public_name, public_text, ranks_file

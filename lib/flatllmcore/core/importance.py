@@ -1,26 +1,30 @@
-"""Step 1 of the method: angles between a layer's input and output, and files of scores, ours and the authors'."""
+"""Step 1 of the method: angles between a layer's input and output, and files of scores, ours and the authors'.
+
+Files of ours are read without torch.
+"""
 
 import math
 from array import array
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
 from ..utils.dimensions import ModelDimensions
 from .curve_allocation import Curves, check_curves
 
+if TYPE_CHECKING:
+    from torch import Tensor
 
-def angles_between(inputs: Tensor, outputs: Tensor) -> tuple[Tensor, int]:
+
+def angles_between(inputs: "Tensor", outputs: "Tensor") -> tuple["Tensor", int]:
     """Return ``arccos(clamp(cos(x, y), 0, 1)) / π``, (...), of rows (..., D), and how many had a zero side: cosine 0.5.
 
     In float64: near cosine 1 the angle is ``√(2(1 - cos))``, and float32 would end at 3e-4. The angles are averaged, as
     the authors' program does; the paper's text takes the angle of the mean cosine.
     """
+    import torch
+
     x, y = inputs.double(), outputs.double()
     lengths = x.norm(dim=-1) * y.norm(dim=-1)
     is_zero = lengths == 0
@@ -85,11 +89,14 @@ def read_author_numbers(path: Path) -> list[float]:
     The file is never executed. Their "sparsity" is the share of V, O and MLP that is *kept*, and so is the percentage
     in the name: 88 goes with ``--sparsity_ratio 10`` here.
     """
+    import numpy as np
+    import torch
+
     expected = "expected a list, a NumPy array or a tensor of one finite number per layer, saved by torch.save"
     try:
         with torch.serialization.safe_globals(_numpy_globals()):
             content = torch.load(path, map_location="cpu", weights_only=True)
-        if isinstance(content, Tensor | np.ndarray):
+        if isinstance(content, torch.Tensor | np.ndarray):
             content = content.tolist() if math.prod(content.shape) <= path.stat().st_size else ()
         numbers = array("d", content if isinstance(content, list | tuple) else ())  # takes neither text nor lists
     except Exception as error:  # damaged bytes raise a dozen kinds, AssertionError and struct.error among them
@@ -104,6 +111,8 @@ def read_author_numbers(path: Path) -> list[float]:
 
 def _numpy_globals() -> list[Any]:
     """Return what a pickle of NumPy numbers may name; NumPy 1 and 2 keep the two functions in different modules."""
+    import numpy as np
+
     functions = {"_reconstruct": np.zeros(0).__reduce__()[0], "scalar": np.float64(0).__reduce__()[0]}
     modules = ("numpy.core.multiarray", "numpy._core.multiarray")
     renamed = [(function, f"{module}.{name}") for module in modules for name, function in functions.items()]

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..utils.devices import GIB, free_device_memory, free_host_memory
-from ..utils.files import check_disk_space, naming_place
+from ..utils.devices import free_device_memory, free_host_memory
+from ..utils.files import GIB, check_disk_space, naming_place
 
 logger = logging.getLogger(__name__)
 

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from .files import GIB
 from .names import DEVICE_NAMES
 from .processes import launch_number
 
 logger = logging.getLogger(__name__)
 
-GIB = 2**30
 _LOW_PRECISION = {  # with the instructions, as torch names them, by which CPUs multiply such numbers
     torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16"),
     torch.float16: ("avx512_fp16", "amx_fp16", "fp16_arith"),

@@ -17,9 +17,9 @@ from typing import Any, BinaryIO, TypeVar
 from filelock import FileLock
 
 from ..errors import InputError
-from .devices import GIB
 
 T = TypeVar("T")
+GIB = 2**30
 LEFT_OVER = ".tmp." + 16 * "?"  # how :func:`replacing` names what it lends
 
 
