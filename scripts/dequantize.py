@@ -4,13 +4,15 @@ python scripts/dequantize.py model.Q4_1.gguf out/model
 """
 
 import argparse
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from flatllmbench.logs import keep_bars_to_terminals
 from flatllmcore.errors import InputError, run_program
-from flatllmcore.utils.loading import load_model, load_tokenizer
+from flatllmcore.utils.checkpoint import MODEL_CARD
+from flatllmcore.utils.loading import found_file, load_model, load_tokenizer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,6 +32,8 @@ def dequantize(model: str, folder: Path) -> None:
     partial = folder.with_name(f"{folder.name}.partial")
     load_model(model).save_pretrained(partial)
     load_tokenizer(model).save_pretrained(partial)
+    if card := found_file(model, MODEL_CARD, None):
+        shutil.copyfile(card, partial / MODEL_CARD)
     partial.rename(folder)
     print(f"the dequantised model is in {folder}")
 

@@ -74,6 +74,7 @@ def test_a_run_makes_of_a_gguf_what_it_makes_of_the_folder_that_holds_the_same_w
     assert_same_weights(one, two)
     card, files = (folders[0] / "README.md").read_text(), bytes_in(folders[0])
     assert "- Base model: tiny.Q4_1, whose weights its publisher had rounded to 4 bits (Q4_1).\n" in card
+    assert "\nlicense: apache-2.0\n" in card
     assert {"tokenizer.json", "chat_template.jinja", "generation_config.json"} <= files.keys()
     assert not any(str(place).encode() in content for place in ("flat-llm-", tmp_path) for content in files.values())
     config = json.loads(files["config.json"])

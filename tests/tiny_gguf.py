@@ -43,6 +43,7 @@ def write_gguf(
     model = model or tiny_llama()
     config, writer = model.config, gguf.GGUFWriter(path, architecture)
     writer.add_name("a tiny model")
+    writer.add_license("apache-2.0")
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)

@@ -27,7 +27,7 @@ from .engine.perplexity import perplexity
 from .engine.storage import StatesStorage
 from .errors import InputError
 from .pipeline import Pipeline
-from .utils.checkpoint import partial_folder
+from .utils.checkpoint import MODEL_CARD, partial_folder, stated_licence
 from .utils.data_utils import check_token_ids, consecutive_windows
 from .utils.devices import free_host_memory, parse_device
 from .utils.files import GIB, check_disk_space, check_writable, digest, temporary_folder, to_json_bytes, write_json
@@ -221,6 +221,7 @@ class CheckpointRun:
             "seqlen": self.pipeline.seqlen,
             "seed": config.seed,
             "rounded_to": getattr(self.pipeline.model_config, "rounded_to", None),
+            "licence": stated_licence(found_file(config.model, MODEL_CARD, config.cache_dir)),
         }
         depends_on = {
             **self.source.identity,

@@ -22,10 +22,11 @@ from transformers.utils import logging
 
 from .core.rotary_pairs import pairs_are_halves
 from .errors import InputError, door, run_program
+from .utils.checkpoint import MODEL_CARD, stated_licence
 from .utils.files import check_disk_space, check_is_no_folder, check_writable, replacing
 from .utils.gguf_tokenizer import add_tokenizer
 from .utils.layer_utils import DecoderModule, dense_dimensions, find_decoder_layers
-from .utils.loading import load_tokenizer, open_checkpoint
+from .utils.loading import found_file, load_tokenizer, open_checkpoint
 from .utils.names import model_name
 
 # llama.cpp's name of each family's architecture, and of one whose MLPs may differ in width.
@@ -65,6 +66,8 @@ def export_gguf(model: str, file: Path, overwrite: bool = False) -> None:
     architecture = _architecture(skeleton, set(widths))
     writer = gguf.GGUFWriter(None, architecture)
     writer.add_name(model_name(model))
+    for name, of in stated_licence(found_file(model, MODEL_CARD, None)).items():
+        getattr(writer, f"add_{name}")(of)
     _add_sizes(writer, skeleton.config, widths)
     add_tokenizer(writer, load_tokenizer(model), skeleton.config.vocab_size)
     (key,) = (key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)

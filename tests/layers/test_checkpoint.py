@@ -6,7 +6,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from flatllmcore import InputError
-from flatllmcore.utils.checkpoint import MANIFEST, check_output_folder, model_card, put_in_place
+from flatllmcore.utils.checkpoint import MANIFEST, check_output_folder, model_card, put_in_place, stated_licence
 from flatllmcore.utils.files import write_json
 
 RECORD = {
@@ -24,6 +24,7 @@ RECORD = {
     "seed": 42,
     "perplexity": [{"dense": 5.4723, "compressed": 6.7, "dataset": "wikitext2", "seqlen": 4096}],
     "rounded_to": None,
+    "licence": {"license": "other", "license_name": "llama2", "license_link": "LICENSE"},
     "versions": {"torch": "2.13.0"},
     "command": "python main.py --model x",
 }
@@ -118,6 +119,7 @@ def test_the_card_states_how_the_model_was_made_and_names_no_path(tmp_path):
     assert "trust_remote_code=True" in card
     assert "trust_remote_code" not in model_card(RECORD | {"shape": "stock"})
     assert stated["pipeline_tag"] == "text-generation"
+    assert RECORD["licence"].items() <= stated.items()
     assert "NF4" not in card
     uneven = model_card(RECORD | {"input_divisor": 8})
     assert "multiples of 64 (but of 8), as groups of weights want.\n  bitsandbytes' NF4 is silently wrong" in uneven
@@ -140,3 +142,23 @@ def test_the_card_states_how_the_model_was_made_and_names_no_path(tmp_path):
     assert "`python main.py --model meta-llama/Llama-2-7b-hf`" in model_card(
         RECORD | {"command": "python main.py --model meta-llama/Llama-2-7b-hf"}
     )
+
+
+@pytest.mark.parametrize(
+    ("text", "stated"),
+    [
+        ("---\nlicense: apache-2.0\nlanguage: en\n---\n# A model\n", {"license": "apache-2.0"}),
+        ("---\nlanguage: en\n---\n", {}),
+        ("# A model of nobody\n", {}),
+    ],
+)
+def test_the_licence_is_the_one_that_the_base_model_s_card_states(tmp_path, text, stated):
+    (tmp_path / "README.md").write_text(text)
+    assert stated_licence(tmp_path / "README.md") == stated
+
+
+@pytest.mark.parametrize("content", [b"---\nlicense: [\n---\n", b"\xff"])
+def test_a_base_model_s_card_that_cannot_be_read_is_refused_by_name(tmp_path, content):
+    (tmp_path / "README.md").write_bytes(content)
+    with pytest.raises(InputError, match=r"README.md cannot be read .* mend it"):
+        stated_licence(tmp_path / "README.md")

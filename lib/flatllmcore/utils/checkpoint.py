@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from huggingface_hub import ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 
-from ..errors import InputError
+from ..errors import InputError, door
 from .files import LEFT_OVER, check_writable, read_json
 from .names import STOCK, public_name, public_text
 
@@ -125,6 +125,15 @@ def find_other(folder: Path) -> Path | None:
     return next((path for path in found if path not in known), None)
 
 
+def stated_licence(card: Path | None) -> dict[str, Any]:
+    """Return what a model card, if there is one, says of its model's licence, as front matter has it."""
+    if card is None:
+        return {}
+    with door(f"the model card {card} cannot be read", "mend it, or take it away"):
+        stated = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
+    return {name: stated[name] for name in ("license", "license_name", "license_link") if name in stated}
+
+
 def model_card(record: Mapping[str, Any]) -> str:
     """Return the Markdown model card, with YAML front matter, of a compressed model from the record of its run."""
     base_model = str(record["base_model"])
@@ -136,6 +145,7 @@ def model_card(record: Mapping[str, Any]) -> str:
         tags=["flat-llm", "compressed"],
         base_model=None if is_local else base_model,  # the hub links this name to a repository
         flat_llm={"base_model": name, "sparsity_ratio": record["sparsity_ratio"]},
+        **record["licence"],
     )
     projections = "query, key, value and output" if record["prune_qk"] else "value and output"
     parts = f"{projections} projections by head-wise PCA, MLPs by Nyström approximation"

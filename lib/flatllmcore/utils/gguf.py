@@ -10,10 +10,12 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
+from huggingface_hub import ModelCardData
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import CONFIG_NAME
 
 from ..errors import InputError, door
+from .checkpoint import MODEL_CARD
 from .files import check_disk_space, temporary_folder
 from .layer_utils import WEIGHT_DTYPES, family_name
 from .progress import bars_on_terminals_alone
@@ -53,7 +55,8 @@ def _dequantised(file: Path, _modified_ns: int) -> str:
 
         # Or transformers would read the file again for the config, the weights and the tokenizer, for seconds each.
         with patch.object(gguf, "GGUFReader", cache(gguf.GGUFReader)):
-            tensors = gguf.GGUFReader(str(file)).tensors
+            reader = gguf.GGUFReader(str(file))
+            tensors, licence = reader.tensors, reader.fields.get("general.license")
             check_disk_space(folder, sum(int(tensor.n_elements) for tensor in tensors) * torch.float32.itemsize)
             given = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
             config = AutoConfig.from_pretrained(**given, trust_remote_code=False)
@@ -71,4 +74,6 @@ def _dequantised(file: Path, _modified_ns: int) -> str:
     if kind not in WEIGHT_DTYPES:
         model.config.rounded_to = f"{re.findall('[0-9]+', kind)[0]} bits ({kind})"
     model.config.save_pretrained(folder)
+    if licence is not None:
+        (folder / MODEL_CARD).write_text(f"---\n{ModelCardData(license=licence.contents()).to_yaml()}\n---\n")
     return str(folder)
