@@ -18,7 +18,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flatllmbench.command_line import Options, answer_at_once, command_line, parse_options
+try:
+    from flatllmbench.command_line import Options, answer_at_once, command_line, parse_options
+except ModuleNotFoundError as missing:
+    sys.exit(f"error: {missing}; install first: pip install -r requirements.txt (INSTALL.md)")
 
 if __name__ == "__main__":
     answer_at_once(__doc__ or "")
@@ -126,7 +129,10 @@ class Program:
 
     def score(self) -> None:
         """Write the model's importance scores, and the record of the run."""
-        scores = CheckpointRun(self.options, self.provenance()).score()
+        run = CheckpointRun(self.options, self.provenance())
+        for one in self.options.each_ratio():
+            run.pipeline.check_target(one.keep_ratio)
+        scores = run.score()
         found = {name: getattr(scores, name) for name in ("nsamples", "seqlen", "scores", "zero_rows")}
         self.keep_record(self.options, found | costs(self.stopwatch))
 

@@ -61,10 +61,11 @@ def main() -> None:
     places = {"dataset_root": args.dataset_root, "tokenizer": tokenizer}
     texts = [load_text(name, "train", **places) for name in text_names(args.dataset)]
     tests = {
-        public_name(name): consecutive_windows(load_text(name, "test", **places), tokenizer, args.seqlen)
+        public_name(name): consecutive_windows(
+            load_text(name, "test", **places), tokenizer, args.seqlen, args.eval_windows
+        )
         for name in args.eval_dataset
     }
-    tests = {name: windows[: args.eval_windows] for name, windows in tests.items()}
     done = read(args.out)
     about = {"model": public_name(args.model), "dtype": str(model.dtype), "nsamples": args.nsamples}
     about |= {"seqlen": args.seqlen, "dataset": "+".join(map(public_name, text_names(args.dataset)))}

@@ -103,7 +103,7 @@ def parse_arguments() -> argparse.Namespace:
     for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, default=Path("results/benchmarks/out_of_core.json"))
+    parser.add_argument("--out", type=Path, default=Path("out/benchmarks/out_of_core.json"))
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     return args

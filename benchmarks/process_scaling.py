@@ -90,7 +90,7 @@ def parse_arguments() -> argparse.Namespace:
     sizes = {"layers": 8, "hidden_size": 1024, "intermediate_size": 2816, "nsamples": 64, "seqlen": 512, "repeats": 3}
     for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--out", type=Path, default=Path("results/benchmarks/process_scaling.json"))
+    parser.add_argument("--out", type=Path, default=Path("out/benchmarks/process_scaling.json"))
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     return args

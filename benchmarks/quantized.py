@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     set_verbosity_error()
     for model in args.models:
-        windows = consecutive_windows(load_text(args.dataset, "test"), load_tokenizer(model), 256)[: args.windows]
+        windows = consecutive_windows(load_text(args.dataset, "test"), load_tokenizer(model), 256, args.windows)
         for way in args.by:
             print(f"| {Path(model).name} | {way} | {measured(model, way, windows)} |", flush=True)
 

@@ -52,7 +52,7 @@ class Served:
         tokenizer.save_pretrained(place)
         export_gguf(str(place), self.file)
         self.other = LlamaCpp(self.file, 512)
-        windows = consecutive_windows(load_text(dataset, "test"), tokenizer, SCORED)[: PROMPTS + 1].tolist()
+        windows = consecutive_windows(load_text(dataset, "test"), tokenizer, SCORED, PROMPTS + 1).tolist()
         self.prompts, self.scored = [window[:PROMPT_LENGTH] for window in windows[:PROMPTS]], windows[PROMPTS]
         self.eos = tokenizer.eos_token_id
 

@@ -44,7 +44,6 @@ if [[ "${SHAPE:-}" == stock ]]; then # one for all layers, whatever matters most
 else
     kind="$method"
     [[ "$method" != "flatllm+" ]] || flags+=(--importance_method damage)
-    [[ -e "$scores/importance.json" ]] || score "$MODEL" "$scores" "$records" "$@"
     left=()
     for percent in $ratios; do
         if [[ "${OVERWRITE:-}" != 1 && -e "$scores/ranks_$percent.json" ]]; then
@@ -53,8 +52,11 @@ else
             left+=("$percent")
         fi
     done
-    ((${#left[@]} == 0)) ||
+    if ((${#left[@]} > 0)); then
+        [[ -e "$scores/importance.json" ]] ||
+            score "$MODEL" "$scores" "$records" --sparsity_ratio "${left[@]}" "${rank_flags[@]}" "$@"
         run "$PYTHON" compute_rank.py --bi_score "$scores" --sparsity_ratio "${left[@]}" "${rank_flags[@]}"
+    fi
     flags+=(--bi_score "$scores")
 fi
 

@@ -81,7 +81,7 @@ def recover_alone(args: argparse.Namespace, asked: dict[str, Any], request: dict
     texts = [load_text(name, "train", **places) for name in names]
     windows = sample_mixture(texts, tokenizer, args.steps * batch_size, seqlen, asked["seed"])
     test_text = load_text((asked["eval_dataset"] or names)[0], "test", **places)
-    test_windows = consecutive_windows(test_text, tokenizer, seqlen)[: asked["eval_nsamples"]]
+    test_windows = consecutive_windows(test_text, tokenizer, seqlen, asked["eval_nsamples"])
     for of in (windows, test_windows):
         check_token_ids(of, source.config.vocab_size)
     request |= {"seed": asked["seed"], "batch_size": batch_size, "seqlen": seqlen, "model": source.fingerprint()}

@@ -49,7 +49,7 @@ places() {
 
 # score MODEL FOLDER RECORDS FLAG...: writes FOLDER/importance.json, and the log and the record of the run to RECORDS.
 score() {
-    rm -f "$2"/ranks_*.json # of other scores
+    [[ ! -e "$2/importance.json" ]] || rm -f "$2"/ranks_*.json # of the scores that are made anew
     run "${main[@]}" --prune_method bi --model "$1" --bi_score "$2" --save "$3" \
         --nsamples "${BI_NSAMPLES:-128}" "${flags[@]}" "${@:4}"
 }

@@ -180,6 +180,18 @@ class TestConsecutiveWindows:
             pieces = list(data_utils._pieces(text))
             assert "".join(pieces) == text.separator.join(text.documents)
             assert torch.equal(consecutive_windows(text, TOKENIZER, 1), whole)
+            assert torch.equal(consecutive_windows(text, TOKENIZER, 1, 3), whole[:3])
+
+    def test_what_is_behind_the_windows_asked_for_is_not_tokenised(self, monkeypatch):
+        """Pieces are documents here; BOS, three tokens of the first and the separator's are in the first piece."""
+        monkeypatch.setattr(data_utils, "_PIECE_CHARACTERS", 1)
+        text = TextDataset("text", "test", ["w1 w2 w3", "w4", "w5"], " ")
+        read = []
+        monkeypatch.setattr(
+            data_utils, "_encode", lambda _, piece, **__: read.append(piece) or [0] * len(piece.split())
+        )
+        assert consecutive_windows(text, TOKENIZER, 2, 2).shape == (2, 2)
+        assert read == ["w1 w2 w3 ", "w4 "]
 
 
 def write(path, content):
@@ -487,7 +499,7 @@ class TestNamedDatasets:
     @pytest.mark.parametrize("name", ["wikitext2", "c4", "alpaca"])
     def test_a_missing_network_is_one_line(self, tmp_path, unreachable_hub, monkeypatch, name, is_offline):
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", is_offline)
-        expected = r"from the Hugging Face Hub \(.+\); without .*--dataset_root DIR \(dataset_root in Python\)"
+        expected = r"from the Hugging Face Hub \(.+\); without a network give a folder with a copy as dataset_root"
         with pytest.raises(InputError, match=expected) as caught:
             load_text(name, "train", cache_dir=tmp_path)
         assert "\n" not in str(caught.value)
@@ -557,7 +569,7 @@ class TestHubIds:
     @pytest.mark.parametrize("is_offline", [True, False])
     def test_a_missing_network_is_one_line(self, tmp_path, unreachable_hub, monkeypatch, is_offline):
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", is_offline)
-        with pytest.raises(InputError, match=r"could not get some/text .*\(.+\); without .*--dataset_root") as caught:
+        with pytest.raises(InputError, match=r"could not get some/text .*\(.+\); without .*as dataset_root") as caught:
             load_text("some/text", "train", cache_dir=tmp_path)
         assert "\n" not in str(caught.value)
 

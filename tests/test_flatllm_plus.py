@@ -373,7 +373,7 @@ def test_few_tokens_are_warned_of_and_do_no_harm(caplog):
     """Of one token per channel; with the ridge that many tokens have, the excess was twice this bound."""
     model, tokenizer = load_model(FOLDER, dtype="float32"), load_tokenizer(FOLDER)
     windows = sample_documents(load_text("pydocs", "train"), tokenizer, 8, 64, seed=0)
-    test_windows = consecutive_windows(load_text("pydocs", "test"), tokenizer, 128)[:8]
+    test_windows = consecutive_windows(load_text("pydocs", "test"), tokenizer, 128, 8)
     dense = perplexity(ModelInMemory(model, CPU), test_windows, 8)
     small = apply_flat_llm(model, None, 0.2, windows, method="flatllm+")
     assert "512 calibration tokens are few for 448 MLP channels" in caplog.text
@@ -384,7 +384,7 @@ def test_it_does_better_than_the_published_method_on_the_embedded_model():
     """At equal size it leaves less than two thirds of the excess, ``ln(compressed / dense)``, on text of its kind."""
     model, tokenizer = load_model(FOLDER, dtype="float32"), load_tokenizer(FOLDER)
     windows = sample_documents(load_text("pydocs", "train"), tokenizer, 32, 128, seed=0)
-    test_windows = consecutive_windows(load_text("pydocs", "test"), tokenizer, 128)[:16]
+    test_windows = consecutive_windows(load_text("pydocs", "test"), tokenizer, 128, 16)
     dense, excess = perplexity(ModelInMemory(model, CPU), test_windows, 8), {}
     for name in METHODS:
         pruner = FlatLLMPruner(copy.deepcopy(model), method=name, target_sparsity=0.4, cal_dataset=windows)

@@ -360,7 +360,7 @@ def test_argparse_refuses_in_one_line_after_the_usage(here, capsys, argv, reason
         ("--dtype int8", "--dtype is 'int8'; accepted: auto or bfloat16"),
         ("--device cuda:99", "device 'cuda:99'"),
         ("--dataset nosuch", "no dataset, file or folder called 'nosuch'; known datasets: pydocs, wikitext2"),
-        ("--dataset wikitext2", "without a network give --dataset_root"),
+        ("--dataset wikitext2", "without a network give a folder with a copy as dataset_root"),
         ("--dataset text/train.txt", "no test split to measure perplexity on; name an --eval_dataset"),
         ("--eval_dataset short.txt", "has 2 tokens, fewer than one window of 32"),
         (f"--save_model {MODEL}", "it is not empty"),

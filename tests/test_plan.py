@@ -208,7 +208,7 @@ def test_quantised_models_are_measured_when_they_are_loaded_again(capsys):
     quantized.main([EMBEDDED, "--windows", "2"])
     rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()]
     assert [row[1] for row in rows] == list(quantized.WAYS)
-    windows = consecutive_windows(load_text("pydocs", "test"), load_tokenizer(EMBEDDED), 256)[:2]
+    windows = consecutive_windows(load_text("pydocs", "test"), load_tokenizer(EMBEDDED), 256, 2)
     bf16 = perplexity(CheckpointSource(EMBEDDED, torch.device("cpu"), "float32"), windows, 2)
     size = sum(path.stat().st_size for path in Path(EMBEDDED).glob("*.safetensors")) / 1e6
     assert list(map(float, rows[0][2:])) == [pytest.approx(size, abs=0.06), pytest.approx(bf16, abs=0.006)]

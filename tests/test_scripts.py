@@ -231,6 +231,19 @@ def test_what_changes_the_ranks_reaches_the_ranks_and_the_compression(commands, 
     assert compressing[-2:] == ["--batch_size", "3"]
 
 
+def test_scores_are_made_where_ranks_are_missing_and_for_the_targets_of_those(commands, tmp_path):
+    """Ranks that are there stay; what scores refuses what cannot be removed by these multiples."""
+    (tmp_path / "ranks_20.json").write_text("{}")
+    variables = {"MODEL": "m", "BI_SCORE": tmp_path, "RANK_MULTIPLE": "1"}
+    assert [command[0] for command in commands("compress.sh", RATIOS="20", **variables)] == ["main.py", "-m"]
+    assert (tmp_path / "ranks_20.json").exists()
+    scoring, ranking, _, _ = commands("compress.sh", RATIOS="20 86", METHOD="flatllm+", **variables)
+    assert values_of("--sparsity_ratio", scoring) == values_of("--sparsity_ratio", ranking) == ["86"]
+    for flags in (scoring, ranking):
+        assert (value_of("--rank_multiple", flags), value_of("--importance_method", flags)) == ("1", "damage")
+        assert "--prune_qk" in flags
+
+
 def test_the_stock_shape_takes_no_scores_and_has_a_name_of_its_own(commands, tmp_path):
     variables = {"MODEL": "m", "RATIOS": "20", "OUT": tmp_path, "SHAPE": "stock", "METHOD": "flatllm+"}
     compressing, report = commands("compress.sh", WIDTH_MULTIPLE="32", **variables)

@@ -6,7 +6,9 @@ A local folder with a tiny model stands in for the hub id, and a local text for 
 import copy
 import json
 import math
+import os
 import re
+import subprocess
 import sys
 from hashlib import sha256
 from pathlib import Path
@@ -18,7 +20,7 @@ import torch
 import flatllmcore
 import oracle
 from conftest import tiny_model
-from fedcore_stand_in import REASSEMBLERS, write_fedcore
+from fedcore_stand_in import write_fedcore
 from flatllmcore import (
     FlatLLMConfig,
     FlatLLMPruner,
@@ -40,6 +42,7 @@ from tiny_text import documents, word_tokenizer
 from user_document import SAMPLES
 
 TOKENIZER = word_tokenizer()
+ROOT = Path(__file__).resolve().parents[1]
 # Of the document's code blocks themselves, one after the other, so that no formatter changes the copies.
 DIGEST = "f4ea360a4e3ba88e185ae0a03b49517de8d2b0e6699edd6f8a4582106eaf7d56"
 
@@ -133,34 +136,30 @@ print(type(model).__name__)
         assert float(ratio) == pytest.approx(2, abs=0.1)
         assert float(reduction) == pytest.approx(50, abs=3)
 
-    @pytest.mark.parametrize("first", ["flatllmcore", "fedcore.algorithm.low_rank.reassembly.core_reassemblers"])
-    def test_all_in_one_session(self, first, tmp_path):
-        """Each on a fresh model, in the document's order, with what it leaves unsaid: the imports and the registry."""
-        (tmp_path / "text.txt").write_text("\n".join(documents(400)))
-        tiny_model().float().save_pretrained(tmp_path / "model")
-        TOKENIZER.save_pretrained(tmp_path / "model")
-        (tmp_path / "external").mkdir()
-        (tmp_path / "external" / "flatllmcore").symlink_to(LIBRARY / "flatllmcore")
-        register = "\nfrom flatllmcore import FlatLLMReassembler\nREASSEMBLERS['flat-llm'] = FlatLLMReassembler\n"
-        code = f"""
-import {first}
-from pathlib import Path
-from flatllmcore import *
-from flatllmcore.utils import text_sources
-from transformers import AutoModelForCausalLM
-from fedcore.algorithm.low_rank.reassembly.core_reassemblers import REASSEMBLERS, Reassembler
-import json, sys
-text_sources._download = lambda *_: Path({str(tmp_path / "text.txt")!r})
-for sample in json.loads({json.dumps(json.dumps(list(SAMPLES.values())))}):
-    model = AutoModelForCausalLM.from_pretrained({str(tmp_path / "model")!r})
-    exec(sample.replace("meta-llama/Llama-2-7b-hf", {str(tmp_path / "model")!r}))
-assert issubclass(FlatLLMReassembler, Reassembler) and isinstance(reassembler, FlatLLMReassembler)
-"""
-        printed = run_python(code, [write_fedcore(tmp_path, REASSEMBLERS + register), LIBRARY])
-        assert [line.partition(":")[0] for line in printed.splitlines()] == [
+    @pytest.mark.slow
+    def test_a_stranger_s_shell_runs_the_documents(self, tmp_path):
+        """The three steps on the embedded model and all samples in one session, registered in both orders."""
+        settings = {"PYTHON": sys.executable, "OUT": str(tmp_path), "DEVICE": "cpu"}
+        done = subprocess.run(
+            ["bash", ROOT / "tests" / "user_documents.sh"],
+            env=os.environ | settings,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        said = [line.partition(":")[0] for line in done.stdout.splitlines()]
+        assert said[-16:] == 2 * [
             *("Layer importance scores", "Detected", "Rank allocation per layer", "Current sparsity"),
-            *("Model dimensions", "Compression ratio", "Parameter reduction"),
+            *("Model dimensions", "Compression ratio", "Parameter reduction", "One of FedCore's"),
         ]
+        assert done.stdout.endswith("One of FedCore's: True True\n")
+        record = json.loads((tmp_path / "records/pydocs-llama/pydocs-llama_flatllm_20.json").read_text())
+        scores = (tmp_path / "ranks/pydocs-llama/importance.json").read_bytes()
+        ranks = json.loads((tmp_path / "ranks/pydocs-llama/ranks_20.json").read_text())
+        assert ranks["importance_sha256"] == sha256(scores).hexdigest()
+        assert ranks["mlp_width"] == [layer["mlp_width"] for layer in record["layers"]]
+        assert record["perplexity"][0]["compressed"] > record["perplexity"][0]["dense"] > 1
 
     def test_every_sample_is_the_document_s_own_byte_for_byte(self):
         assert sha256("".join(SAMPLES.values()).encode()).hexdigest() == DIGEST

@@ -81,7 +81,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the arguments of the command line."""
     parser = argparse.ArgumentParser(description="Make README.md and its picture from records.")
     parser.add_argument("records", nargs="+", metavar="RECORDS", help="records, or folders of them")
-    parser.add_argument("--out", default=Path("results"), metavar="DIR", help="(default: %(default)s)")
+    parser.add_argument("--out", default=Path("out"), metavar="DIR", help="(default: %(default)s)")
     return parser.parse_args(argv)
 
 

@@ -117,7 +117,9 @@ class CheckpointRun:
         cannot be met, or whose partial folder is of another request, and models ``published`` of another.
         """
         for config in configs:
-            self.pipeline.announce_target(config.keep_ratio)
+            place = config.score_place
+            if not (place.is_file() or (place / ranks_file(100 * config.target_sparsity)).is_file()):
+                self.pipeline.announce_target(config.keep_ratio)  # ranks there may be of other multiples
         with stage("data"):
             data = {"windows": _digest(self.windows), "eval_windows": list(map(_digest, self.test_windows.values()))}
         self._check_disk_space(configs)
@@ -140,7 +142,7 @@ class CheckpointRun:
         for name in config.eval_texts:
             places = {"dataset_root": config.dataset_root, "cache_dir": config.cache_dir}
             text = load_text(name, "test", **places, tokenizer=self.tokenizer)
-            found[name] = consecutive_windows(text, self.tokenizer, self.pipeline.seqlen)[: config.eval_nsamples]
+            found[name] = consecutive_windows(text, self.tokenizer, self.pipeline.seqlen, config.eval_nsamples)
             check_token_ids(found[name], self.pipeline.model_config.vocab_size)
         return found
 

@@ -62,10 +62,14 @@ class Pipeline:
             shape=self.config.shape,
         )
 
-    def announce_target(self, keep_ratio: float) -> None:
-        """Log what is going to stay; InputError if the model is compressed already, or has not so much to remove."""
+    def check_target(self, keep_ratio: float) -> None:
+        """Refuse a model that is compressed already, or that has not so much to remove."""
         is_by_damage = self.config.importance_method == DAMAGE and self.config.shape != STOCK
         self.selector.check_target(keep_ratio, self._outlines if is_by_damage else None)
+
+    def announce_target(self, keep_ratio: float) -> None:
+        """Log what is going to stay, where :meth:`check_target` does not refuse it."""
+        self.check_target(keep_ratio)
         logger.info(
             "%.2f %% of the decoder layers' linear weights stay, %.2f %% of the projections that are pruned",
             100 * keep_ratio,

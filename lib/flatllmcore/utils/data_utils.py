@@ -19,7 +19,7 @@ from .text_sources import TextDataset
 
 LONGEST_WINDOW = 4096  # the published one
 # A tokenizer works with about 550 bytes per token; one call on a whole C4 shard would take 90 GB.
-_PIECE_CHARACTERS = 2**24
+_PIECE_CHARACTERS = 2**22
 
 
 def sample_documents(
@@ -78,9 +78,24 @@ def sample_mixture(
     return torch.cat(windows)
 
 
-def consecutive_windows(text: TextDataset, tokenizer: PreTrainedTokenizerBase, seqlen: int) -> Tensor:
-    """Return the joined text, BOS first where there is one, cut into int64 windows (n, seqlen) without overlap."""
-    return _token_ids(text, tokenizer, seqlen).unfold(0, seqlen, seqlen)
+def consecutive_windows(
+    text: TextDataset, tokenizer: PreTrainedTokenizerBase, seqlen: int, most: int | None = None
+) -> Tensor:
+    """Return the joined text, BOS first where there is one, cut into int64 windows (n, seqlen) without overlap.
+
+    Of ``most`` windows they are the first; what is far behind them is not tokenised.
+    """
+    tokens: list[Tensor] = []
+    count = 0
+    for piece in progress(list(_pieces(text)), "tokenising text", "piece"):
+        ids = _encode(tokenizer, piece, add_special_tokens=not tokens)  # which stand only with the text's beginning
+        tokens.append(torch.tensor(ids, dtype=torch.int64))
+        count += len(ids)
+        if most is not None and count >= most * seqlen:
+            break
+    if count < seqlen:
+        raise InputError(f"text {text.name!r} ({text.split}) has {count} tokens, fewer than one window of {seqlen}")
+    return torch.cat(tokens).unfold(0, seqlen, seqlen)[:most]
 
 
 def calibration_statistics(windows: Tensor) -> dict[str, int]:
@@ -198,18 +213,6 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: b
     # verbose: a text longer than the model takes is meant here, so no warning about it.
     with door(f"the tokenizer at {tokenizer.name_or_path!r} cannot read the text", "mend its files, or the text"):
         return tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
-
-
-def _token_ids(text: TextDataset, tokenizer: PreTrainedTokenizerBase, seqlen: int) -> Tensor:
-    """Return the ids of the joined text, ``seqlen`` or more; special tokens only with its beginning."""
-    tokens: list[Tensor] = []
-    for piece in progress(list(_pieces(text)), "tokenising text", "piece"):
-        ids = _encode(tokenizer, piece, add_special_tokens=not tokens)
-        tokens.append(torch.tensor(ids, dtype=torch.int64))
-    count = sum(map(len, tokens))
-    if count < seqlen:
-        raise InputError(f"text {text.name!r} ({text.split}) has {count} tokens, fewer than one window of {seqlen}")
-    return torch.cat(tokens)
 
 
 def _pieces(text: TextDataset) -> Iterator[str]:
