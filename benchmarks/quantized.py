@@ -2,8 +2,9 @@
 
     python benchmarks/quantized.py models/pydocs-llama demo/pydocs-llama-20 --by quanto-int8 quanto-int4
 
-Needs torchao and optimum-quanto, which nothing else here does. Arithmetic is float32: many a CPU has no instructions
-for bfloat16. The head, and embeddings, stay in the type they had. docs/QUANTIZE.md has what came of it.
+Needs torchao, optimum-quanto and llmcompressor, which nothing else here does, the last with a transformers of its own
+choice. GPTQ is calibrated on 16 windows of the text's train split. Arithmetic is float32: many a CPU has no
+instructions for bfloat16. The head, and embeddings, stay in the type they had. docs/QUANTIZE.md has what came of it.
 """
 
 import argparse
@@ -20,11 +21,11 @@ from transformers.utils.logging import set_verbosity_error
 
 import flatllmcore  # noqa: F401 (makes compressed models known to transformers)
 from flatllmcore.errors import InputError, door
-from flatllmcore.utils.data_utils import consecutive_windows
+from flatllmcore.utils.data_utils import consecutive_windows, sample_documents
 from flatllmcore.utils.loading import load_tokenizer
 from flatllmcore.utils.text_sources import load_text
 
-WAYS = ("bf16", "torchao-int8", "torchao-int4", "quanto-int8", "quanto-int4")
+WAYS = ("bf16", "torchao-int8", "torchao-int4", "quanto-int8", "quanto-int4", "gptq-int4")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -36,17 +37,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     set_verbosity_error()
     for model in args.models:
-        windows = consecutive_windows(load_text(args.dataset, "test"), load_tokenizer(model), 256, args.windows)
+        tokenizer = load_tokenizer(model)
+        windows = consecutive_windows(load_text(args.dataset, "test"), tokenizer, 256, args.windows)
+        calibration = sample_documents(load_text(args.dataset, "train"), tokenizer, 16, 256, seed=0)
         for way in args.by:
-            print(f"| {Path(model).name} | {way} | {measured(model, way, windows)} |", flush=True)
+            print(f"| {Path(model).name} | {way} | {measured(model, way, windows, calibration)} |", flush=True)
 
 
-def measured(folder: str, way: str, windows: Tensor) -> str:
+def measured(folder: str, way: str, windows: Tensor, calibration: Tensor) -> str:
     """Return megabytes on disk and perplexity of the model loaded again, or what a library said against it."""
     try:
         with TemporaryDirectory() as saved, door("no", "see docs/QUANTIZE.md"):
-            by_quanto = way.startswith("quanto")
-            model = saved_by_quanto(folder, way, saved) if by_quanto else saved_by_transformers(folder, way, saved)
+            if way.startswith("quanto"):
+                model = saved_by_quanto(folder, way, saved)
+            elif way.startswith("gptq"):
+                model = saved_by_gptq(folder, saved, calibration)
+            else:
+                model = saved_by_transformers(folder, way, saved)
             size = sum(path.stat().st_size for path in Path(saved).glob("*.safetensors")) / 1e6
             return f"{size:.1f} | {perplexity(model, windows):.2f}"
     except InputError as error:
@@ -80,6 +87,27 @@ def saved_by_quanto(folder: str, way: str, saved: str) -> PreTrainedModel:
     quanto.requantize(empty, load_file(Path(saved) / "model.safetensors"), quanto.quantization_map(model))
     empty.tie_weights()
     return empty
+
+
+def saved_by_gptq(folder: str, saved: str, calibration: Tensor) -> PreTrainedModel:
+    """Return the model loaded again, in int4 by groups of 32, packed, by llm-compressor."""
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from datasets import Dataset
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.quantization import GPTQModifier
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    int4 = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(num_bits=4, group_size=32, symmetric=True))
+    count, seqlen = calibration.shape
+    oneshot(
+        model=model,
+        dataset=Dataset.from_dict({"input_ids": calibration.tolist()}),
+        recipe=GPTQModifier(config_groups={"int4": int4}, ignore=["lm_head"]),
+        num_calibration_samples=count,
+        max_seq_length=seqlen,
+    )
+    model.save_pretrained(saved, save_compressed=True)
+    return AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32)
 
 
 @torch.no_grad()  # quanto unpacks int4 in ways that inference mode refuses
