@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen3
 
 import common
 import compression_time
+import forward_profile
 import quantized
 from common import find_config
 from flatllmcore.core.mlp_nystrom import reconstruct_down_projection, select_channels
@@ -201,6 +202,18 @@ def test_two_checkouts_compress_by_turns(monkeypatch, capsys, tmp_path):
     compression_time.main()
     assert turns == 2 * [common.ROOT / "lib", tmp_path / "lib"]
     assert re.search(r"flatllm +\| +3.00 \| +4.00 \| +0.75 \| 0.75-0.75", capsys.readouterr().out)
+
+
+def test_a_profile_of_a_layer_has_its_seven_projections_and_shares_of_one(capsys):
+    """Oracle: Q, K, V, O, gate, up and down, once each per pass."""
+    forward_profile.main([EMBEDDED, "--seqlen", "16", "--batch_size", "1", "--repeats", "2", "--device", "cpu"])
+    printed = capsys.readouterr().out
+    rows = {row[0]: row[1:] for row in (line.strip("| ").split(" | ") for line in printed.splitlines()[2:-2])}
+    rows = {name.strip(): [cell.strip() for cell in cells] for name, cells in rows.items()}
+    assert rows["aten::mm"][1] == "14"
+    assert 0 < sum(float(share.rstrip("%")) for share, _ in rows.values()) <= 100.5
+    rate, peak = map(float, re.search(r"matrix products ([\d.]+) of ([\d.]+) GFLOP/s", printed).groups())
+    assert 0 < rate < 2 * peak
 
 
 def test_quantised_models_are_measured_when_they_are_loaded_again(capsys):
