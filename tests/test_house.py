@@ -186,7 +186,7 @@ def test_help_and_unusable_flags_are_answered_before_what_takes_seconds_is_loade
 def test_compressed_models_are_known_whichever_package_is_imported_first(imports):
     """The module of Gemma 3's config itself imports the auto classes."""
     names = imports.format("Gemma3TextConfig, AutoConfig, AutoModelForCausalLM")
-    config = 'config = AutoConfig.for_model("flat_gemma3_text", num_hidden_layers=0)'
+    config = 'config = AutoConfig.for_model("flat_gemma3_text", num_hidden_layers=0, hidden_size=8, vocab_size=8)'
     classes = "print(type(config).__name__, type(AutoModelForCausalLM.from_config(config)).__name__)"
     said = run_python_anew(f"{names}; import flatllmcore\n{config}\n{classes}")
     assert said == "FlatGemma3TextConfig FlatGemma3ForCausalLM\n"
