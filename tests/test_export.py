@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GemmaTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 import serving
 from flatllmcore import apply_flat_llm
@@ -22,7 +22,7 @@ from flatllmcore.utils.dimensions import Kept
 from flatllmcore.utils.gguf_tokenizer import CUTS
 from flatllmcore.utils.loading import load_model, load_tokenizer
 from flatllmcore.utils.text_sources import load_text
-from layers.published import COMMON, PUBLISHED
+from layers.published import COMMON, LLAMA_3, PUBLISHED
 from layers.tiny_models import random_model
 from llama_cpp import LlamaCpp
 from tiny_gguf import write_gguf
@@ -51,7 +51,7 @@ def sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
     """BPE of characters, and of bytes for characters that it lacks, as Llama 2 and Mistral have it."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-    tokenizer.train_from_iterator(["the items then, and the end of it"], trainers.BpeTrainer(show_progress=False))
+    tokenizer.train_from_iterator(["the items then,    and the end    of it"], trainers.BpeTrainer(show_progress=False))
     made = json.loads(tokenizer.to_str())["model"]
     names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *made["vocab"]]
     merges = [tuple(merge) for merge in made["merges"]]
@@ -63,23 +63,30 @@ def sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
+def gemma_tokenizer() -> PreTrainedTokenizerFast:
+    """The same tokens as Gemma has them: no space before the first word."""
+    made = json.loads(sentencepiece_tokenizer().backend_tokenizer.to_str())["model"]
+    return GemmaTokenizer(made["vocab"], [tuple(merge) for merge in made["merges"]], bos_token="<s>", eos_token="</s>")
+
+
 def save(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> str:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
 
 
-def tiny(name: str, kind: str = "dense", **fields: object) -> PreTrainedModel:
+def tiny(name: str, kind: str = "dense", mlps: tuple[int, ...] = (40, 56, 17), **changed: object) -> PreTrainedModel:
     """A random published model, dense or with every layer's values, MLP, and pairs or factors of its own width."""
-    fields = COMMON | PUBLISHED[name] | {"vocab_size": 400} | fields
+    fields = COMMON | PUBLISHED[name] | {"vocab_size": 400}
     if fields.get("sliding_window"):
         fields["sliding_window"] = 60  # room for a text
+    fields |= changed
     dense = random_model(CONFIG_MAPPING[fields.pop("model_type")](**fields))
     if kind == "dense":
         return dense
     d = dense.model.layers[0].self_attn.head_dim
     pairs, factors = ((1, None, d // 4), (None,) * 3) if kind == "pairs" else ((None,) * 3, (d - 1, None, d // 2))
-    kept = [Kept(0.5, *sizes) for sizes in zip((d // 2, d, d - 1), (40, 56, 17), factors, pairs, strict=True)]
+    kept = [Kept(0.5, *sizes) for sizes in zip((d // 2, d, d - 1), mlps, factors, pairs, strict=True)]
     model = AutoModelForCausalLM.from_config(compressed_config(dense.config, kept)).eval()
     for buffer, places in model.named_buffers():
         if buffer.endswith("rotary_places"):
@@ -162,19 +169,54 @@ def test_a_model_of_each_family_does_the_same(tmp_path, name, kind):
     )
 
 
+def layers(pattern: str, count: int) -> dict[str, object]:
+    """Layers with windows (L) and without (G), over and over."""
+    kinds = {"L": "sliding_attention", "G": "full_attention"}
+    return {"num_hidden_layers": count, "layer_types": [kinds[pattern[i % len(pattern)]] for i in range(count)]}
+
+
+HEADS = {"query_pre_attn_scalar": 12}  # as wide as they are
+DEEP = {"initializer_range": 0.05, "query_pre_attn_scalar": 8}  # small, for every layer adds to what rounding does
+LINEAR, BY_PARTS = {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}, {"rope_scaling": LLAMA_3["rope_scaling"]}
+YARN = PUBLISHED["Olmo-3-7B"]["rope_scaling"]
+CAPS = {"attn_logit_softcapping": 1.0, "final_logit_softcapping": 5.0}
+SHORT = {"sliding_window": 5}
+ONE_WIDTH = {name: {} for name in ("Qwen3-0.6B", "OLMo-2-1B", "Granite-3.1-2b", "Hunyuan-1.8B", "Command-R7B")}
+ONE_WIDTH |= {"EXAONE-4.0-1.2B": {}, "Olmo-3-7B": {}, "Gemma-2-2b": HEADS, "Gemma-3-1b": HEADS}
+
+
 @pytest.mark.parametrize(
-    ("name", "fields"),
+    ("name", "kind", "fields"),
     [
-        ("Qwen3-0.6B", {}),
-        ("OLMo-2-1B", {}),
-        ("SmolLM3-3B", {"num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0]}),
-        ("Granite-3.1-2b", {}),
+        *((name, kind, fields) for name, fields in ONE_WIDTH.items() for kind in ("dense", "factors")),
+        ("Granite-3.1-2b", "pairs", {}),
+        ("Gemma-2-2b", "pairs", HEADS),
+        ("SmolLM3-3B", "dense", {"num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0]}),
+        ("EXAONE-4.0-1.2B", "dense", BY_PARTS),
+        # Windows that end within the text.
+        ("Command-R7B", "dense", SHORT | {"layer_norm_eps": 0.1}),
+        ("Olmo-3-7B", "dense", SHORT | {"rope_scaling": YARN | {"attention_factor": 2.0}}),
+        ("Gemma-2-2b", "dense", SHORT | HEADS | CAPS | layers("GL", 3)),
+        ("Gemma-3-1b", "dense", SHORT | HEADS | CAPS | LINEAR | {"rope_local_base_freq": 100.0}),
+        # What llama.cpp does with so many layers and no other number.
+        *(
+            pytest.param(name, "dense", DEEP | fields, marks=pytest.mark.slow)
+            for name, fields in (
+                ("EXAONE-4.0-32B", SHORT | BY_PARTS | layers("LLG", 64) | {"head_dim": 10}),
+                ("Gemma-2-2b", layers("LG", 46)),
+                ("Gemma-3-1b", layers("LLLLLG", 62)),
+            )
+        ),
     ],
 )
-def test_a_model_of_an_architecture_of_one_width_does_the_same(tmp_path, name, fields):
-    folder = save(tmp_path, tiny(name, **fields), byte_level_tokenizer())
+def test_a_model_of_an_architecture_of_one_width_does_the_same(tmp_path, name, kind, fields):
+    folder = save(tmp_path, tiny(name, kind, (40, 40, 40), **fields), byte_level_tokenizer())
     assert_llama_cpp_does_the_same(folder, PLAIN, 8, gap=0.01)
-    assert stated(folder, "general.architecture") == PUBLISHED[name]["model_type"]
+    family = PUBLISHED[name]["model_type"]
+    others = {"gemma3_text": "gemma3", "hunyuan_v1_dense": "hunyuan-dense", "olmo3": "olmo2"}
+    architecture = stated(folder, "general.architecture")
+    assert architecture == others.get(family, family)
+    assert stated(folder, f"{architecture}.context_length") == 128
 
 
 def cut(names: tuple[str, ...]) -> object:
@@ -184,10 +226,13 @@ def cut(names: tuple[str, ...]) -> object:
     return pre_tokenizers.Sequence([*steps, *last])
 
 
-@pytest.mark.parametrize("name", [*CUTS.values(), "sentencepiece"])
+WHOLE = {"sentencepiece": sentencepiece_tokenizer, "gemma": gemma_tokenizer}
+
+
+@pytest.mark.parametrize("name", [*CUTS.values(), *WHOLE])
 def test_texts_become_the_same_tokens(tmp_path, name):
     names = next((names for names, value in CUTS.items() if value == name), None)
-    tokenizer = byte_level_tokenizer(cut(names)) if names else sentencepiece_tokenizer()
+    tokenizer = byte_level_tokenizer(cut(names)) if names else WHOLE[name]()
     tokenizer.chat_template = "{{ messages[0]['content'] }}"
     folder = save(tmp_path, tiny("Llama-2-7b"), tokenizer)
     other = LlamaCpp(exported(folder))
@@ -223,34 +268,43 @@ def test_a_gguf_file_becomes_itself(tmp_path):
 
 
 REFUSED = {
-    "qwen3 with MLPs of several widths": (lambda: tiny("Qwen3-0.6B", "factors"), byte_level_tokenizer),
-    "qwen3 with attention_bias": (lambda: tiny("Qwen3 with biases and windows"), byte_level_tokenizer),
-    "GGUF files of cohere2 are not written": (lambda: tiny("Command-R7B"), byte_level_tokenizer),
-    "smollm3 with no positions in every fourth": (lambda: tiny("SmolLM3-3B"), byte_level_tokenizer),
-    "the activation gelu": (lambda: tiny("Llama-2-7b", hidden_act="gelu"), byte_level_tokenizer),
+    "qwen3 with MLPs of several widths": ("Qwen3-0.6B", {"kind": "factors"}),
+    "qwen3 with attention_bias": ("Qwen3 with biases and windows", {}),
+    "hunyuan-dense with attention_bias": ("Hunyuan-1.8B", {"attention_bias": True}),
+    "smollm3 with positions missing in other layers": ("SmolLM3-3B", {}),
+    "the activation gelu; accepted: silu": ("Llama-2-7b", {"hidden_act": "gelu"}),
+    "the activation gelu; accepted: gelu_pytorch_tanh": ("Gemma-3-1b", {"hidden_activation": "gelu"}),
+    "cohere2 with tie_word_embeddings = False": ("Command-R7B", {"tie_word_embeddings": False}),
+    "gemma2 with tie_word_embeddings = False": ("Gemma-2-2b", {"tie_word_embeddings": False}),
+    "olmo2 with tie_word_embeddings = True": ("Olmo-3-7B", {"tie_word_embeddings": True}),
+    "exaone4 with heads of width 8; accepted: 10": ("EXAONE-4.0-32B", {}),
+    "sliding_window = 60 in 3 layers": ("EXAONE-4.0-32B", {"head_dim": 10}),
+    "sliding_window = None in 64 layers": ("EXAONE-4.0-1.2B", layers("G", 64)),
+    "gemma2 with query_pre_attn_scalar other than 12": ("Gemma-2-2b", {}),
+    "gemma3 with query_pre_attn_scalar other than 12": ("Gemma-3-1b", {}),
+    "gemma2 with scores or logits without a cap": ("Gemma-2-2b", HEADS | {"final_logit_softcapping": None}),
+    "gemma3 with attention to what comes later": ("Gemma-3-1b", HEADS | {"use_bidirectional_attention": True}),
     "of type dynamic are not written for llama": (
-        lambda: tiny("Llama-2-7b", rope_scaling={"rope_type": "dynamic", "factor": 2.0}),
-        byte_level_tokenizer,
+        "Llama-2-7b",
+        {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
     ),
-    "of type linear are not written for qwen2": (
-        lambda: tiny("Qwen2-7B", rope_scaling={"rope_type": "linear", "factor": 2.0}),
-        byte_level_tokenizer,
-    ),
-    "a tokenizer of type WordLevel; accepted: BPE": (lambda: tiny("Llama-2-7b"), word_tokenizer),
-    "cut text as this one does": (
-        lambda: tiny("Llama-2-7b"),
-        lambda: byte_level_tokenizer(pre_tokenizers.ByteLevel(add_prefix_space=True)),
-    ),
-    "has a token 279, and the model's vocabulary 270": (
-        lambda: tiny("Llama-2-7b", vocab_size=270),
-        byte_level_tokenizer,
-    ),
+    "of type linear are not written for qwen2": ("Qwen2-7B", LINEAR),
+    "of type llama3 are not written for cohere2": ("Command-R7B", BY_PARTS),
+    "of type default are not written for olmo2": ("Olmo-3-7B", {"rope_scaling": None, "rope_theta": 1000.0}),
+    "of type yarn are not written for olmo2": ("Olmo-3-7B", {"rope_scaling": YARN | {"beta_fast": 16.0}}),
+    "of type yarn are not written for olmo2: {'attention_factor'": ("OLMo-2-1B", {"rope_scaling": YARN}),
+    "has a token 279, and the model's vocabulary 270": ("Llama-2-7b", {"vocab_size": 270}),
+}
+REFUSED_TOKENIZERS = {
+    "a tokenizer of type WordLevel; accepted: BPE": word_tokenizer,
+    "cut text as this one does": lambda: byte_level_tokenizer(pre_tokenizers.ByteLevel(add_prefix_space=True)),
 }
 
 
-@pytest.mark.parametrize("complaint", REFUSED)
+@pytest.mark.parametrize("complaint", [*REFUSED, *REFUSED_TOKENIZERS])
 def test_what_llama_cpp_does_not_compute_is_one_line_and_no_file(tmp_path, complaint, capsys):
-    model, tokenizer = (make() for make in REFUSED[complaint])
+    name, fields = REFUSED.get(complaint, ("Llama-2-7b", {}))
+    model, tokenizer = tiny(name, **fields), REFUSED_TOKENIZERS.get(complaint, byte_level_tokenizer)()
     folder = save(tmp_path / "model", model, tokenizer)
     capsys.readouterr()
     assert main([folder, str(tmp_path / "model.gguf")]) == 2
@@ -259,6 +313,14 @@ def test_what_llama_cpp_does_not_compute_is_one_line_and_no_file(tmp_path, compl
     assert said.count("\n") == 1
     assert complaint in said
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_family_that_the_table_lacks_is_one_line(tmp_path, capsys, monkeypatch):
+    """There is none now; one that is added need not have GGUF files."""
+    folder = save(tmp_path, tiny("Llama-2-7b"), byte_level_tokenizer())
+    monkeypatch.delitem(_ARCHITECTURES, "llama")
+    assert main([folder, str(tmp_path / "model.gguf")]) == 2
+    assert "error: GGUF files of llama are not written; accepted: qwen2, " in capsys.readouterr().err
 
 
 def test_a_disk_that_fills_up_is_one_line_and_no_file(tmp_path, capsys):

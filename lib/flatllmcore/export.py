@@ -9,6 +9,7 @@ F32 where that is float64; vectors are F32.
 """
 
 import argparse
+import math
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -34,15 +35,21 @@ _ARCHITECTURES: dict[str, tuple[str, str | None]] = {
     "llama": ("llama", "deci"),
     "qwen2": ("qwen2", "deci"),
     **dict.fromkeys(("ernie4_5", "helium", "ministral", "mistral", "seed_oss"), ("llama", "deci")),
-    **{name: (name, None) for name in ("granite", "olmo2", "qwen3", "smollm3")},
+    **{name: (name, None) for name in ("cohere2", "exaone4", "gemma2", "granite", "olmo2", "qwen3", "smollm3")},
+    "gemma3_text": ("gemma3", None),
+    "hunyuan_v1_dense": ("hunyuan-dense", None),
+    "olmo3": ("olmo2", None),
 }
-# Those that rotate rows 2i and 2i+1 of a head together, and take rope_freqs.
+# Those that rotate rows 2i and 2i+1 of a head together where transformers does not, and take rope_freqs.
 _OF_NEIGHBOURS = ("llama", "deci", "granite", "smollm3")
-_SCALES = {  # by what the writer calls them
-    "attention": "attention_multiplier",
-    "embedding": "embedding_multiplier",
-    "logit": "logits_scaling",
-    "residual": "residual_multiplier",
+_GEMMA = ("gemma2", "gemma3")  # whose norms transformers multiplies by 1 + weight
+_FIELDS = {  # and what the writer calls them
+    **{name: name for name in ("attn_logit_softcapping", "final_logit_softcapping", "layer_norm_eps", "logit_scale")},
+    "attention_multiplier": "attention_scale",
+    "embedding_multiplier": "embedding_scale",
+    "logits_scaling": "logit_scale",
+    "residual_multiplier": "residual_scale",
+    "rms_norm_eps": "layer_norm_rms_eps",
 }
 _KINDS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _PROJECTION = re.compile(r"(.*\.self_attn)\.(?!o_proj\.bias)([qkvo])_proj\.(?:down\.)?(weight|bias)")
@@ -71,12 +78,13 @@ def export_gguf(model: str, file: Path, overwrite: bool = False) -> None:
     _add_sizes(writer, skeleton.config, widths)
     add_tokenizer(writer, load_tokenizer(model), skeleton.config.vocab_size)
     (key,) = (key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
-    names, factors = gguf.get_tensor_name_map(key, len(widths)), _rotary_factors(skeleton, architecture)
+    names, factors = gguf.get_tensor_name_map(key, len(widths)), _add_rotary(writer, skeleton)
 
     def tensors(read: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
         yield from factors.items()
         for name, weight in _dense_shaped(skeleton, read, architecture in _OF_NEIGHBOURS):
-            yield names.get_name(name, (".weight", ".bias")), weight.to(dtype if weight.ndim > 1 else torch.float32)
+            kind = names.get_name(name, (".weight", ".bias"))
+            yield kind, weight.to(dtype) if weight.ndim > 1 else weight.float() + (architecture in _GEMMA)
 
     size = 0
     for name, weight in tensors(skeleton.state_dict().__getitem__):  # on the meta device
@@ -102,45 +110,86 @@ def _architecture(model: PreTrainedModel, widths: set[int]) -> str:
     chosen = own if len(widths) == 1 else per_layer
     if chosen is None:
         raise InputError(f"llama.cpp has no {own} with MLPs of several widths; compress to one width for all layers")
-    if model.config.hidden_act != "silu":
-        raise InputError(f"llama.cpp has no {chosen} with the activation {model.config.hidden_act}; accepted: silu")
-    if chosen == "smollm3" and any(has == (i % 4 == 3) for i, has in enumerate(model.config.no_rope_layers)):
-        raise InputError("llama.cpp has smollm3 with no positions in every fourth layer, and in no other")
-    biases = [name for name in ("attention_bias", "mlp_bias") if getattr(model.config, name, False)]
-    if biases and chosen in ("olmo2", "qwen3", "smollm3"):
-        raise InputError(f"llama.cpp has no {chosen} with {biases[0]}")
+    if lacking := [what for what, is_asked in _not_computed(model.config, chosen).items() if is_asked]:
+        raise InputError(f"llama.cpp has no {chosen} with {lacking[0]}")
     return chosen
+
+
+def _not_computed(config: PreTrainedConfig, architecture: str) -> dict[str, bool]:
+    """Return what llama.cpp's architecture lacks, and whether a config asks for it."""
+    sizes, is_gemma, is_tied = dense_dimensions(config), architecture in _GEMMA, config.tie_word_embeddings
+    layers, width, window = sizes.num_layers, sizes.head_dim, getattr(config, "sliding_window", None)
+    share, has_biases = sizes.hidden_size // sizes.num_heads, architecture in ("deci", "granite", "llama", "qwen2")
+    used, activation = (config.hidden_activation, "gelu_pytorch_tanh") if is_gemma else (config.hidden_act, "silu")
+    # By its layers it knows the model of 27 billion weights, whose scores have a scale of their own.
+    scalar = share if (architecture, layers) in (("gemma2", 46), ("gemma3", 62)) else width
+    return {
+        f"the activation {used}; accepted: {activation}": used != activation,
+        "positions missing in other layers than every fourth": architecture == "smollm3"
+        and any(has == (i % 4 == 3) for i, has in enumerate(config.no_rope_layers)),
+        "attention_bias or mlp_bias": not has_biases
+        and any(getattr(config, f"{of}_bias", False) for of in ("attention", "mlp")),
+        f"tie_word_embeddings = {is_tied}": architecture in (("olmo2",) if is_tied else ("cohere2", "gemma2")),
+        f"heads of width {width}; accepted: {share}": width != share and architecture in ("exaone4", "olmo2"),
+        # Windows are those of the model of 64 layers, and that has them always.
+        f"sliding_window = {window} in {layers} layers": (architecture, window is None) == ("exaone4", layers == 64),
+        f"query_pre_attn_scalar other than {scalar}": is_gemma and config.query_pre_attn_scalar != scalar,
+        "scores or logits without a cap": architecture == "gemma2"
+        and None in (config.attn_logit_softcapping, config.final_logit_softcapping),
+        "attention to what comes later": getattr(config, "use_bidirectional_attention", False),
+    }
 
 
 def _add_sizes(writer: Any, config: PreTrainedConfig, widths: list[int]) -> None:
     """Write what llama.cpp reads of a config."""
     sizes, length = dense_dimensions(config), config.max_position_embeddings
     writer.add_block_count(sizes.num_layers)
-    # llama.cpp has no windows in these architectures, and up to the length of one nothing is out of sight.
-    writer.add_context_length(min(length, getattr(config, "sliding_window", None) or length))
+    window = getattr(config, "sliding_window", None)
+    if window and writer.arch in ("cohere2", "exaone4", "gemma2", "gemma3", "olmo2"):
+        writer.add_sliding_window(window)
+        writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config.layer_types])
+        window = None
+    # Elsewhere llama.cpp has none, and up to the length of one nothing is out of sight.
+    writer.add_context_length(min(length, window or length))
     writer.add_embedding_length(sizes.hidden_size)
     writer.add_feed_forward_length(widths if len(set(widths)) > 1 else widths[0])
     writer.add_head_count(sizes.num_heads)
     writer.add_head_count_kv(sizes.num_kv_heads)
     for add in (writer.add_key_length, writer.add_value_length, writer.add_rope_dimension_count):
         add(sizes.head_dim)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
-    for scale, field in _SCALES.items():
-        if hasattr(config, field):
-            getattr(writer, f"add_{scale}_scale")(getattr(config, field))
+    for field, name in _FIELDS.items():
+        if getattr(config, field, None) is not None:
+            getattr(writer, f"add_{name}")(getattr(config, field))
 
 
-def _rotary_factors(model: PreTrainedModel, architecture: str) -> dict[str, Tensor]:
-    """Return what llama.cpp divides the frequency of each rotary pair by, (head_dim / 2), where that is not 1."""
-    rotary = type(model.get_decoder().rotary_emb)(config=model.config)
-    if rotary.rope_type == "default":
-        return {}
-    if architecture in _OF_NEIGHBOURS and rotary.rope_type in ("linear", "llama3"):
+def _add_rotary(writer: Any, model: PreTrainedModel) -> dict[str, Tensor]:
+    """Write a model's angles; return the tensor of what frequencies are divided by, (head_dim / 2), if it needs one."""
+    from gguf import RopeScalingType
+
+    rotary, rope = type(model.get_decoder().rotary_emb)(config=model.config), model.config.rope_parameters
+    whole, local = (rope.get(f"{layers}_attention", rope) for layers in ("full", "sliding"))
+    if rotary.rope_type == "ntk_alpha":
+        base = whole["rope_theta"] * whole["alpha"] ** (len(rotary.inv_freq) / (len(rotary.inv_freq) - 1))
+        whole = local = {"rope_type": "default", "rope_theta": base}
+    kind, theta, factor = whole["rope_type"], whole["rope_theta"], whole.get("factor")
+    writer.add_rope_freq_base(theta)
+    if kind in ("linear", "llama3") and writer.arch in (*_OF_NEIGHBOURS, "exaone4"):
         exponents = torch.arange(len(rotary.inv_freq)) / len(rotary.inv_freq)
-        return {"rope_freqs.weight": model.config.rope_parameters["rope_theta"] ** -exponents / rotary.inv_freq}
-    raise InputError(f"rotary embeddings of type {rotary.rope_type} are not written for {architecture}")
+        return {"rope_freqs.weight": theta**-exponents / rotary.inv_freq}
+    wanted = (writer.arch, kind, whole.get("beta_fast") or 32, whole.get("beta_slow") or 1)
+    is_known = kind == "default" or wanted in (("gemma3", "linear", 32, 1), ("olmo2", "yarn", 32, 1))
+    if not is_known or local["rope_type"] != "default" or (writer.arch == "olmo2" and local["rope_theta"] != theta):
+        raise InputError(f"rotary embeddings of type {kind} are not written for {writer.arch}: {rope}")
+    if local is not whole:
+        writer.add_rope_freq_base_swa(local["rope_theta"])
+    if kind != "default":
+        writer.add_rope_scaling_type(RopeScalingType(kind))
+        writer.add_rope_scaling_factor(factor)
+    if kind == "yarn":
+        writer.add_rope_scaling_orig_ctx_len(whole["original_max_position_embeddings"])
+        writer.add_rope_scaling_attn_factors(rotary.full_attention_attention_scaling / (1 + 0.1 * math.log(factor)))
+    return {}
 
 
 def _dense_shaped(
