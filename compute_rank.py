@@ -14,7 +14,11 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
-from flatllmbench.command_line import ROWS
+try:
+    from flatllmbench.command_line import ROWS
+except ModuleNotFoundError as missing:
+    sys.exit(f"error: {missing}; install first: pip install -r requirements.txt (INSTALL.md)")
+
 from flatllmbench.plots import plot_ranks
 from flatllmcore.config import checked
 from flatllmcore.core.curve_allocation import Curves

@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -166,6 +168,14 @@ try:
 except SystemExit as end:
     print(end.code)
 """
+
+
+@pytest.mark.parametrize("program", ["main.py", "compute_rank.py"])
+def test_a_program_that_is_not_installed_says_in_one_line_what_to_do(program):
+    command = [sys.executable, "-I", "-S", LIBRARY.parent / program]  # sees the standard library alone
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert re.fullmatch(r"error: No module named '\w+'; install first: pip install .*\n", done.stderr)
 
 
 @pytest.mark.parametrize("module", ["flatllmcore", "compute_rank", "flatllmbench.report"])
