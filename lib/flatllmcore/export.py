@@ -127,8 +127,8 @@ def _not_computed(config: PreTrainedConfig, architecture: str) -> dict[str, bool
         f"the activation {used}; accepted: {activation}": used != activation,
         "positions missing in other layers than every fourth": architecture == "smollm3"
         and any(has == (i % 4 == 3) for i, has in enumerate(config.no_rope_layers)),
-        "attention_bias or mlp_bias": not has_biases
-        and any(getattr(config, f"{of}_bias", False) for of in ("attention", "mlp")),
+        "attention_bias": getattr(config, "attention_bias", False) and not has_biases,
+        "mlp_bias": getattr(config, "mlp_bias", False) and not has_biases,
         f"tie_word_embeddings = {is_tied}": architecture in (("olmo2",) if is_tied else ("cohere2", "gemma2")),
         f"heads of width {width}; accepted: {share}": width != share and architecture in ("exaone4", "olmo2"),
         # Windows are those of the model of 64 layers, and that has them always.
