@@ -10,8 +10,8 @@ values. The bound of a stage is its operations over the rate of one large matrix
 run, in the dtype that layers are computed in, in the one that moments are multiplied in, and in float64. Every layer is
 cut. Peak memory is read before the rates are measured, and with several methods it is that of all so far.
 
-`--against` has another checkout of this repository compress by turns with this one, in processes of their own, and
-gives the ratio of the CPU seconds that compressions took: where others use the machine too, these are steadier.
+`--against` has another checkout of this repository compress by turns with this one, by its own copy of this program,
+and gives the ratio of the CPU seconds that compressions took: where others use the machine too, these are steadier.
 """
 
 import argparse
@@ -123,7 +123,15 @@ def compare(args: argparse.Namespace) -> None:
         out = Path(folder, "record.json")
         for method in args.method * args.repeats:
             for checkout in (ROOT, args.against):
-                command = [sys.executable, __file__, *passed, "--method", method, "--out", str(out)]
+                command = [
+                    sys.executable,
+                    str(checkout / "benchmarks" / Path(__file__).name),
+                    *passed,
+                    "--method",
+                    method,
+                    "--out",
+                    str(out),
+                ]
                 environment = os.environ | {"PYTHONPATH": str(checkout.resolve() / "lib")}
                 subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
                 which = "this" if checkout is ROOT else "other"
