@@ -134,7 +134,7 @@ class CheckpointSource:
         """Return the parameters of a layer by their names within it."""
         prefix = f"{LAYERS}{index}."
         weights = {name.removeprefix(prefix): self._read(name) for name in self._names if name.startswith(prefix)}
-        if self.device.type == "cuda":  # which fetches pinned memory while it computes
+        if self.device.type != "cpu":  # which fetches pinned memory while it computes
             return {name: weight.pin_memory() for name, weight in weights.items()}
         return weights
 
