@@ -114,17 +114,21 @@ class TestValues:
 def test_a_weight_is_led_to_the_least_squares_fit_by_its_share(share):
     """Oracle: least squares on all tokens; without noise the smallest ridge does best on those held out."""
     rows, truth, start = random(400, 6), random(3, 6, seed=1), random(3, 6, seed=2)
-    parts = [(part.T @ part, (part @ truth.T).T @ part) for part in (rows[:300], rows[300:])]
-    torch.testing.assert_close(led_towards(start, *parts, share), start + share * (truth - start), rtol=0, atol=1e-3)
+    moments = [part.T @ part for part in (rows[:300], rows[300:])]
+    crosses = [truth @ moment for moment in moments]
+    torch.testing.assert_close(
+        led_towards(start, moments, crosses, share), start + share * (truth - start), rtol=0, atol=1e-3
+    )
 
 
 def test_a_fit_that_held_out_tokens_contradict_is_damped():
     """With as few tokens as features the fit is noise: a weight that is right already hardly moves."""
     rows, truth = random(60, 30), random(2, 30, seed=1)
     targets = rows @ truth.T + 5 * random(60, 2, seed=2)
-    fit, held_out = ((r.T @ r, t.T @ r) for r, t in ((rows[:30], targets[:30]), (rows[30:], targets[30:])))
-    alone = torch.linalg.solve(fit[0], fit[1].T).T
-    assert (led_towards(truth, fit, held_out, 1.0) - truth).norm() < 0.2 * (alone - truth).norm()
+    parts = (rows[:30], targets[:30]), (rows[30:], targets[30:])
+    moments, crosses = [r.T @ r for r, _ in parts], [t.T @ r for r, t in parts]
+    alone = torch.linalg.solve(moments[0], crosses[0].T).T
+    assert (led_towards(truth, moments, crosses, 1.0) - truth).norm() < 0.2 * (alone - truth).norm()
 
 
 class TestAllocation:

@@ -23,7 +23,7 @@ from flatllmcore.utils.names import IMPORTANCE_METHODS
 from test_kills import OUT as RUN
 from test_out_of_core import StoppedError
 
-STEPS = (flatllm.FlatLLMStep, flatllm_plus.InputStep, flatllm_plus.OutputStep)
+STEPS = (flatllm.FlatLLMStep, flatllm_plus.PairStep, flatllm_plus.OutputStep)
 HALVES = [torch.bfloat16, torch.float16]
 
 

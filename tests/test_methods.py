@@ -45,7 +45,6 @@ class FirstChannels:
     leaves: Kept
     part: str = ""
     notes: list[torch.Tensor] = field(default_factory=list)
-    target = None
     taps = ("mlp.down_proj.input",)
 
     def zeros(self, layer):

@@ -4,10 +4,13 @@ Moments are float64 sums over tokens: ``C = Σ f fᵀ`` of features, ``R = Σ t 
 relative to the mean of ``C``'s diagonal.
 """
 
+from collections.abc import Sequence
+from functools import cache
+
 import torch
 from torch import Tensor
 
-RIDGES = (1e-2, 1e-3, 1e-1, 1e-4, 1.0)  # the first where held-out tokens tell none apart
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 
 def with_ridge(moment: Tensor, ridge: float) -> Tensor:
@@ -29,25 +32,26 @@ def inverted(moment: Tensor) -> Tensor:
     return torch.cholesky_inverse(_factor(moment))
 
 
-def change_towards(weight: Tensor, moment: Tensor, cross: Tensor, ridge: float) -> Tensor:
-    """Return ``(R - W C)(C + ridge)⁻¹``, (m, n), what to add to ``W``: little where the tokens say little."""
-    return solved_from_right(with_ridge(moment, ridge), cross - weight @ moment)
-
-
-def led_towards(weight: Tensor, fit: tuple[Tensor, Tensor], held_out: tuple[Tensor, Tensor], share: float) -> Tensor:
+def led_towards(weight: Tensor, moments: Sequence[Tensor], crosses: Sequence[Tensor], share: float) -> Tensor:
     """Return ``weight``, (m, n), led by ``share`` of the way to the least-squares fit of a target.
 
-    ``fit`` and ``held_out`` are ``C`` and ``R`` of the tokens to fit and of those to check with. The ridge is the one
-    whose fit gains most on the latter, ``2 ⟨Δ, R - W C⟩ - ⟨Δ C, Δ⟩`` for a change ``Δ``; then all tokens are fitted.
+    ``moments`` are ``C`` and ``crosses`` ``R`` of the tokens to fit and of those to check with. A fit changes ``W`` by
+    ``Δ = (R - W C)(C + ridge)⁻¹``. The ridge is the one whose change gains most on the latter, ``2 ⟨Δ, R - W C⟩ -
+    ⟨Δ C, Δ⟩``, from the middle one on as long as the gain rises; then all tokens are fitted.
     """
-    rest = held_out[1] - weight @ held_out[0]
+    rest, held_rest = (R - weight @ C for C, R in zip(moments, crosses, strict=True))
 
-    def gain(ridge: float) -> float:
-        change = share * change_towards(weight, *fit, ridge)
-        return (2 * (change * rest).sum() - ((change @ held_out[0]) * change).sum()).item()
+    @cache
+    def gain(place: int) -> float:
+        change = share * solved_from_right(with_ridge(moments[0], RIDGES[place]), rest)
+        return (2 * (change * held_rest).sum() - ((change @ moments[1]) * change).sum()).item()
 
-    moment, cross = (part + held for part, held in zip(fit, held_out, strict=True))
-    return weight + share * change_towards(weight, moment, cross, max(RIDGES, key=gain))
+    place = len(RIDGES) // 2
+    for step in (1, -1):
+        while 0 <= place + step < len(RIDGES) and gain(place + step) > gain(place):
+            place += step
+    both = with_ridge(moments[0] + moments[1], RIDGES[place])
+    return weight + share * solved_from_right(both, rest + held_rest)
 
 
 def _factor(moment: Tensor) -> Tensor:

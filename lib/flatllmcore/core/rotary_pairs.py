@@ -5,7 +5,6 @@ head width.
 """
 
 import sys
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -31,10 +30,8 @@ def pair_energies(outputs: Tensor, head_dim: int) -> Tensor:
     return pairs.square().sum((0, 2), dtype=torch.float64)
 
 
-def without_pairs(
-    attention: DecoderModule, weights: Mapping[str, Tensor], queries: Tensor, keys: Tensor, left: int
-) -> dict[str, Tensor]:
-    """Return the weights of Q and K, those of ``weights`` where given, with ``left`` rotary pairs in each head.
+def without_pairs(attention: DecoderModule, queries: Tensor, keys: Tensor, left: int) -> dict[str, Tensor]:
+    """Return the weights of Q and K with ``left`` rotary pairs in each head.
 
     Of each group those pairs stay whose product of energies, ``queries`` (H, d / 2), summed over the group, and
     ``keys`` (G, d / 2), is largest. ``rotary_places``, (G, 2·left), says where they stood.
@@ -48,6 +45,5 @@ def without_pairs(
         starts = 2 * half * torch.arange(heads, device=places.device)
         rows = (places.repeat_interleave(heads // num_kv_heads, 0) + starts[:, None]).flatten()
         for of, part in attention.get_submodule(name).named_parameters():
-            full_name = f"self_attn.{name}.{of}"
-            kept[full_name] = weights.get(full_name, part)[rows]
+            kept[f"self_attn.{name}.{of}"] = part[rows]
     return kept

@@ -113,10 +113,10 @@ class _Loop:
         layer = before = dense
         eigenvalues = None
         for part in PARTS if any(step.part for step in steps) else ("",):
-            is_dense_ahead, read = False, None
+            if self.dense_walk is not None:
+                self.dense_walk.advance(dense, index, part)
+            read = None
             for step in (of_part := [step for step in steps if step.part == part]):
-                if step.target == "output" and not is_dense_ahead:
-                    is_dense_ahead = self._lead_dense(dense, index, part)
                 before, is_last = layer, step is of_part[-1]
                 if is_last and finished is not None:
                     solution = Solution({name: weight for name, weight in finished.items() if name.startswith(part)})
@@ -129,16 +129,8 @@ class _Loop:
                 del solution  # the layer has copies
             if index == self.last and part != "self_attn":
                 break
-            if not is_dense_ahead:
-                self._lead_dense(dense, index, part)
             self._advance(index, before, layer, part, read)
         return replacement.compress_decoder_layer(layer, self.flat_config, index, {}), eigenvalues
-
-    def _lead_dense(self, dense: DecoderModule, index: int, part: str) -> bool:
-        """Lead the dense model's stream, if it is followed, through a part of its layer; return True."""
-        if self.dense_walk is not None:
-            self.dense_walk.advance(dense, index, part)
-        return True
 
     def _advance(self, index: int, before: DecoderModule, after: DecoderModule, part: str, read: Tensor | None) -> None:
         """Lead the hidden states through a part: a product of what its writer ``read`` before, where it is one."""
@@ -191,7 +183,7 @@ class _Loop:
         sums, tap = step.zeros(layer), f"{WRITERS[step.part]}.input"
         forward = forward_of(layer, "mlp") if step.part == "mlp" else layer  # as far as the last tap
         with tapped(layer, step.taps if read is None else {*step.taps, tap}) as look:
-            for (states, beside), stored in zip(self._batches(step), self.walk.split(read), strict=False):
+            for (states, beside), stored in zip(self._batches(), self.walk.split(read), strict=False):
                 seen = look(partial(self.walk.run, forward, index, states))
                 if stored is not None:
                     stored.copy_(seen[tap].view_as(stored))
@@ -203,9 +195,9 @@ class _Loop:
                 check_finite(index, total)
         return sums
 
-    def _batches(self, step: Step) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-        """Yield the hidden states of each batch, and what a step with a target sees beside its taps."""
-        if step.target is None or self.dense_walk is None:
+    def _batches(self) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        """Yield the hidden states of each batch, and what steps see beside their taps where the dense stream is."""
+        if self.dense_walk is None:
             yield from ((states, {}) for states, _ in self.walk.batches())
             return
         batches = self.walk.batches(), self.dense_walk.batches(), self.walk.is_held_out.split(self.walk.batch_size)

@@ -82,7 +82,7 @@ class LayerDamage:
         walk, layer, sizes = self.walk, self.layer, self.dimensions
         kept = Kept(1.0, sizes.head_dim, sizes.intermediate_size, None, left)
         config = replacement.compressed_config(walk.source.config, [kept] * sizes.num_layers)
-        weights = without_pairs(layer.self_attn, {}, self._sums[QUERIES], self._sums[KEYS], left)
+        weights = without_pairs(layer.self_attn, self._sums[QUERIES], self._sums[KEYS], left)
         changed = replacement.compress_decoder_layer(layer, config, self.index, weights, "self_attn")
         dense = layer.self_attn
         total = torch.zeros(2, dtype=torch.float64, device=walk.source.device)

@@ -20,7 +20,11 @@ from ..utils.layer_utils import DecoderModule
 from .storage import StatesStorage
 
 Sums: TypeAlias = dict[str, Tensor]
-STREAM, DENSE, HELD_OUT = "stream", "dense", "held out"  # what a step with a target sees beside its taps
+STREAM, DENSE, HELD_OUT = (
+    "stream",
+    "dense",
+    "held out",
+)  # what steps see beside taps if the method asks
 
 
 def zero_sums(layer: DecoderModule, shapes: Mapping[str, tuple[int, ...]]) -> Sums:
@@ -48,10 +52,6 @@ class Step(Protocol):
         """What is looked at, ``mlp.down_proj.input`` or ``self_attn.v_proj.output``; the pass ends at the last."""
 
     @property
-    def target(self) -> str | None:
-        """Where the dense model's stream is looked at beside, the part's ``input`` or ``output``; None for nowhere."""
-
-    @property
     def leaves(self) -> Kept:
         """What the layer keeps when this step is done; later steps look at that."""
 
@@ -61,8 +61,8 @@ class Step(Protocol):
     def add(self, layer: DecoderModule, sums: Sums, seen: Mapping[str, Tensor]) -> None:
         """Add a batch in place: what passed each tap, (tokens, width).
 
-        With a target there are also ``STREAM``, what enters the part, and ``DENSE``, the dense model's stream at the
-        target, (tokens, D), and ``HELD_OUT``, whether a token is one to check a fit with, (tokens,).
+        If the method follows the dense model there are also ``STREAM``, what enters the part, and ``DENSE``, what
+        leaves it in the dense model, (tokens, D), and ``HELD_OUT``, whether a token is to check a fit with, (tokens,).
         """
 
     def solve(self, layer: DecoderModule, sums: Sums) -> Solution:
@@ -74,7 +74,7 @@ class Method(Protocol):
 
     name: str
     importance_method: str  # what ranks are allocated by unless something else is asked for
-    follows_dense: bool  # whether steps have targets: the dense model's stream is led on beside the compressed one
+    follows_dense: bool  # whether the dense model's stream is led on beside the compressed one
 
     def allocate(
         self,

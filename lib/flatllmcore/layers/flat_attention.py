@@ -104,9 +104,14 @@ class FlatAttention(nn.Module):
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return what the parent's attention does: (B, T, D), and the weights of the heads where there are any."""
+        """Return what the parent's attention does: (B, T, D), and the weights of the heads where there are any.
+
+        Transformers calls the cache ``past_key_values`` before 5.24, and ``cache`` from then on.
+        """
+        cache = past_key_values if cache is None else cache
         input_shape, rank = hidden_states.shape[:-1], self.value_head_dim
         query, key = self.project_queries_and_keys(hidden_states)
         value = self.v_proj(hidden_states).view(*input_shape, -1, rank)
@@ -115,10 +120,10 @@ class FlatAttention(nn.Module):
         implementation, device_type = self.config._attn_implementation, query.device.type
         # Other programs' functions (flash, and those of vLLM, SGLang and TGI) know one width, that of the dense heads.
         widest = max(self.query_key_width, rank) if implementation in ("eager", "sdpa") else self.head_dim
-        if past_key_values is not None:
+        if cache is not None:
             if implementation == "sdpa":  # padded here once; padded when read, the cache is copied for every token
                 value = padded_values(value, widest, 1, implementation, device_type)
-            key, value = cached(past_key_values, self.layer_idx, key, value)
+            key, value = cached(cache, self.layer_idx, key, value)
         if self._takes_one_token_attention(query, attention_mask, implementation):
             return self.o_proj(one_token_attention(query, key, value, attention_mask, self.scaling)), None
         if implementation != "eager":

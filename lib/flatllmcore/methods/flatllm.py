@@ -58,7 +58,6 @@ class FlatLLMStep:
     kept: Kept
 
     part = ""
-    target = None
 
     @property
     def leaves(self) -> Kept:
