@@ -15,7 +15,7 @@ from torch import Tensor
 from flatllmcore.core.channel_obs import channels_by_damage, ridge_for
 from flatllmcore.core.moments import add_moment, mirror_lower_triangle
 from flatllmcore.core.rank_allocation import RankAllocation
-from flatllmcore.core.refit import change_towards, solved_from_right, with_ridge
+from flatllmcore.core.refit import solved_from_right, with_ridge
 from flatllmcore.engine.protocols import Method, Solution, Sums
 from flatllmcore.utils.dimensions import Kept, ModelDimensions
 from flatllmcore.utils.layer_utils import DecoderModule
@@ -66,7 +66,6 @@ class _Step:
     dimensions: ModelDimensions
     leaves: Kept
 
-    target = None
     part = ""
     writer = ""
 
@@ -87,7 +86,8 @@ class _Step:
         weight = layer.get_parameter(f"{self.writer}.weight").double()
         own, cross = sums["C"][stay][:, stay], (weight @ sums["C"])[:, stay]
         ridge = ridge_for(int(sums["tokens"]), weight.shape[1])
-        return weight[:, stay] + change_towards(weight[:, stay], own, cross, ridge)
+        left = weight[:, stay]
+        return left + solved_from_right(with_ridge(own, ridge), cross - left @ own)
 
 
 @dataclass(frozen=True)
