@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from common import SHAPES, one_layer
 from flatllmbench.provenance import hardware, versions
+from flatllmbench.speed import cache_argument
 from flatllmbench.tables import markdown_table
 from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector
 from flatllmcore.layers import compressed_config
@@ -60,7 +61,7 @@ def kernels(model: PreTrainedModel, batch_size: int, prompt_length: int) -> dict
     for stage, length in (("prompt", prompt_length), ("token", 1)):
         token_ids = torch.zeros(batch_size, length, dtype=torch.long, device=device)
         with profile(activities=activities) as seen:
-            model(token_ids, past_key_values=cache, logits_to_keep=1)
+            model(token_ids, **cache_argument(model, cache), logits_to_keep=1)
         found[stage] = sorted({event.key for event in seen.key_averages() if ATTENTION.search(event.key)})
     return found
 

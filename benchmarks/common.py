@@ -109,7 +109,7 @@ def operations(
     pruned = sum(d - 2 * kept.query_key_pairs for kept in layers if kept.query_key_pairs is not None)
     forward = len(layers) * (2 * dense + D * F) + (len(layers) - 1) * D * F
     forward -= pruned * (D * (H + G) + seqlen * H / 2)
-    moments = len(layers) * (2 * 3 * D**2 + A**2 + 2 * D * A + F**2 + 2 * D * F)
+    moments = len(layers) * (A**2 + 2 * D * A + F**2 + 2 * D * F)
     return {"forward": 2 * tokens * forward, "moments": tokens * moments}
 
 

@@ -20,6 +20,7 @@ from tempfile import TemporaryDirectory
 import torch
 from transformers import DynamicCache
 
+from flatllmbench.speed import cache_argument
 from flatllmbench.tables import markdown_table
 from flatllmcore.errors import run_program
 from flatllmcore.export import export_gguf
@@ -91,11 +92,12 @@ class Served:
 
     def cost_in_transformers(self) -> tuple[float, float, float]:
         """Return seconds for a prompt and for the tokens after it, and the cache's bytes."""
-        cache, started = DynamicCache(config=self.model.config), time.perf_counter()
-        token = self.model(torch.tensor([self.scored]), past_key_values=cache).logits[:, -1:].argmax(-1)
+        cache = DynamicCache(config=self.model.config)
+        by_name, started = cache_argument(self.model, cache), time.perf_counter()
+        token = self.model(torch.tensor([self.scored]), **by_name).logits[:, -1:].argmax(-1)
         prompted = time.perf_counter()
         for _ in range(32):
-            token = self.model(token, past_key_values=cache).logits.argmax(-1)
+            token = self.model(token, **by_name).logits.argmax(-1)
         size = sum(part.nbytes for layer in cache.layers for part in (layer.keys, layer.values))
         return prompted - started, time.perf_counter() - prompted, size
 

@@ -131,6 +131,17 @@ def test_a_fit_that_held_out_tokens_contradict_is_damped():
     assert (led_towards(truth, moments, crosses, 1.0) - truth).norm() < 0.2 * (alone - truth).norm()
 
 
+def test_without_tokens_to_check_with_the_ridge_is_the_middle_one():
+    """Oracle: the fit with it, written out."""
+    rows, weight = random(50, 6), random(3, 6, seed=1)
+    moment, cross = rows.T @ rows, random(3, 6, seed=2)
+    damped = moment + 1e-2 * moment.diagonal().mean() * torch.eye(6, dtype=torch.float64)
+    expected = weight + torch.linalg.solve(damped, (cross - weight @ moment).T).T
+    nothing = [torch.zeros_like(moment), torch.zeros_like(cross)]
+    found = led_towards(weight, [moment, nothing[0]], [cross, nothing[1]], 1.0)
+    torch.testing.assert_close(found, expected)
+
+
 class TestAllocation:
     CURVES = (
         {MLP: [(0, 0), (10, 1), (20, 4)], VALUES: [(0, 0), (10, 2), (20, 9)]},
@@ -331,7 +342,7 @@ def test_the_folder_is_that_of_the_model_compressed_in_memory(tmp_path, windows,
 
 @pytest.mark.parametrize("solves", [1, 4, 6])
 def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path, windows, monkeypatch, solves):
-    """Of two steps with a solve per layer that is counted; the dense model's stream goes on as well."""
+    """Two solves per layer are counted, of what writes; the dense model's stream goes on as well."""
     folder = save_tiny_checkpoint(tmp_path / "dense")
     compress_to(tmp_path / "straight", folder, windows, method="flatllm+", prune_qk=True)
     solve, done = OutputStep.solve, []

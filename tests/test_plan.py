@@ -77,6 +77,15 @@ def test_operations_are_those_of_the_products_one_by_one(allocation):
     triangle = whole[torch.ops.aten.mm] / 2 + whole[torch.ops.aten.bmm]
     assert found["moments"] == LAYERS * WINDOWS * triangle
     assert found["solves"] == pytest.approx(solves, rel=0.03)  # the loops' lower orders
+    with FlopCounterMode(display=False) as triangles:
+        a = torch.ones(S, d * H, device="meta")
+        z.T @ z, a.T @ a
+    with FlopCounterMode(display=False) as crosses:
+        y = torch.ones(D, S, device="meta")
+        y @ z, y @ a
+    expected = triangles.get_total_flops() / 2 + crosses.get_total_flops()
+    found = common.operations(CONFIGS["llama"], allocation, WINDOWS, S, "flatllm+")
+    assert found["moments"] == LAYERS * WINDOWS * expected
 
 
 @pytest.mark.parametrize("keep", [0.3, 0.99])

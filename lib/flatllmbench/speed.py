@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
+from inspect import signature
 from itertools import product
 from statistics import median
 from typing import Any, NamedTuple
@@ -180,6 +181,11 @@ def measure(
     return [own[1:] for own in found]
 
 
+def cache_argument(model: PreTrainedModel, cache: DynamicCache) -> dict[str, DynamicCache]:
+    """Return the cache under the name that the model's forward pass takes it by: another before transformers 5.24."""
+    return {"cache" if "cache" in signature(model.forward).parameters else "past_key_values": cache}
+
+
 @torch.no_grad()
 def run(model: PreTrainedModel, workload: Workload, token_ids: Tensor) -> Timing:
     """Return the timing of one run on the workload's tokens, (B, S), which are on the model's device."""
@@ -189,18 +195,19 @@ def run(model: PreTrainedModel, workload: Workload, token_ids: Tensor) -> Timing
         return time.perf_counter()
 
     before, cache, prefill_s = reset_peak_allocated(model.device), DynamicCache(config=model.config), 0.0
+    by_name = cache_argument(model, cache)
     if workload.prompt_length:
         started = now()
-        tokens = model(token_ids, past_key_values=cache, logits_to_keep=1).logits.argmax(-1)  # (B, 1)
+        tokens = model(token_ids, **by_name, logits_to_keep=1).logits.argmax(-1)  # (B, 1)
         read = now()
         for _ in range(workload.new_tokens):
-            tokens = model(tokens, past_key_values=cache, logits_to_keep=1).logits.argmax(-1)
+            tokens = model(tokens, **by_name, logits_to_keep=1).logits.argmax(-1)
         prefill_s, decode_s = read - started, (now() - read) / workload.new_tokens
     else:
         steps_s = []
         for tokens in token_ids.split(1, dim=1):
             started = now()
-            model(tokens, past_key_values=cache)
+            model(tokens, **by_name)
             steps_s.append(now() - started)
         decode_s = median(steps_s)
     peak = peak_allocated_bytes(model.device)

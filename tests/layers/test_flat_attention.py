@@ -19,9 +19,9 @@ from .tiny_models import SIZES, compress, dense_model_of, generate, project_in_f
     ("implementations", "query_length", "device_type", "width_of"),
     [
         ("eager", 7, "cuda", lambda rank, _: rank),
-        ("sdpa flash_attention_2 flex_attention paged|sdpa", 7, "cpu", lambda _, head_dim: head_dim),
-        ("sdpa flash_attention_2 flex_attention paged|sdpa", 7, "cuda", lambda _, head_dim: head_dim),
-        ("flash_attention_2 flash_attention_3 flex_attention paged|eager", 1, "cuda", lambda _, head_dim: head_dim),
+        ("sdpa flash_attention_2 flex_attention", 7, "cpu", lambda _, head_dim: head_dim),
+        ("sdpa flash_attention_2 flex_attention", 7, "cuda", lambda _, head_dim: head_dim),
+        ("flash_attention_2 flash_attention_3 flex_attention", 1, "cuda", lambda _, head_dim: head_dim),
         ("sdpa", 1, "cpu", lambda rank, _: rank),
         ("sdpa", 1, "cuda", lambda rank, head_dim: min(next(w for w in range(rank, 999) if w % 8 == 0), head_dim)),
     ],
@@ -100,6 +100,20 @@ def test_what_one_token_attention_does_not_take_goes_to_the_attention_function(f
     model.eval()
     with pytest.raises(TypeError, match="not callable"):
         model(tokens[:, -1:], past_key_values=cache)
+
+
+def test_a_cache_is_taken_by_its_names_before_and_since_transformers_5_24(flat_model, tokens):
+    """By a layer's attention, whichever of them the decoder uses: the outputs see what is cached."""
+    model = flat_model()
+    hidden, attention, outputs = model.model.embed_tokens(tokens), model.model.layers[0].self_attn, []
+    angles = torch.rand(1, tokens.shape[1], attention.head_dim // 2).repeat(1, 1, 2)
+    for name in ("past_key_values", "cache"):
+        cache = DynamicCache(config=model.config)
+        for part in (slice(0, 4), slice(4, None)):
+            turned = angles[:, part].cos(), angles[:, part].sin()
+            outputs.append(attention(hidden[:, part], turned, **{name: cache})[0])
+        assert cache.get_seq_length() == tokens.shape[1]
+    assert torch.equal(outputs[1], outputs[3])
 
 
 def test_a_model_that_was_left_whole_decodes_bit_by_bit_as_the_dense_one(dense_model, tokens):

@@ -36,8 +36,8 @@ def led_towards(weight: Tensor, moments: Sequence[Tensor], crosses: Sequence[Ten
     """Return ``weight``, (m, n), led by ``share`` of the way to the least-squares fit of a target.
 
     ``moments`` are ``C`` and ``crosses`` ``R`` of the tokens to fit and of those to check with. A fit changes ``W`` by
-    ``Δ = (R - W C)(C + ridge)⁻¹``. The ridge is the one whose change gains most on the latter, ``2 ⟨Δ, R - W C⟩ -
-    ⟨Δ C, Δ⟩``, from the middle one on as long as the gain rises; then all tokens are fitted.
+    ``Δ = (R - W C)(C + ridge)⁻¹``. The ridge is looked for from the middle one on, as long as the change gains more on
+    the latter, ``2 ⟨Δ, R - W C⟩ - ⟨Δ C, Δ⟩``: the middle one where there are none. Then all tokens are fitted.
     """
     rest, held_rest = (R - weight @ C for C, R in zip(moments, crosses, strict=True))
 

@@ -113,7 +113,7 @@ class _Loop:
         layer = before = dense
         eigenvalues = None
         for part in PARTS if any(step.part for step in steps) else ("",):
-            if self.dense_walk is not None:
+            if self.dense_walk is not None and (steps or index != self.last):
                 self.dense_walk.advance(dense, index, part)
             read = None
             for step in (of_part := [step for step in steps if step.part == part]):
@@ -196,7 +196,7 @@ class _Loop:
         return sums
 
     def _batches(self) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-        """Yield the hidden states of each batch, and what steps see beside their taps where the dense stream is."""
+        """Yield the hidden states of each batch, and what steps see beside their taps if the method asks."""
         if self.dense_walk is None:
             yield from ((states, {}) for states, _ in self.walk.batches())
             return

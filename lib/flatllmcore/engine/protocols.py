@@ -20,11 +20,7 @@ from ..utils.layer_utils import DecoderModule
 from .storage import StatesStorage
 
 Sums: TypeAlias = dict[str, Tensor]
-STREAM, DENSE, HELD_OUT = (
-    "stream",
-    "dense",
-    "held out",
-)  # what steps see beside taps if the method asks
+STREAM, DENSE, HELD_OUT = "stream", "dense", "held out"  # what steps see beside taps if the method asks
 
 
 def zero_sums(layer: DecoderModule, shapes: Mapping[str, tuple[int, ...]]) -> Sums:

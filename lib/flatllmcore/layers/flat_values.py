@@ -21,7 +21,7 @@ def padded_values(value: Tensor, head_dim: int, query_length: int, implementatio
         width = rank if device_type == "cpu" else min(-(-rank // 8) * 8, head_dim)
     else:
         # A prompt, for flash: zeros cost little beside the scores, and transformers shares key/value heads among
-        # queries without copying them only at equal widths. flash_attention_*, flex and paged caches ask for these.
+        # queries without copying them only at equal widths. flash_attention_* and flex ask for these.
         width = head_dim
     return widened(value, width)
 

@@ -50,13 +50,13 @@ class FlatLLMPlus(Method):
             logger.warning(f"{tokens} calibration tokens are few for {channels} MLP channels; give more tokens")
 
     def steps(self, dimensions: ModelDimensions, kept: Kept) -> list["PairStep | OutputStep"]:
-        """Return a step for each part, and one before for pairs where they go; none for a layer that stays whole."""
+        """Return a step for each part, before them one for pairs if some go; none for a layer that stays whole."""
         if dimensions.is_whole(kept):
             return []
         behind = replace(kept, mlp_width=dimensions.intermediate_size)
-        turned = replace(behind, value_rank=dimensions.head_dim)
+        paired = replace(behind, value_rank=dimensions.head_dim)
         return [
-            *([] if kept.query_key_pairs is None else [PairStep(dimensions, turned)]),
+            *([] if kept.query_key_pairs is None else [PairStep(dimensions, paired)]),
             OutputStep(dimensions, behind, "self_attn", "o_proj"),
             OutputStep(dimensions, kept, "mlp", "down_proj"),
         ]
@@ -138,7 +138,8 @@ class OutputStep:
         narrow = self._narrowed_values if self.part == "self_attn" else self._narrowed_channels
         narrowed, weights = narrow(layer, sums["fit C"] + sums["held C"], int(sums[TOKENS]))
         weight = layer.get_parameter(f"{self.name}.weight").double()
-        moments, own, stream = [], [], []  # with its own output, and with what is missing of the dense stream
+        moments = []
+        own, stream = [], []  # crossed with its own output, and with what is missing of the dense stream
         for of in ("fit", "held"):
             reads = narrowed(sums[f"{of} C"])
             moments.append(narrowed(reads.T).T)
