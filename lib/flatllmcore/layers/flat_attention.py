@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .flat_values import cached, one_token_attention, padded_values, widened
+from .flat_values import cached, one_token_attention, padded_values, unplanned, widened
 
 
 class HeadwiseFactoredLinear(nn.Module):
@@ -130,17 +130,18 @@ class FlatAttention(nn.Module):
             query, key = widened(query, widest), widened(key, widest)
         value = padded_values(value, widest, query.shape[2], implementation, device_type)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, self.dense.eager_attention_forward)
-        output, weights = attend(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            sliding_window=self.sliding_window,
-            **kwargs,
-        )
+        with unplanned(query):
+            output, weights = attend(
+                self,
+                query,
+                key,
+                value,
+                attention_mask,
+                dropout=self.attention_dropout if self.training else 0.0,
+                scaling=self.scaling,
+                sliding_window=self.sliding_window,
+                **kwargs,
+            )
         output = output.reshape(*input_shape, -1, value.shape[-1])  # (B, T, H, d or r), or its heads came side by side
         return self.o_proj(output[..., :rank].reshape(*input_shape, -1)), weights
 

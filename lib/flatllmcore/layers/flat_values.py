@@ -1,5 +1,8 @@
 """Values that are narrower than queries and keys: padded for attention functions and caches, or read as they are."""
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -29,6 +32,26 @@ def padded_values(value: Tensor, head_dim: int, query_length: int, implementatio
 def widened(part: Tensor, width: int) -> Tensor:
     """Return queries, keys or values (..., d) with zeros up to ``width``; scores and outputs are the same."""
     return F.pad(part, (0, width - part.shape[-1])) if width > part.shape[-1] else part
+
+
+def unplanned(query: Tensor) -> AbstractContextManager[None]:
+    """Return where one token's attention on a GPU, query (B, H, 1, d), is to be computed: off cuDNN.
+
+    cuDNN makes a plan for every length of the cache and width of its values, which takes a hundred times as long as
+    the attention, and the next token's cache is longer.
+    """
+    is_planned = query.shape[2] == 1 and query.is_cuda and not torch.compiler.is_compiling()
+    return _without_cudnn() if is_planned else nullcontext()
+
+
+@contextmanager
+def _without_cudnn() -> Iterator[None]:
+    switch, was_on = torch.backends.cuda.enable_cudnn_sdp, torch.backends.cuda.cudnn_sdp_enabled()
+    switch(False)
+    try:
+        yield
+    finally:
+        switch(was_on)
 
 
 def one_token_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
