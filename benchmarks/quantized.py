@@ -39,19 +39,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     for model in args.models:
         tokenizer = load_tokenizer(model)
         windows = consecutive_windows(load_text(args.dataset, "test"), tokenizer, 256, args.windows)
-        calibration = sample_documents(load_text(args.dataset, "train"), tokenizer, 16, 256, seed=0)
         for way in args.by:
-            print(f"| {Path(model).name} | {way} | {measured(model, way, windows, calibration)} |", flush=True)
+            print(f"| {Path(model).name} | {way} | {measured(model, way, windows, args.dataset)} |", flush=True)
 
 
-def measured(folder: str, way: str, windows: Tensor, calibration: Tensor) -> str:
+def measured(folder: str, way: str, windows: Tensor, dataset: str) -> str:
     """Return megabytes on disk and perplexity of the model loaded again, or what a library said against it."""
     try:
         with TemporaryDirectory() as saved, door("no", "see docs/QUANTIZE.md"):
             if way.startswith("quanto"):
                 model = saved_by_quanto(folder, way, saved)
             elif way.startswith("gptq"):
-                model = saved_by_gptq(folder, saved, calibration)
+                model = saved_by_gptq(folder, saved, dataset)
             else:
                 model = saved_by_transformers(folder, way, saved)
             size = sum(path.stat().st_size for path in Path(saved).glob("*.safetensors")) / 1e6
@@ -89,13 +88,14 @@ def saved_by_quanto(folder: str, way: str, saved: str) -> PreTrainedModel:
     return empty
 
 
-def saved_by_gptq(folder: str, saved: str, calibration: Tensor) -> PreTrainedModel:
+def saved_by_gptq(folder: str, saved: str, dataset: str) -> PreTrainedModel:
     """Return the model loaded again, in int4 by groups of 32, packed, by llm-compressor."""
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
     from datasets import Dataset
     from llmcompressor import oneshot
     from llmcompressor.modifiers.quantization import GPTQModifier
 
+    calibration = sample_documents(load_text(dataset, "train"), load_tokenizer(folder), 16, 256, seed=0)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     int4 = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(num_bits=4, group_size=32, symmetric=True))
     count, seqlen = calibration.shape

@@ -6,10 +6,14 @@ Models are small and random; that the method does better than the published one 
 import copy
 import math
 from dataclasses import replace
+from itertools import permutations
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -150,13 +154,34 @@ class TestAllocation:
 
     @pytest.mark.parametrize(
         ("removed", "expected"),
-        [
-            (20, [{MLP: 10, VALUES: 5}, {MLP: 5, PAIRS: 0}]),  # the first two cheapest, until the clip of 1.5 means
-            (32, [{MLP: 14, VALUES: 10}, {MLP: 8, PAIRS: 0}]),  # the second layer's half mean, then what is cheapest
+        [  # by hand, at levels of slope · x + D(x)
+            (20, [{MLP: 10, VALUES: 3}, {MLP: 7, PAIRS: 0}]),  # 4.2
+            (32, [{MLP: 34 / 3, VALUES: 10}, {MLP: 32 / 3, PAIRS: 0}]),  # 9.8
+            (70, [{MLP: 20, VALUES: 20}, {MLP: 20, PAIRS: 10}]),  # all there is
+            (99, [{MLP: 20, VALUES: 20}, {MLP: 20, PAIRS: 10}]),
         ],
     )
-    def test_what_costs_least_goes_first_between_half_and_one_and_a_half_means(self, removed, expected):
-        assert removed_by_curves(self.CURVES, removed, 1000) == [pytest.approx(layer) for layer in expected]
+    def test_layers_lose_what_costs_them_least_until_more_costs_all_of_them_the_same(self, removed, expected):
+        assert removed_by_curves(self.CURVES, removed) == [pytest.approx(layer) for layer in expected]
+
+    @given(st.lists(st.lists(st.floats(0, 9), min_size=3, max_size=3), min_size=2, max_size=4), st.floats(0.1, 0.9))
+    def test_no_exchange_between_layers_makes_the_sum_of_weights_times_damage_less(self, slopes, share):
+        """Oracle: the sum itself, by interpolation, with a little more from one layer and less from another."""
+        xs = [0, 5, 10, 15]
+        damages = [[0, *np.cumsum(5 * np.sort(of))] for of in slopes]
+        curves = [{MLP: list(zip(xs, of, strict=True))} for of in damages]
+        found = [layer[MLP] for layer in removed_by_curves(curves, share * 15 * len(curves))]
+        assert sum(found) == pytest.approx(share * 15 * len(curves))
+
+        def cost(given):
+            return sum(x * np.interp(x, xs, of) for x, of in zip(given, damages, strict=True))
+
+        for more, less in permutations(range(len(found)), 2):
+            other = list(found)
+            step = min(0.01, 15 - other[more], other[less])
+            other[more] += step
+            other[less] -= step
+            assert cost(other) >= cost(found) - 1e-9
 
     @pytest.mark.parametrize("multiple", [1, 2, 4])
     @pytest.mark.parametrize("percent", [10, 20, 35, 50])

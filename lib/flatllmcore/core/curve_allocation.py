@@ -5,10 +5,10 @@ or rotary pairs of Q and K. All are in one unit, so that weights go where they c
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from ..errors import InputError
 from ..utils.dimensions import Kept, ModelDimensions, check_length
@@ -17,49 +17,56 @@ from .rank_rounding import Ideal
 Curve: TypeAlias = list[tuple[float, float]]
 Curves: TypeAlias = dict[str, Curve]  # of one layer, by kind
 VALUES, MLP, PAIRS = "values", "mlp", "pairs"  # the kinds
-LEAST, MOST = 0.5, 1.5  # times the mean share, that a layer loses
 # Where curves are measured, as shares of a head's width that stay.
 VALUE_SHARES = (15 / 16, 7 / 8, 3 / 4, 5 / 8, 1 / 2, 3 / 8, 1 / 4)
 PAIR_SHARES = (7 / 8, 3 / 4, 5 / 8, 1 / 2)
 MLP_SHARE = 0.9  # of the channels, that the curve of the MLP removes
 
 
-@dataclass(frozen=True, order=True)
-class _Piece:
+class _Piece(NamedTuple):
     """A straight piece of a layer's convex curve."""
 
     slope: float  # damage per weight
-    layer: int
     kind: str
     weights: float
 
 
-def removed_by_curves(
-    curves: Sequence[Mapping[str, Curve]], removed: float, layer_parameters: int
-) -> list[dict[str, float]]:
+def removed_by_curves(curves: Sequence[Mapping[str, Curve]], removed: float) -> list[dict[str, float]]:
     """Return the weights of each kind to remove from each layer, ``removed`` in all, or all that the curves have.
 
-    Pieces of the curves' lower convex hulls go in the order of their slope, first as many as each layer has to lose,
-    half the mean, then those of all layers together, until a layer has lost one and a half times the mean.
+    They make the sum over layers of weights times damage, ``x_l D_l(x_l)``, the least, ``D_l`` by pieces of the convex
+    hulls of the layer's curves in the order of their slope. The sum of damages alone would take all from a layer before
+    another loses any, on differences that curves of single layers do not tell (docs/ACCURACY_LOG.md).
     """
-    taken = [dict.fromkeys(layer, 0.0) for layer in curves]
-    mean = removed / len(curves)
-    left = removed
+    layers = [sorted(piece for kind, curve in layer.items() for piece in _pieces(kind, curve)) for layer in curves]
+    # What costs nothing is shared as well: it is given a slope beside which every other one is steep.
+    least = 1e-12 * max((piece.slope for pieces in layers for piece in pieces), default=0.0) or 1.0
+    layers = [[piece._replace(slope=max(piece.slope, least)) for piece in pieces] for pieces in layers]
+    low, high = 0.0, max(map(_highest_level, layers))
+    for _ in range(200):
+        level = (low + high) / 2
+        taken = sum(sum(_taken(pieces, level).values()) for pieces in layers)
+        low, high = (level, high) if taken < removed else (low, level)
+    return [dict.fromkeys(layer, 0.0) | _taken(pieces, high) for layer, pieces in zip(curves, layers, strict=True)]
 
-    def take(piece: _Piece, most: float) -> float:
-        nonlocal left
-        amount = max(0.0, min(piece.weights, left, most - sum(taken[piece.layer].values())))
-        taken[piece.layer][piece.kind] += amount
-        left -= amount
-        return piece.weights - amount
 
-    most = min(MOST * mean, layer_parameters)
-    pieces = sorted(piece for index, layer in enumerate(curves) for piece in _pieces(index, layer))
-    for bound in (LEAST * mean, most, layer_parameters):  # the last where clipped layers have too little to give
-        pieces = [
-            _Piece(piece.slope, piece.layer, piece.kind, rest) for piece in pieces if (rest := take(piece, bound)) > 0
-        ]
+def _taken(pieces: Sequence[_Piece], level: float) -> dict[str, float]:
+    """Return what a layer loses of each kind until one weight more costs ``level``, the derivative of ``x D(x)``."""
+    taken: dict[str, float] = {}
+    weights = damage = 0.0
+    for slope, kind, most in pieces:
+        # Where slope · x + D(x) is the level, D being straight from here on.
+        amount = min(max((level - damage - slope * weights) / (2 * slope), 0.0), most)
+        taken[kind] = taken.get(kind, 0.0) + amount
+        weights += amount
+        damage += slope * amount
     return taken
+
+
+def _highest_level(pieces: Sequence[_Piece]) -> float:
+    """Return the level at which a layer loses all that its curves have."""
+    weights, damage = sum(piece.weights for piece in pieces), sum(piece.slope * piece.weights for piece in pieces)
+    return pieces[-1].slope * weights + damage if pieces else 0.0
 
 
 def ideals_by_curves(
@@ -67,7 +74,7 @@ def ideals_by_curves(
 ) -> list[Ideal]:
     """Return what each layer is to keep by its curves so that ``keep_ratio`` of all linear weights stays."""
     removed = (1 - keep_ratio) * dimensions.num_layers * dimensions.layer_parameters
-    taken = removed_by_curves(curves, removed, dimensions.layer_parameters)
+    taken = removed_by_curves(curves, removed)
     return [_ideal(dimensions, of_layer, max(1, rank_step // 2)) for of_layer in taken]
 
 
@@ -87,8 +94,10 @@ def check_curves(curves: Sequence[Curves], dimensions: ModelDimensions) -> None:
         for kind, curve in layer.items():
             removed, damages = [point[0] for point in curve], [point[1] for point in curve]
             is_sound = curve[:1] == [(0, 0)] and all(map(math.isfinite, damages)) and min(damages) >= 0
-            if not is_sound or removed != sorted(set(removed)) or removed[-1] > dimensions.layer_parameters:
+            if not is_sound or removed != sorted(set(removed)):
                 raise InputError(f"the curve {kind!r} of layer {index} is no curve of damage from (0, 0) on")
+        if sum(curve[-1][0] for curve in layer.values()) > dimensions.layer_parameters:
+            raise InputError(f"the curves of layer {index} remove more than it has")
         if layer.keys() - {VALUES, MLP, PAIRS}:
             raise InputError(f"layer {index} has curves of {', '.join(layer)}; known: {VALUES}, {MLP}, {PAIRS}")
 
@@ -108,13 +117,10 @@ def _ideal(dimensions: ModelDimensions, taken: Mapping[str, float], pair_step: i
     return Ideal(rank, width, kept_with)
 
 
-def _pieces(index: int, layer: Mapping[str, Curve]) -> list[_Piece]:
-    """Return the pieces of the lower convex hulls of a layer's curves."""
-    return [
-        _Piece((after[1] - before[1]) / (after[0] - before[0]), index, kind, after[0] - before[0])
-        for kind, curve in layer.items()
-        for before, after in pairwise(_hull(curve))
-    ]
+def _pieces(kind: str, curve: Curve) -> Iterator[_Piece]:
+    """Yield the pieces of the lower convex hull of a curve."""
+    for before, after in pairwise(_hull(curve)):
+        yield _Piece(_slope(before, after), kind, after[0] - before[0])
 
 
 def _hull(curve: Curve) -> list[tuple[float, float]]:
