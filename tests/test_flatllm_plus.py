@@ -161,8 +161,10 @@ class TestAllocation:
             (99, [{MLP: 20, VALUES: 20}, {MLP: 20, PAIRS: 10}]),
         ],
     )
-    def test_layers_lose_what_costs_them_least_until_more_costs_all_of_them_the_same(self, removed, expected):
-        assert removed_by_curves(self.CURVES, removed) == [pytest.approx(layer) for layer in expected]
+    @pytest.mark.parametrize("unit", [1e-300, 1, 1e300])
+    def test_layers_lose_what_costs_least_until_more_costs_all_of_them_the_same(self, removed, expected, unit):
+        curves = [{kind: [(x, unit * y) for x, y in curve] for kind, curve in layer.items()} for layer in self.CURVES]
+        assert removed_by_curves(curves, removed) == [pytest.approx(layer) for layer in expected]
 
     @given(st.lists(st.lists(st.floats(0, 9), min_size=3, max_size=3), min_size=2, max_size=4), st.floats(0.1, 0.9))
     def test_no_exchange_between_layers_makes_the_sum_of_weights_times_damage_less(self, slopes, share):

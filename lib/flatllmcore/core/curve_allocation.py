@@ -39,9 +39,9 @@ def removed_by_curves(curves: Sequence[Mapping[str, Curve]], removed: float) -> 
     another loses any, on differences that curves of single layers do not tell (docs/ACCURACY_LOG.md).
     """
     layers = [sorted(piece for kind, curve in layer.items() for piece in _pieces(kind, curve)) for layer in curves]
-    # What costs nothing is shared as well: it is given a slope beside which every other one is steep.
-    least = 1e-12 * max((piece.slope for pieces in layers for piece in pieces), default=0.0) or 1.0
-    layers = [[piece._replace(slope=max(piece.slope, least)) for piece in pieces] for pieces in layers]
+    steepest = max((piece.slope for pieces in layers for piece in pieces), default=0.0) or 1.0
+    # In parts of the steepest, whatever the unit, and never nothing: what costs nothing is shared as well.
+    layers = [[piece._replace(slope=max(piece.slope / steepest, 1e-12)) for piece in pieces] for pieces in layers]
     low, high = 0.0, max(map(_highest_level, layers))
     for _ in range(200):
         level = (low + high) / 2
