@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All that waits for a GPU, in at most 9 minutes on one card of 80 GB: random weights of published shapes, no download.
+# All that needs a GPU, in at most 9 minutes on one card of 80 GB: random weights of published shapes, no download.
 #
 #   bash benchmarks/gpu_session.sh                      # records in out/gpu
 #   DEVICE=cpu SHAPE=tiny bash benchmarks/gpu_session.sh   # a trial: every part, at a size for a few seconds each

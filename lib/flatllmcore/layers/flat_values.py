@@ -35,10 +35,10 @@ def widened(part: Tensor, width: int) -> Tensor:
 
 
 def unplanned(query: Tensor) -> AbstractContextManager[None]:
-    """Return where one token's attention on a GPU, query (B, H, 1, d), is to be computed: off cuDNN.
+    """Return a context that keeps one token's attention, query (B, H, 1, d), on a GPU off cuDNN, or one without effect.
 
-    cuDNN makes a plan for every length of the cache and width of its values, which takes a hundred times as long as
-    the attention, and the next token's cache is longer.
+    cuDNN makes a plan for every length of the cache and width of its values, which takes tens of milliseconds, and the
+    next token's cache is longer. The switch is the process's: other threads are kept off cuDNN meanwhile.
     """
     is_planned = query.shape[2] == 1 and query.is_cuda and not torch.compiler.is_compiling()
     return _without_cudnn() if is_planned else nullcontext()
