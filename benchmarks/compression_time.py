@@ -2,13 +2,14 @@
 
     python benchmarks/compression_time.py --model models/pydocs-llama --dataset pydocs --nsamples 256 --seqlen 256
     python benchmarks/compression_time.py --shape 1024x8 --nsamples 128 --seqlen 512
-    python benchmarks/compression_time.py --shape llama-2-7b --nsamples 256 --seqlen 4096 --device cuda
+    python benchmarks/compression_time.py --shape llama-2-7b --nsamples 256 --seqlen 4096 --device cuda --method flatllm
     python benchmarks/compression_time.py --shape 1024x8 --nsamples 8 --dtype float32 --against ../checkout
 
 A shape is a Llama with random weights, and without `--dataset` the tokens are random: the time does not depend on their
 values. The bound of a stage is its operations over the rate of one large matrix product on the same device in the same
 run, in the dtype that layers are computed in, in the one that moments are multiplied in, and in float64. Every layer is
-cut. Peak memory is read before the rates are measured, and with several methods it is that of all so far.
+cut. A shape is on the device as a whole, and once more for each of several methods: peak memory, read before the rates
+are measured, has it all, and is that of the methods so far.
 
 `--against` has another checkout of this repository compress by turns with this one, by its own copy of this program,
 and gives the ratio of the CPU seconds that compressions took: where others use the machine too, these are steadier.
@@ -64,7 +65,7 @@ def main() -> None:
     data_s = time.perf_counter() - started
     records = []
     for method in args.method:
-        own = model if method == args.method[-1] else copy.deepcopy(model)
+        own = copy.deepcopy(model) if args.method[1:] else model  # which a compression changes
         records.append(measure(args, method, own, windows, device) | {"data_s": data_s})
         report(records[-1])
     if args.out is not None:

@@ -13,11 +13,13 @@ export PYTHONPATH="$PWD/lib:$PWD${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1
 mkdir -p "$out"
 if [[ "${SHAPE:-7b}" == tiny ]]; then
     patience=20 # times the limits: a trial is for the parts, on a machine of any speed
-    dtype=float32 shape=64x2 layers=64x2 sizes=(--nsamples 4 --seqlen 64) windows=2 config=models/pydocs-llama wide=(--hidden_size 128 --intermediate_size 128)
+    dtype=float32 shape=64x2 layers=64x2 sizes=(--nsamples 4 --seqlen 64) windows=2 config=models/pydocs-llama
+    wide=(--hidden_size 128 --intermediate_size 128)
     speed=(--batch_size 1,2 --prompt_length 16 --new_tokens 2 --repeats 1) tests=(tests/test_devices.py)
 else
     patience=1
-    dtype=bfloat16 shape=llama-2-7b layers=llama-2-7b-4-layers sizes=(--nsamples 256 --seqlen 4096) windows=64 config=benchmarks/shapes/llama-2-7b
+    dtype=bfloat16 shape=llama-2-7b layers=llama-2-7b-4-layers sizes=(--nsamples 256 --seqlen 4096) windows=64
+    config=benchmarks/shapes/llama-2-7b
     wide=(--hidden_size 8192 --intermediate_size 28672 --seqlen 512) # as 70B is
     speed=(--batch_size 1,64 --prompt_length 512 --new_tokens 32 --repeats 3)
     tests=(-k cuda tests/test_engine.py tests/test_memory.py tests/test_flatllm_plus.py tests/layers)
@@ -43,7 +45,8 @@ part 45 authors_loop "$python" benchmarks/published_loop.py --shape "$shape" "${
 part 80 speed "$python" -m flatllmbench.speed --shape "$config" --ratios 20,50 --rank_multiple 8 "${speed[@]}" \
     --dtype "$dtype" --device "$device" --save "$out"
 part 20 kernels "$python" benchmarks/attention_kernels.py --shape "$shape" --device "$device" --out "$out/kernels.json"
-part 30 new_lengths "$python" benchmarks/new_lengths.py --shape "$layers" --device "$device" --out "$out/new_lengths.json"
+part 30 new_lengths "$python" benchmarks/new_lengths.py --shape "$layers" --device "$device" \
+    --out "$out/new_lengths.json"
 part 90 out_of_core "$python" benchmarks/out_of_core.py --folder "$out/checkpoint" --layers 1 "${wide[@]}" \
     --device "$device" --out "$out/out_of_core.json"
 part 40 moments "$python" benchmarks/moment_precision.py --model models/pydocs-llama --dataset pydocs \

@@ -1,6 +1,6 @@
 """What a token costs behind a cache of a length that has not been met, as in any text, and of one that has.
 
-    python benchmarks/new_lengths.py --shape llama-2-7b-4-layers --device cuda
+    python benchmarks/new_lengths.py --shape llama-2-7b-4-layers --device cuda --out out/new_lengths.json
 
 Some attention kernels are planned anew for every length and width. Random weights, dense and compressed in multiples
 of 8, layers of falling scores; milliseconds per token, the middle of nine runs for lengths that have been met.

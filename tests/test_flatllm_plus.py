@@ -6,7 +6,7 @@ Models are small and random; that the method does better than the published one 
 import copy
 import math
 from dataclasses import replace
-from itertools import permutations
+from itertools import permutations, product
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +32,7 @@ from checkpoints import (
 from conftest import assert_same_weights, tiny_model
 from flatllmcore import FlatLLMConfig, FlatLLMPruner, apply_flat_llm
 from flatllmcore.core.channel_obs import channels_by_damage, ridge_for
-from flatllmcore.core.curve_allocation import MLP, PAIRS, VALUES, removed_by_curves
+from flatllmcore.core.curve_allocation import MLP, PAIRS, VALUES, check_curves, removed_by_curves
 from flatllmcore.core.output_pca import lost_by_rank, output_bases, spread_over_queries
 from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector, RankAllocation
 from flatllmcore.core.refit import led_towards
@@ -146,6 +146,9 @@ def test_without_tokens_to_check_with_the_ridge_is_the_middle_one():
     torch.testing.assert_close(found, expected)
 
 
+ALL = object()  # the weights that a layer has
+
+
 class TestAllocation:
     CURVES = (
         {MLP: [(0, 0), (10, 1), (20, 4)], VALUES: [(0, 0), (10, 2), (20, 9)]},
@@ -166,24 +169,63 @@ class TestAllocation:
         curves = [{kind: [(x, unit * y) for x, y in curve] for kind, curve in layer.items()} for layer in self.CURVES]
         assert removed_by_curves(curves, removed) == [pytest.approx(layer) for layer in expected]
 
-    @given(st.lists(st.lists(st.floats(0, 9), min_size=3, max_size=3), min_size=2, max_size=4), st.floats(0.1, 0.9))
-    def test_no_exchange_between_layers_makes_the_sum_of_weights_times_damage_less(self, slopes, share):
-        """Oracle: the sum itself, by interpolation, with a little more from one layer and less from another."""
-        xs = [0, 5, 10, 15]
-        damages = [[0, *np.cumsum(5 * np.sort(of))] for of in slopes]
-        curves = [{MLP: list(zip(xs, of, strict=True))} for of in damages]
-        found = [layer[MLP] for layer in removed_by_curves(curves, share * 15 * len(curves))]
-        assert sum(found) == pytest.approx(share * 15 * len(curves))
+    @given(
+        st.lists(
+            st.lists(st.lists(st.floats(0, 9), min_size=3, max_size=3), min_size=2, max_size=2), min_size=2, max_size=4
+        ),
+        st.floats(0.1, 0.9),
+    )
+    def test_no_exchange_makes_the_sum_of_weights_times_damage_less(self, rises, share):
+        """Oracle: the sum itself, along straight lines, with a little more of one layer's kind and less of another."""
+        xs, kinds = [0, 5, 10, 15], (MLP, VALUES)
+        damages = [[[0, *np.cumsum(np.sort(of))] for of in layer] for layer in rises]  # convex
+        curves = [{MLP: list(zip(xs, a, strict=True)), VALUES: list(zip(xs, b, strict=True))} for a, b in damages]
+        asked = share * 30 * len(curves)
+        found = [[layer[kind] for kind in kinds] for layer in removed_by_curves(curves, asked)]
+        assert np.sum(found) == pytest.approx(asked)
 
-        def cost(given):
-            return sum(x * np.interp(x, xs, of) for x, of in zip(given, damages, strict=True))
+        def cost(lost):
+            return sum(
+                sum(of_layer) * sum(np.interp(x, xs, of) for x, of in zip(of_layer, layer, strict=True))
+                for of_layer, layer in zip(lost, damages, strict=True)
+            )
 
-        for more, less in permutations(range(len(found)), 2):
-            other = list(found)
+        for more, less in permutations(product(range(len(found)), range(2)), 2):
+            other = np.array(found)
             step = min(0.01, 15 - other[more], other[less])
             other[more] += step
             other[less] -= step
             assert cost(other) >= cost(found) - 1e-9
+
+    def test_a_curve_that_is_not_convex_counts_by_its_hull(self):
+        """The step in the middle costs as much as both ends of it do together."""
+        bent, straight = [(0, 0), (5, 6), (10, 8)], [(0, 0), (10, 8)]
+        for removed in (4, 8, 12):
+            found, expected = (
+                removed_by_curves([{MLP: of}, {MLP: [(0, 0), (10, 5)]}], removed) for of in (bent, straight)
+            )
+            assert found == [pytest.approx(layer) for layer in expected]
+
+    @pytest.mark.parametrize(
+        ("changed", "refusal"),
+        [
+            ({MLP: [(0, 0), (10, math.inf)]}, "the curve 'mlp' of layer 0 is no curve of damage"),
+            ({MLP: [(0, 0), (10, -1)]}, "the curve 'mlp' of layer 0 is no curve of damage"),
+            ({MLP: [(1, 0), (10, 1)]}, "the curve 'mlp' of layer 0 is no curve of damage"),
+            ({MLP: [(0, 0), (10, 1), (10, 2)]}, "the curve 'mlp' of layer 0 is no curve of damage"),
+            ({MLP: [(0, 0), (ALL, 1)], VALUES: [(0, 0), (1, 1)]}, "the curves of layer 0 remove more than it has"),
+            ({"norms": [(0, 0), (1, 1)]}, "layer 0 has curves of norms"),
+        ],
+    )
+    def test_curves_that_cannot_be_are_refused(self, changed, refusal):
+        sizes = dimensions_from_config(tiny_model().config)
+        whole = {MLP: [(0, 0), (sizes.layer_parameters, 1)]}
+        check_curves([whole] * sizes.num_layers, sizes)
+        curves = [
+            {kind: [(sizes.layer_parameters if x is ALL else x, y) for x, y in of] for kind, of in changed.items()}
+        ]
+        with pytest.raises(InputError, match=refusal):
+            check_curves(curves + [whole] * (sizes.num_layers - 1), sizes)
 
     @pytest.mark.parametrize("multiple", [1, 2, 4])
     @pytest.mark.parametrize("percent", [10, 20, 35, 50])

@@ -151,6 +151,7 @@ def test_a_cache_is_taken_by_its_names_before_and_since_transformers_5_24(flat_m
 
 
 def test_a_model_that_was_left_whole_decodes_bit_by_bit_as_the_dense_one(dense_model, tokens):
+    """On a CPU: on a GPU the dense model's attention of one token may be that of cuDNN."""
     dense = dense_model()
     flat = AutoModelForCausalLM.from_config(compress(dense_model(), (16,) * 3, (96,) * 3).config).eval()
     flat.load_state_dict(dense.state_dict())

@@ -21,6 +21,8 @@ VALUES, MLP, PAIRS = "values", "mlp", "pairs"  # the kinds
 VALUE_SHARES = (15 / 16, 7 / 8, 3 / 4, 5 / 8, 1 / 2, 3 / 8, 1 / 4)
 PAIR_SHARES = (7 / 8, 3 / 4, 5 / 8, 1 / 2)
 MLP_SHARE = 0.9  # of the channels, that the curve of the MLP removes
+_FLAT = 1e-12  # of the steepest slope: no piece is flatter, so that what costs nothing is shared by layers as well
+_HALVINGS = 200  # of a bisection: more than tell any two levels apart in float64, flat ones too
 
 
 class _Piece(NamedTuple):
@@ -40,10 +42,9 @@ def removed_by_curves(curves: Sequence[Mapping[str, Curve]], removed: float) -> 
     """
     layers = [sorted(piece for kind, curve in layer.items() for piece in _pieces(kind, curve)) for layer in curves]
     steepest = max((piece.slope for pieces in layers for piece in pieces), default=0.0) or 1.0
-    # In parts of the steepest, whatever the unit, and never nothing: what costs nothing is shared as well.
-    layers = [[piece._replace(slope=max(piece.slope / steepest, 1e-12)) for piece in pieces] for pieces in layers]
+    layers = [[piece._replace(slope=max(piece.slope / steepest, _FLAT)) for piece in pieces] for pieces in layers]
     low, high = 0.0, max(map(_highest_level, layers))
-    for _ in range(200):
+    for _ in range(_HALVINGS):
         level = (low + high) / 2
         taken = sum(sum(_taken(pieces, level).values()) for pieces in layers)
         low, high = (level, high) if taken < removed else (low, level)
