@@ -139,7 +139,7 @@ def read_importance(path: Path, model: str | None, dimensions: ModelDimensions |
         ours = read_json(path, ImportanceScores)
         if dimensions is not None:
             ours.check_matches(dimensions, fingerprint=None)
-        return Importance(path, ours.model_id, ours.dimensions, ours.scores, ours.fingerprint, ours.curves)
+        return Importance(path, ours.model_id, ours.dimensions, ours.scores, ours.fingerprint, ours.curves_in_nats)
     if model is None or dimensions is None:
         raise InputError(f"{path} does not say what model it is about; name it by --model, a local folder or a hub id")
     return Importance(path, model, dimensions, read_author_numbers(path))

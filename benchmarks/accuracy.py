@@ -141,7 +141,7 @@ def plan(
         return method, allocation, allocation.parameters_after
     selector = ImportancePreservingRankSelector(dimensions, rank_multiple=2, prune_qk=row == "flatllm+")
     scores = [1.0] * dimensions.num_layers if row.endswith("uniform") else found.scores
-    allocation = selector.allocate(scores, keep_ratio, found.curves if row in ("damage", "flatllm+") else None)
+    allocation = selector.allocate(scores, keep_ratio, found.curves_in_nats if row in ("damage", "flatllm+") else None)
     return method, allocation, allocation.parameters_after
 
 

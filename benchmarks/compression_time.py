@@ -80,7 +80,7 @@ def measure(
     batch_size = args.batch_size or max(1, 4096 // args.seqlen)
     source, method = ModelInMemory(model, device), METHODS[name]
     started = time.perf_counter()
-    curves = layer_importance(source, windows, batch_size, method.importance_method).curves
+    curves = layer_importance(source, windows, batch_size, method.importance_method).curves_in_nats
     importance_s = time.perf_counter() - started
     selector = ImportancePreservingRankSelector(dimensions, prune_qk=curves is not None)
     scores = falling_scores(dimensions.num_layers)

@@ -100,7 +100,7 @@ def compress_to(
     checkpoint = on_disk(dense)
     selector = ImportancePreservingRankSelector(dimensions_from_config(checkpoint.config), prune_qk=prune_qk)
     is_by_damage = METHODS[method].importance_method == "damage"
-    curves = layer_importance(on_disk(dense), windows, 5, "damage").curves if is_by_damage else None
+    curves = layer_importance(on_disk(dense), windows, 5, "damage").curves_in_nats if is_by_damage else None
     allocation = METHODS[method].allocate(selector, SCORES[: checkpoint.num_layers], curves, 0.6)
     with CheckpointSink(folder, checkpoint.num_layers, request, overwrite).opened() as sink:
         before_layers(sink)

@@ -290,7 +290,11 @@ def test_gradient_importance_equals_finite_differences(model, windows):
 
 @pytest.mark.parametrize(
     ("method", "lent"),
-    [("angular", [0, 1, 2]), ("gradient", 3 * [0, 1, 2, 2, 1])],  # 24 windows are three batches of 8
+    [
+        ("angular", [0, 1, 2]),
+        ("damage", [0, 1, 2]),
+        ("gradient", 3 * [0, 1, 2, 2, 1]),
+    ],  # 24 windows are three batches of 8
 )
 def test_importance_borrows_one_layer_at_a_time(method, lent, windows):
     source, seen = ModelInMemory(tiny_model(num_hidden_layers=3), CPU), []

@@ -72,12 +72,13 @@ def test_states_go_to_the_first_place_that_is_large_enough(tmp_path, monkeypatch
         storage.place(2**60, gpu)
 
 
-def test_states_in_a_file_give_the_same_scores_and_leave_nothing(tmp_path, windows, checkpoint, caplog):
+@pytest.mark.parametrize("method", ["angular", "damage"])
+def test_states_in_a_file_give_the_same_scores_and_leave_nothing(tmp_path, windows, checkpoint, caplog, method):
     caplog.set_level(logging.INFO)
-    expected = layer_importance(on_disk(checkpoint), windows, 5)
+    expected = layer_importance(on_disk(checkpoint), windows, 5, method)
     source = on_disk(checkpoint)
     source.storage = StatesStorage(host_memory_bytes=0, folder=tmp_path / "offload")
-    assert layer_importance(source, windows, 5) == expected
+    assert layer_importance(source, windows, 5, method) == expected
     assert f"a file in {tmp_path / 'offload'}" in caplog.text
     assert not any((tmp_path / "offload").iterdir())
 

@@ -58,9 +58,12 @@ def solve_by_narrow_blocks():
     cholesky.BLOCK = 16  # four of 56 channels
 
 
+PLUS = ["--prune_method", "flatllm+"]
+
+
 @pytest.mark.parametrize(
     ("count", "flags"),
-    [(2, ["--out_of_core", "--prune_qk"]), (3, ["--nsamples", "6"]), (3, ["--nsamples", "2"])],
+    [(2, ["--out_of_core", "--prune_qk"]), (3, ["--nsamples", "6"]), (3, ["--nsamples", "2", *PLUS])],
     ids=["uneven", "even", "empty"],
 )
 def test_a_group_gives_what_one_process_gives(copied, count, flags):
@@ -71,7 +74,9 @@ def test_a_group_gives_what_one_process_gives(copied, count, flags):
         assert done == ([0] * processes, "")
     found, expected = (read(folder / "ranks/dense/importance.json")["scores"] for folder in (group, alone))
     assert found == pytest.approx(expected, rel=1e-9)
-    found, expected = (read(folder / "logs/dense_flatllm_30.json")["perplexity"][0] for folder in (group, alone))
+    found, expected = (
+        read(next(folder.glob("logs/dense_flatllm*_30.json")))["perplexity"][0] for folder in (group, alone)
+    )
     for kind in ("dense", "compressed"):
         assert found[kind] == pytest.approx(expected[kind], rel=1e-6)
     found, expected = weights_in(group / "out"), weights_in(alone / "out")

@@ -110,7 +110,7 @@ class FlatLLMPruner:
         if self.config.shape == STOCK:
             return pipeline.selector.stock(self.config.keep_ratio)
         found = self._importance() if self._scores is None else LayerImportance(tuple(self._scores), 0)
-        return pipeline.allocate(self.config.keep_ratio, found.scores, found.curves)
+        return pipeline.allocate(self.config.keep_ratio, found.scores, found.curves_in_nats)
 
     def _importance(self) -> LayerImportance:
         with in_memory(self.model, self.device) as source:

@@ -250,7 +250,7 @@ class CheckpointRun:
         if allocation is None:
             logger.info("no ranks or scores in %s: scoring the layers first", place)
             scores = self.score()
-            allocation = allocate(scores.scores, scores.curves, digest(to_json_bytes(scores)))
+            allocation = allocate(scores.scores, scores.curves_in_nats, digest(to_json_bytes(scores)))
         else:
             self._check_multiples(allocation)
         ranks = place / ranks_file(allocation.sparsity_ratio)

@@ -158,7 +158,7 @@ def test_the_second_method_leaves_a_model_that_is_saved_and_loaded(published, tm
     with pytest.raises(InputError, match="largest possible target is") as early:
         FlatLLMPruner(published, config=config, target_sparsity=0.99).prune_model()
     with pytest.raises(InputError) as late:
-        selector.allocate(found.scores, 0.01, found.curves)
+        selector.allocate(found.scores, 0.01, found.curves_in_nats)
     assert str(early.value) == str(late.value)
     compressed = FlatLLMPruner(published, config=config).prune_model()
     assert count_parameters(compressed)["decoder_linear"] == pytest.approx(before / 2, rel=0.02)

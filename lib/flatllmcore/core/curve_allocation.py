@@ -1,7 +1,7 @@
 """How much each part of each layer keeps, from measured curves of the damage that removing weights does.
 
 A curve is a list of (weights removed, damage), from (0, 0) on, for one kind of weights of one layer: V and O, the MLP,
-or rotary pairs of Q and K. All are in one unit, so that weights go where they cost least.
+or rotary pairs of Q and K. All are in one unit, nats, so that weights go where they cost least.
 """
 
 import math
@@ -36,9 +36,9 @@ class _Piece(NamedTuple):
 def removed_by_curves(curves: Sequence[Mapping[str, Curve]], removed: float) -> list[dict[str, float]]:
     """Return the weights of each kind to remove from each layer, ``removed`` in all, or all that the curves have.
 
-    They make the sum over layers of weights times damage, ``x_l D_l(x_l)``, the least, ``D_l`` by pieces of the convex
-    hulls of the layer's curves in the order of their slope. The sum of damages alone would take all from a layer before
-    another loses any, on differences that curves of single layers do not tell (docs/ACCURACY_LOG.md).
+    They make the sum over layers of ``√x_l D_l(x_l)`` the least, ``D_l`` of the ``x_l`` weights that a layer loses by
+    pieces of the convex hulls of its curves in the order of their slope. The sum of damages alone would take all from a
+    layer before another loses any, on differences that curves of single layers do not tell (docs/ACCURACY_LOG.md).
     """
     layers = [sorted(piece for kind, curve in layer.items() for piece in _pieces(kind, curve)) for layer in curves]
     steepest = max((piece.slope for pieces in layers for piece in pieces), default=0.0) or 1.0
@@ -52,12 +52,14 @@ def removed_by_curves(curves: Sequence[Mapping[str, Curve]], removed: float) -> 
 
 
 def _taken(pieces: Sequence[_Piece], level: float) -> dict[str, float]:
-    """Return what a layer loses of each kind until one weight more costs ``level``, the derivative of ``x D(x)``."""
+    """Return what a layer loses of each kind until one weight more costs ``level``, the derivative of ``√x D(x)``."""
     taken: dict[str, float] = {}
     weights = damage = 0.0
     for slope, kind, most in pieces:
-        # Where slope · x + D(x) is the level, D being straight from here on.
-        amount = min(max((level - damage - slope * weights) / (2 * slope), 0.0), most)
+        # D is straight from here on: slope · √x + D(x) / (2 √x) is the level where √x solves a quadratic equation.
+        at_none = damage - slope * weights  # where the straight line begins
+        root = (level + math.sqrt(max(level**2 - 3 * slope * at_none, 0.0))) / (3 * slope)
+        amount = min(max(root**2 - weights, 0.0), most)
         taken[kind] = taken.get(kind, 0.0) + amount
         weights += amount
         damage += slope * amount
@@ -66,8 +68,8 @@ def _taken(pieces: Sequence[_Piece], level: float) -> dict[str, float]:
 
 def _highest_level(pieces: Sequence[_Piece]) -> float:
     """Return the level at which a layer loses all that its curves have."""
-    weights, damage = sum(piece.weights for piece in pieces), sum(piece.slope * piece.weights for piece in pieces)
-    return pieces[-1].slope * weights + damage if pieces else 0.0
+    root, damage = math.sqrt(sum(of.weights for of in pieces)), sum(of.slope * of.weights for of in pieces)
+    return pieces[-1].slope * root + damage / (2 * root) if pieces else 0.0
 
 
 def ideals_by_curves(
@@ -77,6 +79,11 @@ def ideals_by_curves(
     removed = (1 - keep_ratio) * dimensions.num_layers * dimensions.layer_parameters
     taken = removed_by_curves(curves, removed)
     return [_ideal(dimensions, of_layer, max(1, rank_step // 2)) for of_layer in taken]
+
+
+def scaled(curves: Mapping[str, Curve], by: float) -> Curves:
+    """Return the curves of a layer in another unit of damage."""
+    return {kind: [(removed, by * damage) for removed, damage in curve] for kind, curve in curves.items()}
 
 
 def outlines(dimensions: ModelDimensions, can_lose_pairs: Sequence[bool]) -> list[Curves]:

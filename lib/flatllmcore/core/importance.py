@@ -38,7 +38,7 @@ class LayerImportance:
 
     scores: tuple[float, ...]  # angular: mean angles in units of π, 0 to 0.5
     zero_rows: int
-    curves: tuple[Curves, ...] | None = None  # of the damage that removing weights of each layer does
+    curves_in_nats: tuple[Curves, ...] | None = None  # of what removing weights costs at the output
 
 
 @dataclass(frozen=True)
@@ -58,15 +58,15 @@ class ImportanceScores:
     scores: tuple[float, ...]
     method: str = "angular"
     zero_rows: int = 0
-    curves: tuple[Curves, ...] | None = None
+    curves_in_nats: tuple[Curves, ...] | None = None
     versions: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for index, score in enumerate(self.scores):
             if not 0 <= score < math.inf:
                 raise InputError(f"the score of layer {index} is {score}; accepted: finite numbers of at least 0")
-        if self.curves is not None:
-            check_curves(self.curves, self.dimensions)
+        if self.curves_in_nats is not None:
+            check_curves(self.curves_in_nats, self.dimensions)
 
     def check_matches(self, dimensions: ModelDimensions, fingerprint: str | None) -> None:
         """Refuse a model that these scores are not about; None stands for weights that were not read."""

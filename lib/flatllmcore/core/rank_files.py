@@ -100,7 +100,7 @@ def _ranks_of(
     if "scores" in read_json(path, dict[str, Any]):
         scores = read_json(path, ImportanceScores)
         scores.check_matches(selector.dimensions, fingerprint)
-        return allocate(scores.scores, scores.curves, digest(path.read_bytes()))
+        return allocate(scores.scores, scores.curves_in_nats, digest(path.read_bytes()))
     allocation, scores_file = read_ranks(path), path.with_name(IMPORTANCE_FILE)
     allocation.check_matches(selector.dimensions)
     if allocation.fingerprint is not None and allocation.fingerprint != fingerprint:

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from ..core.curve_allocation import scaled
 from ..core.importance import LayerImportance, angles_between
 from ..utils.names import ANGULAR, DAMAGE, GRADIENT
 from ..utils.processes import all_reduce, own_share
 from ..utils.progress import progress
 from ..utils.stopwatch import stage
-from .damage import LayerDamage
+from .damage import LayerDamage, OutputCost
 from .memory import layer_arguments
 from .protocols import LayerSource
 from .walk import Walk, check_finite, lent_layer, tapped
@@ -39,11 +40,11 @@ def angular_importance(
 ) -> LayerImportance:
     """Score every layer by the mean angle between its input and its output, residual included.
 
-    With curves, those of the damage that removing weights does are measured in the same pass.
+    With curves, those of the damage that removing weights does are measured in the same pass, in nats at the output.
     """
     walk = Walk(source, windows, batch_size)
     sums = torch.zeros(2, source.num_layers, dtype=torch.float64, device=source.device)  # of angles; of rows of zeros
-    curves = []
+    curves, cost = [], OutputCost(walk) if with_curves else None
     for index in progress(range(source.num_layers), "importance", "layer"):
         with lent_layer(source, index) as layer:
             damage = LayerDamage(walk, layer, index) if with_curves else None
@@ -59,11 +60,13 @@ def angular_importance(
                     if damage is not None:
                         damage.add(seen)
                     stored.copy_(outputs)
-            if damage is not None:
+            if damage is not None and cost is not None:
                 curves.append(damage.curves())
+                cost.lead_on(damage)
     all_reduce(sums)
     scores = tuple((sums[0] / windows.numel()).tolist())
-    return LayerImportance(scores, int(sums[1].sum()), tuple(curves) if with_curves else None)
+    in_nats = None if cost is None else tuple(map(scaled, curves, cost.per_damage()))
+    return LayerImportance(scores, int(sums[1].sum()), in_nats)
 
 
 @torch.no_grad()
