@@ -139,3 +139,14 @@ def test_what_cannot_be_used_is_one_line_and_leaves_every_file_as_it_was(
     assert error.count("\n") == 1
     assert message in error
     assert {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()} == before
+
+
+def test_curves_of_an_earlier_release_are_none(folder, capsys):
+    """They were of damage to the stream behind a layer, under another name."""
+    path = folder / "importance.json"
+    curves = [{"mlp": [[0, 0], [1000, 1]]}] * len(SCORES)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"curves": curves}))
+    assert compute_rank.main(["--sparsity_ratio", "20", "--importance_method", "damage"]) == 2
+    reason = "it has no curves of damage; score anew by main.py --importance_method damage"
+    assert capsys.readouterr().err == f"error: ranks/tiny/importance.json: {reason}\n"
+    assert files(folder) == {"importance.json"}

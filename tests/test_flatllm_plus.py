@@ -353,6 +353,22 @@ def test_rows_of_zeros_do_no_damage_to_curves(windows):
     check_curves(found.curves_in_nats, dimensions_from_config(model.config))
 
 
+def test_a_model_is_whole_behind_an_error_while_pairs_are_tried(windows, monkeypatch):
+    model = tiny_model()
+    dense = [layer.self_attn for layer in model.model.layers]
+    forward_of = damage.forward_of
+
+    def dense_alone(layer, part):
+        if layer.self_attn not in dense:
+            raise MemoryError
+        return forward_of(layer, part)
+
+    monkeypatch.setattr(damage, "forward_of", dense_alone)
+    with pytest.raises(MemoryError):
+        layer_importance(ModelInMemory(model, CPU), windows, 5, "damage")
+    assert [layer.self_attn for layer in model.model.layers] == dense
+
+
 def expanded(model: PreTrainedModel, dense: PreTrainedModel) -> PreTrainedModel:
     """Return a dense model of the same function as a compressed one: zeros where something went."""
     wide = copy.deepcopy(dense)
