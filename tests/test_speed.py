@@ -27,13 +27,14 @@ CELL = [
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> list[str]:
-    """A dense model, two that were compressed from it, and one of another size."""
+    """A dense model, two that were compressed from it, one of another size, and one of the stock shape."""
     folder = tmp_path_factory.mktemp("models")
     models = {
         "tiny": dense_model_of("llama"),
         "tiny-a": compress(dense_model_of("llama")),
         "tiny-b": compress(dense_model_of("llama"), ranks=(3, 3, 3), widths=(8, 8, 8)),
         "other": dense_model_of("llama", num_hidden_layers=2),
+        "stock": dense_model_of("llama", intermediate_size=40),
     }
     for name, model in models.items():
         model.save_pretrained(folder / name)
@@ -190,19 +191,19 @@ def test_predictions_are_the_operations_of_the_weights_and_the_bytes_that_steps_
 
 
 def test_a_record_holds_every_model_at_every_cell(folders, here, capsys):
-    record = record_of(*folders[:3], *SMALL)
+    record = record_of(*folders[:3], folders[4], *SMALL)
     assert record["kind"] == "speed"
     assert record["command"].startswith(f"python -m flatllmbench.speed {folders[0]}")
     assert record["request"]["repeats"] == 2
     assert [record[name] for name in ("protocol", "dtype", "attention")] == ["grid", "float32", "sdpa"]
     assert {"versions", "hardware", "elapsed_s"} <= record.keys()
     names = [(model["model"], model["base_model"]) for model in record["models"]]
-    assert names == [("tiny", None), ("tiny-a", "tiny"), ("tiny-b", "tiny")]
+    assert names == [("tiny", None), ("tiny-a", "tiny"), ("tiny-b", "tiny"), ("stock", "tiny")]
     sparsity = [model["achieved_sparsity_percent"] for model in record["models"]]
     assert sparsity[0] == 0 < sparsity[1] < sparsity[2]
     assert all(model["weight_memory_bytes"] >= 4 * model["parameters"]["total"] for model in record["models"])
     places = [(cell["batch_size"], cell["prompt_length"], cell["model"]) for cell in record["cells"]]
-    assert places == list(itertools.product((1, 2), (5, 7), (0, 1, 2)))
+    assert places == list(itertools.product((1, 2), (5, 7), (0, 1, 2, 3)))
     for cell in record["cells"]:
         assert [name for name in cell if "speedup" not in name] == CELL
         assert (cell["predicted"] is None) == ("decode_speedup" not in cell) == (cell["model"] == 0)
@@ -258,13 +259,14 @@ def test_arguments_that_do_not_go_together_are_refused(flags, here):
         (["{dense}", "{dense}/nowhere"], "nowhere"),
         (["{flat}", "{dense}"], "compressed already"),
         (["{dense}", "{other}"], "num_layers 2, not 3"),
+        (["{stock}", "{dense}"], "intermediate_size 96, not 40"),
         (["--shape", "{dense}", "--ratios", "20,99"], "99"),
         (["--shape", "{flat}"], "compressed already"),
         (["{dense}", "--device", "moon"], "moon"),
     ],
 )
 def test_bad_input_gets_one_line_and_leaves_nothing(arguments, complaint, folders, here, capsys):
-    places = dict(zip(("dense", "flat", "smaller", "other"), folders, strict=True))
+    places = dict(zip(("dense", "flat", "smaller", "other", "stock"), folders, strict=True))
     assert speed.main([argument.format(**places) for argument in arguments]) == 2
     shown = capsys.readouterr()
     assert (shown.out, shown.err.count("\n")) == ("", 1)

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from inspect import signature
 from itertools import product
 from statistics import median
@@ -120,7 +121,10 @@ def read_configs(args: argparse.Namespace) -> Iterator[tuple[str, PretrainedConf
     yield first, dense
     for name in others:
         config = load_config(name, args.cache_dir)
-        if differences := dense_dimensions(config).differences_from(dimensions):
+        sizes = dense_dimensions(config)
+        if type(config) is type(dense):  # of the stock shape, which states no dense width
+            sizes = replace(sizes, intermediate_size=max(sizes.intermediate_size, dimensions.intermediate_size))
+        if differences := sizes.differences_from(dimensions):
             raise InputError(f"{name} was not compressed from {first}: {differences}")
         yield name, config
     # Falling to the middle, about as in trained models: ranks that are all the same might happen to suit the hardware.
