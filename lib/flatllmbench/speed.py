@@ -108,6 +108,8 @@ def keep_measurement(args: argparse.Namespace, argv: Sequence[str] | None) -> No
     """Measure the models, write the record and print its tables."""
     vars(args).update(read_flags(args, FLAGS))
     torch.set_num_threads(args.threads or torch.get_num_threads())
+    # oneDNN keeps the kernels of 1,024 shapes: several models by turns have more where each layer has its own widths.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "65536")
     model, marks = args.shape or args.models[0], "" if args.protocol == "grid" else f"_{args.protocol}"
     path, found = keep_record("speed", args, argv, model, marks, lambda: measure_models(args, dict(read_configs(args))))
     sys.stdout.write(f"record: {path}\n\n{measured_tables([flat(found)], 'speed')}")
