@@ -301,13 +301,15 @@ def nats_per_damage(model: PreTrainedModel, windows: torch.Tensor, tried: torch.
 @torch.no_grad()
 def test_the_damage_of_pairs_is_measured_on_the_stream_and_in_nats_at_the_output(windows, monkeypatch):
     """Oracle: the model itself, with the rows of the pairs that go set to zero in the first layer."""
-    monkeypatch.setattr(damage, "TRIED_TOKENS", 7 * windows.shape[1])
+    monkeypatch.setattr(damage, "TRIED_WINDOWS", 7)
+    monkeypatch.setattr(damage, "TRIED_LENGTH", 10)
+    tried = windows[torch.arange(7) * len(windows) // 7, :10]
     monkeypatch.setattr(damage, "LOGIT_ROWS", 20)
     model = tiny_model()
     model.model.layers[0].self_attn.q_proj.weight.data.mul_(8)  # attention far from uniform
     model.model.layers[1].mlp.down_proj.weight.data.mul_(8)
     curves = layer_importance(ModelInMemory(model, CPU), windows, 5, "damage").curves_in_nats
-    found, in_nats = curves[0][PAIRS], nats_per_damage(model, windows, windows[:7])
+    found, in_nats = curves[0][PAIRS], nats_per_damage(model, windows, tried)
     assert not 0.8 < in_nats[0] / in_nats[1] < 1.25
     attention, sizes = model.model.layers[0].self_attn, dimensions_from_config(model.config)
     inputs = model.model.layers[0].input_layernorm(model.model.embed_tokens(windows)).flatten(0, 1)
@@ -317,7 +319,7 @@ def test_the_damage_of_pairs_is_measured_on_the_stream_and_in_nats_at_the_output
     )
     streams = []
     model.model.layers[0].post_attention_layernorm.register_forward_pre_hook(lambda _, given: streams.append(given[0]))
-    model(windows[:7])
+    model(tried)
     energy = [
         (inputs @ p.weight.T).view(len(inputs), -1, 2, half).square().sum((0, 2))
         for p in (attention.q_proj, attention.k_proj)
@@ -326,7 +328,7 @@ def test_the_damage_of_pairs_is_measured_on_the_stream_and_in_nats_at_the_output
     for group, going in enumerate(product.argsort(descending=True)[:, left:]):
         for places in (going, going + half):
             attention.k_proj.weight.data[group * sizes.head_dim + places] = 0
-    model(windows[:7])
+    model(tried)
     dense, changed = streams
     expected = ((changed - dense).square().sum(-1) / dense.square().sum(-1)).mean().item()
     assert found[-1][1] == pytest.approx(expected * in_nats[0], rel=1e-4)
@@ -334,6 +336,7 @@ def test_the_damage_of_pairs_is_measured_on_the_stream_and_in_nats_at_the_output
 
 @torch.no_grad()
 def test_all_curves_of_a_layer_are_in_nats(windows, monkeypatch):
+    monkeypatch.setattr(damage, "TRIED_WINDOWS", len(windows))
     model = tiny_model()
     in_nats = nats_per_damage(model, windows, windows)
     curves = layer_importance(ModelInMemory(model, CPU), windows, 5, "damage").curves_in_nats

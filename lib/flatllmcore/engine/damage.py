@@ -1,15 +1,15 @@
 """What removing weights of a dense layer does to the model's output, as curves that ranks are allocated by.
 
 Damage to the stream ``y`` behind a part of a layer is the mean over tokens of ``‖y' - y‖² / ‖y‖²``: token by token,
-since all that reads the stream sees it at one length. What it costs at the output is tried on a few tokens, for the MLP
+since all that reads the stream sees it at one length. What it costs at the output is tried on few windows, for the MLP
 of each layer, and taken for what damage of V and O and of rotary pairs costs there too.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from torch.nn.functional import kl_div
+from torch.nn.functional import cross_entropy
 
 from ..core.channel_obs import channels_by_damage
 from ..core.curve_allocation import MLP, MLP_SHARE, PAIR_SHARES, PAIRS, VALUE_SHARES, VALUES, Curves
@@ -19,29 +19,28 @@ from ..core.rotary_pairs import has_free_pairs, pair_energies, without_pairs
 from ..layers import replacement
 from ..utils.dimensions import Kept
 from ..utils.layer_utils import DecoderModule, dimensions_from_config
-from ..utils.processes import all_reduce, own_share
+from ..utils.processes import all_reduce
 from ..utils.stopwatch import stage
 from .perplexity import LOGIT_ROWS
-from .protocols import zero_sums
+from .protocols import LayerSource, zero_sums
 from .walk import Walk, forward_of
 
 QUERIES, KEYS = "self_attn.q_proj.output", "self_attn.k_proj.output"
 ATTENDED, CHANNELS = "self_attn.o_proj.input", "mlp.down_proj.input"
 MIDDLE = "post_attention_layernorm.input"  # the stream between attention and MLP
-TRIED_TOKENS = 1024  # that is tried on what has no closed form
+TRIED_WINDOWS, TRIED_LENGTH = 8, 256  # and tokens of each, that is tried on what has no closed form
 SILENCED = 0.25  # of the MLP's channels: what a layer loses for its cost at the output to be tried
 SHRINKAGE = 0.01  # of the means over layers, added to cost and damage: their ratio tells little where both are small
 
 
 class LayerDamage:
-    """The curves of one layer at its place in a walk, from what passes its taps."""
+    """The curves of one layer at its place in a walk, from what passes its taps, and in one of the windows tried."""
 
     taps = (QUERIES, KEYS, ATTENDED, MIDDLE, CHANNELS)
 
-    def __init__(self, walk: Walk, layer: DecoderModule, index: int) -> None:
-        self.walk, self.layer, self.index = walk, layer, index
+    def __init__(self, walk: Walk, tried: Walk, layer: DecoderModule, index: int) -> None:
+        self.walk, self.tried, self.layer, self.index = walk, tried, layer, index
         self.dimensions = sizes = dimensions_from_config(walk.source.config)
-        self._tried = walk.states[_is_tried(walk)]
         shapes = {ATTENDED: (sizes.num_heads * sizes.head_dim,) * 2, CHANNELS: (sizes.intermediate_size,) * 2}
         shapes |= {QUERIES: (sizes.num_heads, sizes.head_dim // 2), KEYS: (sizes.num_kv_heads, sizes.head_dim // 2)}
         self._sums = zero_sums(layer, shapes)
@@ -82,15 +81,15 @@ class LayerDamage:
         }
 
     def _damage_of_pairs(self, left: int) -> float:
-        """Return the damage of an attention with so many rotary pairs per head, on a few tokens."""
-        walk, layer, sizes = self.walk, self.layer, self.dimensions
+        """Return the damage of an attention with so many rotary pairs per head, on the windows tried."""
+        walk, layer, sizes = self.tried, self.layer, self.dimensions
         kept = Kept(1.0, sizes.head_dim, sizes.intermediate_size, None, left)
         config = replacement.compressed_config(walk.source.config, [kept] * sizes.num_layers)
         weights = without_pairs(layer.self_attn, self._sums[QUERIES], self._sums[KEYS], left)
         changed = replacement.compress_decoder_layer(layer, config, self.index, weights, "self_attn")
         dense = layer.self_attn
         total = torch.zeros(2, dtype=torch.float64, device=walk.source.device)
-        for states, _ in _batches(walk, self._tried):
+        for states, _ in walk.batches():
             streams = []
             try:
                 for layer.self_attn in (dense, changed):
@@ -101,50 +100,50 @@ class LayerDamage:
         all_reduce(total)
         return (total[0] / total[1]).item()
 
-    def silence(self, streams: Tensor) -> Tensor:
-        """Write to ``streams``, (n, S, D), what the layer makes of the tried windows without a quarter of its channels.
+    def loud_channels(self) -> Tensor:
+        """Return 0 for each channel of the MLP that is of the quarter of least energy in its output, else 1, (F,).
 
-        Those of the least energy in its output, ``C_jj ‖W_:j‖²``, by the sums over all processes that :meth:`curves`
-        makes. Return the damage's sum over this process's tokens, and their number, (2,).
+        The energy of channel ``j`` is ``C_jj ‖W_:j‖²``, by the sums over all processes that :meth:`curves` makes.
         """
-        walk, down = self.walk, self.layer.mlp.down_proj
-        energies = self._sums[CHANNELS].diagonal() * down.weight.double().square().sum(0)
-        mask = torch.ones_like(energies, dtype=down.weight.dtype)
+        weight = self.layer.mlp.down_proj.weight
+        energies = self._sums[CHANNELS].diagonal() * weight.double().square().sum(0)
+        mask = torch.ones_like(energies, dtype=weight.dtype)
         mask[energies.argsort(stable=True)[: round(SILENCED * len(energies))]] = 0
-        total = torch.zeros(2, dtype=torch.float64, device=walk.source.device)
-        for (states, _), (_, stored) in zip(_batches(walk, self._tried), _batches(walk, streams), strict=True):
-            dense = walk.run(self.layer, self.index, states)
-            hook = down.register_forward_pre_hook(lambda _, inputs: (inputs[0] * mask,))
-            try:
-                changed = walk.run(self.layer, self.index, states)
-            finally:
-                hook.remove()
-            total += _damage_to(dense, changed)
-            stored.copy_(changed)
-        return total
+        return mask
 
 
 class OutputCost:
     """What damage to each layer's stream costs: how far the next tokens' distributions are from the dense model's.
 
-    The tried windows are led on, in a stream for each layer that lost some of its channels, through the dense layers
-    behind: L (L - 1) / 2 passes of so many tokens through a layer, and L through the head.
+    The beginnings of a few of all ``windows`` (N, S), evenly spread, since texts stand one behind the other there, walk
+    through the dense layers. What each layer makes of them without its quiet channels is led on, in a stream of its
+    own, through the layers behind: L (L - 1) / 2 passes of so many tokens through a layer, and L through the head.
     """
 
-    def __init__(self, walk: Walk) -> None:
-        self.walk = walk
-        windows, shape = int(_is_tried(walk).sum()), (walk.windows.shape[1], walk.source.config.hidden_size)
-        layers = walk.source.num_layers
-        room = walk.source.storage.empty((layers * windows, *shape), walk.source.dtype, walk.source.device)
-        self._streams = room.view(layers, windows, *shape)
-        self._damages = torch.zeros(layers, 2, dtype=torch.float64, device=walk.source.device)
+    def __init__(self, source: LayerSource, windows: Tensor, batch_size: int) -> None:
+        count, layers = min(TRIED_WINDOWS, len(windows)), source.num_layers
+        spread = torch.arange(count) * len(windows) // count
+        self.walk = walk = Walk(source, windows[spread, :TRIED_LENGTH], batch_size)
+        room = source.storage.empty((layers * len(walk.states), *walk.states.shape[1:]), source.dtype, source.device)
+        self._streams = room.view(layers, *walk.states.shape)
+        self._damages = torch.zeros(layers, 2, dtype=torch.float64, device=source.device)
 
-    def lead_on(self, damage: LayerDamage) -> None:
-        """Lead the streams of the layers before one through it, and begin its own."""
-        for stream in self._streams[: damage.index]:
-            for states, stored in _batches(self.walk, stream):
-                stored.copy_(self.walk.run(damage.layer, damage.index, states))
-        self._damages[damage.index] = damage.silence(self._streams[damage.index])
+    def advance(self, layer: DecoderModule, index: int, loud_channels: Tensor) -> None:
+        """Lead all streams through a dense layer, and begin its own."""
+        walk, down = self.walk, layer.mlp.down_proj
+        for stream in self._streams[:index]:
+            for states, stored in walk.batches(stream):
+                stored.copy_(walk.run(layer, index, states))
+        for (states, stored), (_, begun) in zip(walk.batches(), walk.batches(self._streams[index]), strict=True):
+            dense = walk.run(layer, index, states)
+            hook = down.register_forward_pre_hook(lambda _, inputs: (inputs[0] * loud_channels,))
+            try:
+                changed = walk.run(layer, index, states)
+            finally:
+                hook.remove()
+            self._damages[index] += _damage_to(dense, changed)
+            begun.copy_(changed)
+            stored.copy_(dense)
 
     def per_damage(self) -> list[float]:
         """Return each layer's Kullback-Leibler divergence, in nats per token, by its damage, once all are behind.
@@ -154,31 +153,23 @@ class OutputCost:
         walk, costs = self.walk, torch.zeros(len(self._streams), dtype=torch.float64, device=self._damages.device)
         with stage("forward"), walk.source.head() as logits_of:
 
-            def log_probabilities(states: Tensor) -> Tensor:
+            def logits_to_compare(states: Tensor) -> Tensor:
                 logits = logits_of(states.to(walk.source.device))
-                return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+                return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
-            dense = walk.states[_is_tried(walk)].flatten(0, 1).split(LOGIT_ROWS)
+            dense = walk.states.flatten(0, 1).split(LOGIT_ROWS)
             for rows, changed in zip(dense, self._streams.flatten(1, 2).split(LOGIT_ROWS, 1), strict=True):
-                expected = log_probabilities(rows)
+                logits = logits_to_compare(rows)
+                expected = logits.softmax(-1)
+                least = cross_entropy(logits, expected, reduction="none")  # of the dense model with itself, (rows,)
                 for index, stream in enumerate(changed):
-                    costs[index] += kl_div(log_probabilities(stream), expected, reduction="sum", log_target=True)
+                    found = cross_entropy(logits_to_compare(stream), expected, reduction="none")
+                    costs[index] += (found - least).double().sum()
         sums = torch.stack([costs, *self._damages.T])
         all_reduce(sums)
         means = (sums[:2] / sums[2]).clamp(min=0)  # rounding may make a divergence of nearly nothing negative
         costs, damages = means + SHRINKAGE * means.mean(1, keepdim=True)
         return (costs / damages.clamp(min=torch.finfo(damages.dtype).tiny)).tolist()
-
-
-def _is_tried(walk: Walk) -> Tensor:
-    """Tell which of this process's windows are tried: of all windows the first."""
-    return own_share(torch.arange(walk.count) * walk.windows.shape[1] < TRIED_TOKENS, walk.batch_size)
-
-
-def _batches(walk: Walk, states: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the batches of what is tried, (n, S, D), on the device, each with its place."""
-    for stored in states.split(walk.batch_size) if len(states) else ():
-        yield stored.to(walk.source.device), stored
 
 
 def _damage_to(dense: Tensor, changed: Tensor) -> Tensor:

@@ -44,10 +44,10 @@ def angular_importance(
     """
     walk = Walk(source, windows, batch_size)
     sums = torch.zeros(2, source.num_layers, dtype=torch.float64, device=source.device)  # of angles; of rows of zeros
-    curves, cost = [], OutputCost(walk) if with_curves else None
+    curves, cost = [], OutputCost(source, windows, batch_size) if with_curves else None
     for index in progress(range(source.num_layers), "importance", "layer"):
         with lent_layer(source, index) as layer:
-            damage = LayerDamage(walk, layer, index) if with_curves else None
+            damage = LayerDamage(walk, cost.walk, layer, index) if cost else None
             with tapped(layer, [*(damage.taps if damage else ()), OUTPUT]) as look:
                 for states, stored in walk.batches():
                     seen = look(partial(walk.run, layer, index, states))
@@ -62,7 +62,7 @@ def angular_importance(
                     stored.copy_(outputs)
             if damage is not None and cost is not None:
                 curves.append(damage.curves())
-                cost.lead_on(damage)
+                cost.advance(layer, index, damage.loud_channels())
     all_reduce(sums)
     scores = tuple((sums[0] / windows.numel()).tolist())
     in_nats = None if cost is None else tuple(map(scaled, curves, cost.per_damage()))

@@ -37,9 +37,13 @@ class Walk:
                 stored.copy_(embed(ids))
         self._arguments = layer_arguments(source, windows.shape[1])
 
-    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the windows' hidden states in order, (batch, S, D), on the device, each with its place in storage."""
-        batches = self.states.split(self.batch_size) if len(self.states) else ()
+    def batches(self, stream: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield hidden states in order, (batch, S, D), on the device, each with its place in storage.
+
+        They are the walk's own, or those of another stream of its windows.
+        """
+        states = self.states if stream is None else stream
+        batches = states.split(self.batch_size) if len(states) else ()
         for stored in progress(batches, "windows", "batch"):
             yield stored.to(self.source.device, non_blocking=True), stored
 
