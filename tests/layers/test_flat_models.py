@@ -7,7 +7,7 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig
-from transformers.cache_utils import StaticCache
+from transformers.cache_utils import Cache, QuantizedLayer, StaticCache
 from transformers.integrations.executorch import convert_and_export_with_cache
 
 from flatllmcore.utils.names import FAMILY_NAMES
@@ -36,6 +36,34 @@ def test_every_kind_of_cache_gives_the_same_tokens(flat_model, tokens):
     for options in ({"use_cache": False}, {"cache_implementation": "static"}):
         assert torch.equal(generate(model, tokens, **options), expected)
     assert torch.equal(generate(model, tokens, cache_implementation="static", **chunks), expected)
+
+
+class InGroups(QuantizedLayer):
+    """Takes widths that groups divide, and keeps the numbers as they are."""
+
+    def _quantize(self, tensor, axis):
+        assert tensor.shape[-1] == SIZES["head_dim"]
+        return tensor
+
+    def _dequantize(self, tensor):
+        return tensor
+
+
+def test_a_cache_that_quantises_in_groups_gets_the_dense_width(flat_model, tokens):
+    model = flat_model()
+    cache = Cache(layers=[InGroups(residual_length=3) for _ in model.model.layers])
+    assert torch.equal(generate(model, tokens, past_key_values=cache), generate(model, tokens))
+
+
+def test_continuous_batching_gives_the_same_tokens(flat_model):
+    """Its pages are as wide as the dense heads."""
+    model = flat_model()
+    prompts = [[1, 2, 3, 4, 5], [7, 8, 9]]
+    settings = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    served = model.generate_batch(inputs=prompts, generation_config=settings, progress_bar=False)
+    found = [request.generated_tokens for request in served.values()]
+    expected = [generate(model, torch.tensor([prompt]))[0, len(prompt) :].tolist() for prompt in prompts]
+    assert found == [tokens[:6] for tokens in expected]
 
 
 def test_a_uniform_model_needs_no_per_layer_config(dense_model, tokens, tmp_path):

@@ -123,7 +123,7 @@ class FlatAttention(nn.Module):
         if cache is not None:
             if implementation == "sdpa":  # padded here once; padded when read, the cache is copied for every token
                 value = padded_values(value, widest, 1, implementation, device_type)
-            key, value = cached(cache, self.layer_idx, key, value)
+            key, value = cached(cache, self.layer_idx, key, value, self.head_dim, kwargs)
         if self._takes_one_token_attention(query, attention_mask, implementation):
             return self.o_proj(one_token_attention(query, key, value, attention_mask, self.scaling)), None
         if implementation != "eager":

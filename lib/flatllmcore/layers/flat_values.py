@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,13 +80,21 @@ def one_token_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor 
     return output.reshape(batch_size, 1, num_heads * rank)
 
 
-def cached(cache: Cache, layer_idx: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+def cached(
+    cache: Cache, layer_idx: int, key: Tensor, value: Tensor, head_dim: int, kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
     """Return the keys (B, G, T, d) and values (B, G, T, r) of a layer, new ones included, each at its own width.
 
-    A cache that was allocated before it held any, as for export, is as wide as the dense heads, and zeros fill it up.
+    Zeros fill them up to the width of the dense heads, ``head_dim``, in a cache that was allocated before it held any,
+    as for export, in one that quantises in groups, which divide that width, and in the pages of continuous batching,
+    which changes the attention's ``kwargs``.
     """
     widths = key.shape[-1], value.shape[-1]
-    layer = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
-    new = widened(key, getattr(layer, "k_head_dim", 0)), widened(value, getattr(layer, "v_head_dim", 0))
-    keys, values = cache.update(*new, layer_idx)
+    if not hasattr(cache, "layers"):  # pages
+        keys, values = cache.update(widened(key, head_dim), widened(value, head_dim), layer_idx, kwargs=kwargs)
+    else:
+        layer = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
+        width = head_dim if hasattr(layer, "q_group_size") else 0
+        new = widened(key, getattr(layer, "k_head_dim", width)), widened(value, getattr(layer, "v_head_dim", width))
+        keys, values = cache.update(*new, layer_idx)
     return keys[..., : widths[0]], values[..., : widths[1]]
