@@ -3,7 +3,7 @@
     python benchmarks/quantized.py models/pydocs-llama demo/pydocs-llama-20 --by quanto-int8 quanto-int4
 
 Needs torchao, optimum-quanto and llmcompressor, which nothing else here does, the last with a transformers of its own
-choice. GPTQ is calibrated on 16 windows of the text's train split. Arithmetic is float32: many a CPU has no
+choice. GPTQ is calibrated on 16 windows of a train split. Arithmetic is float32: many a CPU has no
 instructions for bfloat16. The head, and embeddings, stay in the type they had. docs/QUANTIZE.md has what came of it.
 """
 
@@ -33,24 +33,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("models", nargs="+", help="folders")
     parser.add_argument("--by", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--dataset", default="pydocs", help="text, its test split (default: %(default)s)")
+    parser.add_argument("--calibration", help="text for GPTQ, its train split (default: that of --dataset)")
     parser.add_argument("--windows", type=int, default=16, help="of 256 tokens (default: %(default)s)")
     args = parser.parse_args(argv)
     set_verbosity_error()
+    calibration = args.calibration or args.dataset
     for model in args.models:
         tokenizer = load_tokenizer(model)
         windows = consecutive_windows(load_text(args.dataset, "test"), tokenizer, 256, args.windows)
         for way in args.by:
-            print(f"| {Path(model).name} | {way} | {measured(model, way, windows, args.dataset)} |", flush=True)
+            print(f"| {Path(model).name} | {way} | {measured(model, way, windows, calibration)} |", flush=True)
 
 
-def measured(folder: str, way: str, windows: Tensor, dataset: str) -> str:
+def measured(folder: str, way: str, windows: Tensor, calibration: str) -> str:
     """Return megabytes on disk and perplexity of the model loaded again, or what a library said against it."""
     try:
         with TemporaryDirectory() as saved, door("no", "see docs/QUANTIZE.md"):
             if way.startswith("quanto"):
                 model = saved_by_quanto(folder, way, saved)
             elif way.startswith("gptq"):
-                model = saved_by_gptq(folder, saved, dataset)
+                model = saved_by_gptq(folder, saved, calibration)
             else:
                 model = saved_by_transformers(folder, way, saved)
             size = sum(path.stat().st_size for path in Path(saved).glob("*.safetensors")) / 1e6
@@ -88,14 +90,14 @@ def saved_by_quanto(folder: str, way: str, saved: str) -> PreTrainedModel:
     return empty
 
 
-def saved_by_gptq(folder: str, saved: str, dataset: str) -> PreTrainedModel:
+def saved_by_gptq(folder: str, saved: str, text: str) -> PreTrainedModel:
     """Return the model loaded again, in int4 by groups of 32, packed, by llm-compressor."""
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
     from datasets import Dataset
     from llmcompressor import oneshot
     from llmcompressor.modifiers.quantization import GPTQModifier
 
-    calibration = sample_documents(load_text(dataset, "train"), load_tokenizer(folder), 16, 256, seed=0)
+    calibration = sample_documents(load_text(text, "train"), load_tokenizer(folder), 16, 256, seed=0)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     int4 = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(num_bits=4, group_size=32, symmetric=True))
     count, seqlen = calibration.shape
