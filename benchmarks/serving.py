@@ -1,7 +1,7 @@
 """A compressed model in the programs that run it: texts, perplexity, size, cache and speed beside the dense model's.
 
     python benchmarks/serving.py models/pydocs-llama out/pydocs-llama-20
-    python benchmarks/serving.py out/smollm2/SmolLM2-135M-Instruct.Q4_1 out/smollm2/flatllm-20 --dataset wikitext2
+    python benchmarks/serving.py models/SmolLM2-135M-Instruct out/SmolLM2-135M-Instruct-20 --dataset wikitext2
 
 The second folder came of the first. Both are run in float32 by transformers, in the same way without this package, by
 the attention of servers (served_attention.py) and by llama.cpp (llama_cpp.py): ten prompts of 16 tokens are continued

@@ -18,7 +18,8 @@ export MODEL=models/pydocs-llama DATASET=pydocs SEQLEN=256 NSAMPLES=128 DEVICE=c
 export OVERWRITE=1
 export TASKS=pydocs_endings,pydocs_text INCLUDE_PATH=tests/tasks
 export THREADS=1 DTYPE=float32 # of the speed
-unset BI_SCORE SEED BI_NSAMPLES RATIOS RANK_MULTIPLE PRUNE_QK PROCESSES NUM_FEWSHOT PROTOCOL BATCH_SIZE PROMPT_LENGTH NEW_TOKENS
+unset BI_SCORE SEED BI_NSAMPLES RATIOS RANK_MULTIPLE WIDTH_MULTIPLE SHAPE METHOD PRUNE_QK PROCESSES
+unset DATASET_ROOT CACHE_DIR EVAL_DATASET NUM_FEWSHOT PROTOCOL BATCH_SIZE PROMPT_LENGTH NEW_TOKENS
 records="$OUT/records/pydocs-llama"
 
 rm -f "$OUT"/ranks/pydocs-llama{,-plus}/importance.json # so that the layers are scored, and timed, again

@@ -1,7 +1,7 @@
 """Let models, dense or compressed, finish a sentence or answer: greedily, so that their texts compare.
 
 python scripts/generate.py models/pydocs-llama demo/pydocs-llama-20 --prompt "This function returns"
-python scripts/generate.py out/smollm2/flatllm/*-20 --chat --prompt "Why is the sky blue?"
+python scripts/generate.py out/smollm2/*-20 --chat --prompt "Why is the sky blue?"
 """
 
 import argparse

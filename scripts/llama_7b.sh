@@ -2,7 +2,7 @@
 # Llama-2 7B at 10-50 %, calibrated and measured on WikiText-2 (256 windows of 4096 tokens, seed 42): its column of
 # Table 1, perplexity.
 #
-# Hardware: one A100 40GB; 14 GB of host memory for the weights.
+# Hardware: one A100 40GB; 14 GB of host memory for the weights. Planned (benchmarks/plan.py), not run.
 # Expected at 20 %, perplexity at length 4096: dense 5.11, FLAT-LLM 6.70.
 #
 #   bash scripts/llama_7b.sh
