@@ -19,15 +19,15 @@ try:
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing}; install first: pip install -r requirements.txt (INSTALL.md)")
 
-from flatllmbench.plots import plot_ranks
+from flatllmbench.plots import draw_ranks
 from flatllmcore.config import checked
 from flatllmcore.core.curve_allocation import Curves
 from flatllmcore.core.importance import ImportanceScores, read_author_numbers
 from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector, RankAllocation
 from flatllmcore.core.rank_files import save_ranks
-from flatllmcore.errors import InputError, run_program
+from flatllmcore.errors import InputError, door, run_program
 from flatllmcore.utils.dimensions import ModelDimensions
-from flatllmcore.utils.files import digest, read_json
+from flatllmcore.utils.files import digest, read_json, write_atomically
 from flatllmcore.utils.names import DAMAGE, IMPORTANCE_FILE, IMPORTANCE_METHODS, ranks_file
 
 IMPORTANCE_FILES = (IMPORTANCE_FILE, "bi_score.pt")
@@ -104,8 +104,9 @@ def allocate_all(args: argparse.Namespace) -> None:
     place = checked(ROWS["bi_score"], args.bi_score, "--bi_score")
     files = [read_importance(path, model, dimensions) for path in find_importance_files(place)]
     allocated = [(importance, allocate(importance, shares, args)) for importance in files]
-    for importance, allocations in allocated:
-        write_ranks(importance, allocations, args.plot)
+    pictures = [draw(*made) if args.plot else None for made in allocated]  # all before the first file
+    for (importance, allocations), picture in zip(allocated, pictures, strict=True):
+        write_ranks(importance, allocations, picture)
         sys.stdout.write(table(importance, allocations))
 
 
@@ -121,7 +122,7 @@ def find_importance_files(path: Path) -> list[Path]:
     """Return the file itself, or every importance file below a folder; InputError if there is none, or two in one."""
     if path.is_file():
         return [path]
-    files = sorted(file for name in IMPORTANCE_FILES for file in path.rglob(name))
+    files = sorted(file for name in IMPORTANCE_FILES for file in path.rglob(name) if file.is_file())
     if not files:
         raise InputError(
             f"no {' or '.join(IMPORTANCE_FILES)} at {path}; "
@@ -169,14 +170,20 @@ def allocate(importance: Importance, shares: dict[int, float], args: argparse.Na
     }
 
 
-def write_ranks(importance: Importance, allocations: dict[int, RankAllocation], is_plotted: bool) -> None:
+def draw(importance: Importance, allocations: dict[int, RankAllocation]) -> bytes:
+    """Return the picture of the scores and of what each target keeps."""
+    keep = {percent: allocation.per_layer("keep") for percent, allocation in allocations.items()}
+    with door(f"{importance.path} cannot be drawn", "give --no-plot"):
+        return draw_ranks(importance.scores, keep, importance.model_id)
+
+
+def write_ranks(importance: Importance, allocations: dict[int, RankAllocation], picture: bytes | None) -> None:
     """Write the ranks of each target beside the scores, and the picture of them."""
     folder = importance.path.parent
     for percent, allocation in allocations.items():
         save_ranks(allocation, folder / ranks_file(percent))
-    if is_plotted:
-        keep = {percent: allocation.per_layer("keep") for percent, allocation in allocations.items()}
-        plot_ranks(importance.scores, keep, importance.model_id, folder / "ranks.png")
+    if picture is not None:
+        write_atomically(folder / "ranks.png", picture)
 
 
 def table(importance: Importance, allocations: dict[int, RankAllocation]) -> str:

@@ -1,4 +1,4 @@
-"""Score the layers of a language model (`bi`), or compress it (`flatllm`).
+"""Score the layers of a language model (`bi`), or compress it (`flatllm`, `flatllm+`).
 
     python main.py --model models/pydocs-llama --dataset pydocs --prune_method bi --bi_score out/scores
     python main.py --model models/pydocs-llama --dataset pydocs --prune_method flatllm \\
@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,14 +58,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     open_streams()
     try:
         check_launch()
-    except InputError as error:
-        return complain(str(error))  # of every process: there is no group yet
-    try:
         options, flags = parse_options(argv, __doc__ or "")
         device = parse_device(options.device)
     except InputError as error:
-        with process_group(torch.device("cpu")):
+        with suppress(InputError), process_group(torch.device("cpu")):
             return complain_once(str(error))
+        return complain(str(error))  # of every process: there is no group
     program = Program(options, flags, command_line(sys.argv[1:] if argv is None else argv), Stopwatch(device))
     try:
         with process_group(device):

@@ -7,7 +7,7 @@
 #   DATASET_ROOT=/data bash scripts/smollm2.sh
 #   LIMIT=100 DATASET_ROOT=/data bash scripts/smollm2.sh     # a quick look at the accuracies
 #   bash scripts/smollm2.sh                                  # no data at hand
-#   DATASET=wikitext2+c4 DATASET_ROOT=/data bash scripts/smollm2.sh --eval_nsamples 16     # as in docs/MEASUREMENTS.md
+#   DATASET=wikitext2+c4 DATASET_ROOT=/data LIMIT=100 bash scripts/smollm2.sh --eval_nsamples 16 # docs/MEASUREMENTS.md
 #   SEQLEN=256 NSAMPLES=2 BI_NSAMPLES=2 RATIOS=20 LIMIT=2 REPEATS=1 bash scripts/smollm2.sh     # a trial
 #
 # With DATASET_ROOT it is calibrated on DATASET there (wikitext2). Perplexity is that of its test split (wikitext2_raw, where that

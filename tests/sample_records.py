@@ -38,7 +38,6 @@ ACCURACIES: dict[str, Any] = {
         "mmlu": {"metric": "acc", "value": 0.4567, "stderr": None, "num_fewshot": 5, "samples": 14042},
     },
     "mean_accuracy": 62.14,
-    "limit": None,
     "harness": "lm_eval 0.4.13",
 }
 EVALUATION: dict[str, Any] = COMMON | {"kind": "zero_shot", "model": DENSE_MODEL, "zero_shot": ACCURACIES}

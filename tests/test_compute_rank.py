@@ -102,6 +102,11 @@ def unknown_model(ranks: Path) -> None:
     torch.save(SCORES, ranks / "tiny" / "bi_score.pt")
 
 
+def huge_scores(ranks: Path) -> None:
+    scores = json.loads((ranks / "tiny" / "importance.json").read_text())
+    write_json(ranks / "zzz" / "importance.json", scores | {"scores": [1.7e308] * len(SCORES)})
+
+
 @pytest.mark.parametrize(
     ("prepare", "argv", "message"),
     [
@@ -117,6 +122,7 @@ def unknown_model(ranks: Path) -> None:
         (None, "--sparsity_ratio 10 90", "ranks/tiny/importance.json: removing 90 % of this model is impossible"),
         (None, "--sparsity_ratio 10 0", "--sparsity_ratio is 0; accepted: an integer, 1 to 95"),
         (None, "--sparsity_ratio 10 96", "--sparsity_ratio is 96; accepted: an integer, 1 to 95"),
+        (huge_scores, "--sparsity_ratio 20", "ranks/zzz/importance.json cannot be drawn"),
         ("full disk", "--sparsity_ratio 20", "No space left on device: ranks/tiny/ranks_20.json"),
     ],
 )

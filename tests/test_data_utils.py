@@ -140,6 +140,9 @@ class TestMixtures:
         assert text_names("wikitext2+a+b") == ["wikitext2", "a", "b"]
         assert text_names("a+b") == [public_text(f"{tmp_path}/a+b")] == ["a+b"]
         assert public_text(f"{tmp_path}+some/text") == f"{tmp_path.name}+some/text"
+        monkeypatch.setenv("HOME", str(tmp_path))
+        Path("secret").mkdir()
+        assert public_text("wikitext2+~/secret+~") == f"wikitext2+secret+{tmp_path.name}"
 
 
 def test_the_same_seed_gives_the_same_windows_and_leaves_the_global_state():

@@ -22,14 +22,14 @@ from flatllmcore.engine.compress import compress_layers
 from flatllmcore.engine.importance import layer_importance
 from flatllmcore.engine.memory import ModelInMemory
 from flatllmcore.engine.perplexity import perplexity
-from flatllmcore.engine.reuse import WRITERS, is_worth_keeping, written
+from flatllmcore.engine.reuse import is_worth_keeping, written
 from flatllmcore.engine.storage import StatesStorage
 from flatllmcore.engine.walk import Walk, tapped
 from flatllmcore.errors import InputError
 from flatllmcore.layers.flat_attention import HeadwiseFactoredLinear
 from flatllmcore.methods import METHODS, flatllm
 from flatllmcore.utils.dimensions import Kept
-from flatllmcore.utils.layer_utils import count_parameters, dimensions_from_config
+from flatllmcore.utils.layer_utils import WRITERS, count_parameters, dimensions_from_config
 
 TEST_WINDOWS = torch.randint(97, (6, 16), generator=torch.Generator().manual_seed(2))
 

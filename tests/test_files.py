@@ -88,7 +88,8 @@ def test_what_kills_left_goes_and_what_another_run_writes_or_others_made_stays(t
 def test_temporary_folders_of_killed_runs_go_and_those_of_others_stay(tmp_path):
     for name in ("flat-llm-dead", "flat-llm-mine"):
         (tmp_path / name / "model").mkdir(parents=True)
-    (tmp_path / "flat-llm-dead" / ".lock").touch()
+    (tmp_path / "flat-llm-dead" / ".flat-llm.lock").touch()
+    (tmp_path / "flat-llm-mine" / ".lock").touch()
     with temporary_folder(tmp_path) as first, temporary_folder(tmp_path) as second:
         assert {*tmp_path.iterdir()} == {first, second, tmp_path / "flat-llm-mine"}
     assert {*tmp_path.iterdir()} == {tmp_path / "flat-llm-mine"}

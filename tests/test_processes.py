@@ -6,6 +6,7 @@ import os
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -139,6 +140,21 @@ def test_variables_of_no_launcher_are_one_line(monkeypatch, tmp_path, capsys, va
     assert complaint in line
     assert line.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("argv", [OUT, [*OUT, "--nsamples", "0"]], ids=["valid", "invalid"])
+def test_a_port_that_is_taken_is_one_line(monkeypatch, tmp_path, capsys, argv):
+    monkeypatch.chdir(tmp_path)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1])}
+        for name, value in ({"WORLD_SIZE": "2", "RANK": "0"} | place).items():
+            monkeypatch.setenv(name, value)
+        assert main.main(argv) == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert ("the processes cannot meet at 127.0.0.1:" if argv is OUT else "--nsamples is 0") in line
 
 
 def before_layer_1(happen: Callable[[], None]) -> None:

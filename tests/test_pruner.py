@@ -19,7 +19,7 @@ import oracle
 from conftest import assert_same_weights, tiny_model
 from flatllmcore import FlatLLMConfig, FlatLLMPruner, InputError, apply_flat_llm, compute_layer_importance
 from flatllmcore.core.importance import ImportanceScores
-from flatllmcore.pipeline import Pipeline
+from flatllmcore.pipeline import TO_SCORE, Pipeline
 from flatllmcore.utils import check_sparsity, find_decoder_layers, find_layers, get_layer_dimensions
 from flatllmcore.utils.data_utils import (
     padding_ids_of,
@@ -94,7 +94,7 @@ def test_what_will_take_a_cpu_long_is_said_with_what_shortens_it(width, is_long,
     config = tiny_model(hidden_size=width, num_hidden_layers=1, max_position_embeddings=4096).config
     config.num_hidden_layers = 30
     ids = torch.randint(97, (128, 4096), generator=torch.Generator().manual_seed(0))
-    Pipeline(config, FlatLLMConfig(cal_dataset=ids, device="cpu")).windows_to_score()
+    Pipeline(config, FlatLLMConfig(cal_dataset=ids, device="cpu")).windows(TO_SCORE)
     assert ("128 x 4096 tokens take a CPU about 0.3 hours" in caplog.text) == ("--nsamples" in caplog.text) == is_long
 
 

@@ -180,8 +180,9 @@ class TestOtherTables:
 
     def test_other_metrics_are_as_they_are_and_other_protocols_apart(self, tmp_path):
         words = {"metric": "word_perplexity", "value": 31.25, "stderr": None, "num_fewshot": None, "samples": 7}
-        answers = {"tasks": {"text": words}, "limit": 5, "harness": "lm_eval"}
-        paths = saved(tmp_path, "a", EVALUATION), saved(tmp_path, "b", EVALUATION, zero_shot=answers)
+        answers = {"zero_shot": {"tasks": {"text": words}, "harness": "lm_eval"}}
+        answers["request"] = EVALUATION["request"] | {"limit": 5}
+        paths = saved(tmp_path, "a", EVALUATION), saved(tmp_path, "b", EVALUATION, **answers)
         text = measured_tables(read_records(paths), "zero_shot")
         assert tables(text)[1][1][3:] == ["31.25", "–"]
         assert "text: word_perplexity, mixed-shot" in text

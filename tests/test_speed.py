@@ -21,7 +21,6 @@ SMALL = ["--batch_size", "1,2", "--prompt_length", "5,7", "--new_tokens", "3", "
 CELL = [
     *("model", "batch_size", "prompt_length", "new_tokens", "repeats", "kv_cache_bytes", "peak_memory_bytes"),
     *("predicted", "decode_ms_per_token", "decode_tokens_per_s", "prefill_ms", "prefill_tokens_per_s"),
-    "time_to_first_token_ms",
 ]
 
 
@@ -262,6 +261,7 @@ def test_arguments_that_do_not_go_together_are_refused(flags, here):
         (["{stock}", "{dense}"], "intermediate_size 96, not 40"),
         (["--shape", "{dense}", "--ratios", "20,99"], "99"),
         (["--shape", "{flat}"], "compressed already"),
+        (["--shape", "{dense}", "--save", "{dense}/config.json/x"], "config.json/x: Not a directory"),
         (["{dense}", "--device", "moon"], "moon"),
     ],
 )

@@ -342,6 +342,7 @@ def test_the_program_writes_a_record_and_the_results_to_the_log(folders, tmp_pat
         (("--limit", "0"), "--limit is 0; accepted: "),
         (("--include_path", "nosuch"), "--include_path is 'nosuch'; accepted: a folder that is there"),
         (("--device", "cuda:99"), "device 'cuda:99' is not usable"),
+        (("--save", f"{EMBEDDED}/config.json/x"), "cannot write to "),
     ],
 )
 def test_unusable_arguments_are_one_line(tmp_path, capsys, argv, reason):

@@ -112,12 +112,12 @@ def as_given(args: argparse.Namespace) -> dict[str, Any]:
 
 def command_line(argv: Sequence[str]) -> str:
     """Return what to type for this run with as many processes; on several machines, N numbers them from 0."""
-    count, local_count = (os.environ.get(name, "1") for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-    if count == "1":
+    count, local_count = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    if count == 1:
         return shlex.join(["python", "main.py", *argv])
-    start = ["torchrun", "--nproc_per_node", local_count]
+    start = ["torchrun", "--nproc_per_node", str(local_count)]
     if count != local_count:
-        machines = ["--nnodes", str(int(count) // int(local_count)), "--node_rank", "N"]
+        machines = ["--nnodes", str(count // local_count), "--node_rank", "N"]
         start += [*machines, "--master_addr", os.environ["MASTER_ADDR"], "--master_port", os.environ["MASTER_PORT"]]
     return shlex.join([*start, "main.py", *argv])
 

@@ -51,8 +51,6 @@ def logging_to(path: Path) -> Iterator[None]:
 
 def keep_bars_to_terminals() -> None:
     """Let transformers, datasets and the hub draw their bars where stderr is a terminal, and nowhere else."""
-    if sys.stderr.isatty() and is_rank_0():
-        transformers.utils.logging.enable_progress_bar()
-    else:
+    if not (sys.stderr.isatty() and is_rank_0()):
         transformers.utils.logging.disable_progress_bar()
         os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"

@@ -2,18 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from io import BytesIO
-from pathlib import Path
 from typing import Any
 
-from flatllmcore.utils.files import write_atomically
 from flatllmcore.utils.names import model_name
 
-from .records import Record, dense_model, mean_accuracy, of_kind, settings
+from .records import Record, dense_model, identity, mean_accuracy, of_kind, settings
 from .tables import grouped
 
 
-def plot_ranks(scores: Sequence[float], keep_by_target: Mapping[int, Sequence[float]], title: str, path: Path) -> None:
-    """Draw importance over kept share, layer by layer, one line per percentage removed, into a PNG."""
+def draw_ranks(scores: Sequence[float], keep_by_target: Mapping[int, Sequence[float]], title: str) -> bytes:
+    """Draw importance over kept share, layer by layer, one line per percentage removed."""
     from matplotlib import colormaps
     from matplotlib.ticker import MaxNLocator
 
@@ -27,7 +25,7 @@ def plot_ranks(scores: Sequence[float], keep_by_target: Mapping[int, Sequence[fl
     kept.set(ylabel="share kept, %", xlabel="decoder layer", ylim=(0, 103))
     kept.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=16))
     figure.legend(title="removed", loc="outside right center", frameon=False)
-    write_atomically(path, _png(figure))
+    return _png(figure)
 
 
 def draw_perplexity(runs: Sequence[Record]) -> bytes:
@@ -49,7 +47,8 @@ def draw_perplexity(runs: Sequence[Record]) -> bytes:
             panels.setdefault("mean accuracy, %", []).append((i, *zip(*accuracies, strict=True)))
     rows, columns = -(-len(panels) // 2), min(len(panels), 2)
     figure = _figure(3.6 * rows + 0.25 * len(groups) + 0.6, "Perplexity and accuracy against size")
-    for axes, (name, lines) in zip(figure.subplots(rows, columns, squeeze=False).flat, panels.items(), strict=False):
+    for number, (name, lines) in enumerate(panels.items(), 1):
+        axes = figure.add_subplot(rows, columns, number)
         for i, kept, values, errors in lines:
             label = f"{model_name(groups[i][0]['base_model'])}, {settings(groups[i][0])}"
             axes.errorbar(kept, values, errors, marker="o", color=f"C{i}", capsize=3, label=label)
@@ -59,8 +58,6 @@ def draw_perplexity(runs: Sequence[Record]) -> bytes:
     shown = {label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     for text in figure.legend(shown.values(), shown, loc="outside lower center", frameon=False).get_texts():
         text.set_parse_math(False)
-    for axes in [axes for axes in figure.axes if not axes.has_data()]:
-        axes.remove()
     return _png(figure)
 
 
@@ -78,14 +75,12 @@ def accuracy_curve(runs: Sequence[Record], evaluations: Sequence[Record]) -> lis
     """
     base = model_name(runs[0]["base_model"])
     removed = {round(run["achieved_sparsity_percent"], 6) for run in runs}
-    of_these = {(None, base, None, 0.0), *((base, None, runs[0]["kind"], percent) for percent in removed)}
+    of_these = {(base, None, 0.0), *((base, runs[0]["kind"], percent) for percent in removed)}
     found, tasks = [], None
     for run in evaluations:
-        origin, percent = run.get("model.base_model"), round(run["model.achieved_sparsity_percent"], 6)
-        identity = (origin, run["model.model"] if origin is None else None, run.get("model.method"), percent)
-        tasks = tasks or (run["zero_shot.tasks"].keys() if identity in of_these else None)
-        accuracy = mean_accuracy(run)
-        if identity in of_these and run["zero_shot.tasks"].keys() == tasks and accuracy is not None:
+        accuracy, is_of_these = mean_accuracy(run), identity(run) in of_these
+        tasks = tasks or (run["zero_shot.tasks"].keys() if is_of_these else None)
+        if is_of_these and run["zero_shot.tasks"].keys() == tasks and accuracy is not None:
             found.append((100 - run["model.achieved_sparsity_percent"], *accuracy))
     return sorted(found, reverse=True)
 

@@ -19,7 +19,7 @@ from transformers import PretrainedConfig
 from flatllmcore.engine.checkpoint_sink import Manifest
 from flatllmcore.utils.checkpoint import MANIFEST
 from flatllmcore.utils.devices import device_name, peak_memory_gib
-from flatllmcore.utils.files import read_json, write_json
+from flatllmcore.utils.files import check_is_no_folder, check_writable, read_json, write_json
 from flatllmcore.utils.layer_utils import count_parameters, dense_dimensions
 from flatllmcore.utils.loading import empty_causal_lm, found_file, load_config
 from flatllmcore.utils.names import STOCK, model_name
@@ -68,7 +68,7 @@ def describe_model(model: str, cache_dir: Path | None = None) -> dict[str, Any]:
     request = {} if manifest is None else read_json(manifest, Manifest).request
     described = describe_config(load_config(model, cache_dir), model, request.get("base_model"))
     if request.get("shape") == STOCK:  # in which the config does not say what there was
-        described["achieved_sparsity_percent"] = request["achieved_sparsity_percent"]
+        described["achieved_sparsity_percent"] = request.get("achieved_sparsity_percent")
     return described | {"method": request.get("method")}
 
 
@@ -92,6 +92,8 @@ def keep_record(
     started = time.perf_counter()
     command = ["python", "-m", f"flatllmbench.{kind}", *(sys.argv[1:] if argv is None else argv)]
     path = args.save / f"{model_name(model)}_{kind}{marks}.json"
+    check_writable(args.save)
+    check_is_no_folder(path)
     record = {"kind": kind, "command": shlex.join(command), "request": as_given(args), "versions": versions()}
     with logging_to(path.with_suffix(".log")), logging_redirect_tqdm():
         record |= measure() | {"elapsed_s": round(time.perf_counter() - started, 3)}

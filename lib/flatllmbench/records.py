@@ -53,6 +53,12 @@ def mean_accuracy(run: Record) -> tuple[float, float] | None:
     return (100 * mean(task["value"] for task in found), 100 * hypot(*errors) / len(found)) if found else None
 
 
+def identity(run: Record) -> tuple[str, str | None, float]:
+    """Return what tells an evaluated model from others: its dense model, the method and the percent removed."""
+    dense = run.get("model.base_model") or run["model.model"]
+    return dense, run.get("model.method"), round(run["model.achieved_sparsity_percent"], 6)
+
+
 def settings(run: Record) -> str:
     """Return what a compression depends on beside its model and the share removed."""
     windows = f"{run['kind']} on {run['dataset']}, {run['nsamples']} × {run['seqlen']} tokens, seed {run['seed']}"

@@ -19,7 +19,7 @@ from flatllmcore.utils.names import model_name
 
 from .command_line import ROWS
 from .plots import draw_perplexity
-from .records import Record, as_evaluation, flat, of_kind, settings
+from .records import Record, as_evaluation, flat, identity, of_kind, settings
 from .tables import NOT_RUN, NOT_THERE, figure, markdown_table, measured_tables
 
 _REPORT = """\
@@ -89,7 +89,7 @@ def read_records(paths: Sequence[Path]) -> list[Record]:
     """Return the records of files, each once and fit for a page; a folder stands for all ``*.json`` files below it."""
     files: list[Path] = []
     for path in (checked(ROWS["save"], path, "RECORDS") for path in paths):
-        files += sorted(path.rglob("*.json")) if path.is_dir() else [path]
+        files += sorted(filter(Path.is_file, path.rglob("*.json"))) if path.is_dir() else [path]
     if not files:
         raise InputError(f"no records in {', '.join(map(str, paths))}: expected *.json files")
     records = {path: read_json(path, dict[str, Any]) for path in files}
@@ -131,8 +131,8 @@ def write_report(runs: Sequence[Record], out: Path) -> None:
 def table_1(runs: Sequence[Record]) -> str:
     """Return the paper's Table 1 with our runs in it: a row per model and method, and where we have some, per run."""
     header = ("model", "method", "perplexity", "here", "difference", "accuracy", "here", "difference", "settings here")
-    whole = (run for run in of_kind(runs, "zero_shot") if run.get("zero_shot.mean_accuracy") is not None)
-    accuracies: dict[Any, float] = {_identity(run): run["zero_shot.mean_accuracy"] for run in whole}
+    ran = (run for run in of_kind(runs, "zero_shot") if run.get("zero_shot.mean_accuracy") is not None)
+    accuracies: dict[Any, float] = {(run["model.model"], *identity(run)): run["zero_shot.mean_accuracy"] for run in ran}
     rows: list[Sequence[str]] = []
     for (place, model), (method, published) in product(enumerate(MODELS), TABLE_1.items()):
         if (theirs := published[place]) is None:
@@ -143,8 +143,9 @@ def table_1(runs: Sequence[Record]) -> str:
             continue
         ours: list[Record | None] = [run for run in of_kind(runs, "flatllm") if _as_published(run, model)]
         for run in ours or [None]:
-            compressed = _identity(as_evaluation(run)) if run else None
-            found = accuracies.get((model, None, None, 0.0) if method == "dense" else compressed)
+            evaluated = as_evaluation(run) if run else None
+            compressed = evaluated and (evaluated["model.model"], *identity(evaluated))
+            found = accuracies.get((model, model, None, 0.0) if method == "dense" else compressed)
             measured = _as_published(run, model)[_OURS[method]] if run else None
             cells = _beside(perplexity, measured) + _beside(accuracy, found)
             rows.append((model, method, *cells, settings(run) if run else NOT_RUN))
@@ -163,12 +164,6 @@ def _as_published(run: Record, model: str) -> Record:
     if (model_name(run["base_model"]), run["sparsity_ratio"], run["dataset"], run["seqlen"]) != (model, 20, *text):
         return {}
     return next((of for of in run["perplexity"] if (of["dataset"], of["seqlen"]) == text), {})
-
-
-def _identity(run: Record) -> tuple[str, str | None, str | None, float]:
-    """Return what tells an evaluated model from others: its name, its origin, the method and the percent removed."""
-    percent = round(run["model.achieved_sparsity_percent"], 6)
-    return run["model.model"], run.get("model.base_model"), run.get("model.method"), percent
 
 
 if __name__ == "__main__":

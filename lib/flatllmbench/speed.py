@@ -146,13 +146,13 @@ def measure_models(args: argparse.Namespace, configs: dict[str, PretrainedConfig
     models, described = [], []
     torch.manual_seed(0)
     for name, config in progress(configs.items(), "loading", "model"):
+        about = describe_config(config, name, None) if args.shape else describe_model(name, args.cache_dir)
         if args.shape:
             with torch.device(device):
                 made = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=False)
             models.append(made.eval())
         else:
             models.append(load_model(name, dtype=dtype, cache_dir=args.cache_dir).to(device))
-        about = describe_config(config, name, None) if args.shape else describe_model(name, args.cache_dir)
         about["base_model"] = None if name == first else model_name(first)
         described.append(about | {"weight_memory_bytes": models[-1].get_memory_footprint()})
     grid = [Workload(size, length, args.new_tokens) for size, length in product(args.batch_size, args.prompt_length)]
@@ -237,7 +237,6 @@ def figures(models: Sequence[PreTrainedModel], workload: Workload, found: Sequen
             if index:
                 cell[f"{stage}_speedup"] = _spread([a / b for a, b in zip(dense_seconds, seconds, strict=True)])
                 cell["predicted"][f"{stage}_speedup_{need}"] = needs[0][need] / needs[index][need]
-        cell["time_to_first_token_ms"] = cell["prefill_ms"]["median"] if workload.prompt_length else None
         yield cell
 
 

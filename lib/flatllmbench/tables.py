@@ -80,7 +80,7 @@ def _facts(run: Record) -> Iterator[str]:
         for task, found in run["zero_shot.tasks"].items():
             shots = "mixed" if found["num_fewshot"] is None else found["num_fewshot"]
             yield f"{task}: {found['metric']}, {shots}-shot, {found['samples']:,} samples"
-        limited = f", `--limit {run['zero_shot.limit']:g}`" if run.get("zero_shot.limit") else ""
+        limited = f", `--limit {run['request.limit']:g}`" if run.get("request.limit") else ""
         yield f"{run['zero_shot.harness']}, `--dtype {run['request.dtype']}`{limited}"
     yield ", ".join(run["hardware"].values())
     yield ", ".join(map(" ".join, run["versions"].items()))

@@ -124,8 +124,6 @@ def evaluate_saved(
     return {
         "tasks": results,
         "mean_accuracy": 100 * mean(paper) if limit is None and len(paper) == len(PAPER_TASKS) else None,
-        "limit": limit,
-        "batch_size": batch_size,
         "harness": f"lm_eval {version('lm_eval')}",
     }
 

@@ -13,7 +13,7 @@ from .core.importance import LayerImportance
 from .core.rank_allocation import RankAllocation
 from .engine.memory import ModelInMemory
 from .errors import InputError
-from .pipeline import Pipeline
+from .pipeline import TO_COMPRESS, TO_SCORE, Pipeline
 from .utils.devices import parse_device
 from .utils.layer_utils import check_causal_lm, check_is_dense, count_parameters
 from .utils.names import STOCK
@@ -73,7 +73,7 @@ class FlatLLMPruner:
         pipeline, before = self._pipeline, count_parameters(self.model)
         allocation = self._allocation()
         with in_memory(self.model, self.device) as source:
-            flat_config, layers = pipeline.compress(source, source, pipeline.windows_to_compress(), allocation)
+            flat_config, layers = pipeline.compress(source, source, pipeline.windows(TO_COMPRESS), allocation)
             source.adopt(flat_config)
         after = count_parameters(self.model)
         remaining = after["decoder_linear"] / before["decoder_linear"]
@@ -114,7 +114,7 @@ class FlatLLMPruner:
 
     def _importance(self) -> LayerImportance:
         with in_memory(self.model, self.device) as source:
-            return self._pipeline.score(source, self._pipeline.windows_to_score())
+            return self._pipeline.score(source, self._pipeline.windows(TO_SCORE))
 
 
 def apply_flat_llm(

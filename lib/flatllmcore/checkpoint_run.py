@@ -26,17 +26,17 @@ from .engine.checkpoint_source import CheckpointSource
 from .engine.perplexity import perplexity
 from .engine.storage import StatesStorage
 from .errors import InputError
-from .pipeline import Pipeline
+from .pipeline import TO_COMPRESS, TO_SCORE, Pipeline
 from .utils.checkpoint import MODEL_CARD, partial_folder, stated_licence
 from .utils.data_utils import check_token_ids, consecutive_windows
 from .utils.devices import free_host_memory, parse_device
 from .utils.files import GIB, check_disk_space, check_writable, digest, temporary_folder, to_json_bytes, write_json
 from .utils.layer_utils import count_parameters, dimensions_from_config
 from .utils.loading import found_file, load_config, load_tokenizer
-from .utils.names import STOCK, public_name, public_text, ranks_file
+from .utils.names import STOCK, public_name, public_text, ranks_file, text_names
 from .utils.processes import broadcast_object, is_rank_0, local_world_size, world_size
 from .utils.stopwatch import stage
-from .utils.text_sources import load_text
+from .utils.text_sources import has_test_split, load_text
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ class CheckpointRun:
         """Return the importance of every layer, with what it takes to compute it again; written to its place."""
         config = self.config
         broadcast_object(lambda: check_writable(config.score_file.parent))
-        windows = self.pipeline.windows_to_score()
+        windows = self.pipeline.windows(TO_SCORE)
         found = self.pipeline.score(self.source, windows)
         scores = ImportanceScores(
             model_id=public_name(config.model),
@@ -133,7 +133,7 @@ class CheckpointRun:
     @cached_property
     def windows(self) -> Tensor:
         """The token windows that layers are compressed on, (N, S)."""
-        return self.pipeline.windows_to_compress()
+        return self.pipeline.windows(TO_COMPRESS)
 
     @cached_property
     def test_windows(self) -> dict[str, Tensor]:
@@ -142,6 +142,8 @@ class CheckpointRun:
         for name in config.eval_texts:
             places = {"dataset_root": config.dataset_root, "cache_dir": config.cache_dir}
             text = load_text(name, "test", **places, tokenizer=self.tokenizer)
+            if name in text_names(config.cal_dataset) and not has_test_split(name, config.dataset_root):
+                logger.warning("%s keeps no test split apart: its perplexity is of text calibrated on", name)
             found[name] = consecutive_windows(text, self.tokenizer, self.pipeline.seqlen, config.eval_nsamples)
             check_token_ids(found[name], self.pipeline.model_config.vocab_size)
         return found

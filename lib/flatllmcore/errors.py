@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 # What a user can mend about a place: where it is, what it is called, who may use it, its room, the disk under it.
-UNUSABLE_PLACE = {
-    *(errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOTEMPTY, errno.EXDEV, errno.EBUSY),
-    *(errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EROFS, errno.ETXTBSY, errno.ENOLCK),
-    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMLINK, errno.EMFILE, errno.ENFILE, errno.EOPNOTSUPP),
-    *(errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN),
-}
+_NAMES = """
+    ENOENT EEXIST ENOTDIR EISDIR ENOTEMPTY EXDEV EBUSY ENAMETOOLONG ELOOP EACCES EPERM EROFS ETXTBSY ENOLCK ENOSPC
+    EDQUOT EFBIG EMLINK EMFILE ENFILE EOPNOTSUPP ENOTSUP EIO ESTALE ENODEV ENXIO ENOTCONN ETIMEDOUT EHOSTDOWN
+    EHOSTUNREACH ENETUNREACH ESHUTDOWN EREMOTEIO EUCLEAN EBADMSG EILSEQ
+"""
+UNUSABLE_PLACE = {number for number, name in errno.errorcode.items() if name in _NAMES.split()}  # that this system has
 
 
 class InputError(ValueError):

@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from .config import PATH, TEXT
 from .core.rotary_pairs import pairs_are_halves
 from .errors import InputError, door, run_program
 from .utils.checkpoint import MODEL_CARD, stated_licence
@@ -240,8 +241,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the arguments of the program."""
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m flatllmcore.export", description=__doc__, formatter_class=layout)
-    parser.add_argument("model", metavar="FOLDER", help="dense or compressed model: folder, GGUF file or hub id")
-    parser.add_argument("file", metavar="FILE.gguf", type=Path, help="where to write it")
+    parser.add_argument(
+        "model", metavar="FOLDER", type=TEXT.convert, help="dense or compressed model: folder, GGUF file or hub id"
+    )
+    parser.add_argument("file", metavar="FILE.gguf", type=PATH.convert, help="where to write it")
     parser.add_argument("--overwrite", action="store_true", help="replace a file that is there")
     return parser.parse_args(argv)
 

@@ -32,7 +32,7 @@ from .utils.text_sources import TextDataset, load_text
 
 logger = logging.getLogger(__name__)
 
-TO_SCORE, TO_COMPRESS = 128, 256  # windows in the published setting
+TO_SCORE, TO_COMPRESS = 128, 256  # windows in the published setting, to score layers on and to compress them on
 
 
 @dataclass
@@ -82,14 +82,6 @@ class Pipeline:
         layers = find_decoder_layers(empty_causal_lm(self.model_config))
         return outlines(self.selector.dimensions, [has_free_pairs(layer.self_attn) for layer in layers])
 
-    def windows_to_score(self) -> Tensor:
-        """Return the token windows that importance is measured on, (N, S)."""
-        return self._windows(TO_SCORE)
-
-    def windows_to_compress(self) -> Tensor:
-        """Return the token windows that layers are compressed on, (N, S)."""
-        return self._windows(TO_COMPRESS)
-
     def score(self, source: LayerSource, windows: Tensor) -> LayerImportance:
         """Return the importance of every decoder layer."""
         return layer_importance(source, windows, self.batch_size(windows), self.config.importance_method)
@@ -138,8 +130,8 @@ class Pipeline:
         data = data_utils.read_calibration_data(config.cal_dataset, most, padding_ids, self.tokenizer)
         return ([data], []) if isinstance(data, TextDataset) else ([], data)
 
-    def _windows(self, published: int) -> Tensor:
-        """Return calibration windows, (N, S): sampled from texts, or the token ids given."""
+    def windows(self, published: int) -> Tensor:
+        """Return calibration windows, (N, S), of texts or token ids; ``published`` if no number is asked for."""
         config, seqlen = self.config, self.seqlen
         nsamples = config.cal_nsamples or published
         with stage("data"):

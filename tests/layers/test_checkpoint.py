@@ -149,6 +149,7 @@ def test_the_card_states_how_the_model_was_made_and_names_no_path(tmp_path):
     [
         ("---\nlicense: apache-2.0\nlanguage: en\n---\n# A model\n", {"license": "apache-2.0"}),
         ("---\nlanguage: en\n---\n", {}),
+        ("---\nlicense: other\nlicense_name: 2024-04-18\n---\n", {"license": "other", "license_name": "2024-04-18"}),
         ("# A model of nobody\n", {}),
     ],
 )

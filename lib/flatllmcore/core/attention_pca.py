@@ -29,7 +29,7 @@ def project_heads(weight: Tensor, bases: Tensor) -> Tensor:
 def project_output(o_weight: Tensor, bases: Tensor) -> Tensor:
     """Return ``W_o^h Q̃_g`` of every query head ``h`` of group ``g``, float64, (D, H·r), for (D, H·d) and (G, d, r)."""
     num_kv_heads, head_dim, _ = bases.shape
-    per_head = o_weight.double().view(len(o_weight), num_kv_heads, -1, head_dim)  # (D, G, n, d)
+    per_head = o_weight.double().unflatten(1, (num_kv_heads, -1, head_dim))  # (D, G, n, d)
     return torch.einsum("DGnd,Gdr->DGnr", per_head, bases).flatten(1)
 
 

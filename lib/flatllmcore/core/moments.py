@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..utils.devices import float32_product, product_operand
+from ..utils.devices import at_least_float32, float32_product, product_operand
 
 # Rows of the triangle computed at a time: wide enough to keep the matrix product at speed, while
 # F / BLOCK strips leave out almost half of the symmetric product.
@@ -41,7 +41,9 @@ def add_cross_moment(total: Tensor, targets: Tensor, rows: Tensor) -> None:
 
 def inverse_length(stream: Tensor) -> Tensor:
     """Return the weights, (tokens, 1), that bring each token of the stream, (tokens, D), to a mean square of 1."""
-    return stream.square().mean(-1, keepdim=True).clamp(min=torch.finfo(stream.dtype).tiny).rsqrt()
+    wide = at_least_float32(stream)  # float16 has no squares of 256 and more
+    least = max(torch.finfo(stream.dtype).tiny ** 2, torch.finfo(wide.dtype).tiny)  # its inverse root fits that type
+    return wide.square().mean(-1, keepdim=True).clamp(min=least).rsqrt().to(stream.dtype)
 
 
 def mirror_lower_triangle(total: Tensor) -> None:

@@ -9,9 +9,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from .refit import solved_from_right, with_ridge
+from .attention_pca import project_output
+from .refit import solved_with_least
 
-_TINY_RIDGE = 1e-9
+_RIDGES = (1e-9, 1e-6, 1e-4, 1e-2)  # tried in turn
 
 
 def output_bases(moment: Tensor, o_weight: Tensor, num_kv_heads: int, head_dim: int) -> Tensor:
@@ -29,23 +30,19 @@ def output_bases(moment: Tensor, o_weight: Tensor, num_kv_heads: int, head_dim: 
     return torch.linalg.qr(roots @ leading)[0]
 
 
-def spread_over_queries(bases: Tensor, num_heads: int) -> Tensor:
-    """Return the map (H·d, H·r) from bases (G, d, r): what each query head reads in terms of them."""
-    return torch.block_diag(*bases.repeat_interleave(num_heads // len(bases), 0))
-
-
 def lost_by_rank(
     moment: Tensor, o_weight: Tensor, num_kv_heads: int, head_dim: int, ranks: Iterable[int]
 ) -> dict[int, float]:
     """Return the energy of ``o_proj``'s output that is lost at each rank, when its weight is refitted."""
     weight = o_weight.double()
     bases = output_bases(moment, weight, num_kv_heads, head_dim)
-    energy = ((weight @ moment) * weight).sum()
+    crossed = weight @ moment
+    energy = (crossed * weight).sum()
     lost = {head_dim: 0.0}
     for rank in ranks:
-        reduced = spread_over_queries(bases[..., :rank], weight.shape[1] // head_dim)
-        cross = weight @ moment @ reduced
-        fitted = solved_from_right(with_ridge(reduced.T @ moment @ reduced, _TINY_RIDGE), cross)
+        leading = bases[..., :rank]
+        cross, reduced = project_output(crossed, leading), project_output(project_output(moment, leading).T, leading)
+        fitted = solved_with_least(_RIDGES, reduced, cross)
         lost[rank] = max(0.0, (energy - (fitted * cross).sum()).item())
     return lost
 

@@ -159,6 +159,10 @@ class ImportancePreservingRankSelector:
         check_length("scores", scores, self.dimensions.num_layers)
         self.check_target(keep_ratio, curves)
         percent, multiples = round(100 * (1 - keep_ratio), 9), (self.rank_multiple, self.width_multiple)
+        if curves is not None and keep_ratio == 1:  # of which steps that do not divide the sizes would take away
+            whole = Kept(1.0, self.dimensions.head_dim, self.dimensions.intermediate_size)
+            layers = (whole,) * self.dimensions.num_layers
+            return RankAllocation(percent, self.prune_qk, self.rank_multiple, self.dimensions, layers)
         if curves is not None:
             used = [{kind: curve for kind, curve in of.items() if self.prune_qk or kind != PAIRS} for of in curves]
             ideals = ideals_by_curves(self.dimensions, used, keep_ratio, self.rank_multiple)

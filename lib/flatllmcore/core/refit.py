@@ -5,6 +5,7 @@ relative to the mean of ``C``'s diagonal.
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 
 import torch
@@ -25,6 +26,17 @@ def solved_from_right(moment: Tensor, cross: Tensor) -> Tensor:
     factor = _factor(moment)
     halfway = torch.linalg.solve_triangular(factor.mT, cross, upper=True, left=False)
     return torch.linalg.solve_triangular(factor, halfway, upper=False, left=False)
+
+
+def solved_with_least(ridges: Sequence[float], moment: Tensor, cross: Tensor) -> Tensor:
+    """Return ``R (C + ridge)⁻¹`` with the first of the ridges by which a moment is positive definite.
+
+    Float32 sums of few tokens make one that is not. ArithmeticError if the last is too small.
+    """
+    for ridge in ridges[:-1]:
+        with suppress(ArithmeticError):
+            return solved_from_right(with_ridge(moment, ridge), cross)
+    return solved_from_right(with_ridge(moment, ridges[-1]), cross)
 
 
 def inverted(moment: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import sys
 import torch
 from torch import Tensor
 
+from ..utils.devices import at_least_float32
 from ..utils.layer_utils import DecoderModule
 
 
@@ -26,7 +27,7 @@ def has_free_pairs(attention: DecoderModule) -> bool:
 
 def pair_energies(outputs: Tensor, head_dim: int) -> Tensor:
     """Return the energy of each rotary pair of each head, (heads, d / 2), in queries or keys (tokens, heads·d)."""
-    pairs = outputs.view(len(outputs), -1, 2, head_dim // 2)
+    pairs = at_least_float32(outputs).view(len(outputs), -1, 2, head_dim // 2)
     return pairs.square().sum((0, 2), dtype=torch.float64)
 
 

@@ -12,16 +12,15 @@ from transformers import PretrainedConfig
 
 from ..core.attention_pca import rank_for_mass
 from ..core.rank_allocation import RankAllocation
-from ..errors import InputError
 from ..layers import replacement
 from ..utils.devices import retyped
-from ..utils.layer_utils import DecoderModule, stored_tensors
+from ..utils.layer_utils import WRITERS, DecoderModule, stored_tensors
 from ..utils.processes import all_reduce, broadcast
 from ..utils.progress import progress
 from ..utils.stopwatch import stage
 from .protocols import DENSE, HELD_OUT, STREAM, LayerRecord, LayerSink, LayerSource, Method, Solution, Step, Sums
-from .reuse import WRITERS, is_worth_keeping, shallow_copy, written
-from .walk import Walk, check_finite, forward_of, lent_layer, tapped
+from .reuse import is_worth_keeping, shallow_copy, written
+from .walk import Walk, check_finite, forward_of, lent_layer, solves, tapped
 
 logger = logging.getLogger(__name__)
 
@@ -172,11 +171,8 @@ class _Loop:
     def _solved(self, index: int, layer: DecoderModule, step: Step, read: Tensor | None) -> Solution:
         """Return the solution of a step; where there is room for it, ``read`` is then what the part's writer reads."""
         sums = self._summed(index, layer, step, read)
-        try:
-            with stage("solves"):
-                return step.solve(layer, sums)
-        except (ArithmeticError, torch.linalg.LinAlgError) as error:
-            raise InputError(f"layer {index} cannot be compressed: {error}") from error
+        with solves(index):
+            return step.solve(layer, sums)
 
     def _summed(self, index: int, layer: DecoderModule, step: Step, read: Tensor | None) -> Sums:
         """Return the sums of a step over the windows of all processes."""

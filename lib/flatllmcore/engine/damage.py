@@ -22,19 +22,18 @@ from ..utils.layer_utils import DecoderModule, dimensions_from_config
 from ..utils.processes import all_reduce
 from ..utils.stopwatch import stage
 from .perplexity import LOGIT_ROWS
-from .protocols import LayerSource, zero_sums
-from .walk import Walk, forward_of
+from .protocols import CHANNELS, KEYS, QUERIES, LayerSource, zero_sums
+from .walk import Walk, forward_of, solves
 
-QUERIES, KEYS = "self_attn.q_proj.output", "self_attn.k_proj.output"
-ATTENDED, CHANNELS = "self_attn.o_proj.input", "mlp.down_proj.input"
+ATTENDED = "self_attn.o_proj.input"
 MIDDLE = "post_attention_layernorm.input"  # the stream between attention and MLP
-TRIED_WINDOWS, TRIED_LENGTH = 8, 256  # and tokens of each, that is tried on what has no closed form
+TRIED_WINDOWS, TRIED_LENGTH = 8, 256  # windows, and tokens of each, on which is tried what has no closed form
 SILENCED = 0.25  # of the MLP's channels: what a layer loses for its cost at the output to be tried
 SHRINKAGE = 0.01  # of the means over layers, added to cost and damage: their ratio tells little where both are small
 
 
 class LayerDamage:
-    """The curves of one layer at its place in a walk, from what passes its taps, and in one of the windows tried."""
+    """The curves of one layer at its place in a walk, from what passes its taps; of pairs from the tokens tried."""
 
     taps = (QUERIES, KEYS, ATTENDED, MIDDLE, CHANNELS)
 
@@ -64,7 +63,7 @@ class LayerDamage:
                 all_reduce(total)
         for name in (ATTENDED, CHANNELS):
             mirror_lower_triangle(self._sums[name])
-        with stage("solves"):
+        with solves(self.index):
             ranks = dict.fromkeys(max(1, int(share * sizes.head_dim)) for share in VALUE_SHARES)
             heads = (sizes.num_kv_heads, sizes.head_dim)
             lost = lost_by_rank(self._sums[ATTENDED], layer.self_attn.o_proj.weight, *heads, ranks)
@@ -134,7 +133,7 @@ class OutputCost:
         for stream in self._streams[:index]:
             for states, stored in walk.batches(stream):
                 stored.copy_(walk.run(layer, index, states))
-        for (states, stored), (_, begun) in zip(walk.batches(), walk.batches(self._streams[index]), strict=True):
+        for (states, stored), begun in zip(walk.batches(), self._streams[index].split(walk.batch_size), strict=False):
             dense = walk.run(layer, index, states)
             hook = down.register_forward_pre_hook(lambda _, inputs: (inputs[0] * loud_channels,))
             try:
@@ -152,18 +151,13 @@ class OutputCost:
         """
         walk, costs = self.walk, torch.zeros(len(self._streams), dtype=torch.float64, device=self._damages.device)
         with stage("forward"), walk.source.head() as logits_of:
-
-            def logits_to_compare(states: Tensor) -> Tensor:
-                logits = logits_of(states.to(walk.source.device))
-                return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
             dense = walk.states.flatten(0, 1).split(LOGIT_ROWS)
             for rows, changed in zip(dense, self._streams.flatten(1, 2).split(LOGIT_ROWS, 1), strict=True):
-                logits = logits_to_compare(rows)
+                logits = logits_of(rows.to(walk.source.device))
                 expected = logits.softmax(-1)
                 least = cross_entropy(logits, expected, reduction="none")  # of the dense model with itself, (rows,)
                 for index, stream in enumerate(changed):
-                    found = cross_entropy(logits_to_compare(stream), expected, reduction="none")
+                    found = cross_entropy(logits_of(stream.to(walk.source.device)), expected, reduction="none")
                     costs[index] += (found - least).double().sum()
         sums = torch.stack([costs, *self._damages.T])
         all_reduce(sums)

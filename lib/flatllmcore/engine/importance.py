@@ -117,6 +117,6 @@ def _loss_gradient(source: LayerSource, states: Tensor, ids: Tensor) -> Tensor:
         for window, targets, part in zip(states, ids, gradient, strict=True):
             inputs = window[:-1].detach().requires_grad_()
             logits = logits_of(inputs)
-            loss = cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets[1:])
+            loss = cross_entropy(logits, targets[1:])
             part[:-1] = torch.autograd.grad(loss, inputs)[0]
     return gradient

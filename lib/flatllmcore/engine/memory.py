@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any
 from unittest.mock import patch
 
@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..layers.replacement import adopt_compressed_layers
-from ..utils.devices import computed_in, retyped
+from ..utils.devices import at_least_float32, computed_in, retyped
 from ..utils.layer_utils import DecoderModule, stored_tensors
 from .protocols import LayerRecord, LayerSource
 from .storage import StatesStorage
@@ -78,11 +78,15 @@ def entering(decoder: DecoderModule, embeddings: Tensor) -> Tensor:
 
 
 def logits_of(model: PreTrainedModel, norm: nn.Module, lm_head: nn.Module) -> Callable[[Tensor], Tensor]:
-    """Return the model's own function from the last layer's output, (rows, D), to logits: some scale or cap these."""
+    """Return the model's own function from the last layer's output, (rows, D), to logits: some scale or cap these.
+
+    They are in float32 at least.
+    """
     head: Any = copy.copy(model)  # without its modules
     head._modules = {"lm_head": lm_head}
     head.model = lambda inputs_embeds, **_: BaseModelOutputWithPast(last_hidden_state=norm(inputs_embeds))
-    return lambda states: type(model).forward(head, inputs_embeds=states[None], return_dict=True).logits[0]
+    forward = partial(type(model).forward, head, return_dict=True)
+    return lambda states: at_least_float32(forward(inputs_embeds=states[None]).logits[0])
 
 
 def layer_arguments(source: LayerSource, seqlen: int) -> list[dict[str, Any]]:

@@ -30,8 +30,6 @@ def perplexity(source: LayerSource, windows: Tensor, batch_size: int) -> float:
                 rows = states[:, :-1].flatten(0, 1).split(LOGIT_ROWS)
                 targets = ids[:, 1:].flatten().to(source.device).split(LOGIT_ROWS)
                 for inputs, target in zip(rows, targets, strict=True):
-                    logits = logits_of(inputs)
-                    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-                    nll += cross_entropy(logits, target, reduction="sum")
+                    nll += cross_entropy(logits_of(inputs), target, reduction="sum")
         all_reduce(nll)
     return (nll.cpu() / windows[:, 1:].numel()).exp().item()

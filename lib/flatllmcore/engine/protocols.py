@@ -20,6 +20,8 @@ from ..utils.layer_utils import DecoderModule
 from .storage import StatesStorage
 
 Sums: TypeAlias = dict[str, Tensor]
+QUERIES, KEYS = "self_attn.q_proj.output", "self_attn.k_proj.output"  # taps
+CHANNELS = "mlp.down_proj.input"
 STREAM, DENSE, HELD_OUT = "stream", "dense", "held out"  # what steps see beside taps if the method asks
 
 

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..utils.layer_utils import DecoderModule, stored_tensors
+from ..utils.layer_utils import WRITERS, DecoderModule, stored_tensors
 
-WRITERS = {"": "self_attn.o_proj", "self_attn": "self_attn.o_proj", "mlp": "mlp.down_proj"}  # of a part of a layer
 HALF_PRECISION = 1e-4  # what the spacing of bfloat16 and float16 passes, and that of float32 does not
 
 

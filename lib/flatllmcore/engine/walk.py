@@ -44,7 +44,7 @@ class Walk:
         """
         states = self.states if stream is None else stream
         batches = states.split(self.batch_size) if len(states) else ()
-        for stored in progress(batches, "windows", "batch"):
+        for stored in progress(batches, "windows", "batch") if stream is None else batches:
             yield stored.to(self.source.device, non_blocking=True), stored
 
     def room(self, width: int) -> Tensor | None:
@@ -76,6 +76,16 @@ def lent_layer(source: LayerSource, index: int) -> Iterator[DecoderModule]:
         with stage("read"):
             layer = stack.enter_context(source.layer(index))
         yield layer
+
+
+@contextmanager
+def solves(index: int) -> Iterator[None]:
+    """Turn numerical trouble with layer ``index`` into an InputError; the block counts as the stage of this name."""
+    try:
+        with stage("solves"):
+            yield
+    except (ArithmeticError, torch.linalg.LinAlgError) as error:
+        raise InputError(f"layer {index} cannot be compressed: {error}") from error
 
 
 def check_finite(index: int, activations: Tensor) -> None:

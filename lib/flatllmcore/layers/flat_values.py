@@ -90,7 +90,7 @@ def cached(
     which changes the attention's ``kwargs``.
     """
     widths = key.shape[-1], value.shape[-1]
-    if not hasattr(cache, "layers"):  # pages
+    if not hasattr(cache, "layers"):  # pages, as of transformers 5.24
         keys, values = cache.update(widened(key, head_dim), widened(value, head_dim), layer_idx, kwargs=kwargs)
     else:
         layer = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None

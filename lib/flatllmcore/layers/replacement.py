@@ -44,12 +44,6 @@ def compressed_config(config: PreTrainedConfig, kept: Sequence[Kept], shape: str
     return family_of(config).config_class(**fields | shared, attn_implementation=config._attn_implementation)
 
 
-def empty_decoder_layer(flat_config: PreTrainedConfig, layer_idx: int) -> DecoderModule:
-    """Return layer ``layer_idx`` on the meta device, its weights still to be filled in."""
-    with torch.device("meta"):
-        return classes_of(flat_config)[1](flat_config, layer_idx)
-
-
 def fill_parameters(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Put ``weights`` in the place of all that :func:`stored_tensors` has of ``module``, on the meta device; no copies.
 
@@ -69,7 +63,8 @@ def compress_decoder_layer(
     the same objects, not copies. New ones take device, dtype and ``requires_grad`` of the dense parameter they stand in
     for, factors those of the weight they are factors of. RuntimeError as of :func:`fill_parameters`.
     """
-    module: nn.Module = empty_decoder_layer(flat_config, layer_idx).get_submodule(part)
+    with torch.device("meta"):
+        module = classes_of(flat_config)[1](flat_config, layer_idx).get_submodule(part)
     dense_part = dense_layer.get_submodule(part)
     dense = stored_tensors(dense_part)
     filling: dict[str, Tensor] = {name: dense[name] for name in stored_tensors(module) if name in dense}

@@ -14,7 +14,7 @@ from ..core.attention_pca import headwise_pca, project_heads, project_output
 from ..core.mlp_nystrom import few_tokens_jitter, reconstruct_down_projection, select_channels
 from ..core.moments import add_head_moments, add_moment, mirror_lower_triangle
 from ..core.rank_allocation import RankAllocation
-from ..engine.protocols import Method, Solution, Sums, zero_sums
+from ..engine.protocols import CHANNELS, KEYS, QUERIES, Method, Solution, Sums, zero_sums
 from ..errors import InputError
 from ..utils.dimensions import Kept, ModelDimensions
 from ..utils.layer_utils import DecoderModule
@@ -22,8 +22,6 @@ from ..utils.layer_utils import DecoderModule
 logger = logging.getLogger(__name__)
 
 VALUES = "self_attn.v_proj.output"
-QUERIES, KEYS = "self_attn.q_proj.output", "self_attn.k_proj.output"
-CHANNELS = "mlp.down_proj.input"
 TOKENS = "tokens"
 
 
@@ -55,21 +53,16 @@ class FlatLLMStep:
     """Statistics of a dense layer's own activations, and the layer's new weights from them."""
 
     dimensions: ModelDimensions
-    kept: Kept
+    leaves: Kept
 
     part = ""
-
-    @property
-    def leaves(self) -> Kept:
-        """The whole layer is done at once."""
-        return self.kept
 
     @property
     def heads(self) -> dict[str, int]:
         """The taps whose moments are taken head by head, and how many heads each has."""
         heads, kv_heads = self.dimensions.num_heads, self.dimensions.num_kv_heads
-        values = {VALUES: kv_heads} if self.kept.value_rank < self.dimensions.head_dim else {}
-        return values | ({} if self.kept.query_key_rank is None else {QUERIES: heads, KEYS: kv_heads})
+        values = {VALUES: kv_heads} if self.leaves.value_rank < self.dimensions.head_dim else {}
+        return values | ({} if self.leaves.query_key_rank is None else {QUERIES: heads, KEYS: kv_heads})
 
     @property
     def taps(self) -> list[str]:
@@ -95,18 +88,18 @@ class FlatLLMStep:
         eigenvalues = None
         if VALUES in self.heads:
             eigenvalues, directions = headwise_pca(sums[VALUES])
-            bases = directions[..., : self.kept.value_rank]  # (G, d, r)
+            bases = directions[..., : self.leaves.value_rank]  # (G, d, r)
             weights |= _heads_projected(layer.self_attn.v_proj, "self_attn.v_proj", bases)
             weights["self_attn.o_proj.weight"] = project_output(layer.self_attn.o_proj.weight, bases)
-        if self.kept.query_key_rank is not None:
+        if self.leaves.query_key_rank is not None:
             for tap in (QUERIES, KEYS):  # into two factors, between whose products the rotary embedding stands
                 name = tap.removesuffix(".output")
-                bases = headwise_pca(sums[tap])[1][..., : self.kept.query_key_rank]  # (H or G, d, r)
+                bases = headwise_pca(sums[tap])[1][..., : self.leaves.query_key_rank]  # (H or G, d, r)
                 weights |= {f"{name}.up": bases} | _heads_projected(layer.get_submodule(name), f"{name}.down", bases)
-        if self.kept.mlp_width < self.dimensions.intermediate_size:
+        if self.leaves.mlp_width < self.dimensions.intermediate_size:
             moment, down = sums[CHANNELS], layer.mlp.down_proj.weight
             mirror_lower_triangle(moment)
-            stay = select_channels(moment, self.kept.mlp_width)
+            stay = select_channels(moment, self.leaves.mlp_width)
             jitter = few_tokens_jitter(int(sums[TOKENS]), len(moment))
             weights["mlp.down_proj.weight"] = reconstruct_down_projection(down, moment, stay, jitter=jitter)
             for name in ("mlp.gate_proj", "mlp.up_proj"):

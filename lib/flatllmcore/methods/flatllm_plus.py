@@ -11,22 +11,21 @@ from typing import TypeAlias
 
 from torch import Tensor
 
-from ..core.attention_pca import project_heads
+from ..core.attention_pca import project_heads, project_output
 from ..core.channel_obs import channels_by_damage
 from ..core.mlp_nystrom import ENOUGH_TOKENS_PER_CHANNEL
 from ..core.moments import add_cross_moment, add_moment, inverse_length, mirror_lower_triangle
-from ..core.output_pca import output_bases, spread_over_queries
+from ..core.output_pca import output_bases
 from ..core.rank_allocation import RankAllocation
 from ..core.refit import led_towards
 from ..core.rotary_pairs import pair_energies, without_pairs
-from ..engine.protocols import DENSE, HELD_OUT, STREAM, Method, Solution, Sums, zero_sums
+from ..engine.protocols import DENSE, HELD_OUT, KEYS, QUERIES, STREAM, Method, Solution, Sums, zero_sums
 from ..errors import InputError
 from ..utils.dimensions import Kept, ModelDimensions
-from ..utils.layer_utils import DecoderModule
+from ..utils.layer_utils import WRITERS, DecoderModule
 
 logger = logging.getLogger(__name__)
 
-QUERIES, KEYS = "self_attn.q_proj.output", "self_attn.k_proj.output"
 TOKENS = "tokens"
 Narrowing: TypeAlias = Callable[[Tensor], Tensor]  # from columns for what is read now to those for what is read then
 SHARE = 0.25  # of the way to the dense model's stream: more of it does better on text like the calibration's alone
@@ -57,8 +56,8 @@ class FlatLLMPlus(Method):
         paired = replace(behind, value_rank=dimensions.head_dim)
         return [
             *([] if kept.query_key_pairs is None else [PairStep(dimensions, paired)]),
-            OutputStep(dimensions, behind, "self_attn", "o_proj"),
-            OutputStep(dimensions, kept, "mlp", "down_proj"),
+            OutputStep(dimensions, behind, "self_attn"),
+            OutputStep(dimensions, kept, "mlp"),
         ]
 
 
@@ -97,31 +96,25 @@ class OutputStep:
     dimensions: ModelDimensions
     leaves: Kept
     part: str
-    writer: str
-
-    @property
-    def name(self) -> str:
-        """Of the projection that writes."""
-        return f"{self.part}.{self.writer}"
 
     @property
     def taps(self) -> list[str]:
         """What it reads."""
-        return [f"{self.name}.input"]
+        return [f"{WRITERS[self.part]}.input"]
 
     def zeros(self, layer: DecoderModule) -> Sums:
         """Return moments ``C = Σ z zᵀ`` of what it reads and ``R = Σ t zᵀ`` with what it should write.
 
         Each is there twice, of tokens to fit and of those held out.
         """
-        writer = layer.get_submodule(self.name)
+        writer = layer.get_submodule(WRITERS[self.part])
         shapes = {"C": (writer.in_features, writer.in_features), "R": (writer.out_features, writer.in_features)}
         moments = {f"{of} {moment}": shape for of in ("fit", "held") for moment, shape in shapes.items()}
         return zero_sums(layer, {TOKENS: (), **moments})
 
     def add(self, layer: DecoderModule, sums: Sums, seen: Mapping[str, Tensor]) -> None:
         """Add a batch: what is missing of the dense stream, each token by that stream's length."""
-        bias = layer.get_submodule(self.name).bias
+        bias = layer.get_submodule(WRITERS[self.part]).bias
         weight = inverse_length(seen[DENSE])
         features = seen[self.taps[0]] * weight
         targets = (seen[DENSE] - seen[STREAM] - (0 if bias is None else bias)) * weight
@@ -137,7 +130,8 @@ class OutputStep:
             mirror_lower_triangle(sums[name])
         narrow = self._narrowed_values if self.part == "self_attn" else self._narrowed_channels
         narrowed, weights = narrow(layer, sums["fit C"] + sums["held C"], int(sums[TOKENS]))
-        weight = layer.get_parameter(f"{self.name}.weight").double()
+        name = f"{WRITERS[self.part]}.weight"
+        weight = layer.get_parameter(name).double()
         moments = []
         own, stream = [], []  # crossed with its own output, and with what is missing of the dense stream
         for of in ("fit", "held"):
@@ -146,15 +140,14 @@ class OutputStep:
             own.append(weight @ reads)
             stream.append(narrowed(sums[f"{of} R"]))
         fitted = led_towards(narrowed(weight), moments, own, 1.0)
-        return Solution(weights | {f"{self.name}.weight": led_towards(fitted, moments, stream, SHARE)})
+        return Solution(weights | {name: led_towards(fitted, moments, stream, SHARE)})
 
     def _narrowed_values(self, layer: DecoderModule, moment: Tensor, _: int) -> tuple[Narrowing, dict[str, Tensor]]:
         sizes, attention = self.dimensions, layer.self_attn
         bases = output_bases(moment, attention.o_proj.weight, sizes.num_kv_heads, sizes.head_dim)
         bases = bases[..., : self.leaves.value_rank]
         weights = {f"self_attn.v_proj.{of}": project_heads(p, bases) for of, p in attention.v_proj.named_parameters()}
-        reduced = spread_over_queries(bases, sizes.num_heads)
-        return (lambda matrix: matrix @ reduced), weights
+        return (lambda matrix: project_output(matrix, bases)), weights
 
     def _narrowed_channels(
         self, layer: DecoderModule, moment: Tensor, tokens: int

@@ -131,7 +131,8 @@ def stated_licence(card: Path | None) -> dict[str, Any]:
         return {}
     with door(f"the model card {card} cannot be read", "mend it, or take it away"):
         stated = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
-    return {name: stated[name] for name in ("license", "license_name", "license_link") if name in stated}
+    names = [name for name in ("license", "license_name", "license_link") if name in stated]
+    return {name: str(stated[name]) for name in names}  # YAML makes dates of some
 
 
 def model_card(record: Mapping[str, Any]) -> str:

@@ -71,6 +71,11 @@ def retyped(tensor: Tensor, given: torch.dtype, wanted: torch.dtype) -> Tensor:
     return tensor.to(wanted) if tensor.dtype == given else tensor
 
 
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Return a tensor in float32, or in its own type if that is wider."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def product_operand(x: Tensor) -> Tensor:
     """Return ``x`` widened as :func:`float32_product` needs it: once, for an operand of several products."""
     return x.float() if x.dtype in _LOW_PRECISION and not x.is_cuda else x

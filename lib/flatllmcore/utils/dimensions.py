@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from ..errors import InputError
 
 LARGEST_SIZE = 2**17  # twice the widest MLP there is; the moment of one this wide takes 128 GiB
+MOST_LAYERS = 2**12  # of which transformers makes modules, and ranks are shared out, in seconds
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,9 @@ class ModelDimensions:
 
     def __post_init__(self) -> None:
         for name, size in asdict(self).items():
-            if isinstance(size, int) and not 1 <= size <= LARGEST_SIZE:
-                raise InputError(f"{name} is {size:,}; accepted: 1 to {LARGEST_SIZE:,}")
+            most = MOST_LAYERS if name == "num_layers" else LARGEST_SIZE
+            if isinstance(size, int) and not 1 <= size <= most:
+                raise InputError(f"{name} is {size:,}; accepted: 1 to {most:,}")
 
     @property
     def qk_parameters(self) -> int:

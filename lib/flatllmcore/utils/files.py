@@ -21,6 +21,7 @@ from ..errors import InputError
 T = TypeVar("T")
 GIB = 2**30
 LEFT_OVER = ".tmp." + 16 * "?"  # how :func:`replacing` names what it lends
+_LOCK = ".flat-llm.lock"  # not .lock, which other programs put into folders of theirs
 
 
 @contextmanager
@@ -113,10 +114,10 @@ def temporary_folder(parent: Path | None) -> Iterator[Path]:
     """Lend a folder in ``parent``, or where the system has such, deleted at the end, as are those of killed runs."""
     parent, prefix = parent or Path(tempfile.gettempdir()), "flat-llm-"
     parent.mkdir(parents=True, exist_ok=True)
-    for lock in parent.glob(f"{prefix}*/.lock"):
+    for lock in parent.glob(f"{prefix}*/{_LOCK}"):
         with suppress(OSError), FileLock(lock, timeout=0):  # an OSError while it is in use, or if it is another user's
             shutil.rmtree(lock.parent)
-    with tempfile.TemporaryDirectory(prefix=prefix, dir=parent) as made, FileLock(Path(made, ".lock")):
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=parent) as made, FileLock(Path(made, _LOCK)):
         yield Path(made)
 
 

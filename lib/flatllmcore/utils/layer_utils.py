@@ -23,6 +23,9 @@ _OBSTACLES = {  # by a part of the family's name or of a field of its config
 # What weights may be, as safetensors spells it; float8 is a floating-point type too.
 WEIGHT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
+# What writes to the stream, by the part that a step works on; of a whole layer the attention's, behind which its MLP is
+# computed anew.
+WRITERS = {"": "self_attn.o_proj", "self_attn": "self_attn.o_proj", "mlp": "mlp.down_proj"}
 # A decoder layer or a part of one. torch types a module's members as tensor or module, so their own are lost.
 DecoderModule: TypeAlias = Any
 
@@ -53,6 +56,8 @@ def dense_dimensions(config: PretrainedConfig) -> ModelDimensions:
     """Return the sizes of the dense model, from the config of that model or of what it was compressed to."""
     family = family_name(config)
     is_dense = config.model_type == family
+    if is_dense and config.to_dict().get("per_layer_config"):
+        raise InputError(f"the layers of this {family} differ (per_layer_config); accepted: models of equal layers")
     return ModelDimensions(
         architecture=family,
         num_layers=config.num_hidden_layers,
@@ -60,7 +65,7 @@ def dense_dimensions(config: PretrainedConfig) -> ModelDimensions:
         num_heads=config.num_attention_heads,
         num_kv_heads=config.num_key_value_heads,
         # Some configs state it only where it is not that quotient.
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // max(1, config.num_attention_heads),
         # A config of per-layer widths refuses to give one for all; and that of the dense model may be missing.
         intermediate_size=config.intermediate_size if is_dense else config.dense_intermediate_size or 0,
     )

@@ -19,6 +19,7 @@ from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, 
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from ..errors import InputError, door
+from .dimensions import MOST_LAYERS
 from .files import digest, file_digest, to_json_bytes
 from .gguf import checkpoint_folder
 from .layer_utils import WEIGHT_DTYPES, dense_dimensions, stored_tensors
@@ -28,10 +29,9 @@ logger = logging.getLogger(__name__)
 
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # as the model classes of all families name them
 _COMPUTED = r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$|(^|\.)masked_bias$"  # in old checkpoints, and never read
-_MOST_LAYERS = 2**12  # of which transformers makes modules in seconds, before their weights are looked for
 _TOKENIZER_FILES = (  # all that one of any kind is read from
     *("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json", "merges.txt"),
-    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
 )
 
 
@@ -40,8 +40,8 @@ def load_config(model: str, cache_dir: Path | None = None) -> PretrainedConfig:
     place = checkpoint_folder(model)
     with door(f"no usable model config at {model!r}", f"give a model of one of the families {', '.join(FAMILY_NAMES)}"):
         fields, _ = PretrainedConfig.get_config_dict(place, cache_dir=cache_dir)
-        if isinstance(layers := fields.get("num_hidden_layers"), int) and layers > _MOST_LAYERS:
-            raise ValueError(f"num_hidden_layers is {layers:,}; accepted: at most {_MOST_LAYERS:,}")
+        if isinstance(layers := fields.get("num_hidden_layers"), int) and layers > MOST_LAYERS:
+            raise ValueError(f"num_hidden_layers is {layers:,}; accepted: at most {MOST_LAYERS:,}")
         return AutoConfig.from_pretrained(place, cache_dir=cache_dir, trust_remote_code=False)
 
 
@@ -198,7 +198,9 @@ class WeightFiles:
 
 def found_file(model: str, name: str, cache_dir: Path | None) -> Path | None:
     """Return where a file beside a model is, local or from the hub, if there is one."""
-    file = cached_file(checkpoint_folder(model), name, cache_dir=cache_dir, _raise_exceptions_for_missing_entries=False)
+    place = checkpoint_folder(model)
+    with _naming_checkpoint(model):
+        file = cached_file(place, name, cache_dir=cache_dir, _raise_exceptions_for_missing_entries=False)
     return None if file is None else Path(file)
 
 

@@ -24,8 +24,7 @@ def ranks_file(sparsity_percent: float) -> str:
 
 def model_name(model: str | Path) -> str:
     """Return the last part of a model's folder or hub id, and of a GGUF file its name without the suffix."""
-    name = Path(model).absolute().name  # absolute: "." has no name
-    return name.removesuffix(".gguf")
+    return os.path.basename(os.path.abspath(model)).removesuffix(".gguf")  # absolute: "." is no name
 
 
 def public_name(model: str) -> str:
@@ -34,8 +33,9 @@ def public_name(model: str) -> str:
 
 
 def text_names(mixture: str) -> list[str]:
-    """Return the names and paths that ``+`` joins; a path that is there is one, whatever is in it."""
-    return [mixture] if os.path.exists(os.path.expanduser(mixture)) else mixture.split("+")
+    """Return the names and paths that ``+`` joins, a ~ written out; a path that is there is one, whatever is in it."""
+    whole = os.path.expanduser(mixture)
+    return [whole] if os.path.exists(whole) else [os.path.expanduser(name) for name in mixture.split("+")]
 
 
 def public_text(mixture: str) -> str:

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, door
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -73,14 +73,17 @@ def process_group(device: torch.device) -> Iterator[None]:
 
     A process that has failed takes no leave, which on a GPU would wait for the others: its end tells them.
     """
+    check_launch()
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
     global _store  # noqa: PLW0603 (torch.distributed's own group is as global)
-    _store, rank, size = next(dist.rendezvous("env://"))
+    place = ":".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
     patience = timedelta(hours=2)  # longer than a process waits for another at any size, a layer's solves included
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, store=_store, rank=rank, world_size=size, timeout=patience)
+    with door(f"the processes cannot meet at {place}", "give a free MASTER_PORT, or unset WORLD_SIZE for one process"):
+        _store, rank, size = next(dist.rendezvous("env://"))
+        dist.init_process_group(backend, store=_store, rank=rank, world_size=size, timeout=patience)
     barrier()  # none may leave, even by an error, while another is still joining
     yield
     if _store is not None:

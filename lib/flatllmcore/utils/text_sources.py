@@ -142,6 +142,8 @@ def _location(name: str, dataset_root: Path | None) -> Path:
     """Return the file or folder that a name or path stands for, where the hub is not asked."""
     problem, known = f"no dataset, file or folder called {name!r}", f"known datasets: {', '.join(DATASET_NAMES)}"
     hub = _hub_dataset(name)
+    if not name:  # which would be the folder here
+        raise InputError(f"{problem}; {known}")
     with door(problem, known):
         if hub and dataset_root:
             places = [dataset_root / folder for folder in dict.fromkeys((name, hub.hub_id, *hub.folders))]
