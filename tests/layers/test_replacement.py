@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from flatllmcore import InputError
-from flatllmcore.layers import FAMILIES, adopt_compressed_layers, compress_decoder_layer, compressed_config
+from flatllmcore.layers import adopt_compressed_layers, compress_decoder_layer, compressed_config, family_of
 
 from .tiny_models import RANKS, WIDTHS, compress, dense_model_of, kept, projected_weights
 
@@ -41,7 +41,7 @@ def test_a_compressed_layer_shares_what_it_keeps_and_copies_what_is_new(dense_mo
     weights["self_attn.v_proj.weight"] = torch.cat([weights["self_attn.v_proj.weight"]] * 9)[: 2 * RANKS[0]]
     before = copy.deepcopy(dense.state_dict())
     flat = compress_decoder_layer(dense, compressed_config(model.config, kept()), 0, weights)
-    assert type(flat) is FAMILIES[family].decoder_layer_class
+    assert type(flat) is family_of(model.config).decoder_layer_class
     for name in ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "input_layernorm.weight"):
         assert flat.get_parameter(name) is dense.get_parameter(name)
     for name, weight in weights.items():
@@ -95,11 +95,11 @@ def test_adoption_keeps_the_object_and_its_parts(dense_model, family, tokens):
     before = (model.model, model.model.embed_tokens, model.model.norm, model.lm_head, model.generation_config)
     adopted = compress(model)
     assert adopted is model
-    assert type(model) is FAMILIES[family]
+    assert type(model) is family_of(model.config)
     assert before == (model.model, model.model.embed_tokens, model.model.norm, model.lm_head, model.generation_config)
     for module in (model.model, model.model.rotary_emb, *(layer.self_attn for layer in model.model.layers)):
         assert module.config is model.config
-    assert FAMILIES[family].decoder_layer_class.__name__ in model._no_split_modules
+    assert family_of(model.config).decoder_layer_class.__name__ in model._no_split_modules
     assert all(layer.gradient_checkpointing for layer in model.model.layers)
     outputs = model(tokens, output_hidden_states=True, output_attentions=True)
     assert len(outputs.hidden_states) == 4

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import oracle
 from flatllmcore import FlatLLMConfig, FlatLLMPruner, FlatLLMReassembler, InputError
 from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector
-from flatllmcore.layers import FAMILIES
+from flatllmcore.layers import family_of
 from flatllmcore.methods import METHODS
 from flatllmcore.utils.dimensions import ModelDimensions
 from flatllmcore.utils.layer_utils import dimensions_from_config
@@ -100,7 +100,7 @@ def test_no_scores_are_measured_and_none_are_needed(dense_model, monkeypatch: py
     monkeypatch.setattr("flatllmcore.pipeline.layer_importance", None)
     for method in METHODS if dense_model().config.model_type in PLAIN_FAMILIES else ["flatllm"]:
         model = FlatLLMReassembler.reassemble(dense_model(), method=method, **options())
-        assert type(model) is FAMILIES[model.config.model_type].__bases__[-1]
+        assert type(model) is family_of(model.config).__bases__[-1]
 
 
 @pytest.mark.parametrize(

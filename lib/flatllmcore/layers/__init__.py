@@ -8,7 +8,7 @@ _MISTRAL = ("FlatMistralAttention", "FlatMistralConfig", "FlatMistralDecoderLaye
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
-        ".families": ("FAMILIES", "family_of"),
+        ".families": ("family_of",),
         ".flat_models": _LLAMA + _MISTRAL,
         ".registration": ("register",),
         ".replacement": ("adopt_compressed_layers", "compress_decoder_layer", "compressed_config"),

@@ -5,13 +5,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..utils.layer_utils import family_name
-from ..utils.names import FAMILY_NAMES
 from . import flat_models
 from .flat_attention import FlatCausalLM
-
-FAMILIES: dict[str, type[FlatCausalLM]] = {
-    name: getattr(flat_models, f"Flat{MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name]}") for name in FAMILY_NAMES
-}
 
 
 def classes_of(config: PreTrainedConfig) -> tuple[type[PreTrainedModel], type[nn.Module]]:
@@ -23,5 +18,6 @@ def classes_of(config: PreTrainedConfig) -> tuple[type[PreTrainedModel], type[nn
 
 
 def family_of(config: PreTrainedConfig) -> type[FlatCausalLM]:
-    """Return the compressed model class of a dense or compressed model's config."""
-    return FAMILIES[family_name(config)]
+    """Return the compressed model class of a dense or compressed model's config; it is made when first asked for."""
+    found: type[FlatCausalLM] = getattr(flat_models, f"Flat{MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family_name(config)]}")
+    return found
