@@ -7,14 +7,15 @@
 #   DATASET_ROOT=/data bash scripts/smollm2.sh
 #   LIMIT=100 DATASET_ROOT=/data bash scripts/smollm2.sh     # a quick look at the accuracies
 #   bash scripts/smollm2.sh                                  # no data at hand
-#   DATASET=wikitext2+c4 DATASET_ROOT=/data LIMIT=100 bash scripts/smollm2.sh --eval_nsamples 16 # docs/MEASUREMENTS.md
+#   DATASET=wikitext2+c4 DATASET_ROOT=/data LIMIT=100 bash scripts/smollm2.sh --eval_nsamples 16     # as published here
 #   SEQLEN=256 NSAMPLES=2 BI_NSAMPLES=2 RATIOS=20 LIMIT=2 REPEATS=1 bash scripts/smollm2.sh     # a trial
 #
-# With DATASET_ROOT it is calibrated on DATASET there (wikitext2). Perplexity is that of its test split (wikitext2_raw, where that
-# is there), of c4 and of $DATASET_ROOT/tinystories_eval.txt. Accuracy is that of six of the paper's tasks, whose data
-# are in folders called like their hub ids, in $DATASET_ROOT/zero_shot or in $DATASET_ROOT. HellaSwag made of a text
-# release, its contexts split again, does not compare with published accuracies to the digit. Without DATASET_ROOT the text is
-# pydocs, of this repository, with two small tasks made of it: nothing published compares with what is measured then.
+# With DATASET_ROOT it is calibrated on DATASET there (wikitext2). Perplexity is that of its test split (wikitext2_raw,
+# where that is there), of c4 and of $DATASET_ROOT/tinystories_eval.txt. What is calibrated on too keeps a test split
+# apart: c4/train.jsonl and c4/test.jsonl, say. Accuracy is that of six of the paper's tasks, whose data are in folders
+# called like their hub ids, in $DATASET_ROOT/zero_shot or in $DATASET_ROOT. HellaSwag made of a text release, its
+# contexts split again, does not compare with published accuracies to the digit. Without DATASET_ROOT the text is pydocs,
+# of this repository, with two small tasks made of it: nothing published compares with what is measured then.
 #
 # Variables: VENV, PYTHON, SKIP_INSTALL (see scripts/environment.sh), those of scripts/compress.sh and
 #   GGUF          file to take (default: the one in the wheel)

@@ -550,7 +550,7 @@ def test_the_library_takes_it_by_name(model):
     assert count_parameters(small)["decoder_linear"] == pytest.approx(0.6 * before, rel=0.01)
 
 
-@pytest.mark.parametrize(("nsamples", "seqlen", "most"), [(8, 64, 0.08), (1, 128, 0.2)])
+@pytest.mark.parametrize(("nsamples", "seqlen", "most"), [(8, 64, 0.08), (1, 128, 0.1)])
 def test_few_tokens_are_warned_of_and_do_no_harm(caplog, nsamples, seqlen, most):
     """Of one token per channel; with the ridge that many tokens have, the excess was twice this bound.
 

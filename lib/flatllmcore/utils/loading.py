@@ -199,7 +199,7 @@ class WeightFiles:
 def found_file(model: str, name: str, cache_dir: Path | None) -> Path | None:
     """Return where a file beside a model is, local or from the hub, if there is one."""
     place = checkpoint_folder(model)
-    with _naming_checkpoint(model):
+    with door(f"{name} of {model!r} cannot be looked for", "give a folder, or mend what keeps the hub away"):
         file = cached_file(place, name, cache_dir=cache_dir, _raise_exceptions_for_missing_entries=False)
     return None if file is None else Path(file)
 
