@@ -11,6 +11,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from flatllmcore.core.rank_files import save_ranks
 from flatllmcore.errors import InputError, door, run_program
 from flatllmcore.utils.dimensions import ModelDimensions
 from flatllmcore.utils.files import digest, read_json, write_atomically
-from flatllmcore.utils.names import DAMAGE, IMPORTANCE_FILE, IMPORTANCE_METHODS, ranks_file
+from flatllmcore.utils.names import ANGULAR, DAMAGE, IMPORTANCE_FILE, IMPORTANCE_METHODS, ranks_file
 
 IMPORTANCE_FILES = (IMPORTANCE_FILE, "bi_score.pt")
 
@@ -43,6 +44,7 @@ class Importance:
     scores: Sequence[float]
     fingerprint: str | None = None  # the authors' files have none
     curves: Sequence[Curves] | None = None  # of damage
+    method: str = ANGULAR  # of the scores
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -140,7 +142,9 @@ def read_importance(path: Path, model: str | None, dimensions: ModelDimensions |
         ours = read_json(path, ImportanceScores)
         if dimensions is not None:
             ours.check_matches(dimensions, fingerprint=None)
-        return Importance(path, ours.model_id, ours.dimensions, ours.scores, ours.fingerprint, ours.curves_in_nats)
+        method = ANGULAR if ours.method == DAMAGE else ours.method  # curves come beside angles
+        about = (ours.model_id, ours.dimensions, ours.scores, ours.fingerprint, ours.curves_in_nats, method)
+        return Importance(path, *about)
     if model is None or dimensions is None:
         raise InputError(f"{path} does not say what model it is about; name it by --model, a local folder or a hub id")
     return Importance(path, model, dimensions, read_author_numbers(path))
@@ -164,10 +168,11 @@ def allocate(importance: Importance, shares: dict[int, float], args: argparse.Na
         }
     except InputError as error:
         raise InputError(f"{importance.path}: {error}") from error
-    return {
-        percent: replace(allocation, importance_sha256=sha256, fingerprint=importance.fingerprint)
-        for percent, allocation in allocated.items()
-    }
+    made_by = importance.method if curves is None else DAMAGE
+    made_from = partial(
+        replace, importance_sha256=sha256, fingerprint=importance.fingerprint, importance_method=made_by
+    )
+    return {percent: made_from(allocation) for percent, allocation in allocated.items()}
 
 
 def draw(importance: Importance, allocations: dict[int, RankAllocation]) -> bytes:

@@ -37,6 +37,7 @@ from flatllmbench.request import check_places, check_request
 from flatllmbench.zero_shot import evaluate_saved, load_tasks
 from flatllmcore.checkpoint_run import CheckpointRun, Target
 from flatllmcore.errors import InputError, complain, mendable, open_streams
+from flatllmcore.methods import METHODS
 from flatllmcore.utils.checkpoint import MODEL_CARD, model_card, partial_folder
 from flatllmcore.utils.devices import parse_device
 from flatllmcore.utils.files import digest, read_json, write_json
@@ -160,7 +161,7 @@ class Program:
         with run.output_folder(options.save_model) as folder:
             with run.compressed(target, folder) as (done, sink):
                 result = done | costs(self.stopwatch)
-                card = model_card(self.asked() | result)
+                card = model_card(self.asked() | result, METHODS[options.method].words(result["prune_qk"]))
                 result["card_sha256"] = digest(card.encode())
                 self.keep_record(options, result)
                 sink.publish(card)  # last: then all is there

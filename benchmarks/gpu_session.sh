@@ -22,7 +22,7 @@ else
     config=benchmarks/shapes/llama-2-7b
     wide=(--hidden_size 8192 --intermediate_size 28672 --seqlen 512) # as 70B is
     speed=(--batch_size 1,64 --prompt_length 512 --new_tokens 32 --repeats 3)
-    tests=(-k cuda tests/test_engine.py tests/test_memory.py tests/test_flatllm_plus.py tests/layers)
+    tests=(-k cuda tests/test_devices.py tests/test_engine.py tests/test_memory.py tests/test_flatllm_plus.py tests/layers)
 fi
 failed=()
 

@@ -99,7 +99,7 @@ def test_what_lies_where_a_run_writes_stays_and_the_run_ends_well_or_in_one_line
         argv += ["--bi_score", bi_score, *["--overwrite"] * overwrite]
         said = io.StringIO()
         with (
-            mock.patch.multiple(main, CheckpointRun=QuickRun, model_card=lambda _record: "# card\n"),
+            mock.patch.multiple(main, CheckpointRun=QuickRun, model_card=lambda *_: "# card\n"),
             redirect_stderr(said),
             redirect_stdout(io.StringIO()),
         ):

@@ -322,8 +322,8 @@ def nats_per_damage(model: PreTrainedModel, windows: torch.Tensor, tried: torch.
 @torch.no_grad()
 def test_the_damage_of_pairs_is_measured_on_the_stream_and_in_nats_at_the_output(windows, monkeypatch):
     """Oracle: the model itself, with the rows of the pairs that go set to zero in the first layer."""
-    monkeypatch.setattr(damage, "TRIED_WINDOWS", 7)
-    monkeypatch.setattr(damage, "TRIED_LENGTH", 10)
+    monkeypatch.setattr(damage, "PROBE_WINDOWS", 7)
+    monkeypatch.setattr(damage, "PROBE_LENGTH", 10)
     tried = windows[torch.arange(7) * len(windows) // 7, :10]
     monkeypatch.setattr(damage, "LOGIT_ROWS", 20)
     model = tiny_model()
@@ -357,7 +357,7 @@ def test_the_damage_of_pairs_is_measured_on_the_stream_and_in_nats_at_the_output
 
 @torch.no_grad()
 def test_all_curves_of_a_layer_are_in_nats(windows, monkeypatch):
-    monkeypatch.setattr(damage, "TRIED_WINDOWS", len(windows))
+    monkeypatch.setattr(damage, "PROBE_WINDOWS", len(windows))
     model = tiny_model()
     in_nats = nats_per_damage(model, windows, windows)
     curves = layer_importance(ModelInMemory(model, CPU), windows, 5, "damage").curves_in_nats

@@ -523,6 +523,15 @@ def test_ranks_of_another_target_are_refused(here, refused):
     assert run("--sparsity_ratio", "20", "--bi_score", "sparsity_score_56%.pt") == 0
 
 
+def test_ranks_and_scores_by_another_importance_method_are_refused(here, refused):
+    """Angles come with curves of damage too, and gradients alone."""
+    assert "go by angular, not gradient; give another --bi_score" in refused("--importance_method", "gradient")
+    Path(RANKS).unlink()
+    reason = "importance.json: the scores are by angular, and here it is gradient; give another --bi_score"
+    assert reason in refused("--importance_method", "gradient")
+    assert "score elsewhere by damage" in refused("--importance_method", "damage")
+
+
 @pytest.mark.parametrize("flags", [(), ("--out_of_core",)], ids=["memory", "disk"])
 def test_a_quantization_config_over_plain_weights_is_left_out(here, flags):
     edit("llama/config.json", quantization_config={"quant_method": "gptq", "bits": 4})

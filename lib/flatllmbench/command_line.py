@@ -12,7 +12,7 @@ from typing import Any
 from flatllmcore.config import MOST, PATH, SWITCH, Accepted, RunConfig, checked, integer, one_of, option
 from flatllmcore.errors import run_program
 from flatllmcore.methods import METHODS
-from flatllmcore.utils.names import STOCK, model_name
+from flatllmcore.utils.names import ANGULAR, STOCK, model_name
 
 FOLDER = Accepted("a folder that is there", os.path.isdir, os.path.expanduser)
 TASK_NAMES = Accepted(
@@ -70,7 +70,8 @@ class Options(RunConfig):
         """Where the record goes, and with another suffix the log, which several ratios share."""
         ratios = "-".join(map(str, dict.fromkeys((min(self.sparsity_ratio), max(self.sparsity_ratio)))))
         method = f"{self.prune_method}_stock" if self.shape == STOCK else self.prune_method
-        stage = "bi" if self.prune_method == "bi" else f"{method}_{ratios}"
+        bi = "bi" if self.importance_method == ANGULAR else f"bi_{self.importance_method}"
+        stage = bi if self.prune_method == "bi" else f"{method}_{ratios}"
         return self.save / f"{model_name(self.model)}_{stage}.json"
 
     def each_ratio(self) -> list["Options"]:

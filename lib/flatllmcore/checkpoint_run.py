@@ -254,21 +254,23 @@ class CheckpointRun:
             scores = self.score()
             allocation = allocate(scores.scores, scores.curves_in_nats, digest(to_json_bytes(scores)))
         else:
-            self._check_multiples(allocation)
+            self._check_found(allocation)
         ranks = place / ranks_file(allocation.sparsity_ratio)
         is_of_scores_here = allocation.importance_sha256 is not None and place.is_dir() and not ranks.exists()
         if is_rank_0() and is_of_scores_here and os.access(place, os.W_OK):
             save_ranks(replace(allocation, fingerprint=fingerprint), ranks)
         return allocation
 
-    def _check_multiples(self, allocation: RankAllocation) -> None:
-        """Refuse ranks found that do not go with the multiples asked for."""
+    def _check_found(self, allocation: RankAllocation) -> None:
+        """Refuse ranks found that do not go with the multiples asked for, or by what was asked for."""
         config, multiple = self.config, self.pipeline.selector.rank_multiple
         narrowed = (width for width in allocation.per_layer("mlp_width") if width < self.dimensions.intermediate_size)
         if (config.rank_multiple or config.width_multiple) and allocation.rank_multiple != multiple:
             problem = f"go with --rank_multiple {allocation.rank_multiple}, not {multiple}"
         elif config.width_multiple and any(width % config.width_multiple for width in narrowed):
             problem = f"do not go with --width_multiple {config.width_multiple}"
+        elif allocation.importance_method not in (None, config.importance_method):
+            problem = f"go by {allocation.importance_method}, not {config.importance_method}; give another --bi_score"
         else:
             return
         raise InputError(f"the ranks in {config.score_place} {problem}")

@@ -96,10 +96,10 @@ class Pipeline:
         """Return what each layer keeps by its scores, or by the curves; the digest is that of the file of both."""
         is_by_damage = self.config.importance_method == DAMAGE
         if is_by_damage and curves is None:
-            raise InputError("there are scores and no curves of damage; score anew with damage, or allocate by angular")
+            raise InputError("there are scores, no curves of damage; score elsewhere by damage, or allocate by angular")
         method = METHODS[self.config.method]
         allocation = method.allocate(self.selector, scores, curves if is_by_damage else None, keep_ratio)
-        return replace(allocation, importance_sha256=importance_sha256)
+        return replace(allocation, importance_sha256=importance_sha256, importance_method=self.config.importance_method)
 
     def compress(
         self, source: LayerSource, sink: LayerSink, windows: Tensor, allocation: RankAllocation

@@ -6,11 +6,13 @@ import pytest
 from huggingface_hub import ModelCard
 
 from flatllmcore import InputError
+from flatllmcore.methods import METHODS
 from flatllmcore.utils.checkpoint import MANIFEST, check_output_folder, model_card, put_in_place, stated_licence
 from flatllmcore.utils.files import write_json
 
 RECORD = {
     "base_model": "meta-llama/Llama-2-7b-hf",
+    "method": "flatllm+",
     "sparsity_ratio": 20,
     "achieved_sparsity_percent": 20.0004,
     "prune_qk": False,
@@ -28,6 +30,7 @@ RECORD = {
     "versions": {"torch": "2.13.0"},
     "command": "python main.py --model x",
 }
+WORDS = METHODS["flatllm+"].words(prune_qk=True)
 
 
 def publish(folder: Path, *names: str) -> Path:
@@ -109,29 +112,32 @@ def test_an_old_model_that_cannot_be_deleted_is_told_and_no_failure(tmp_path, mo
 
 
 def test_the_card_states_how_the_model_was_made_and_names_no_path(tmp_path):
-    card = model_card(RECORD)
+    card = model_card(RECORD, WORDS)
     stated = ModelCard(card).data.to_dict()
     assert stated["library_name"] == "transformers"
     assert stated["base_model"] == "meta-llama/Llama-2-7b-hf"
-    assert stated["flat_llm"] == {"base_model": "meta-llama/Llama-2-7b-hf", "sparsity_ratio": 20}
+    made = {"method": "flatllm+", "sparsity_ratio": 20}
+    assert stated["flat_llm"] == {"base_model": "meta-llama/Llama-2-7b-hf"} | made
+    assert "without training: rotary pairs of queries and keys, directions of values and channels of MLPs by" in card
+    assert METHODS["flatllm"].words(prune_qk=False).startswith("value and output projections by head-wise PCA, MLPs")
     for fact in ("20.000 % achieved", "5.472", "6.700", "256 samples of 4096 tokens, seed 42", "torch 2.13.0", "800"):
         assert fact in card
     assert "trust_remote_code=True" in card
-    assert "trust_remote_code" not in model_card(RECORD | {"shape": "stock"})
+    assert "trust_remote_code" not in model_card(RECORD | {"shape": "stock"}, WORDS)
     assert stated["pipeline_tag"] == "text-generation"
     assert RECORD["licence"].items() <= stated.items()
     assert "NF4" not in card
-    uneven = model_card(RECORD | {"input_divisor": 8})
+    uneven = model_card(RECORD | {"input_divisor": 8}, WORDS)
     assert "multiples of 64 (but of 8), as groups of weights want.\n  bitsandbytes' NF4 is silently wrong" in uneven
     (tmp_path / "texts").mkdir()
     text = str(tmp_path / "texts")
     command = f"python main.py --model {tmp_path} --dataset {text}+c4 --save_model {tmp_path}/a/out --tasks a,b"
     measured = [RECORD["perplexity"][0], RECORD["perplexity"][0] | {"dataset": text, "compressed": 7.25}]
     local = {"base_model": str(tmp_path), "dataset": f"{text}+c4", "perplexity": measured}
-    of_local_model = model_card(RECORD | local | {"command": command})
+    of_local_model = model_card(RECORD | local | {"command": command}, WORDS)
     stated = ModelCard(of_local_model).data.to_dict()
     assert "base_model" not in stated
-    assert stated["flat_llm"] == {"base_model": tmp_path.name, "sparsity_ratio": 20}
+    assert stated["flat_llm"] == {"base_model": tmp_path.name} | made
     assert str(tmp_path.parent) not in of_local_model
     assert f"`python main.py --model {tmp_path.name} --dataset texts+c4 --save_model out --tasks a,b`" in of_local_model
     for row in (
@@ -140,7 +146,7 @@ def test_the_card_states_how_the_model_was_made_and_names_no_path(tmp_path):
     ):
         assert f"\n| perplexity ({row}\n" in of_local_model
     assert "`python main.py --model meta-llama/Llama-2-7b-hf`" in model_card(
-        RECORD | {"command": "python main.py --model meta-llama/Llama-2-7b-hf"}
+        RECORD | {"command": "python main.py --model meta-llama/Llama-2-7b-hf"}, WORDS
     )
 
 

@@ -7,7 +7,7 @@ Shapes: D hidden size, H query heads, G key/value heads, d head width, r rank. M
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def headwise_pca(second_moment: Tensor) -> tuple[Tensor, Tensor]:
@@ -24,6 +24,11 @@ def project_heads(weight: Tensor, bases: Tensor) -> Tensor:
     num_heads, head_dim, _ = bases.shape
     per_head = weight.double().view(num_heads, head_dim, -1)  # (G, d, D or 1)
     return (bases.mT @ per_head).reshape(-1, *weight.shape[1:])
+
+
+def heads_projected(projection: nn.Module, name: str, bases: Tensor) -> dict[str, Tensor]:
+    """Return a projection's weight, and its bias if it has one, by :func:`project_heads`, as parts of ``name``."""
+    return {f"{name}.{of}": project_heads(parameter, bases) for of, parameter in projection.named_parameters()}
 
 
 def project_output(o_weight: Tensor, bases: Tensor) -> Tensor:

@@ -18,11 +18,19 @@ Curve: TypeAlias = list[tuple[float, float]]
 Curves: TypeAlias = dict[str, Curve]  # of one layer, by kind
 VALUES, MLP, PAIRS = "values", "mlp", "pairs"  # the kinds
 # Where curves are measured, as shares of a head's width that stay.
-VALUE_SHARES = (15 / 16, 7 / 8, 3 / 4, 5 / 8, 1 / 2, 3 / 8, 1 / 4)
-PAIR_SHARES = (7 / 8, 3 / 4, 5 / 8, 1 / 2)
-MLP_SHARE = 0.9  # of the channels, that the curve of the MLP removes
+_VALUE_SHARES = (15 / 16, 7 / 8, 3 / 4, 5 / 8, 1 / 2, 3 / 8, 1 / 4)
+_PAIR_SHARES = (7 / 8, 3 / 4, 5 / 8, 1 / 2)
+_MLP_SHARE = 0.9  # of the channels, that the curve of the MLP removes
 _FLAT = 1e-12  # of the steepest slope: no piece is flatter, so that what costs nothing is shared by layers as well
 _HALVINGS = 200  # of a bisection: more than tell any two levels apart in float64, flat ones too
+
+
+def measured_at(dimensions: ModelDimensions) -> tuple[list[int], list[int], int]:
+    """Return where a layer's curves are measured: value ranks and rotary pairs that stay, falling, channels removed."""
+    width = dimensions.head_dim
+    ranks = dict.fromkeys(max(1, int(share * width)) for share in _VALUE_SHARES)
+    pairs = dict.fromkeys(max(1, int(share * width / 2)) for share in _PAIR_SHARES)
+    return list(ranks), list(pairs), round(_MLP_SHARE * dimensions.intermediate_size)
 
 
 class _Piece(NamedTuple):
@@ -88,11 +96,12 @@ def scaled(curves: Mapping[str, Curve], by: float) -> Curves:
 
 def outlines(dimensions: ModelDimensions, can_lose_pairs: Sequence[bool]) -> list[Curves]:
     """Return how far the curves of each layer will go, which can lose rotary pairs or not, without their damage."""
-    head_dim, per_direction = dimensions.head_dim, dimensions.rank_parameters
-    values = (head_dim - max(1, int(VALUE_SHARES[-1] * head_dim))) * per_direction
-    pairs = (head_dim - 2 * max(1, int(PAIR_SHARES[-1] * head_dim / 2))) * per_direction
-    channels = round(MLP_SHARE * dimensions.intermediate_size) * dimensions.width_parameters
-    return [{VALUES: [(values, 0)], MLP: [(channels, 0)], PAIRS: [(pairs * can, 0)]} for can in can_lose_pairs]
+    ranks, pairs, channels = measured_at(dimensions)
+    per_direction = dimensions.rank_parameters
+    values = (dimensions.head_dim - ranks[-1]) * per_direction
+    turned = (dimensions.head_dim - 2 * pairs[-1]) * per_direction
+    mlp = channels * dimensions.width_parameters
+    return [{VALUES: [(values, 0)], MLP: [(mlp, 0)], PAIRS: [(turned * can, 0)]} for can in can_lose_pairs]
 
 
 def check_curves(curves: Sequence[Curves], dimensions: ModelDimensions) -> None:

@@ -8,7 +8,7 @@ kept channels.
 import logging
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..utils.processes import all_reduce, own_share
 from .cholesky import cholesky, inverse_column_energies
@@ -37,6 +37,15 @@ def select_channels(second_moment: Tensor, width: int) -> Tensor:
     smallest first. Ties go to the lower index. A dead channel scores 0, the least there is.
     """
     return diagonal_of_ridge_inverse(second_moment).argsort(stable=True)[:width].sort().values
+
+
+def channels_kept(mlp: nn.Module, stay: Tensor) -> dict[str, Tensor]:
+    """Return the weights, and biases if there are some, of the ``gate_proj`` and ``up_proj`` of the channels that stay.
+
+    They are named within the layer.
+    """
+    readers = {name: mlp.get_submodule(name) for name in ("gate_proj", "up_proj")}
+    return {f"mlp.{name}.{of}": part[stay] for name, it in readers.items() for of, part in it.named_parameters()}
 
 
 def diagonal_of_ridge_inverse(second_moment: Tensor) -> Tensor:

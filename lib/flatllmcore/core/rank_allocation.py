@@ -20,9 +20,9 @@ class RankAllocation:
     """What each decoder layer of a model keeps.
 
     ``sparsity_ratio`` is the percentage of the decoder layers' linear weights asked to be removed, ``dimensions`` are
-    those of the dense model, and ``importance_sha256`` is the digest of the file of scores that this was made from,
-    ``fingerprint`` what that says of the model. In the ``shape`` of a stock model layers keep the same, of their MLP
-    alone. An InputError names an entry out of its bounds.
+    those of the dense model. ``importance_sha256`` is the digest of the file of scores that this was made from,
+    ``fingerprint`` what that says of the model, ``importance_method`` what of it counted, where these are known. In the
+    ``shape`` of a stock model layers keep the same, of their MLP alone. An InputError names an entry out of its bounds.
     """
 
     sparsity_ratio: float
@@ -32,6 +32,7 @@ class RankAllocation:
     layers: tuple[Kept, ...]
     importance_sha256: str | None = None
     fingerprint: str | None = None
+    importance_method: str | None = None
     shape: str = PER_LAYER
 
     def __post_init__(self) -> None:

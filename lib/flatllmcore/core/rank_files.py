@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 from ..errors import InputError
 from ..utils.dimensions import ModelDimensions, check_length
 from ..utils.files import digest, read_json, write_json
-from ..utils.names import IMPORTANCE_FILE, ranks_file
+from ..utils.names import GRADIENT, IMPORTANCE_FILE, ranks_file
 from .curve_allocation import Curves
 from .importance import ImportanceScores, differing_parts, read_author_numbers
 from .rank_allocation import ImportancePreservingRankSelector, RankAllocation
@@ -38,6 +38,7 @@ class RanksFile:
     mlp_width: list[int]
     fingerprint: str | None = None  # of the model; ranks of the authors' scores have none
     query_key_pairs: list[int | None] | None = None  # None for all in a layer; no list where they are not counted
+    importance_method: str | None = None  # that the ranks go by
 
 
 _PER_LAYER = ("keep", "value_rank", "mlp_width")
@@ -64,7 +65,8 @@ def read_ranks(path: Path) -> RankAllocation:
         pairs = zip(layers, file.query_key_pairs, strict=True)
         layers = [replace(kept, query_key_pairs=left) for kept, left in pairs]
     asked = (file.sparsity_ratio, file.prune_qk, file.rank_multiple)
-    return RankAllocation(*asked, file.dimensions, tuple(layers), file.importance_sha256, file.fingerprint)
+    made_from = (file.importance_sha256, file.fingerprint, file.importance_method)
+    return RankAllocation(*asked, file.dimensions, tuple(layers), *made_from)
 
 
 def find_ranks(
@@ -100,7 +102,10 @@ def _ranks_of(
     if "scores" in read_json(path, dict[str, Any]):
         scores = read_json(path, ImportanceScores)
         scores.check_matches(selector.dimensions, fingerprint)
-        return allocate(scores.scores, scores.curves_in_nats, digest(path.read_bytes()))
+        allocation = allocate(scores.scores, scores.curves_in_nats, digest(path.read_bytes()))
+        if scores.method != (asked := allocation.importance_method) and GRADIENT in (scores.method, asked):
+            raise InputError(f"the scores are by {scores.method}, and here it is {asked}; give another --bi_score")
+        return allocation
     allocation, scores_file = read_ranks(path), path.with_name(IMPORTANCE_FILE)
     allocation.check_matches(selector.dimensions)
     if allocation.fingerprint is not None and allocation.fingerprint != fingerprint:
@@ -108,8 +113,10 @@ def _ranks_of(
         raise InputError(f"the ranks belong to other {other}; score this model anew")
     if allocation.sparsity_ratio != percent:
         raise InputError(f"the ranks are to remove {allocation.sparsity_ratio:g} %, and here it is {percent:g} %")
-    if allocation.prune_qk != selector.prune_qk:
-        raise InputError(f"the ranks are made with prune_qk {allocation.prune_qk}, and here it is {selector.prune_qk}")
+    if (made := allocation.prune_qk) != selector.prune_qk:
+        raise InputError(
+            f"the ranks are made with prune_qk {made}, and here it is {selector.prune_qk}; give another --bi_score"
+        )
     if allocation.importance_sha256 is not None and scores_file.is_file():
         if allocation.importance_sha256 != digest(scores_file.read_bytes()):
             raise InputError(f"the ranks were made from other scores than {scores_file}; run compute_rank.py again")

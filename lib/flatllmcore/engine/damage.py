@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ..core.channel_obs import channels_by_damage
-from ..core.curve_allocation import MLP, MLP_SHARE, PAIR_SHARES, PAIRS, VALUE_SHARES, VALUES, Curves
+from ..core.curve_allocation import MLP, PAIRS, VALUES, Curves, measured_at
 from ..core.moments import add_moment, inverse_length, mirror_lower_triangle
 from ..core.output_pca import lost_by_rank
 from ..core.rotary_pairs import has_free_pairs, pair_energies, without_pairs
@@ -27,8 +27,8 @@ from .walk import Walk, forward_of, solves
 
 ATTENDED = "self_attn.o_proj.input"
 MIDDLE = "post_attention_layernorm.input"  # the stream between attention and MLP
-TRIED_WINDOWS, TRIED_LENGTH = 8, 256  # windows, and tokens of each, on which is tried what has no closed form
-SILENCED = 0.25  # of the MLP's channels: what a layer loses for its cost at the output to be tried
+PROBE_WINDOWS, PROBE_LENGTH = 8, 256  # windows, and tokens of each, for what has no closed form and is tried
+ABLATED_SHARE = 0.25  # of the MLP's channels, that a layer loses for its cost at the output to be tried
 SHRINKAGE = 0.01  # of the means over layers, added to cost and damage: their ratio tells little where both are small
 
 
@@ -37,8 +37,8 @@ class LayerDamage:
 
     taps = (QUERIES, KEYS, ATTENDED, MIDDLE, CHANNELS)
 
-    def __init__(self, walk: Walk, tried: Walk, layer: DecoderModule, index: int) -> None:
-        self.walk, self.tried, self.layer, self.index = walk, tried, layer, index
+    def __init__(self, walk: Walk, probe: Walk, layer: DecoderModule, index: int) -> None:
+        self.walk, self.probe, self.layer, self.index = walk, probe, layer, index
         self.dimensions = sizes = dimensions_from_config(walk.source.config)
         shapes = {ATTENDED: (sizes.num_heads * sizes.head_dim,) * 2, CHANNELS: (sizes.intermediate_size,) * 2}
         shapes |= {QUERIES: (sizes.num_heads, sizes.head_dim // 2), KEYS: (sizes.num_kv_heads, sizes.head_dim // 2)}
@@ -64,14 +64,11 @@ class LayerDamage:
         for name in (ATTENDED, CHANNELS):
             mirror_lower_triangle(self._sums[name])
         with solves(self.index):
-            ranks = dict.fromkeys(max(1, int(share * sizes.head_dim)) for share in VALUE_SHARES)
+            ranks, left, removed = measured_at(sizes)
             heads = (sizes.num_kv_heads, sizes.head_dim)
             lost = lost_by_rank(self._sums[ATTENDED], layer.self_attn.o_proj.weight, *heads, ranks)
-            removed = round(MLP_SHARE * sizes.intermediate_size)
             _, damages = channels_by_damage(layer.mlp.down_proj.weight, self._sums[CHANNELS], removed, tokens)
-        left = dict.fromkeys(max(1, int(share * sizes.head_dim / 2)) for share in PAIR_SHARES)
-        if not has_free_pairs(layer.self_attn):
-            left = {}
+        left = left if has_free_pairs(layer.self_attn) else []
         tried = [((sizes.head_dim - 2 * n) * sizes.rank_parameters, self._damage_of_pairs(n)) for n in left]
         return {
             VALUES: [((sizes.head_dim - rank) * sizes.rank_parameters, of / energy) for rank, of in lost.items()],
@@ -81,7 +78,7 @@ class LayerDamage:
 
     def _damage_of_pairs(self, left: int) -> float:
         """Return the damage of an attention with so many rotary pairs per head, on the windows tried."""
-        walk, layer, sizes = self.tried, self.layer, self.dimensions
+        walk, layer, sizes = self.probe, self.layer, self.dimensions
         kept = Kept(1.0, sizes.head_dim, sizes.intermediate_size, None, left)
         config = replacement.compressed_config(walk.source.config, [kept] * sizes.num_layers)
         weights = without_pairs(layer.self_attn, self._sums[QUERIES], self._sums[KEYS], left)
@@ -99,35 +96,35 @@ class LayerDamage:
         all_reduce(total)
         return (total[0] / total[1]).item()
 
-    def loud_channels(self) -> Tensor:
-        """Return 0 for each channel of the MLP that is of the quarter of least energy in its output, else 1, (F,).
+    def ablation_mask(self) -> Tensor:
+        """Return 0 for each channel of the quarter of least energy in the MLP's output, else 1, (F,).
 
         The energy of channel ``j`` is ``C_jj ‖W_:j‖²``, by the sums over all processes that :meth:`curves` makes.
         """
         weight = self.layer.mlp.down_proj.weight
         energies = self._sums[CHANNELS].diagonal() * weight.double().square().sum(0)
         mask = torch.ones_like(energies, dtype=weight.dtype)
-        mask[energies.argsort(stable=True)[: round(SILENCED * len(energies))]] = 0
+        mask[energies.argsort(stable=True)[: round(ABLATED_SHARE * len(energies))]] = 0
         return mask
 
 
 class OutputCost:
     """What damage to each layer's stream costs: how far the next tokens' distributions are from the dense model's.
 
-    The beginnings of a few of all ``windows`` (N, S), evenly spread, since texts stand one behind the other there, walk
+    The beginnings of a few of all ``windows`` (N, S), evenly spread since windows stand text by text, walk
     through the dense layers. What each layer makes of them without its quiet channels is led on, in a stream of its
-    own, through the layers behind: L (L - 1) / 2 passes of so many tokens through a layer, and L through the head.
+    own, through the layers behind: L (L - 1) / 2 + 2 L passes of these tokens through a layer, L + 1 through the head.
     """
 
     def __init__(self, source: LayerSource, windows: Tensor, batch_size: int) -> None:
-        count, layers = min(TRIED_WINDOWS, len(windows)), source.num_layers
+        count, layers = min(PROBE_WINDOWS, len(windows)), source.num_layers
         spread = torch.arange(count) * len(windows) // count
-        self.walk = walk = Walk(source, windows[spread, :TRIED_LENGTH], batch_size)
+        self.walk = walk = Walk(source, windows[spread, :PROBE_LENGTH], batch_size)
         room = source.storage.empty((layers * len(walk.states), *walk.states.shape[1:]), source.dtype, source.device)
         self._streams = room.view(layers, *walk.states.shape)
         self._damages = torch.zeros(layers, 2, dtype=torch.float64, device=source.device)
 
-    def advance(self, layer: DecoderModule, index: int, loud_channels: Tensor) -> None:
+    def advance(self, layer: DecoderModule, index: int, ablation_mask: Tensor) -> None:
         """Lead all streams through a dense layer, and begin its own."""
         walk, down = self.walk, layer.mlp.down_proj
         for stream in self._streams[:index]:
@@ -135,7 +132,7 @@ class OutputCost:
                 stored.copy_(walk.run(layer, index, states))
         for (states, stored), begun in zip(walk.batches(), self._streams[index].split(walk.batch_size), strict=False):
             dense = walk.run(layer, index, states)
-            hook = down.register_forward_pre_hook(lambda _, inputs: (inputs[0] * loud_channels,))
+            hook = down.register_forward_pre_hook(lambda _, inputs: (inputs[0] * ablation_mask,))
             try:
                 changed = walk.run(layer, index, states)
             finally:

@@ -62,7 +62,7 @@ def angular_importance(
                     stored.copy_(outputs)
             if damage is not None and cost is not None:
                 curves.append(damage.curves())
-                cost.advance(layer, index, damage.loud_channels())
+                cost.advance(layer, index, damage.ablation_mask())
     all_reduce(sums)
     scores = tuple((sums[0] / windows.numel()).tolist())
     in_nats = None if cost is None else tuple(map(scaled, curves, cost.per_damage()))

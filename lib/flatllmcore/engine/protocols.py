@@ -23,6 +23,7 @@ Sums: TypeAlias = dict[str, Tensor]
 QUERIES, KEYS = "self_attn.q_proj.output", "self_attn.k_proj.output"  # taps
 CHANNELS = "mlp.down_proj.input"
 STREAM, DENSE, HELD_OUT = "stream", "dense", "held out"  # what steps see beside taps if the method asks
+TOKENS = "tokens"  # a sum: how many there were
 
 
 def zero_sums(layer: DecoderModule, shapes: Mapping[str, tuple[int, ...]]) -> Sums:
@@ -87,6 +88,10 @@ class Method(Protocol):
         Selection, unless a method has another.
         """
         return selector.allocate(scores, keep_ratio, curves)
+
+    def words(self, prune_qk: bool) -> str:
+        """Return what is done to a layer, for the model card."""
+        return self.name
 
     def check(self, allocation: RankAllocation, tokens: int) -> None:
         """Refuse an allocation that the method has no way to; warn where calibration tokens are too few for it."""

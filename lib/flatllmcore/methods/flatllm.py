@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..core.attention_pca import headwise_pca, project_heads, project_output
-from ..core.mlp_nystrom import few_tokens_jitter, reconstruct_down_projection, select_channels
+from ..core.attention_pca import heads_projected, headwise_pca, project_output
+from ..core.mlp_nystrom import channels_kept, few_tokens_jitter, reconstruct_down_projection, select_channels
 from ..core.moments import add_head_moments, add_moment, mirror_lower_triangle
 from ..core.rank_allocation import RankAllocation
-from ..engine.protocols import CHANNELS, KEYS, QUERIES, Method, Solution, Sums, zero_sums
+from ..engine.protocols import CHANNELS, KEYS, QUERIES, TOKENS, Method, Solution, Sums, zero_sums
 from ..errors import InputError
 from ..utils.dimensions import Kept, ModelDimensions
 from ..utils.layer_utils import DecoderModule
@@ -22,7 +22,6 @@ from ..utils.layer_utils import DecoderModule
 logger = logging.getLogger(__name__)
 
 VALUES = "self_attn.v_proj.output"
-TOKENS = "tokens"
 
 
 class FlatLLM(Method):
@@ -31,6 +30,11 @@ class FlatLLM(Method):
     name = "flatllm"
     importance_method = "angular"
     follows_dense = False
+
+    def words(self, prune_qk: bool) -> str:
+        """Return what is done to a layer, for the model card."""
+        pruned = "query, key, value and output" if prune_qk else "value and output"
+        return f"{pruned} projections by head-wise PCA, MLPs by Nyström approximation"
 
     def check(self, allocation: RankAllocation, tokens: int) -> None:
         """Refuse rotary pairs; warn where the tokens are too few for the MLP to be solved exactly."""
@@ -89,24 +93,18 @@ class FlatLLMStep:
         if VALUES in self.heads:
             eigenvalues, directions = headwise_pca(sums[VALUES])
             bases = directions[..., : self.leaves.value_rank]  # (G, d, r)
-            weights |= _heads_projected(layer.self_attn.v_proj, "self_attn.v_proj", bases)
+            weights |= heads_projected(layer.self_attn.v_proj, "self_attn.v_proj", bases)
             weights["self_attn.o_proj.weight"] = project_output(layer.self_attn.o_proj.weight, bases)
         if self.leaves.query_key_rank is not None:
             for tap in (QUERIES, KEYS):  # into two factors, between whose products the rotary embedding stands
                 name = tap.removesuffix(".output")
                 bases = headwise_pca(sums[tap])[1][..., : self.leaves.query_key_rank]  # (H or G, d, r)
-                weights |= {f"{name}.up": bases} | _heads_projected(layer.get_submodule(name), f"{name}.down", bases)
+                weights |= {f"{name}.up": bases} | heads_projected(layer.get_submodule(name), f"{name}.down", bases)
         if self.leaves.mlp_width < self.dimensions.intermediate_size:
             moment, down = sums[CHANNELS], layer.mlp.down_proj.weight
             mirror_lower_triangle(moment)
             stay = select_channels(moment, self.leaves.mlp_width)
             jitter = few_tokens_jitter(int(sums[TOKENS]), len(moment))
             weights["mlp.down_proj.weight"] = reconstruct_down_projection(down, moment, stay, jitter=jitter)
-            for name in ("mlp.gate_proj", "mlp.up_proj"):
-                weights |= {f"{name}.{of}": part[stay] for of, part in layer.get_submodule(name).named_parameters()}
+            weights |= channels_kept(layer.mlp, stay)
         return Solution(weights, eigenvalues)
-
-
-def _heads_projected(projection: DecoderModule, name: str, bases: Tensor) -> dict[str, Tensor]:
-    """Return a projection's weight, and its bias if it has one, in terms of ``bases``, as parts of ``name``."""
-    return {f"{name}.{of}": project_heads(parameter, bases) for of, parameter in projection.named_parameters()}

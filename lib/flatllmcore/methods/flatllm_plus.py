@@ -11,22 +11,21 @@ from typing import TypeAlias
 
 from torch import Tensor
 
-from ..core.attention_pca import project_heads, project_output
+from ..core.attention_pca import heads_projected, project_output
 from ..core.channel_obs import channels_by_damage
-from ..core.mlp_nystrom import ENOUGH_TOKENS_PER_CHANNEL
+from ..core.mlp_nystrom import ENOUGH_TOKENS_PER_CHANNEL, channels_kept
 from ..core.moments import add_cross_moment, add_moment, inverse_length, mirror_lower_triangle
 from ..core.output_pca import output_bases
 from ..core.rank_allocation import RankAllocation
 from ..core.refit import led_towards
 from ..core.rotary_pairs import pair_energies, without_pairs
-from ..engine.protocols import DENSE, HELD_OUT, KEYS, QUERIES, STREAM, Method, Solution, Sums, zero_sums
+from ..engine.protocols import DENSE, HELD_OUT, KEYS, QUERIES, STREAM, TOKENS, Method, Solution, Sums, zero_sums
 from ..errors import InputError
 from ..utils.dimensions import Kept, ModelDimensions
 from ..utils.layer_utils import WRITERS, DecoderModule
 
 logger = logging.getLogger(__name__)
 
-TOKENS = "tokens"
 Narrowing: TypeAlias = Callable[[Tensor], Tensor]  # from columns for what is read now to those for what is read then
 SHARE = 0.25  # of the way to the dense model's stream: more of it does better on text like the calibration's alone
 
@@ -37,6 +36,11 @@ class FlatLLMPlus(Method):
     name = "flatllm+"
     importance_method = "damage"
     follows_dense = True
+
+    def words(self, prune_qk: bool) -> str:
+        """Return what is done to a layer, for the model card."""
+        pairs = "rotary pairs of queries and keys, " if prune_qk else ""
+        return f"{pairs}directions of values and channels of MLPs by the damage that it does, what is left refitted"
 
     def check(self, allocation: RankAllocation, tokens: int) -> None:
         """Refuse factors of Q and K; warn where the tokens are too few to fit the MLP to."""
@@ -146,8 +150,8 @@ class OutputStep:
         sizes, attention = self.dimensions, layer.self_attn
         bases = output_bases(moment, attention.o_proj.weight, sizes.num_kv_heads, sizes.head_dim)
         bases = bases[..., : self.leaves.value_rank]
-        weights = {f"self_attn.v_proj.{of}": project_heads(p, bases) for of, p in attention.v_proj.named_parameters()}
-        return (lambda matrix: project_output(matrix, bases)), weights
+        values = heads_projected(attention.v_proj, "self_attn.v_proj", bases)
+        return (lambda matrix: project_output(matrix, bases)), values
 
     def _narrowed_channels(
         self, layer: DecoderModule, moment: Tensor, tokens: int
@@ -155,6 +159,4 @@ class OutputStep:
         sizes, mlp = self.dimensions, layer.mlp
         removed = sizes.intermediate_size - self.leaves.mlp_width
         stay, _ = channels_by_damage(mlp.down_proj.weight, moment, removed, tokens)
-        readers = {f"mlp.{name}": mlp.get_submodule(name) for name in ("gate_proj", "up_proj")}
-        weights = {f"{name}.{of}": part[stay] for name, it in readers.items() for of, part in it.named_parameters()}
-        return (lambda matrix: matrix[:, stay]), weights
+        return (lambda matrix: matrix[:, stay]), channels_kept(mlp, stay)

@@ -135,8 +135,11 @@ def stated_licence(card: Path | None) -> dict[str, Any]:
     return {name: str(stated[name]) for name in names}  # YAML makes dates of some
 
 
-def model_card(record: Mapping[str, Any]) -> str:
-    """Return the Markdown model card, with YAML front matter, of a compressed model from the record of its run."""
+def model_card(record: Mapping[str, Any], parts: str) -> str:
+    """Return the Markdown model card, with YAML front matter, of a compressed model from the record of its run.
+
+    ``parts`` is what its method does to a layer, in words.
+    """
     base_model = str(record["base_model"])
     name = public_name(base_model)
     is_local = Path(base_model).exists()
@@ -145,11 +148,9 @@ def model_card(record: Mapping[str, Any]) -> str:
         pipeline_tag="text-generation",
         tags=["flat-llm", "compressed"],
         base_model=None if is_local else base_model,  # the hub links this name to a repository
-        flat_llm={"base_model": name, "sparsity_ratio": record["sparsity_ratio"]},
+        flat_llm={"base_model": name} | {of: record[of] for of in ("method", "sparsity_ratio")},
         **record["licence"],
     )
-    projections = "query, key, value and output" if record["prune_qk"] else "value and output"
-    parts = f"{projections} projections by head-wise PCA, MLPs by Nyström approximation"
     loading = "After `import flatllmcore`, or with `trust_remote_code=True` where it is not installed, "
     if record["shape"] == STOCK:
         parts = "channels of the MLPs, as many in every layer"
