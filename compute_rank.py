@@ -76,7 +76,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         nargs="+",
         default=[10, 20, 30, 40, 50],
         metavar="P",
-        help=f"{ROWS['sparsity_ratio'].metadata['help']}, 1 to 95 (default: 10 20 30 40 50)",
+        help=f"{ROWS['sparsity_ratio'].metadata['help']} (default: 10 20 30 40 50)",
     )
     parser.add_argument("--prune_qk", action="store_true", help="count Q and K among the pruned projections")
     parser.add_argument(

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that the results page says of the embedded model, made anew: scores, compression at 10 to 50 % by both
 # methods, tasks, and speed of the published one by both protocols, with one thread and in float32, which every CPU
-# multiplies. About ten minutes on two cores, which ought to have nothing else to do.
+# multiplies. 26 minutes on two cores that ran tests too; they ought to have nothing else to do.
 #
 #   bash scripts/embedded.sh
 #

@@ -31,7 +31,10 @@ class Options(RunConfig):
     """
 
     sparsity_ratio: list[int] = option(
-        20, integer(1, 95), "percentage of the decoder layers' linear weights that is removed, or several", is_list=True
+        20,
+        integer(1, 95),
+        "percentage of the decoder layers' linear weights that is removed, 1 to 95, or several",
+        is_list=True,
     )
     cal_nsamples: int | None = option(None, integer(1, MOST), "windows of text (128 for scores, 256 to compress)")
     prune_qk: bool | None = option(
@@ -39,7 +42,9 @@ class Options(RunConfig):
         SWITCH,
         "prune Q and K too: two factors of each are kept, or rotary pairs by damage (flatllm+ does by itself)",
     )
-    prune_method: str = option("flatllm", one_of(("bi", *METHODS)), "bi: write importance scores; the others compress")
+    prune_method: str = option(
+        "flatllm", one_of(("bi", *METHODS)), "flatllm or flatllm+ compresses; bi writes importance scores"
+    )
     save: Path = option(Path("logs"), PATH, "folder for logs and records")
     eval_zero_shot: bool = option(
         False, SWITCH, "evaluate the compressed model on tasks of the evaluation harness (package lm_eval)"

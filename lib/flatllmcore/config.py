@@ -141,7 +141,7 @@ class FlatLLMConfig:
     rank_multiple: int | None = option(
         None,
         integer(1),
-        "ranks and widths are multiples of this, at the exact target; 1 gives the published floors "
+        "ranks and widths are multiples of this, at the exact target; 1 rounds down, as published "
         "(8 if heads are 64 wide or more, else 1)",
     )
     width_multiple: int | None = option(
@@ -210,7 +210,7 @@ class RunConfig(FlatLLMConfig):
         None, PATH, "where hidden states go that memory is too small for (the temporary folder)"
     )
     save_model: Path | None = option(
-        None, PATH, "folder for the compressed model (a temporary one); for several ratios DIR-10, DIR-20"
+        None, PATH, "folder for the compressed model, which is not kept without one; for several ratios DIR-10, DIR-20"
     )
     overwrite: bool = option(False, SWITCH, "replace scores that exist, or a model folder that a run wrote")
 

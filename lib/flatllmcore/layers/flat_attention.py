@@ -2,11 +2,11 @@
 
 Every decoder layer has its own value width (``value_head_dim``, per head), its own MLP width (``intermediate_size``)
 and, where queries and keys are compressed too, their rank (``query_key_rank``, per head) or how many of their rotary
-pairs are left (``query_key_pairs``, per head); all stand in the config's ``per_layer_config``. A family mixes these
-classes with its dense parents, in a file of its own.
+pairs are left (``query_key_pairs``, per head); all stand in the config's ``per_layer_config``. ``flat_models.py``
+mixes these classes with each family's dense parents.
 
-``save_pretrained`` puts this file and the family's beside the weights, for ``trust_remote_code=True``. So files named
-``flat_*`` import torch, transformers with what it is built on, and each other only.
+``save_pretrained`` puts all files named ``flat_*`` beside the weights, for ``trust_remote_code=True``. So they import
+torch, transformers with what it is built on, and each other only.
 """
 
 from types import ModuleType
