@@ -83,7 +83,7 @@ def test_help_names_every_flag_and_shows_examples(capsys):
 def test_the_readme_is_one_page_with_the_flags_of_the_table_of_options():
     readme = (ROOT / "README.md").read_text()
     assert readme.count("\n") <= 200
-    table = "| flag | default | meaning |\n|---|---|---|\n"
+    table = "| flag | default | meaning (in brackets: what holds without it) |\n|---|---|---|\n"
     for name, flag in command_line.FLAGS.items():
         default = command_line.ROWS[name].default
         shown = "required" if default is MISSING else "" if default in (None, False) else f"`{default}`"
