@@ -23,7 +23,7 @@ except ModuleNotFoundError as missing:
 from flatllmbench.plots import draw_ranks
 from flatllmcore.config import checked
 from flatllmcore.core.curve_allocation import Curves
-from flatllmcore.core.importance import ImportanceScores, read_author_numbers
+from flatllmcore.core.importance import ImportanceScores, check_importance_method, read_author_numbers
 from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector, RankAllocation
 from flatllmcore.core.rank_files import save_ranks
 from flatllmcore.errors import InputError, door, run_program
@@ -82,9 +82,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--importance_method",
         choices=IMPORTANCE_METHODS,
-        default="angular",
         help="damage allocates by the curves that main.py --importance_method damage has measured, for flatllm+; "
-        "the others by the scores (default: angular)",
+        "the others by the scores (default: by the scores)",
     )
     for name in ("rank_multiple", "width_multiple"):
         parser.add_argument(f"--{name}", type=int, metavar="M", help=ROWS[name].metadata["help"])
@@ -160,6 +159,7 @@ def allocate(importance: Importance, shares: dict[int, float], args: argparse.Na
             width_multiple=args.width_multiple,
             prune_qk=args.prune_qk,
         )
+        check_importance_method(importance.method, args.importance_method)
         curves = importance.curves if args.importance_method == DAMAGE else None
         if args.importance_method == DAMAGE and curves is None:
             raise InputError("it has no curves of damage; score anew by main.py --importance_method damage")

@@ -4,6 +4,7 @@ python scripts/dequantize.py model.Q4_1.gguf out/model
 """
 
 import argparse
+import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from pathlib import Path
 from flatllmbench.logs import keep_bars_to_terminals
 from flatllmcore.errors import InputError, run_program
 from flatllmcore.utils.checkpoint import MODEL_CARD
+from flatllmcore.utils.files import check_writable, temporary_folder
 from flatllmcore.utils.loading import found_file, load_model, load_tokenizer
 
 
@@ -27,14 +29,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def dequantize(model: str, folder: Path) -> None:
     """Write a model with its tokenizer to ``folder``, which is there when all is in it."""
-    if folder.exists():
+    if os.path.lexists(folder):
         raise InputError(f"{folder} is there; give another folder")
-    partial = folder.with_name(f"{folder.name}.partial")
-    load_model(model).save_pretrained(partial)
-    load_tokenizer(model).save_pretrained(partial)
-    if card := found_file(model, MODEL_CARD, None):
-        shutil.copyfile(card, partial / MODEL_CARD)
-    partial.rename(folder)
+    check_writable(folder.parent)
+    with temporary_folder(folder.parent) as place:
+        whole = place / folder.name
+        load_model(model).save_pretrained(whole)
+        load_tokenizer(model).save_pretrained(whole)
+        if card := found_file(model, MODEL_CARD, None):
+            shutil.copyfile(card, whole / MODEL_CARD)
+        whole.rename(folder)
     print(f"the dequantised model is in {folder}")
 
 

@@ -30,7 +30,9 @@ def say_all(args: argparse.Namespace) -> None:
         tokenizer = load_tokenizer(name)
         model = load_model(name).to(best_device())
         say = answer if args.chat else finished_sentence
-        print(f"{name}: {say(model, tokenizer, args.prompt, args.max_new_tokens)}")
+        with door(f"{name!r} cannot go on", "accepted: text, a sound generation_config.json, at least one new token"):
+            said = say(model, tokenizer, args.prompt, args.max_new_tokens)
+        print(f"{name}: {said}")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

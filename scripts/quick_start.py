@@ -7,6 +7,7 @@ Calibration text is the one that lies beside the embedded model, so nothing is d
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,16 +16,22 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from flatllmcore import FlatLLMConfig, FlatLLMReassembler
+from flatllmcore.errors import run_program
 from flatllmcore.utils import check_sparsity
+from flatllmcore.utils.loading import load_model, load_tokenizer
 
 EMBEDDED_MODEL = Path(__file__).resolve().parents[1] / "models" / "pydocs-llama"
 PROMPT = "If the file does not exist,"
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     folder = parse_arguments(argv).model
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return run_program(lambda: compress(folder))
+
+
+def compress(folder: Path) -> None:
+    """Do so, and say what came of it; a folder that cannot be used is one line."""
+    model, tokenizer = load_model(str(folder)), load_tokenizer(str(folder))
     parameters_before = model.num_parameters()
 
     config = FlatLLMConfig(
@@ -63,4 +70,4 @@ def continued(prompt: str, model: PreTrainedModel, tokenizer: PreTrainedTokenize
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

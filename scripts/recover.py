@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
-from flatllmbench.command_line import parser_with, read_flags
+from flatllmbench.command_line import ROWS, parser_with, read_flags
 from flatllmbench.logs import keep_bars_to_terminals
+from flatllmcore.config import checked
 from flatllmcore.engine.checkpoint_source import CheckpointSource
 from flatllmcore.engine.perplexity import perplexity
 from flatllmcore.errors import InputError, run_program
@@ -30,6 +31,7 @@ from flatllmcore.utils.devices import parse_device
 from flatllmcore.utils.files import check_writable, digest, read_json, write_json
 from flatllmcore.utils.loading import load_model, load_tokenizer
 from flatllmcore.utils.names import text_names
+from flatllmcore.utils.processes import check_launch
 from flatllmcore.utils.text_sources import load_text
 
 _FIELDS = ("cal_dataset", "eval_dataset", "eval_nsamples", "dataset_root", "seqlen", "batch_size", "seed", "device")
@@ -59,7 +61,11 @@ def recover(args: argparse.Namespace) -> None:
         import peft  # noqa: F401 (needed after the first measurements, which is too late to say so)
     except ImportError as error:
         raise InputError(f"recovery needs {error.name}; from the repository: pip install '.[recover]'") from error
+    check_launch()
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise InputError("recovery runs in one process; unset WORLD_SIZE")
     asked = read_flags(args, FLAGS)
+    args.model, args.out = checked(ROWS["model"], args.model, "FOLDER"), checked(ROWS["save"], args.out, "OUT")
     request = {name: getattr(args, name) for name in ("steps", "rank", "learning_rate")}
     if not (args.steps > 0 and args.rank > 0 and 0 < args.learning_rate <= 1):
         raise InputError(f"{request}; accepted: numbers above 0, and a learning rate up to 1")
@@ -112,7 +118,7 @@ def trained(
     lora = LoraConfig(r=request["rank"], lora_alpha=2 * request["rank"], target_modules="all-linear")
     adapted = get_peft_model(model, lora)
     on_cpu, every = device.type == "cpu", max(1, request["steps"] // 10)
-    how = {"max_steps": request["steps"], "learning_rate": request["learning_rate"], "seed": request["seed"]}
+    how = {"max_steps": request["steps"], "learning_rate": request["learning_rate"], "seed": request["seed"] % 2**32}
     how |= {"per_device_train_batch_size": request["batch_size"], "label_names": ["labels"], "report_to": "none"}
     how |= {"save_steps": every, "logging_steps": every, "save_total_limit": 1, "disable_tqdm": not sys.stderr.isatty()}
     training = TrainingArguments(work, use_cpu=on_cpu, dataloader_pin_memory=not on_cpu, **how)

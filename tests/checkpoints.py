@@ -1,8 +1,12 @@
 """Tiny models compressed in memory, tiny checkpoints in folders, and their compression into other folders."""
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -111,9 +115,47 @@ def compress_to(
         sink.publish("# card\n")
 
 
+def stop_at(
+    patch: pytest.MonkeyPatch, step: type, number: int | None = None, error: type[BaseException] = KeyboardInterrupt
+) -> list[tuple]:
+    """Return a list that notes every solve of a method's step; once it has so many of them, the next is an error."""
+    solve, solved = step.solve, []
+
+    def solve_or_stop(*args: object) -> object:
+        if len(solved) == number:
+            raise error
+        solved.append(args)
+        return solve(*args)
+
+    patch.setattr(step, "solve", solve_or_stop)
+    return solved
+
+
+def room(patch: pytest.MonkeyPatch, size: float) -> None:
+    """Leave so many bytes on the disk."""
+    usage = shutil.disk_usage("/")
+    patch.setattr(shutil, "disk_usage", lambda _path: usage._replace(free=int(size)))
+
+
+def read(path: Path | str) -> dict[str, Any]:
+    return json.loads(Path(path).read_text())
+
+
+def hub_cache(cache: Path, repository: str) -> Path:
+    """Lay out the hub's cache for a repository, such as ``models--someone--tiny``; return where its files belong."""
+    (cache / repository / "refs").mkdir(parents=True)
+    (cache / repository / "refs" / "main").write_text("0" * 40)
+    (cache / repository / "snapshots").mkdir()
+    return cache / repository / "snapshots" / ("0" * 40)
+
+
 def weights_in(folder: Path | str) -> dict[str, Tensor]:
     return {name: weight for path in Path(folder).glob("*.safetensors") for name, weight in load_file(path).items()}
 
 
-def bytes_in(folder: Path | str) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+def bytes_in(folder: Path | str, pattern: str = "*") -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in Path(folder).glob(pattern)}
+
+
+def shards(folder: Path | str) -> dict[str, bytes]:
+    return bytes_in(folder, "*.safetensors")

@@ -48,6 +48,16 @@ def assert_same_weights(found, expected):
     assert [name for name in found if not torch.equal(found[name], expected[name])] == []
 
 
+def one_line(capsys, program, argv) -> str:
+    """Run a program that refuses what it is asked, check its status and that it says one line; return the line."""
+    capsys.readouterr()
+    assert program(argv) == 2
+    out, line = capsys.readouterr()
+    assert (out, line.count("\n")) == ("", 1)
+    assert line.startswith("error: ")
+    return line
+
+
 def pytest_generate_tests(metafunc):
     if "device" in metafunc.fixturenames:
         import torch
@@ -62,9 +72,9 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.write_line("on the CPU alone: no test was run on a GPU")
 
 
-@pytest.fixture(params=["llama", "mistral"])
-def model(request):
-    return tiny_model(request.param)
+@pytest.fixture
+def model():
+    return tiny_model()
 
 
 @pytest.fixture

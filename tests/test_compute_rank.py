@@ -3,13 +3,16 @@
 import hashlib
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 from transformers import LlamaConfig
 
 import compute_rank
+from conftest import one_line
 from flatllmcore.core.importance import ImportanceScores
 from flatllmcore.core.rank_allocation import RankAllocation
 from flatllmcore.core.rank_files import read_ranks
@@ -30,9 +33,9 @@ def folder(tmp_path, monkeypatch) -> Path:
     return tmp_path / "ranks" / "tiny"
 
 
-def save_scores(folder: Path, model_id: str = "some/tiny") -> None:
-    scores = ImportanceScores(model_id, "0", dimensions_from_config(CONFIG), "pydocs", 1, 8, 42, tuple(SCORES))
-    write_json(folder / "importance.json", scores)
+def save_scores(folder: Path, model_id: str = "some/tiny", scores: Sequence[float] = SCORES) -> None:
+    sizes = dimensions_from_config(CONFIG)
+    write_json(folder / "importance.json", ImportanceScores(model_id, "0", sizes, "pydocs", 1, 8, 42, tuple(scores)))
 
 
 def files(folder: Path) -> set[str]:
@@ -79,12 +82,6 @@ def test_prune_qk_lowers_the_value_ranks_less(folder):
     assert sum(pruned.per_layer("value_rank")) > sum(whole.per_layer("value_rank"))
 
 
-def test_one_file_can_be_named(folder):
-    save_scores(folder.parent / "other")
-    ranks_at(folder, 10, "--bi_score", str(folder / "importance.json"))
-    assert files(folder.parent / "other") == {"importance.json"}
-
-
 def test_the_authors_scores_give_the_same_ranks_as_ours(folder, tmp_path):
     CONFIG.save_pretrained(tmp_path / "model")
     (tmp_path / "theirs").mkdir()
@@ -97,20 +94,14 @@ def test_the_authors_scores_give_the_same_ranks_as_ours(folder, tmp_path):
     assert ours == theirs
 
 
-def unknown_model(ranks: Path) -> None:
-    (ranks / "tiny" / "importance.json").unlink()
-    torch.save(SCORES, ranks / "tiny" / "bi_score.pt")
-
-
-def huge_scores(ranks: Path) -> None:
-    scores = json.loads((ranks / "tiny" / "importance.json").read_text())
-    write_json(ranks / "zzz" / "importance.json", scores | {"scores": [1.7e308] * len(SCORES)})
-
-
 @pytest.mark.parametrize(
     ("prepare", "argv", "message"),
     [
-        (unknown_model, "", "name it by --model"),
+        (
+            lambda ranks: torch.save(SCORES, (ranks / "tiny/importance.json").rename(ranks / "tiny/bi_score.pt")),
+            "",
+            "name it by --model",
+        ),
         (lambda _: LlamaConfig(num_hidden_layers=5).save_pretrained("model"), "--model model", "num_layers 4, not 5"),
         (
             lambda ranks: write_json(ranks / "zzz" / "importance.json", {}),
@@ -119,31 +110,28 @@ def huge_scores(ranks: Path) -> None:
         ),
         (lambda ranks: torch.save(SCORES, ranks / "tiny" / "bi_score.pt"), "", "holds bi_score.pt and importance.json"),
         (lambda ranks: shutil.rmtree(ranks / "tiny"), "", "no importance.json or bi_score.pt at ranks"),
+        (None, "--importance_method gradient", "the scores are by angular, and here it is gradient"),
         (None, "--sparsity_ratio 10 90", "ranks/tiny/importance.json: removing 90 % of this model is impossible"),
         (None, "--sparsity_ratio 10 0", "--sparsity_ratio is 0; accepted: an integer, 1 to 95"),
         (None, "--sparsity_ratio 10 96", "--sparsity_ratio is 96; accepted: an integer, 1 to 95"),
-        (huge_scores, "--sparsity_ratio 20", "ranks/zzz/importance.json cannot be drawn"),
+        (
+            lambda ranks: save_scores(ranks / "zzz", scores=[1.7e308] * len(SCORES)),
+            "--sparsity_ratio 20",
+            "ranks/zzz/importance.json cannot be drawn",
+        ),
         ("full disk", "--sparsity_ratio 20", "No space left on device: ranks/tiny/ranks_20.json"),
     ],
 )
 def test_what_cannot_be_used_is_one_line_and_leaves_every_file_as_it_was(
     folder, capsys, monkeypatch, prepare, argv, message
 ):
-    def fill_up(_descriptor: int) -> None:
-        raise OSError(28, "No space left on device")
-
     (folder / "ranks_20.json").write_text("earlier")
     if callable(prepare):
         prepare(folder.parent)
     elif prepare:
-        monkeypatch.setattr("os.fsync", fill_up)
+        monkeypatch.setattr("os.fsync", Mock(side_effect=OSError(28, "No space left on device")))
     before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
-    assert compute_rank.main(argv.split()) == 2
-    out, error = capsys.readouterr()
-    assert out == ""
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
-    assert message in error
+    assert message in one_line(capsys, compute_rank.main, argv.split())
     assert {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()} == before
 
 

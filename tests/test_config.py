@@ -38,7 +38,7 @@ def test_the_importance_methods_are_those_that_exist():
         ("preserve_qk_layers", ("no",)),
         ("method", ("nosuch", None)),
         ("seqlen", (1,)),
-        ("batch_size", (0,)),
+        ("batch_size", (0, 10**20)),
         ("seed", (-1, 2**63)),
         ("rank_multiple", (0,)),
         ("width_multiple", (0,)),
@@ -53,6 +53,14 @@ def test_an_unusable_value_is_refused_by_name_in_one_line(field, values):
             FlatLLMConfig(**{field: value})
         assert str(caught.value).startswith(f"{field} is {value!r}; accepted: ")
         assert "\n" not in str(caught.value)
+
+
+def test_what_nobody_has_asked_for_goes_with_a_changed_method():
+    plain, angular = FlatLLMConfig(), FlatLLMConfig(importance_method="angular")
+    for config, expected in ((plain, ("damage", False)), (angular, ("angular", True))):
+        changed = config.changed(method="flatllm+")
+        assert (changed.importance_method, changed.preserve_qk_layers) == expected
+    assert FlatLLMConfig(shape="stock", method="flatllm+").changed(shape="per-layer").preserve_qk_layers is False
 
 
 def test_large_values_are_cut_in_errors_and_not_printed():
@@ -93,11 +101,13 @@ def test_an_unknown_option_is_refused_by_name():
         FlatLLMConfig(sparsity_target=0.5)
 
 
-def test_an_option_that_takes_several_takes_one_and_names_the_one_it_does_not_take():
+def test_an_option_of_a_run_that_takes_several_takes_one_and_what_it_does_not_take_is_named():
     assert RunConfig(model="tiny", eval_dataset=["c4", "alpaca"]).eval_dataset == ["c4", "alpaca"]
     assert RunConfig(model="tiny", eval_dataset="c4").eval_dataset == ["c4"]
     with pytest.raises(InputError, match=r"^eval_dataset is 7; accepted: a name or path"):
         RunConfig(model="tiny", eval_dataset=["c4", 7])
+    with pytest.raises(InputError, match=r"^host_memory_gib is 1e\+308; accepted: a number, 0 to 1e9$"):
+        RunConfig(model="tiny", host_memory_gib=1e308)
 
 
 def test_a_run_s_places_follow_the_model_and_its_texts_the_calibration():

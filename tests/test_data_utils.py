@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from checkpoints import hub_cache
 from flatllmcore.errors import InputError
 from flatllmcore.utils import data_utils, text_sources
 from flatllmcore.utils.data_utils import consecutive_windows, read_calibration_data, sample_documents, sample_mixture
@@ -38,6 +39,9 @@ def _character_tokenizer() -> PreTrainedTokenizerFast:
 
 
 TOKENIZER = _character_tokenizer()
+TALKING = word_tokenizer()
+TALKING.chat_template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+TURNS = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]
 
 
 def plain_ids(text: str) -> list[int]:
@@ -247,25 +251,19 @@ class TestPaths:
 
     def test_conversations_become_what_the_chat_template_makes_of_them(self, tmp_path):
         """In a file, of which a record may have a text as well, and in the library."""
-        tokenizer = word_tokenizer()
-        tokenizer.chat_template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
-        turns = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]
-        rows = [{"messages": turns}, {"text": "w3", "messages": turns}, {"messages": turns[:1]}]
+        rows = [{"messages": TURNS}, {"text": "w3", "messages": TURNS}, {"messages": TURNS[:1]}]
         expected = ["<user>w1<assistant>w2", "w3", "<user>w1"]
         (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
-        assert load_text(str(tmp_path / "a.jsonl"), "train", tokenizer=tokenizer).documents == expected
-        assert read_calibration_data(rows, 9, (), tokenizer).documents == expected
+        assert load_text(str(tmp_path / "a.jsonl"), "train", tokenizer=TALKING).documents == expected
+        assert read_calibration_data(rows, 9, (), TALKING).documents == expected
 
     def test_a_prompt_and_its_completion_are_one_text_or_one_conversation(self):
-        tokenizer = word_tokenizer()
-        tokenizer.chat_template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
-        turns = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]
-        rows = [{"prompt": "w1", "completion": " w2"}, {"prompt": turns[:1], "completion": turns[1:]}]
-        rows += [rows[0] | {"text": "w3"}, rows[0] | {"messages": turns[:1]}]
+        rows = [{"prompt": "w1", "completion": " w2"}, {"prompt": TURNS[:1], "completion": TURNS[1:]}]
+        rows += [rows[0] | {"text": "w3"}, rows[0] | {"messages": TURNS[:1]}]
         expected = ["w1 w2", "<user>w1<assistant>w2", "w3", "<user>w1"]
-        assert read_calibration_data(rows, 9, (), tokenizer).documents == expected
+        assert read_calibration_data(rows, 9, (), TALKING).documents == expected
         with pytest.raises(InputError, match=r"has prompt \(str\), completion \(list\); accepted: .* prompt and compl"):
-            read_calibration_data([{"prompt": "w1", "completion": turns}], 9, (), tokenizer)
+            read_calibration_data([{"prompt": "w1", "completion": TURNS}], 9, (), TALKING)
 
     def test_a_table_s_cells_may_be_long(self, tmp_path):
         (tmp_path / "a.csv").write_text(f"id,prompt,completion\n1,{'a' * 200_000},b\n")
@@ -490,23 +488,24 @@ class TestNamedDatasets:
         assert has_test_split("alpaca", tmp_path)
 
     def test_a_file_in_the_hub_cache_needs_no_network(self, tmp_path, unreachable_hub):
-        repository = tmp_path / "datasets--Salesforce--wikitext"
-        write(repository / "refs" / "main", b"0" * 40)
-        file = repository / "snapshots" / ("0" * 40) / "wikitext-2-raw-v1" / "test-00000-of-00001.parquet"
+        snapshot = hub_cache(tmp_path, "datasets--Salesforce--wikitext")
+        file = snapshot / "wikitext-2-raw-v1" / "test-00000-of-00001.parquet"
         file.parent.mkdir(parents=True)
         Dataset.from_list([{"text": ""}, {"text": " = Title = \n"}]).to_parquet(file)
         text = load_text("wikitext2", "test", cache_dir=tmp_path)
         assert text == TextDataset("wikitext2", "test", ["", " = Title = \n"], "\n\n")
 
     @pytest.mark.parametrize("is_offline", [True, False])
-    @pytest.mark.parametrize("name", ["wikitext2", "c4", "alpaca"])
-    def test_a_missing_network_is_one_line(self, tmp_path, unreachable_hub, monkeypatch, name, is_offline):
+    @pytest.mark.parametrize(
+        ("name", "problem"), [("wikitext2", "from the Hugging Face Hub"), ("some/text", "could not get some/text .*")]
+    )
+    def test_a_missing_network_is_one_line(self, tmp_path, unreachable_hub, monkeypatch, name, problem, is_offline):
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", is_offline)
-        expected = r"from the Hugging Face Hub \(.+\); without a network give a folder with a copy as dataset_root"
+        expected = rf"{problem} ?\(.+\); without a network give a folder with a copy as dataset_root"
         with pytest.raises(InputError, match=expected) as caught:
             load_text(name, "train", cache_dir=tmp_path)
         assert "\n" not in str(caught.value)
-        assert has_test_split(name)
+        assert all(map(has_test_split, ("wikitext2", "c4", "alpaca")))
 
 
 class TestHubIds:
@@ -568,13 +567,6 @@ class TestHubIds:
                 run_program(work)
             print(said.getvalue(), end="")""")
         assert said.count("\n") == said.count("error: could not get some/text") == count
-
-    @pytest.mark.parametrize("is_offline", [True, False])
-    def test_a_missing_network_is_one_line(self, tmp_path, unreachable_hub, monkeypatch, is_offline):
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", is_offline)
-        with pytest.raises(InputError, match=r"could not get some/text .*\(.+\); without .*as dataset_root") as caught:
-            load_text("some/text", "train", cache_dir=tmp_path)
-        assert "\n" not in str(caught.value)
 
     @pytest.mark.parametrize("place", ["root/some/text", "root/text", "some/text"])
     def test_a_local_copy_or_a_path_is_never_downloaded(self, tmp_path, monkeypatch, place):

@@ -21,7 +21,7 @@ def test_products_are_accumulated_in_at_least_float32(device, dtype, batch):
     a, b = (torch.rand(*batch, *shape, generator=generator).to(device, dtype) for shape in ((5, 2000), (2000, 7)))
     product = float32_product(a, b)
     assert product.dtype == torch.promote_types(dtype, torch.float32)
-    torch.testing.assert_close(product.double(), a.double() @ b.double(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(product.double(), a.double() @ b.double(), rtol=1e-4, atol=0)  # matrix units: 1.6e-5
 
 
 @pytest.mark.parametrize(

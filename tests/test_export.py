@@ -14,6 +14,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GemmaTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 import serving
+from conftest import one_line
 from flatllmcore import apply_flat_llm
 from flatllmcore.export import _ARCHITECTURES, main
 from flatllmcore.layers import compressed_config
@@ -32,6 +33,7 @@ EMBEDDED = str(Path(__file__).resolve().parents[1] / "models" / "pydocs-llama")
 MIXED = "I'll don't WE'RE it's 12345 1,024 items\n\n  def café(x): return x_1  \t# naïve 北京 🙂🙂\r\n   end. ... of it"
 PLAIN = "The items of a list, 12 of them: why don't they end?"
 DECI = [name for name, of in PUBLISHED.items() if "deci" in _ARCHITECTURES.get(of["model_type"], ())]
+FOUR = ["Llama-2-7b", "Llama with biases", "Llama-3.1-8B", "Qwen2-7B"]
 PROMPTS = ("The", "Return a", "If the file", "import os\n", "def f(x):\n    return", "Python is", "An exception")
 PROMPTS += ("class", "Use this function when", "The following list")
 WORDS = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -137,13 +139,15 @@ def test_the_embedded_model_dense_and_compressed_writes_the_same_texts(tmp_path)
 def test_every_program_writes_the_same_texts(tmp_path, monkeypatch, capsys):
     """The command of docs/SERVING.md: with the package, without it, by the attention of servers and by llama.cpp."""
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    for name, value in {"PROMPTS": 3, "LENGTH": 8, "SCORED": 32}.items():
+        monkeypatch.setattr(serving, name, value)
     model, tokenizer = load_model(EMBEDDED, dtype="float32"), load_tokenizer(EMBEDDED)
     windows = sample_documents(load_text("pydocs", "train"), tokenizer, 8, 128, seed=0)
     small = save(tmp_path / "small", apply_flat_llm(model, None, 0.3, windows, method="flatllm"), tokenizer)
     capsys.readouterr()
     assert serving.main([EMBEDDED, small]) == 0
     rows = [re.split(r" *\| *", line)[1:-1] for line in capsys.readouterr().out.splitlines()[2:-2]]
-    assert [row[1] for row in rows] == 4 * ["10 of 10"]
+    assert [row[1] for row in rows] == 4 * ["3 of 3"]
     perplexities = [[float(number) for number in re.findall(r"[\d.]+", row[2])] for row in rows]
     assert perplexities == [pytest.approx(perplexities[0], rel=0.002)] * 4
     assert float(rows[0][3]) < 0.9
@@ -153,9 +157,9 @@ def test_every_program_writes_the_same_texts(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
-        (name, kind)
-        for name, kind in product(DECI, ("dense", "factors", "pairs"))
-        if kind != "pairs" or PUBLISHED[name]["model_type"] not in ("ernie4_5", "helium")  # whose pairs are neighbours
+        *product(DECI, ["dense"]),
+        *product([*FOUR, "Helium-1-2b", "Seed-OSS-36B"], ["factors"]),
+        *product([*FOUR, "Ministral-8B"], ["pairs"]),
     ],
 )
 def test_a_model_of_each_family_does_the_same(tmp_path, name, kind):
@@ -188,7 +192,8 @@ ONE_WIDTH |= {"EXAONE-4.0-1.2B": {}, "Olmo-3-7B": {}, "Gemma-2-2b": HEADS, "Gemm
 @pytest.mark.parametrize(
     ("name", "kind", "fields"),
     [
-        *((name, kind, fields) for name, fields in ONE_WIDTH.items() for kind in ("dense", "factors")),
+        *((name, "dense", fields) for name, fields in ONE_WIDTH.items()),
+        *((name, "factors", {}) for name in ("Qwen3-0.6B", "OLMo-2-1B", "Granite-3.1-2b", "Command-R7B")),
         ("Granite-3.1-2b", "pairs", {}),
         ("Gemma-2-2b", "pairs", HEADS),
         ("SmolLM3-3B", "dense", {"num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0]}),
@@ -306,12 +311,7 @@ def test_what_llama_cpp_does_not_compute_is_one_line_and_no_file(tmp_path, compl
     name, fields = REFUSED.get(complaint, ("Llama-2-7b", {}))
     model, tokenizer = tiny(name, **fields), REFUSED_TOKENIZERS.get(complaint, byte_level_tokenizer)()
     folder = save(tmp_path / "model", model, tokenizer)
-    capsys.readouterr()
-    assert main([folder, str(tmp_path / "model.gguf")]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("error: ")
-    assert said.count("\n") == 1
-    assert complaint in said
+    assert complaint in one_line(capsys, main, [folder, str(tmp_path / "model.gguf")])
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 

@@ -212,14 +212,20 @@ class TestAbsorption:
         model.save_pretrained(tmp_path)
         assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(self.IDS).logits, model(self.IDS).logits)
 
-    @pytest.mark.parametrize("with_mask", [True, False])
-    @pytest.mark.parametrize("side", [0, 1], ids=["left", "right"])
-    @pytest.mark.parametrize("tokens", [{"pad_token_id": 0}, {"eos_token_id": 96}], ids=str)
-    def test_padding_counts_for_nothing(self, with_mask, side, tokens):
+    @pytest.mark.parametrize(
+        ("with_mask", "is_right", "tokens"),
+        [
+            (True, False, {"pad_token_id": 0}),
+            (True, True, {"eos_token_id": 96}),
+            (False, False, {"eos_token_id": 96}),
+            (False, True, {"pad_token_id": 0}),
+        ],
+    )
+    def test_padding_counts_for_nothing(self, with_mask, is_right, tokens):
         """Oracle: the same ids without padding; without a padding id, what ends a text pads."""
         (token,) = tokens.values()
         padding = torch.full((8, 5), token)
-        ids = torch.cat([self.IDS, padding] if side else [padding, self.IDS], dim=1)
+        ids = torch.cat([self.IDS, padding] if is_right else [padding, self.IDS], dim=1)
         model = absorb(tiny_model(**tokens), ids, (ids != token).long() if with_mask else None)
         assert_same_weights(model.state_dict(), absorb(tiny_model(**tokens), self.IDS).state_dict())
 

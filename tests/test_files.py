@@ -73,7 +73,7 @@ def test_space_is_asked_of_the_file_system_that_the_folder_will_be_on(tmp_path, 
 
 def test_what_kills_left_goes_and_what_another_run_writes_or_others_made_stays(tmp_path):
     path, dead = tmp_path / "file", tmp_path / ".tmp.0123456789abcdef"
-    others = [tmp_path / ".tmp.fedcba9876543210", tmp_path / ".tmp.mine"]
+    others = [tmp_path / ".tmp.fedcba9876543210", tmp_path / ".tmp.my_precious_note"]
     dead.touch()
     others[0].mkdir()
     others[1].touch()

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import main
-from checkpoints import CPU, bytes_in, compress_to, in_memory, on_disk, save_inputs, weights_in
+from checkpoints import CPU, bytes_in, compress_to, in_memory, on_disk, save_inputs, stop_at, weights_in
 from conftest import assert_same_weights, tiny_model
 from flatllmcore.api import FlatLLMPruner
 from flatllmcore.config import FlatLLMConfig
@@ -17,20 +17,13 @@ from flatllmcore.engine.checkpoint_sink import CheckpointSink
 from flatllmcore.engine.importance import layer_importance
 from flatllmcore.engine.memory import ModelInMemory
 from flatllmcore.engine.perplexity import perplexity
-from flatllmcore.methods import METHODS, flatllm, flatllm_plus
+from flatllmcore.methods import flatllm, flatllm_plus
 from flatllmcore.utils import devices
 from flatllmcore.utils.names import IMPORTANCE_METHODS
 from test_kills import OUT as RUN
-from test_out_of_core import StoppedError
 
 STEPS = (flatllm.FlatLLMStep, flatllm_plus.PairStep, flatllm_plus.OutputStep)
 HALVES = [torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(params=[False, True], ids=["no units", "units"])
-def has_units(request, monkeypatch):
-    monkeypatch.setattr(devices, "has_instructions_for", lambda _: request.param)
-    return request.param
 
 
 @pytest.fixture
@@ -102,12 +95,16 @@ def test_weights_of_several_types_are_computed_with_as_they_are(windows, without
         assert {source.dtype, *(parameter.dtype for parameter in layer.parameters())} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize(("dtype", "method"), list(zip(HALVES, METHODS, strict=True)))
+@pytest.mark.parametrize(
+    ("dtype", "method", "has_units"),
+    [(torch.bfloat16, "flatllm", False), (torch.float16, "flatllm+", False), (torch.float16, "flatllm+", True)],
+)
 def test_the_bytes_are_the_same_in_memory_on_disk_and_behind_a_stop(
     tmp_path, windows, dtype, method, has_units, monkeypatch, caplog
 ):
     """And the folder's perplexity, as the run measures it, is that of the folder loaded in float32."""
     caplog.set_level(logging.INFO)
+    monkeypatch.setattr(devices, "has_instructions_for", lambda _: has_units)
     dense = str(tmp_path / "dense")
     tiny_model(num_hidden_layers=4).to(dtype).save_pretrained(dense)
     compress_to(tmp_path / "disk", dense, windows, method=method)
@@ -115,17 +112,9 @@ def test_the_bytes_are_the_same_in_memory_on_disk_and_behind_a_stop(
     kept = on_disk(dense)
     kept.is_kept = True
     compress_to(tmp_path / "kept", dense, windows, method=method, source=kept)
-    step, done = STEPS[0 if method == "flatllm" else 2], []
-
-    def solve_or_stop(*args, solve=step.solve):
-        done.append(args)
-        if len(done) == 4:
-            raise StoppedError
-        return solve(*args)
-
     with monkeypatch.context() as patch:
-        patch.setattr(step, "solve", solve_or_stop)
-        with pytest.raises(StoppedError):
+        stop_at(patch, STEPS[0 if method == "flatllm" else 2], 3)
+        with pytest.raises(KeyboardInterrupt):
             compress_to(tmp_path / "stopped", dense, windows, method=method)
     compress_to(tmp_path / "stopped", dense, windows, method=method)
     assert "of 4 layers are finished" in caplog.text

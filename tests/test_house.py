@@ -192,13 +192,16 @@ def test_help_and_unusable_flags_are_answered_before_what_takes_seconds_is_loade
     assert said.endswith(f"{status}\n\n")
 
 
-@pytest.mark.parametrize("imports", ["import flatllmcore; from transformers import {}", "from transformers import {}"])
-def test_compressed_models_are_known_whichever_package_is_imported_first(imports):
+@pytest.mark.parametrize(
+    ("run", "imports"),  # the server of run_python has imported transformers
+    [(run_python_anew, "import flatllmcore; from transformers import {}"), (run_python, "from transformers import {}")],
+)
+def test_compressed_models_are_known_whichever_package_is_imported_first(run, imports):
     """The module of Gemma 3's config itself imports the auto classes."""
     names = imports.format("Gemma3TextConfig, AutoConfig, AutoModelForCausalLM")
     config = 'config = AutoConfig.for_model("flat_gemma3_text", num_hidden_layers=0, hidden_size=8, vocab_size=8)'
     classes = "print(type(config).__name__, type(AutoModelForCausalLM.from_config(config)).__name__)"
-    said = run_python_anew(f"{names}; import flatllmcore\n{config}\n{classes}")
+    said = run(f"{names}; import flatllmcore\n{config}\n{classes}")
     assert said == "FlatGemma3TextConfig FlatGemma3ForCausalLM\n"
 
 

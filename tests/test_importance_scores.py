@@ -28,6 +28,7 @@ def save(content: object, folder: Path) -> Path:
     "content",
     [
         NUMBERS,
+        tuple(NUMBERS),
         [np.float64(x) for x in NUMBERS],
         np.array(NUMBERS),
         np.array(NUMBERS, dtype=np.float32),
@@ -36,7 +37,7 @@ def save(content: object, folder: Path) -> Path:
         torch.tensor(NUMBERS, dtype=torch.bfloat16),
         [torch.tensor(x) for x in NUMBERS],
     ],
-    ids=["floats", "float64s", "array", "array32", "array16", "tensor", "bfloat16", "tensors"],
+    ids=["floats", "tuple", "float64s", "array", "array32", "array16", "tensor", "bfloat16", "tensors"],
 )
 def test_every_format_in_the_wild_gives_plain_floats(content, tmp_path):
     numbers = read_author_numbers(save(content, tmp_path))

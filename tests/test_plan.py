@@ -20,6 +20,7 @@ import compression_time
 import forward_profile
 import quantized
 from common import find_config
+from conftest import one_line
 from flatllmcore.core.mlp_nystrom import reconstruct_down_projection, select_channels
 from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector
 from flatllmcore.engine.checkpoint_source import CheckpointSource
@@ -149,10 +150,7 @@ def test_a_table_has_a_row_for_each_model_and_a_time_for_each_machine(capsys):
     ],
 )
 def test_unusable_arguments_get_one_line(arguments, message, capsys):
-    assert main(arguments) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
+    assert message in one_line(capsys, main, arguments)
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
@@ -186,16 +184,6 @@ def test_a_random_checkpoint_of_more_layers_has_a_tokenizer_beside_it(tmp_path):
     assert checkpoint_main([EMBEDDED, str(tmp_path / "out")]) == 2  # it is not empty
 
 
-def test_the_time_of_a_compression_is_told_by_both_methods(monkeypatch, capsys):
-    flags = ["--shape", "64x2", "--nsamples", "4", "--seqlen", "64", "--dtype", "float32", "--device", "cpu"]
-    monkeypatch.setattr(sys, "argv", ["compression_time.py", *flags])
-    compression_time.main()
-    told = capsys.readouterr().out
-    assert [name in told for name in ("64x2, flatllm,", "64x2, flatllm+,")] == [True, True]
-    assert told.count(" tokens/s") == 2
-    assert len(re.findall(r"(?m)^\| (?:forward|moments) .*%", told)) == 4
-
-
 def test_two_checkouts_compress_by_turns(monkeypatch, capsys, tmp_path):
     """Oracle: the seconds that are put into their records."""
     turns = []
@@ -207,11 +195,13 @@ def test_two_checkouts_compress_by_turns(monkeypatch, capsys, tmp_path):
         Path(command[command.index("--out") + 1]).write_text(json.dumps({"compress_cpu_s": seconds}))
 
     monkeypatch.setattr(compression_time.subprocess, "run", run)
-    flags = ["--shape", "64x2", "--method", "flatllm", "--against", str(tmp_path), "--repeats", "2"]
+    flags = ["--shape", "64x2", "--against", str(tmp_path), "--repeats", "2"]
     monkeypatch.setattr(sys, "argv", ["compression_time.py", *flags])
     compression_time.main()
-    assert turns == 2 * [common.ROOT / "lib", tmp_path / "lib"]
-    assert re.search(r"flatllm +\| +3.00 \| +4.00 \| +0.75 \| 0.75-0.75", capsys.readouterr().out)
+    assert turns == 4 * [common.ROOT / "lib", tmp_path / "lib"]
+    told = capsys.readouterr().out
+    for method in (r"flatllm", r"flatllm\+"):
+        assert re.search(rf"{method} +\| +3.00 \| +4.00 \| +0.75 \| 0.75-0.75", told)
 
 
 def test_a_profile_of_a_layer_has_its_seven_projections_and_shares_of_one(capsys, monkeypatch):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import accelerate
 import datasets
+import numpy as np
 import pandas
 import pytest
 import torch
@@ -28,7 +29,7 @@ from flatllmcore.utils.data_utils import (
     windows_of_rows,
 )
 from flatllmcore.utils.files import write_json
-from flatllmcore.utils.layer_utils import dimensions_from_config
+from flatllmcore.utils.layer_utils import count_parameters, dimensions_from_config
 from flatllmcore.utils.text_sources import TextDataset, load_text
 from layers.tiny_models import compress, dense_model_of
 from tiny_text import documents, word_tokenizer, write_texts
@@ -67,6 +68,10 @@ def test_the_library_and_main_py_give_the_same_weights(model, texts, preserve_qk
     assert_same_weights(weights_of(model), weights_of(by_program))
     assert any("q_proj.up" in name for name in weights_of(by_program)) != preserve_qk_layers
     (record,) = (json.loads(path.read_text()) for path in (tmp_path / "logs").glob("*.json"))
+    assert record["prune_qk"] != preserve_qk_layers
+    assert record["parameters_after"] == count_parameters(by_program)
+    said = "query, key, value and output projections" in (tmp_path / "compressed" / "README.md").read_text()
+    assert said != preserve_qk_layers
     assert record["achieved_sparsity_percent"] == pytest.approx(100 * pruner.get_compression_stats()["sparsity"])
 
 
@@ -98,15 +103,18 @@ def test_what_will_take_a_cpu_long_is_said_with_what_shortens_it(width, is_long,
     assert ("128 x 4096 tokens take a CPU about 0.3 hours" in caplog.text) == ("--nsamples" in caplog.text) == is_long
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_the_given_object_is_changed_returned_saved_and_reloaded(model, texts, dtype, tmp_path):
-    """Weights keep their dtype, and each layer its mode."""
-    model.to(dtype).train()
+def test_the_given_object_is_changed_returned_saved_and_reloaded(family, texts, dtype, tmp_path):
+    """Weights keep their dtype, and each layer its mode; those of Q and K are bitwise the dense ones."""
+    model = tiny_model(family).to(dtype).train()
     model.model.layers[1].eval()
+    kept = {name: weight for name, weight in weights_of(model).items() if "q_proj" in name or "k_proj" in name}
     assert apply_flat_llm(model, TOKENIZER, target_sparsity=0.5, cal_dataset=texts, **SMALL) is model
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
     for layer, is_training in zip(model.model.layers, (True, False), strict=True):
         assert all(module.training is is_training for module in layer.modules())
+    assert_same_weights({name: model.state_dict()[name] for name in kept}, kept)
     model.save_pretrained(tmp_path / "saved")
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=dtype)
     assert type(reloaded) is type(model)
@@ -227,11 +235,18 @@ class TestCalibrationData:
             ([torch.zeros(0, dtype=torch.int64), [1, 2, 3], [], [4]], 2, [[1, 2], [3, 4]]),  # lines without tokens
             (torch.arange(1, 7)[:, None], 3, [[1, 2, 3], [4, 5, 6]]),  # rows of one token
             ([[0, 5, 0, 6, 0, 0]], 3, [[5, 0, 6]]),  # a padding id between real tokens stays
+            ([1, 2, 3, 4, 5, 6], 3, [[1, 2, 3], [4, 5, 6]]),  # one row
+            (np.arange(1, 7), 3, [[1, 2, 3], [4, 5, 6]]),
         ],
     )
     def test_rows_are_joined_without_padding_and_cut(self, data, seqlen, windows):
         rows = read_calibration_data(data, nsamples=9, padding_ids=(0,))
         assert windows_of_rows(rows, seqlen).tolist() == windows
+
+    def test_rows_are_read_until_there_are_windows_enough(self):
+        rows = read_calibration_data(([1, 2, 3] for _ in range(99)), 4, (), seqlen=8)
+        assert len(windows_of_rows(rows, 8)) == 4
+        assert len(read_calibration_data([[1] * 9] * 99, 4, ())) == 4
 
     def test_the_padding_id_is_the_tokenizers_then_the_models_then_what_ends_a_text(self):
         config = tiny_model(pad_token_id=4, eos_token_id=[7, 8]).config
@@ -327,7 +342,6 @@ MAKERS = {
         lambda mlp: setattr(mlp, "act_fn", torch.nn.ReLU())
     ),
     "the model is a DataParallel; accepted": lambda _: torch.nn.DataParallel(tiny_model()),
-    "the model is a OptimizedModule; accepted": lambda _: torch.compile(tiny_model()),
     "is torch.float8_e4m3fn; accepted: models that are not quantised": lambda _: tiny_model().to(torch.float8_e4m3fn),
     "is torch.complex64": lambda _: changed(lambda mlp: mlp.up_proj.to(torch.complex64)),
     "is torch.int8": lambda _: changed(lambda mlp: setattr(mlp.up_proj, "weight", whole_numbers(mlp.up_proj.weight))),
@@ -339,6 +353,21 @@ MAKERS = {
 def test_a_model_that_cannot_be_compressed_is_refused(message, texts, tmp_path):
     with pytest.raises(InputError, match=message):
         apply_flat_llm(MAKERS[message](str(tmp_path)), TOKENIZER, cal_dataset=texts, **SMALL)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"importance_method": "damage"}, {"method": "flatllm+", "importance_method": "angular"}]
+)
+def test_q_and_k_that_a_method_does_not_prune_so_are_refused_before_any_work(fields):
+    with pytest.raises(InputError, match=f"does not prune Q and K by {fields['importance_method']} ranks"):
+        FlatLLMPruner(tiny_model(), preserve_qk_layers=False, **fields).prune_model()
+
+
+def test_a_model_compressed_under_inference_mode_can_be_trained(texts):
+    model = tiny_model()
+    with torch.inference_mode():
+        apply_flat_llm(model, TOKENIZER, cal_dataset=texts, **SMALL)
+    assert not any(parameter.is_inference() for parameter in model.parameters())
 
 
 def test_a_second_call_is_refused_before_it_scores(texts, monkeypatch):

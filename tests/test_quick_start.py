@@ -1,5 +1,6 @@
 """The quick start, from another folder; the gate runs it as a reader would, with all of its calibration data."""
 
+import json
 import re
 import runpy
 from pathlib import Path
@@ -42,3 +43,11 @@ def test_what_is_no_folder_is_refused(capsys):
     out, error = capsys.readouterr()
     assert out == ""
     assert error.splitlines()[-1].endswith("error: nowhere is not a folder; give one that save_pretrained has written")
+
+
+def test_code_of_a_folder_is_not_run_nor_asked_for(tmp_path, capsys):
+    auto_map = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "foo", "auto_map": auto_map}))
+    (tmp_path / "evil.py").write_text("raise SystemExit('it ran')")
+    assert MAIN([str(tmp_path)]) == 2
+    assert re.fullmatch("error: no usable model config at .*\n", capsys.readouterr().err)

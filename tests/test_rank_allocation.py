@@ -340,13 +340,6 @@ class TestRoundedRanks:
                 best = min(best, abs(pruned - asked - ranks * rank_cost - clamped * width_cost))
         return best - allowed_error(dimensions, asked, multiple)
 
-    def test_an_unreachable_target_names_the_largest(self):
-        with pytest.raises(InputError, match=r"removing 71 % .* largest possible target is 70 %"):
-            select(TINY, 71, rank_multiple=8)
-        assert select(TINY, 69, rank_multiple=8).achieved_sparsity_percent == pytest.approx(69, abs=0.2)
-        whole = select(TINY, 0, rank_multiple=8)
-        assert whole.parameters_after == whole.parameters_before
-
     @given(st.lists(st.integers(1, 5000), min_size=1, max_size=20), st.integers(1, 60), st.data())
     def test_largest_remainder_sums_to_its_total_within_bounds_and_keeps_order(self, hundredths, most, data):
         ideal = [n / 100 for n in hundredths]

@@ -23,21 +23,18 @@ def expected(model):
     return apply_flat_llm(copy.deepcopy(model), TOKENIZER, config=CONFIG)
 
 
-@pytest.mark.parametrize("reassembler", [FlatLLMReassembler, FlatLLMReassembler()], ids=["class", "instance"])
 @pytest.mark.parametrize(
     "call",
     [
-        lambda reassemble, model: reassemble(model, TOKENIZER, CONFIG),
-        lambda reassemble, model: reassemble(model, tokenizer=TOKENIZER, config=CONFIG),
-        lambda reassemble, model: reassemble(model, TOKENIZER, None, target_sparsity=0.4, **OPTIONS),
-        lambda reassemble, model: reassemble(
-            model, architecture=model.config.model_type, tokenizer=TOKENIZER, config=CONFIG
-        ),
+        lambda model: FlatLLMReassembler.reassemble(model, TOKENIZER, CONFIG),
+        lambda model: FlatLLMReassembler().reassemble(model, tokenizer=TOKENIZER, config=CONFIG),
+        lambda model: FlatLLMReassembler.reassemble(model, TOKENIZER, None, target_sparsity=0.4, **OPTIONS),
+        lambda model: FlatLLMReassembler.reassemble(model, architecture="llama", tokenizer=TOKENIZER, config=CONFIG),
     ],
-    ids=["positional", "by name", "overrides", "architecture"],
+    ids=["positional", "of an instance by name", "overrides", "architecture"],
 )
-def test_every_way_to_call_it_gives_the_same_model(reassembler, call, model, expected):
-    assert call(reassembler.reassemble, model) is model
+def test_every_way_to_call_it_gives_the_same_model(call, model, expected):
+    assert call(model) is model
     assert_same_weights(model.state_dict(), expected.state_dict())
     assert type(model) is type(expected)
 
@@ -51,9 +48,9 @@ def test_overrides_take_precedence_and_options_of_other_reassemblers_are_ignored
     assert "ignored, since FLAT-LLM has no such option: decomposing_mode, rank" in caplog.text
 
 
-def test_the_architecture_of_dense_and_compressed_models_is_told(model):
-    name = model.config.model_type
-    other = {"llama": "mistral", "mistral": "llama"}[name]
+@pytest.mark.parametrize(("name", "other"), [("llama", "mistral"), ("mistral", "llama")])
+def test_the_architecture_of_dense_and_compressed_models_is_told(name, other):
+    model = tiny_model(name)
     with pytest.raises(InputError, match=f"not '{other}'"):
         FlatLLMReassembler.reassemble(model, TOKENIZER, CONFIG, architecture=other)
     assert FlatLLMReassembler._detect_model_architecture(model) == name
@@ -105,6 +102,8 @@ def test_shares_of_scores_alone_can_be_given(model):
     [
         ({"importance_scores": [0.1] * 3}, "'scores' has 3 entries; the model has 2 layers"),
         ({"rank_allocation": [0.5] * 3}, "'layers' has 3 entries; the model has 2 layers"),
+        ({"rank_allocation": [0.5, float("nan")]}, r"the shares to keep are \[0.5, nan\]"),
+        ({"importance_scores": [0.5, None]}, "importance_scores are unusable"),
         ({"rank_allocation": [0.5, 1.5]}, "'keep' of layer 1 is 1.5; accepted: more than 0, at most 1"),
         (
             {

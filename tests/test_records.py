@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from checkpoints import hub_cache
 from conftest import tiny_model
 from flatllmbench import provenance
 from flatllmbench.provenance import describe_model, hardware, versions
@@ -55,14 +56,10 @@ def test_a_model_is_described_without_reading_its_weights(compressed):
 @pytest.mark.parametrize("has_manifest", [True, False])
 def test_the_base_model_of_a_hub_id_is_read_without_network(compressed, tmp_path, monkeypatch, has_manifest):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    repository = tmp_path / "cache" / "models--someone--small"
-    (repository / "refs").mkdir(parents=True)
-    (repository / "refs" / "main").write_text("0" * 40)
-    (repository / "snapshots").mkdir()
     write_json(compressed / MANIFEST, {"request": {"base_model": "meta-llama/Llama-2-7b-hf"}})
     if not has_manifest:
         (compressed / MANIFEST).unlink()
-    compressed.rename(repository / "snapshots" / ("0" * 40))
+    compressed.rename(hub_cache(tmp_path / "cache", "models--someone--small"))
     described = describe_model("someone/small", tmp_path / "cache")
     assert (described["model"], described["base_model"]) == ("small", "Llama-2-7b-hf" if has_manifest else None)
 

@@ -250,6 +250,11 @@ def test_what_cannot_be_used_is_one_line_and_nothing_is_written(tmp_path, capsys
     assert not out.exists()
     assert report.main([str(tmp_path / "good.json"), "--out", str(path)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+    out.mkdir()
+    (out / "README.md").write_text("# My own project\n")
+    assert report.main([str(tmp_path / "good.json"), "--out", str(out)]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {out / 'README.md'} is no report")
+    (out / "README.md").unlink()
     for name in ("README.md", "perplexity.png"):
         (out / name).mkdir(parents=True)
         assert report.main([str(tmp_path / "good.json"), "--out", str(out)]) == 2

@@ -3,6 +3,7 @@
 The interpreter is given as PYTHON, so that nothing is installed.
 """
 
+import functools
 import json
 import os
 import re
@@ -16,11 +17,12 @@ from itertools import count, takewhile
 from pathlib import Path
 
 import pytest
+from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, Trainer
 
 import compute_rank
 import main
-from conftest import tiny_model
+from conftest import one_line, tiny_model
 from flatllmbench.report import MODELS, TABLE_1
 from flatllmbench.zero_shot import PAPER_TASKS
 from flatllmcore.utils.checkpoint import locked
@@ -318,22 +320,14 @@ def test_the_three_steps_of_the_document_meet(performed, tiny, text, tmp_path):
         == 0
     )
     left = {path: path.stat().st_mtime_ns for path in (tmp_path / "ranks").rglob("*")}
-    performed("llama_7b.sh", NSAMPLES="4", RATIOS="20", **settings)
+    printed = performed("llama_7b.sh", NSAMPLES="4", RATIOS="20", **settings)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "ranks").rglob("*")} == left
     record = json.loads((tmp_path / "records/tiny-llama/tiny-llama_flatllm_20.json").read_text())
     assert record["rank_multiple"] == 2
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "tiny-llama-20").num_parameters() > 0
-
-
-def test_each_experiment_compresses_the_model_of_its_variables(performed, tiny, text, tmp_path):
-    """By one of them; that the others run the same commands is tested further up."""
-    settings = {"MODEL": tiny[0], "DATASET": text, "BI_NSAMPLES": "4", "BI_SCORE": tmp_path / "scores"}
-    printed = performed("llama_7b.sh", SEQLEN="32", NSAMPLES="4", RATIOS="20", OUT=tmp_path / "out", **settings)
-    record = json.loads((tmp_path / "out/records/tiny-llama/tiny-llama_flatllm_20.json").read_text())
-    compressed = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "tiny-llama-20")
+    compressed = AutoModelForCausalLM.from_pretrained(tmp_path / "tiny-llama-20")
     assert compressed.num_parameters() == record["parameters_after"]["total"] < record["parameters_before"]["total"]
     assert f"{record['perplexity'][0]['compressed']:.3f}" in printed
-    assert {path.name for path in (tmp_path / "out").iterdir()} >= {"README.md", "perplexity.png"}
+    assert {path.name for path in tmp_path.iterdir()} >= {"README.md", "perplexity.png"}
 
 
 def test_the_demo_ends_with_a_table_a_picture_and_a_sentence_of_each_model(performed, tiny, text, tmp_path):
@@ -352,8 +346,9 @@ TRIAL = {"SEQLEN": "32", "NSAMPLES": "4", "BI_NSAMPLES": "4", "RATIOS": "20", "R
 
 
 def test_smollm2_makes_records_a_report_and_a_chat_of_a_gguf_and_does_nothing_twice(
-    performed, commands, text, tmp_path
+    performed, commands, text, tmp_path, monkeypatch
 ):
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", functools.cache(TaskManager))  # reads all tasks, for seconds
     out, gguf = tmp_path / "out", tmp_path / "tiny.Q4_1.gguf"
     write_gguf(gguf, "Q4_1", model=tiny_llama(max_position_embeddings=4096))
     settings = {**TRIAL, "GGUF": gguf, "OUT": out, "DATASET": text, "EVAL_DATASET": text, "SKIP_INSTALL": "1"}
@@ -397,7 +392,7 @@ def test_a_gpu_session_names_the_parts_that_failed_and_goes_on(tmp_path):
 
 
 @pytest.mark.slow
-def test_every_part_of_a_gpu_session_runs_at_toy_size_and_writes_its_record(commands, tmp_path, monkeypatch):
+def test_every_part_of_a_gpu_session_runs_at_toy_size_and_writes_its_record(commands, tmp_path, monkeypatch, capsys):
     parts = commands("../benchmarks/gpu_session.sh", DEVICE="cpu", SHAPE="tiny", OUT=tmp_path)
     assert [Path(part[part[0] == "-m"]).stem for part in parts] == [
         *("pytest", "compression_time", "compression_time", "published_loop", "flatllmbench", "attention_kernels"),
@@ -405,12 +400,17 @@ def test_every_part_of_a_gpu_session_runs_at_toy_size_and_writes_its_record(comm
     ]
     monkeypatch.chdir(ROOT)
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    told = []
     for part in parts[1:]:
         is_module = part[0] == "-m"
         fewer = ["--rows", "published"] if "accuracy" in part[0] else []
         monkeypatch.setattr(sys, "argv", [*part[is_module:], *fewer])
         with suppress(SystemExit):  # of those that return a status
             (runpy.run_module if is_module else runpy.run_path)(part[is_module], run_name="__main__")
+        told.append(capsys.readouterr().out)
+    for text in told[:2]:
+        assert text.count(" tokens/s") == 1
+        assert len(re.findall(r"(?m)^\| (?:forward|moments) .*%", text)) == 2
     records = (
         "time_flatllm",
         "time_flatllm+",
@@ -526,6 +526,8 @@ def test_recovery_goes_on_from_a_checkpoint_to_the_same_bytes_and_leaves_an_ordi
     [
         ("recover.py", "{model} {place}/x --steps 0", "accepted: numbers above 0, and a learning rate up to 1"),
         ("recover.py", "{model} {place}", "{place} exists"),
+        ("recover.py", "{model} \udcff", "OUT is PosixPath('\\udcff')"),
+        ("generate.py", "{model} --prompt w1 --max_new_tokens 0", "'{model}' cannot go on"),
         ("generate.py", "{place} --prompt w1", "no usable tokenizer at '{place}'"),
         ("generate.py", "{model} --prompt w1 --chat", "'{model}' cannot chat"),
         ("dequantize.py", "{model} {place}", "{place} is there"),
@@ -533,11 +535,27 @@ def test_recovery_goes_on_from_a_checkpoint_to_the_same_bytes_and_leaves_an_ordi
 )
 def test_a_program_refuses_what_it_cannot_use_in_one_line(tmp_path, tiny, capsys, script, arguments, reason):
     places = {"place": tmp_path, "model": tiny[0]}
-    argv = arguments.format(**places).split()
-    assert runpy.run_path(str(ROOT / "scripts" / script))["main"](argv) == 2
-    out, error = capsys.readouterr()
-    assert (out, error.count("\n")) == ("", 1)
-    assert reason.format(**places) in error
+    program = runpy.run_path(str(ROOT / "scripts" / script))["main"]
+    assert reason.format(**places) in one_line(capsys, program, arguments.format(**places).split())
+
+
+def test_recovery_runs_in_one_process(tiny, tmp_path, capsys, monkeypatch):
+    program = runpy.run_path(str(ROOT / "scripts" / "recover.py"))["main"]
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert "recovery runs in one process" in one_line(capsys, program, [str(tiny[0]), str(tmp_path / "out")])
+
+
+def test_a_dequantised_model_takes_the_place_of_nothing(tiny, tmp_path, capsys):
+    program = runpy.run_path(str(ROOT / "scripts" / "dequantize.py"))["main"]
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "notes").touch()
+    (tmp_path / "link").symlink_to("nowhere")
+    assert "link is there" in one_line(capsys, program, [str(tiny[0]), str(tmp_path / "link")])
+    assert program([str(tiny[0]), str(tmp_path / "out")]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"link", "out", "out.partial"}
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    assert [path.name for path in (tmp_path / "out.partial").iterdir()] == ["notes"]
 
 
 def test_docs_builds_the_reference_where_it_is_asked_to(commands):

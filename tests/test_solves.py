@@ -30,16 +30,6 @@ def test_streamed_moments_equal_the_one_shot_product(width, block, chunks):
     torch.testing.assert_close(total, rows.T @ rows)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_moments_of_low_precision_activations_are_exact_to_float32_sums(dtype, device):
-    """Oracle: the same activations widened to float64 first. The error is that of float32 accumulation."""
-    rows = random(4096, 24).to(device, dtype)
-    total = torch.zeros(24, 24, dtype=torch.float64, device=device)
-    add_moment(total, rows)
-    exact = rows.double().T @ rows.double()
-    assert ((total - exact).tril().norm() / exact.norm()).item() < 1e-6
-
-
 MASSIVE = [1, 0.5, 0.3, 0.2, 0.1, 0.05]
 
 
@@ -66,7 +56,7 @@ def test_massive_activations_give_what_sums_in_float64_give(dtype, largest, devi
     assert ((heads - blocks).abs().max() / ordinary).item() < 1e-5
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_without_massive_activations_a_batch_is_one_product_in_float32(dtype, device):
     """So that ordinary models stay what they were, to the bit; tokens of 15 times the usual length are ordinary."""
     rows = random(512, 96).to(device, dtype)
@@ -78,16 +68,6 @@ def test_without_massive_activations_a_batch_is_one_product_in_float32(dtype, de
     assert torch.equal(total, product)
     per_head = rows.view(512, 3, 32).transpose(0, 1)
     assert torch.equal(heads, float32_product(per_head.mT, per_head).double())
-
-
-def test_head_moments_are_the_products_of_each_head():
-    values = random(30, 3 * 4)
-    total = torch.zeros(3, 4, 4, dtype=torch.float64)
-    add_head_moments(total, values[:10])
-    add_head_moments(total, values[10:])
-    for head in range(3):
-        v = values[:, 4 * head : 4 * head + 4]
-        torch.testing.assert_close(total[head], v.T @ v)
 
 
 def test_the_error_of_projected_values_is_the_sum_of_dropped_eigenvalues():

@@ -1,9 +1,8 @@
-"""The flatllmcore user document's code samples, word for word, and the mistakes that would let them run all the same.
+"""The flatllmcore user document's code samples, word for word, and the names that it lists.
 
 A local folder with a tiny model stands in for the hub id, and a local text for WikiText-2.
 """
 
-import copy
 import json
 import math
 import os
@@ -18,7 +17,6 @@ import pytest
 import torch
 
 import flatllmcore
-import oracle
 from conftest import tiny_model
 from fedcore_stand_in import write_fedcore
 from flatllmcore import (
@@ -26,9 +24,7 @@ from flatllmcore import (
     FlatLLMPruner,
     FlatLLMReassembler,
     ImportancePreservingRankSelector,
-    InputError,
     apply_flat_llm,
-    compute_layer_importance,
 )
 from flatllmcore.layers import (
     FlatLlamaAttention,
@@ -43,6 +39,7 @@ from user_document import SAMPLES
 
 TOKENIZER = word_tokenizer()
 ROOT = Path(__file__).resolve().parents[1]
+IDS = torch.randint(1, 97, (4, 12), generator=torch.Generator().manual_seed(2))
 # Of the document's code blocks themselves, one after the other, so that no formatter changes the copies.
 DIGEST = "f4ea360a4e3ba88e185ae0a03b49517de8d2b0e6699edd6f8a4582106eaf7d56"
 
@@ -218,65 +215,3 @@ class TestComponents:
         assert pruner.get_compression_stats()["sparsity"] == check_sparsity(model) == 0
         assert [layer["keep"] for layer in pruner.get_compression_stats()["layers"]] == [1, 1, 1]
         assert {type(layer) for layer in model.model.layers} == {FlatLlamaDecoderLayer}
-
-    @pytest.mark.parametrize(("preserve_qk_layers", "largest"), [(True, 74), (False, 94)])
-    def test_a_target_of_everything_is_refused_with_the_largest_possible(self, preserve_qk_layers, largest):
-        """``target_sparsity`` goes to 1.0. No text is read for it: none is at hand here."""
-        config = FlatLLMConfig(target_sparsity=1.0, preserve_qk_layers=preserve_qk_layers)
-        with pytest.raises(InputError, match=f"removing 100 % .* the largest possible target is {largest} %"):
-            FlatLLMReassembler.reassemble(tiny_model(), TOKENIZER, config)
-
-
-SMALL = {"cal_nsamples": 24, "seqlen": 32, "device": "cpu", "cal_dataset": documents(120)}
-
-
-@pytest.fixture(scope="module", params=["llama", "mistral"])
-def pair(request):
-    """A dense model whose heads are 12 wide (not 32 / 4), and it compressed; tests/layers has one with biases."""
-    dense = tiny_model(request.param, pad_token_id=0, **{"sliding_window": 6} if request.param == "mistral" else {})
-    compressed = apply_flat_llm(copy.deepcopy(dense), TOKENIZER, target_sparsity=0.4, **SMALL)
-    return dense, compressed
-
-
-IDS = torch.randint(1, 97, (4, 12), generator=torch.Generator().manual_seed(2))
-
-
-class TestTraps:
-    """Mistakes that an earlier module of this name made, each of which leaves the samples running."""
-
-    def test_importance_is_measured_and_not_drawn(self):
-        model = tiny_model()
-        first = compute_layer_importance(model, TOKENIZER, **SMALL)
-        assert first == compute_layer_importance(model, TOKENIZER, **SMALL)
-        for projection in (model.model.layers[1].self_attn.o_proj, model.model.layers[1].mlp.down_proj):
-            torch.nn.init.zeros_(projection.weight)  # an identity layer turns nothing
-        assert compute_layer_importance(model, TOKENIZER, **SMALL)[1] < 1e-6
-
-    def test_weights_shrink(self, pair):
-        """Oracle: the shapes that ranks and widths below the dense ones give, at H = 4, G = 2, d = 12, D = 32."""
-        for layer in pair[1].model.layers:
-            r, k = layer.self_attn.value_head_dim, layer.mlp.down_proj.in_features
-            assert r < 12
-            assert k < 56
-            shapes = {"q_proj": (48, 32), "k_proj": (24, 32), "v_proj": (2 * r, 32), "o_proj": (32, 4 * r)}
-            shapes |= {"gate_proj": (k, 32), "up_proj": (k, 32), "down_proj": (32, k)}
-            found = {name.split(".")[1]: weight for name, weight in layer.named_parameters() if weight.ndim > 1}
-            assert {name: tuple(weight.shape) for name, weight in found.items()} == shapes
-
-    def test_queries_and_keys_are_bitwise_the_dense_ones(self, pair):
-        dense, compressed = (model.state_dict() for model in pair)
-        kept = [name for name in dense if "q_proj" in name or "k_proj" in name]
-        assert len(kept) == 2 * 2
-        assert [name for name in kept if not torch.equal(compressed[name], dense[name])] == []
-
-    def test_calibration_data_decide_the_weights(self):
-        """Oracle: tests/oracle.py on the very windows given."""
-        model = tiny_model()
-        weights, sizes = oracle.weights_and_sizes(model)
-        windows = torch.randint(97, (24, 16), generator=torch.Generator().manual_seed(4))
-        apply_flat_llm(model, target_sparsity=0.4, cal_dataset=windows, device="cpu")
-        ranks = [layer.self_attn.value_head_dim for layer in model.model.layers]
-        widths = [layer.mlp.down_proj.in_features for layer in model.model.layers]
-        expected = oracle.compress(weights, sizes, windows, ranks, widths)
-        for name in (f"model.layers.{layer}.mlp.down_proj.weight" for layer in range(2)):
-            torch.testing.assert_close(model.state_dict()[name], expected[name], rtol=1e-4, atol=1e-5)

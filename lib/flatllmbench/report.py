@@ -118,14 +118,16 @@ def page(runs: Sequence[Record]) -> bytes:
 def write_report(runs: Sequence[Record], out: Path) -> None:
     """Write README.md and its picture, and print their tables of compressions."""
     out = checked(ROWS["save"], out, "--out")
-    markdown, is_drawn = page(runs), bool(of_kind(runs, "compression"))
+    markdown, is_drawn, place = page(runs), bool(of_kind(runs, "compression")), out / "README.md"
+    if place.is_file() and not place.read_bytes().startswith(markdown[:99]):
+        raise InputError(f"{place} is no report; give another folder by --out")
     with door("the perplexities cannot be drawn", "accepted: those of runs that ended well"):
         picture = draw_perplexity(runs) if is_drawn else b""
-    with replacing(out / "README.md") as file:  # it takes its place after the picture, or neither does
+    with replacing(place) as file:  # it takes its place after the picture, or neither does
         file.write(markdown)
         if is_drawn:
             write_atomically(out / "perplexity.png", picture)
-    sys.stdout.write(f"{measured_tables(runs, 'compression')}\nthe report is {out / 'README.md'}\n")
+    sys.stdout.write(f"{measured_tables(runs, 'compression')}\nthe report is {place}\n")
 
 
 def table_1(runs: Sequence[Record]) -> str:

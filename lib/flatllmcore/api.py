@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from .config import FlatLLMConfig
 from .core.importance import LayerImportance
 from .core.rank_allocation import RankAllocation
 from .engine.memory import ModelInMemory
-from .errors import InputError
+from .errors import InputError, door
 from .pipeline import TO_COMPRESS, TO_SCORE, Pipeline
 from .utils.devices import parse_device
 from .utils.layer_utils import check_causal_lm, check_is_dense, count_parameters
@@ -47,7 +47,7 @@ class FlatLLMPruner:
         rank_allocation: RankAllocation | Sequence[float] | None = None,
         **fields: Any,
     ) -> None:
-        self.config = replace(config, **fields) if config else FlatLLMConfig(**fields)
+        self.config = config.changed(**fields) if config else FlatLLMConfig(**fields)
         check_causal_lm(model)
         self.model, self.device = model, device_for(model, self.config.device)
         self._pipeline = Pipeline(model.config, self.config, tokenizer)
@@ -58,6 +58,7 @@ class FlatLLMPruner:
         """Return the importance of every decoder layer; the model is unchanged."""
         return list(self._importance().scores)
 
+    @torch.inference_mode(False)
     def prune_model(self) -> PreTrainedModel:
         """Compress the model and return it, the same object, now of the compressed class, or of its own in stock shape.
 
@@ -109,7 +110,11 @@ class FlatLLMPruner:
         pipeline.announce_target(self.config.keep_ratio)
         if self.config.shape == STOCK:
             return pipeline.selector.stock(self.config.keep_ratio)
-        found = self._importance() if self._scores is None else LayerImportance(tuple(self._scores), 0)
+        if self._scores is None:
+            found = self._importance()
+        else:
+            with door("importance_scores are unusable", "accepted: a number for each layer"):
+                found = LayerImportance(tuple(map(float, self._scores)), 0)
         return pipeline.allocate(self.config.keep_ratio, found.scores, found.curves_in_nats)
 
     def _importance(self) -> LayerImportance:

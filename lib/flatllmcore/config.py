@@ -7,12 +7,12 @@ checkpoint to checkpoint takes. Checks, the flags of ``main.py`` and the README'
 import os
 import re
 from collections.abc import Callable, Collection, Sized
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from math import inf
 from numbers import Integral, Real
 from pathlib import Path
 from types import NoneType
-from typing import Any, get_args
+from typing import Any, Self, get_args
 
 from .errors import InputError
 from .methods import METHODS
@@ -163,6 +163,8 @@ class FlatLLMConfig:
     def __post_init__(self) -> None:
         for row in fields(self):
             object.__setattr__(self, row.name, checked(row, getattr(self, row.name), row.name))
+        asked = {name: getattr(self, name) for name in ("importance_method", "preserve_qk_layers")}
+        object.__setattr__(self, "_asked", asked)
         own = METHODS[self.method].importance_method  # what goes with a method where nothing is asked
         if self.importance_method == "auto":
             object.__setattr__(self, "importance_method", own)
@@ -171,6 +173,10 @@ class FlatLLMConfig:
             object.__setattr__(self, "preserve_qk_layers", not prunes_pairs)
         if self.shape == STOCK:  # also where a config of the other shape was the pattern
             object.__setattr__(self, "preserve_qk_layers", True)
+
+    def changed(self, **changes: Any) -> Self:
+        """Return the config with other fields; what nobody has asked for goes with the method again."""
+        return replace(self, **(vars(self)["_asked"] | changes))
 
     @property
     def keep_ratio(self) -> float:

@@ -56,11 +56,12 @@ _KINDS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _PROJECTION = re.compile(r"(.*\.self_attn)\.(?!o_proj\.bias)([qkvo])_proj\.(?:down\.)?(weight|bias)")
 
 
-def export_gguf(model: str, file: Path, overwrite: bool = False) -> None:
+def export_gguf(model: str, file: Path | str, overwrite: bool = False) -> None:
     """Write a model, a folder or a hub id, to a GGUF file; InputError if llama.cpp has nothing that computes the same.
 
     One weight at a time is in memory; ``file`` is in its place when it is whole.
     """
+    file = Path(file)
     check_is_no_folder(file)
     if file.exists() and not overwrite:
         raise InputError(f"{file} exists; give --overwrite, or another file")
@@ -93,9 +94,10 @@ def export_gguf(model: str, file: Path, overwrite: bool = False) -> None:
         size += weight.nbytes
     check_disk_space(file.parent, size)
     with replacing(file) as lent:
-        writer.write_header_to_file(Path(lent.name))
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
+        with door(f"{model!r} cannot be written as GGUF", "accepted: a config whose numbers fit the format"):
+            writer.write_header_to_file(Path(lent.name))
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
         for _, weight in tensors(lambda name: files.read(name, dtype)):
             with door(f"cannot write {file}", "give a place with more room"):  # of a full disk NumPy gives no number
                 writer.write_tensor_data(weight.contiguous().view(torch.uint8).numpy())

@@ -68,7 +68,13 @@ class Pipeline:
         self.selector.check_target(keep_ratio, self._outlines if is_by_damage else None)
 
     def announce_target(self, keep_ratio: float) -> None:
-        """Log what is going to stay, where :meth:`check_target` does not refuse it."""
+        """Log what is going to stay, where :meth:`check_target` does not refuse it, nor the method what is to go."""
+        method, scores = self.config.method, self.config.importance_method
+        if not self.config.preserve_qk_layers and METHODS[method].prunes_pairs != (scores == DAMAGE):
+            raise InputError(
+                f"{method} does not prune Q and K by {scores} ranks; leave them whole (--no-prune_qk, or "
+                "preserve_qk_layers=True), or take others by importance_method"
+            )
         self.check_target(keep_ratio)
         logger.info(
             "%.2f %% of the decoder layers' linear weights stay, %.2f %% of the projections that are pruned",
@@ -127,7 +133,8 @@ class Pipeline:
             return [load_text(name, "train", **places, tokenizer=self.tokenizer) for name in names], []
         padding_ids = data_utils.padding_ids_of(self.model_config, self.tokenizer)
         most = config.cal_nsamples or TO_COMPRESS
-        data = data_utils.read_calibration_data(config.cal_dataset, most, padding_ids, self.tokenizer)
+        how = (padding_ids, self.tokenizer, config.seqlen or 1)
+        data = data_utils.read_calibration_data(config.cal_dataset, most, *how)
         return ([data], []) if isinstance(data, TextDataset) else ([], data)
 
     def windows(self, published: int) -> Tensor:

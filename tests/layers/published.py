@@ -61,9 +61,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "Llama with biases": {"model_type": "llama", "attention_bias": True, "mlp_bias": True, **shape(4, 2, 32, 56)},
     "SmolLM2-135M": {"model_type": "llama", "is_llama_config": True, "rope_theta": 100000, **shape(9, 3, 72, 96)},
     "Mistral-7B-v0.1": {"model_type": "mistral", "sliding_window": 5, "rope_theta": 10000.0, **shape(4, 1, 32, 56)},
-    "Mistral-Nemo": {"model_type": "mistral", "head_dim": 8, "sliding_window": None, **shape(4, 1, 40, 56)},
     "Qwen2-7B": {**QWEN_2, "tie_word_embeddings": False, **qwen_windows(False, 128, 3), **shape(7, 1, 56, 72)},
-    "Qwen2.5-0.5B": {**QWEN_2, "tie_word_embeddings": True, **qwen_windows(False, 128, 3), **shape(14, 2, 56, 72)},
     "Qwen2 with windows": {**QWEN_2, **qwen_windows(True, 5, 1), **shape(4, 2, 32, 56)},
     "Qwen3-0.6B": {**QWEN_3, "head_dim": 16, "tie_word_embeddings": True, **shape(4, 2, 32, 56)},
     "Qwen3 with biases and windows": {

@@ -9,10 +9,9 @@ from flatllmcore.layers import adopt_compressed_layers, compress_decoder_layer, 
 from .tiny_models import RANKS, WIDTHS, compress, dense_model_of, kept, projected_weights
 
 
-def test_the_config_keeps_everything_else(dense_model):
-    model = dense_model(
-        tie_word_embeddings=True, bos_token_id=5, dtype="bfloat16", max_position_embeddings=77, use_cache=False
-    )
+def test_the_config_keeps_everything_else():
+    fields = {"tie_word_embeddings": True, "bos_token_id": 5, "max_position_embeddings": 77, "use_cache": False}
+    model = dense_model_of("llama", dtype="bfloat16", **fields)
     model.config._name_or_path = "somewhere/base"
     model.set_attn_implementation("eager")
     flat = compressed_config(model.config, kept())
@@ -26,11 +25,11 @@ def test_the_config_keeps_everything_else(dense_model):
     assert [layer.intermediate_size for layer in flat.per_layer_config] == list(WIDTHS)
 
 
-def test_compressed_models_and_other_depths_are_refused(dense_model, flat_model):
+def test_compressed_models_and_other_depths_are_refused():
     with pytest.raises(InputError, match="compressed already"):
-        compressed_config(flat_model().config, kept())
+        compressed_config(compress(dense_model_of("llama")).config, kept())
     with pytest.raises(InputError, match="'kept' has 2 entries; the model has 3 layers"):
-        compressed_config(dense_model().config, kept()[:2])
+        compressed_config(dense_model_of("llama").config, kept()[:2])
 
 
 def test_a_compressed_layer_shares_what_it_keeps_and_copies_what_is_new(dense_model, family):
@@ -56,8 +55,8 @@ def test_a_compressed_layer_shares_what_it_keeps_and_copies_what_is_new(dense_mo
 
 @pytest.mark.parametrize("qk", [(None,) * 3, (7, None, 9)], ids=["Q and K whole", "Q and K pruned"])
 @pytest.mark.parametrize("part", ["self_attn", "mlp"])
-def test_a_part_is_that_of_the_whole_layer(dense_model, part, qk):
-    model = dense_model(attention_bias=True).eval()
+def test_a_part_is_that_of_the_whole_layer(part, qk):
+    model = dense_model_of("llama", attention_bias=True)
     config = compressed_config(model.config, kept(qk=qk))
     for i, dense in enumerate(model.model.layers):
         weights = projected_weights(dense, RANKS[i], WIDTHS[i])[0]
@@ -65,8 +64,7 @@ def test_a_part_is_that_of_the_whole_layer(dense_model, part, qk):
             for name, heads in (("q_proj", 4), ("k_proj", 2)):
                 weights[f"self_attn.{name}.up"] = torch.randn(heads, 16, qk[i])
                 weights[f"self_attn.{name}.down.weight"] = torch.randn(heads * qk[i], 64)
-                if dense.self_attn.q_proj.bias is not None:
-                    weights[f"self_attn.{name}.down.bias"] = torch.randn(heads * qk[i])
+                weights[f"self_attn.{name}.down.bias"] = torch.randn(heads * qk[i])
         expected = compress_decoder_layer(dense, config, i, weights).get_submodule(part)
         own = {name: weight for name, weight in weights.items() if name.startswith(part)}
         found = compress_decoder_layer(dense, config, i, own, part)
@@ -75,8 +73,8 @@ def test_a_part_is_that_of_the_whole_layer(dense_model, part, qk):
         torch.testing.assert_close(found.state_dict(), expected.state_dict(), rtol=0, atol=0)
 
 
-def test_wrong_shapes_and_names_are_refused(dense_model):
-    model = dense_model()
+def test_wrong_shapes_and_names_are_refused():
+    model = dense_model_of("llama")
     config, layer = compressed_config(model.config, kept()), model.model.layers[1]
     weights = projected_weights(layer, RANKS[1], WIDTHS[1])[0]
     with pytest.raises(RuntimeError, match=r"Unexpected key.*mlp\.nothing"):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
 from ..utils.dimensions import ModelDimensions
+from ..utils.names import GRADIENT
 from .curve_allocation import Curves, check_curves
 
 if TYPE_CHECKING:
@@ -75,6 +76,12 @@ class ImportanceScores:
         if fingerprint not in (None, self.fingerprint):
             other = differing_parts(self.fingerprint, fingerprint)
             raise InputError(f"the scores belong to other {other}, of {self.model_id}; score this model anew")
+
+
+def check_importance_method(found: str, asked: str | None) -> None:
+    """Refuse scores by gradients where others are asked for, and others where these are: curves come beside angles."""
+    if asked not in (None, found) and GRADIENT in (found, asked):
+        raise InputError(f"the scores are by {found}, and here it is {asked}; give another --bi_score")
 
 
 def differing_parts(fingerprint: str, other: str) -> str:

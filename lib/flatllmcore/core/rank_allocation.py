@@ -208,6 +208,8 @@ class ImportancePreservingRankSelector:
     def floored(self, keep: Sequence[float], keep_of_values: Sequence[float] | None = None) -> RankAllocation:
         """Return ⌊w·d⌋ and ⌊w·F⌋, at least 1, of given shares, or of others for d; they ask for what they remove."""
         sizes = self.dimensions
+        if not all(map(math.isfinite, keep)):
+            raise InputError(f"the shares to keep are {list(keep)}; accepted: more than 0, at most 1")
         layers = tuple(
             sizes.kept(w, _floor(of_values * sizes.head_dim), _floor(w * sizes.intermediate_size), self.prune_qk)
             for w, of_values in zip(keep, keep_of_values or keep, strict=True)

@@ -9,9 +9,9 @@ from typing import Any, TypeAlias
 from ..errors import InputError
 from ..utils.dimensions import ModelDimensions, check_length
 from ..utils.files import digest, read_json, write_json
-from ..utils.names import GRADIENT, IMPORTANCE_FILE, ranks_file
+from ..utils.names import ANGULAR, IMPORTANCE_FILE, ranks_file
 from .curve_allocation import Curves
-from .importance import ImportanceScores, differing_parts, read_author_numbers
+from .importance import ImportanceScores, check_importance_method, differing_parts, read_author_numbers
 from .rank_allocation import ImportancePreservingRankSelector, RankAllocation
 
 logger = logging.getLogger(__name__)
@@ -97,14 +97,15 @@ def _ranks_of(
     if path.suffix == ".pt":
         numbers = read_author_numbers(path)
         if not path.name.startswith("sparsity_score"):
-            return allocate(numbers, None, None)
+            allocation = allocate(numbers, None, None)
+            check_importance_method(ANGULAR, allocation.importance_method)
+            return allocation
         return selector.floored([1.0 if 1 < share < 1 + SHARE_ROUNDING else share for share in numbers])
     if "scores" in read_json(path, dict[str, Any]):
         scores = read_json(path, ImportanceScores)
         scores.check_matches(selector.dimensions, fingerprint)
         allocation = allocate(scores.scores, scores.curves_in_nats, digest(path.read_bytes()))
-        if scores.method != (asked := allocation.importance_method) and GRADIENT in (scores.method, asked):
-            raise InputError(f"the scores are by {scores.method}, and here it is {asked}; give another --bi_score")
+        check_importance_method(scores.method, allocation.importance_method)
         return allocation
     allocation, scores_file = read_ranks(path), path.with_name(IMPORTANCE_FILE)
     allocation.check_matches(selector.dimensions)

@@ -74,6 +74,9 @@ class Method(Protocol):
     name: str
     importance_method: str  # what ranks are allocated by unless something else is asked for
     follows_dense: bool  # whether the dense model's stream is led on beside the compressed one
+    prunes_pairs: bool = (
+        False  # whether Q and K lose rotary pairs, by damage, and no factors of them are kept, by scores
+    )
 
     def allocate(
         self,

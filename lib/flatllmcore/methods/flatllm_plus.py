@@ -36,6 +36,7 @@ class FlatLLMPlus(Method):
     name = "flatllm+"
     importance_method = "damage"
     follows_dense = True
+    prunes_pairs = True
 
     def words(self, prune_qk: bool) -> str:
         """Return what is done to a layer, for the model card."""

@@ -20,6 +20,7 @@ from .text_sources import TextDataset
 LONGEST_WINDOW = 4096  # the published one
 # A tokenizer works with about 550 bytes per token; one call on a whole C4 shard would take 90 GB.
 _PIECE_CHARACTERS = 2**22
+_INTEGERS = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "int64")  # as NumPy's types compare with
 
 
 def sample_documents(
@@ -105,18 +106,25 @@ def calibration_statistics(windows: Tensor) -> dict[str, int]:
 
 
 def read_calibration_data(
-    cal_dataset: Any, nsamples: int, padding_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase | None = None
+    cal_dataset: Any,
+    nsamples: int,
+    padding_ids: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    seqlen: int = 1,
 ) -> TextDataset | list[Tensor]:
-    """Return the texts given, to sample windows from, or the first ``nsamples`` rows of token ids without padding.
+    """Return the texts given, to sample windows from, or rows of token ids without padding, from the first on.
 
-    ``cal_dataset`` is what ``FlatLLMConfig.cal_dataset`` takes except a name or path; rows are int64 (n,).
-    Conversations are rendered by the tokenizer's chat template.
+    ``cal_dataset`` is what ``FlatLLMConfig.cal_dataset`` takes except a name or path; rows are int64 (n,), at least
+    ``nsamples`` with as many windows of ``seqlen`` in them, if there are. Conversations are rendered by the tokenizer's
+    chat template.
     """
     texts: list[str] = []
     rows: list[Tensor] = []
     if isinstance(cal_dataset, bytes) or hasattr(cal_dataset, "columns"):  # a table gives its columns, not its rows
         raise InputError(f"the calibration data are a {type(cal_dataset).__name__}; accepted: a list of its texts")
-    for batch in [cal_dataset] if isinstance(cal_dataset, Tensor | Mapping) else cal_dataset:
+    is_flat = isinstance(cal_dataset, list | tuple) and len(cal_dataset) > 0 and isinstance(cal_dataset[0], int)
+    is_batch = is_flat or isinstance(cal_dataset, Tensor | Mapping) or getattr(cal_dataset, "dtype", None) in _INTEGERS
+    for batch in [cal_dataset] if is_batch else cal_dataset:
         if isinstance(batch, Mapping) and "input_ids" in batch:
             rows += real_rows(batch["input_ids"], batch.get("attention_mask"), padding_ids)
         elif (records := _text_records(batch)) is None:
@@ -124,11 +132,11 @@ def read_calibration_data(
         else:
             numbered = enumerate(records, len(texts) + 1)
             texts += [document_of(record, "the calibration data", number, tokenizer) for number, record in numbered]
-        if len(rows) >= nsamples:
+        if len(rows) >= nsamples and sum(map(len, rows)) >= nsamples * seqlen:
             break
     if bool(texts) == bool(rows):
         raise InputError("the calibration data are empty or mix texts and token ids; accepted: texts, or token ids")
-    return rows[:nsamples] or TextDataset("the texts given", "train", texts, "\n\n")
+    return rows or TextDataset("the texts given", "train", texts, "\n\n")
 
 
 def _text_records(batch: Any) -> Sequence[Any] | None:

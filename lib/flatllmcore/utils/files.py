@@ -20,7 +20,7 @@ from ..errors import InputError
 
 T = TypeVar("T")
 GIB = 2**30
-LEFT_OVER = ".tmp." + 16 * "?"  # how :func:`replacing` names what it lends
+LEFT_OVER = ".tmp." + 16 * "[0-9a-f]"  # how :func:`replacing` names what it lends
 _LOCK = ".flat-llm.lock"  # not .lock, which other programs put into folders of theirs
 
 

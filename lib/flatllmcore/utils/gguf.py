@@ -4,9 +4,11 @@ import atexit
 import logging
 import re
 from collections import Counter
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -38,6 +40,18 @@ def checkpoint_folder(model: str) -> str:
     return model
 
 
+def _complete(get: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the reader's way to get numbers, which raises at the end of the file: its own goes on with empty ones."""
+
+    def get_all(reader: Any, offset: int, dtype: Any, count: int = 1, **order: Any) -> Any:
+        found = get(reader, offset, dtype, count, **order)
+        if len(found) < count:
+            raise ValueError(f"it ends within the {count} numbers at byte {offset}")
+        return found
+
+    return get_all
+
+
 @cache  # of a file as it is now
 def _dequantised(file: Path, _modified_ns: int) -> str:
     """Return a checkpoint in float32, whose config says in which type it is meant to be; it goes when the process ends.
@@ -54,7 +68,8 @@ def _dequantised(file: Path, _modified_ns: int) -> str:
         from transformers import GgufConfig
 
         # Or transformers would read the file again for the config, the weights and the tokenizer, for seconds each.
-        with patch.object(gguf, "GGUFReader", cache(gguf.GGUFReader)):
+        whole = patch.object(gguf.GGUFReader, "_get", _complete(gguf.GGUFReader._get))
+        with whole, patch.object(gguf, "GGUFReader", cache(gguf.GGUFReader)):
             reader = gguf.GGUFReader(str(file))
             tensors, licence = reader.tensors, reader.fields.get("general.license")
             check_disk_space(folder, sum(int(tensor.n_elements) for tensor in tensors) * torch.float32.itemsize)

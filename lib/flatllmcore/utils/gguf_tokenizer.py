@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from ..errors import InputError
+from ..errors import InputError, door
 
 _LLAMA_3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -69,7 +69,8 @@ def add_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerBase, vocab_size: i
     writer.add_add_bos_token(ids[0] == tokenizer.bos_token_id)
     writer.add_add_eos_token(ids[-1] == tokenizer.eos_token_id)
     if tokenizer.chat_template:
-        writer.add_chat_template(tokenizer.get_chat_template())
+        with door("no chat template to write", "accepted: one, or several with one called default"):
+            writer.add_chat_template(tokenizer.get_chat_template())
 
 
 def _cuts(step: Any) -> list[str]:

@@ -148,7 +148,7 @@ def count_parameters(model: PreTrainedModel) -> dict[str, int]:
 def check_sparsity(model: PreTrainedModel) -> float:
     """Return the share of the dense model's linear weights in decoder layers that is zero or has been removed, 0 to 1.
 
-    Two factors that stand for one weight count as they are.
+    Two factors that stand for one weight count as they are. A model of stock shape is a dense one, which lacks nothing.
     """
     dimensions = dense_dimensions(model.config)
     nonzero = sum(int(weight.count_nonzero()) for weight in find_decoder_layers(model).parameters() if weight.ndim > 1)

@@ -50,13 +50,15 @@ def load_model(model: str, *, dtype: str = "auto", cache_dir: Path | None = None
     skeleton, files, stored = open_checkpoint(model, cache_dir)
     cast_to = stored if dtype == "auto" else getattr(torch, dtype)
     with door(f"{model!r} cannot be loaded", "accepted: a model that transformers loads"):
-        return type(skeleton).from_pretrained(
+        loaded = type(skeleton).from_pretrained(
             None,  # given a folder it would look for weights by itself, and add an adapter that lies beside them
             config=skeleton.config,
             dtype=cast_to,
             state_dict={name: files.read(name, cast_to) for name in stored_tensors(skeleton)},
             generation_config=skeleton.generation_config,
         )
+    loaded.name_or_path = loaded.config.name_or_path = ""  # and not "None", which PEFT looks for on the hub
+    return loaded
 
 
 def open_checkpoint(model: str, cache_dir: Path | None) -> tuple[PreTrainedModel, "WeightFiles", torch.dtype]:
