@@ -31,10 +31,7 @@ class Options(RunConfig):
     """
 
     sparsity_ratio: list[int] = option(
-        20,
-        integer(1, 95),
-        "percentage of the decoder layers' linear weights that is removed, 1 to 95, or several",
-        is_list=True,
+        20, integer(1, 95), "percent of the decoder layers' linear weights to remove, 1 to 95, or several", is_list=True
     )
     cal_nsamples: int | None = option(None, integer(1, MOST), "windows of text (128 for scores, 256 to compress)")
     prune_qk: bool | None = option(
@@ -42,9 +39,7 @@ class Options(RunConfig):
         SWITCH,
         "prune Q and K too: two factors of each are kept, or rotary pairs by damage (flatllm+ does by itself)",
     )
-    prune_method: str = option(
-        "flatllm", one_of(("bi", *METHODS)), "flatllm or flatllm+ compresses; bi writes importance scores"
-    )
+    prune_method: str = option("flatllm", one_of(("bi", *METHODS)), "flatllm, flatllm+: compress; bi: write scores")
     save: Path = option(Path("logs"), PATH, "folder for logs and records")
     eval_zero_shot: bool = option(
         False, SWITCH, "evaluate the compressed model on tasks of the evaluation harness (package lm_eval)"
@@ -52,11 +47,9 @@ class Options(RunConfig):
     tasks: list[str] | None = option(
         None,
         TASK_NAMES,
-        "tasks or groups of tasks, A,B (the paper's seven, MMLU with 5 examples and the others with none)",
+        "tasks or groups of tasks, A,B (the paper's seven: MMLU with 5 examples, the others with none)",
     )
-    num_fewshot: int | None = option(
-        None, integer(0), "examples before every question (the paper's; others as they are defined)"
-    )
+    num_fewshot: int | None = option(None, integer(0), "examples before each question (the paper's, or as defined)")
     limit: int | None = option(None, integer(1), "questions of every task, for a trial (all)")
     include_path: str | None = option(None, FOLDER, "folder with task definitions of your own")
     eval_batch_size: int = option(8, integer(1), "questions run at a time")
@@ -74,9 +67,9 @@ class Options(RunConfig):
     def record_place(self) -> Path:
         """Where the record goes, and with another suffix the log, which several ratios share."""
         ratios = "-".join(map(str, dict.fromkeys((min(self.sparsity_ratio), max(self.sparsity_ratio)))))
-        method = f"{self.prune_method}_stock" if self.shape == STOCK else self.prune_method
-        bi = "bi" if self.importance_method == ANGULAR else f"bi_{self.importance_method}"
-        stage = bi if self.prune_method == "bi" else f"{method}_{ratios}"
+        scores = "" if self.importance_method == ANGULAR else f"_{self.importance_method}"
+        shape = "_stock" if self.shape == STOCK else ""
+        stage = f"{self.prune_method}{scores if self.prune_method == 'bi' else f'{shape}_{ratios}'}"
         return self.save / f"{model_name(self.model)}_{stage}.json"
 
     def each_ratio(self) -> list["Options"]:
