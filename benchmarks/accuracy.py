@@ -15,6 +15,7 @@ A row is written to ``--out`` as soon as it is there, and is not done again.
     dense        ... led towards the dense model's stream
     damage       ... with ranks by curves of damage
     flatllm+     ... with rotary pairs of Q and K in the budget: the method
+    gradients    ... with errors weighed by the gradients of 16 windows
 """
 
 import argparse
@@ -37,9 +38,10 @@ from flatllmbench.tables import markdown_table
 from flatllmcore.core.importance import LayerImportance
 from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector, RankAllocation
 from flatllmcore.engine.compress import compress_layers
-from flatllmcore.engine.importance import layer_importance
+from flatllmcore.engine.importance import layer_importance, loss_metrics
 from flatllmcore.engine.memory import ModelInMemory
 from flatllmcore.engine.protocols import Method
+from flatllmcore.engine.walk import spread
 from flatllmcore.methods import METHODS, flatllm_plus
 from flatllmcore.utils.data_utils import consecutive_windows, sample_mixture
 from flatllmcore.utils.devices import parse_device, peak_memory_gib
@@ -51,7 +53,8 @@ from flatllmcore.utils.text_sources import load_text
 from obs_peer import ObsPeer, channels_only, uniform_allocation
 
 ROWS = ("published", "published-uniform", "published-stock", "obs", "obs-mlp", "values", "dense", "damage")
-ROWS += ("flatllm+", "flatllm+-stock")
+ROWS += ("flatllm+", "gradients", "flatllm+-stock")
+GRADIENT_WINDOWS = 16
 
 
 def main() -> None:
@@ -139,9 +142,10 @@ def plan(
     if row.endswith("stock"):
         allocation = ImportancePreservingRankSelector(dimensions, width_multiple=2, shape=STOCK).stock(keep_ratio)
         return method, allocation, allocation.parameters_after
-    selector = ImportancePreservingRankSelector(dimensions, rank_multiple=2, prune_qk=row == "flatllm+")
+    selector = ImportancePreservingRankSelector(dimensions, rank_multiple=2, prune_qk=row in ("flatllm+", "gradients"))
     scores = [1.0] * dimensions.num_layers if row.endswith("uniform") else found.scores
-    allocation = selector.allocate(scores, keep_ratio, found.curves_in_nats if row in ("damage", "flatllm+") else None)
+    is_by_damage = row in ("damage", "flatllm+", "gradients")
+    allocation = selector.allocate(scores, keep_ratio, found.curves_in_nats if is_by_damage else None)
     return method, allocation, allocation.parameters_after
 
 
@@ -157,8 +161,11 @@ def compressed(
     """Return a compressed copy of a model, what it keeps, and the linear weights that are left."""
     source = ModelInMemory(copy.deepcopy(model), device)
     method, allocation, parameters = plan(dimensions_from_config(model.config), found, row, 1 - percent / 100)
+    how: dict[str, Any] = {"batch_size": batch_size, "tolerance": 0.96}
+    if row == "gradients":
+        how["metrics"] = loss_metrics(source, spread(windows, GRADIENT_WINDOWS), batch_size)
     with patch.object(flatllm_plus, "SHARE", 0.0 if row == "values" else flatllm_plus.SHARE):
-        config, _ = compress_layers(source, source, windows, method, allocation, batch_size=batch_size, tolerance=0.96)
+        config, _ = compress_layers(source, source, windows, method, allocation, **how)
     return source.adopt(config), allocation, parameters
 
 

@@ -19,7 +19,7 @@ from conftest import tiny_model
 from flatllmcore.core.importance import angles_between
 from flatllmcore.core.rank_allocation import RankAllocation
 from flatllmcore.engine.compress import compress_layers
-from flatllmcore.engine.importance import layer_importance
+from flatllmcore.engine.importance import layer_importance, loss_metrics
 from flatllmcore.engine.memory import ModelInMemory
 from flatllmcore.engine.perplexity import perplexity
 from flatllmcore.engine.reuse import is_worth_keeping, written
@@ -280,6 +280,25 @@ def test_gradient_importance_equals_finite_differences(model, windows):
         changes = (losses(layer, token, 1 + epsilon) - losses(layer, token, 1 - epsilon) for token in range(4))
         total = sum(change.abs().sum().item() for change in changes)
         assert found[layer] == pytest.approx(total / (2 * epsilon) / windows.numel(), rel=2e-3)
+
+
+def test_metrics_are_the_moments_of_the_loss_s_gradients(model, windows):
+    """Oracle: one backward pass of the whole model over all windows."""
+    outputs = []
+
+    def keep(_module, _inputs, output):
+        output.retain_grad()
+        outputs.append(output)
+
+    hooks = [layer.register_forward_hook(keep) for layer in model.model.layers]
+    logits = model(windows).logits[:, :-1]
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten(), reduction="sum").backward()
+    for hook in hooks:
+        hook.remove()
+    found = loss_metrics(ModelInMemory(model, CPU), windows, 5)
+    for metric, output in zip(found, outputs, strict=True):
+        expected = output.grad.flatten(0, 1).mT @ output.grad.flatten(0, 1)
+        torch.testing.assert_close(metric, (expected / expected.diagonal().mean()).double(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

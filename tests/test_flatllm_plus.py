@@ -501,6 +501,30 @@ def test_the_result_does_not_depend_on_the_batch_size(model, windows):
     assert_same_up_to_sign(together, source.adopt(config))
 
 
+def test_channels_whose_output_costs_nothing_go_first(windows):
+    """Where metrics say what costs: the first fifth of the channels writes to half of the directions alone."""
+    model = tiny_model()
+    width, channels = model.config.hidden_size // 2, model.config.intermediate_size // 5
+    for layer in model.model.layers:
+        layer.mlp.down_proj.weight.data[:width, :channels] = 0
+    costs = torch.zeros(2, 2 * width, 2 * width, dtype=torch.float64)
+    costs[:, :width, :width] = torch.eye(width, dtype=torch.float64)
+    sizes = dimensions_from_config(model.config)
+    allocation = RankAllocation(
+        10.0, False, 1, sizes, (Kept(0.9, sizes.head_dim, sizes.intermediate_size - channels),) * 2
+    )
+    gates = []
+    for metrics in (None, torch.eye(2 * width, dtype=torch.float64).expand(2, -1, -1), costs):
+        source = ModelInMemory(copy.deepcopy(model), CPU)
+        how = {"batch_size": 5, "tolerance": 0.96, "metrics": metrics}
+        small = source.adopt(compress_layers(source, source, windows, PLUS, allocation, **how)[0])
+        gates.append([layer.mlp.gate_proj.weight for layer in small.model.layers])
+    for plain, same, weighed, layer in zip(*gates, model.model.layers, strict=True):
+        assert torch.equal(plain, same)
+        assert torch.equal(weighed, layer.mlp.gate_proj.weight[channels:])
+        assert not torch.equal(weighed, plain)
+
+
 @pytest.mark.parametrize(("family", "overrides"), VARIANTS[1:3])
 def test_the_folder_is_that_of_the_model_compressed_in_memory(tmp_path, windows, family, overrides):
     folder = save_tiny_checkpoint(tmp_path / "dense", family, **overrides)

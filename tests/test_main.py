@@ -509,6 +509,14 @@ def test_ranks_and_scores_by_another_importance_method_are_refused(here, refused
     assert "score elsewhere by damage" in refused("--importance_method", "damage")
 
 
+def test_gradients_weigh_errors_where_they_are_asked_for(here, refused):
+    weighed = ("--prune_method", "flatllm+", "--bi_score", "plus", "--gradient_nsamples", "3")
+    for folder, flags in (("plain", weighed[:4]), ("memory", weighed), ("disk", (*weighed, "--out_of_core"))):
+        assert run(*flags, "--save_model", folder) == 0
+    assert shards("memory") == shards("disk") != shards("plain")
+    assert "flatllm weighs no errors by gradients" in refused("--gradient_nsamples", "3")
+
+
 @pytest.mark.parametrize("flags", [(), ("--out_of_core",)], ids=["memory", "disk"])
 def test_a_quantization_config_over_plain_weights_is_left_out(here, flags):
     edit("llama/config.json", quantization_config={"quant_method": "gptq", "bits": 4})

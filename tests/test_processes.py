@@ -51,7 +51,7 @@ def solve_by_narrow_blocks():
     cholesky.BLOCK = 16  # four of 56 channels
 
 
-PLUS = ["--prune_method", "flatllm+"]
+PLUS = ["--prune_method", "flatllm+", "--gradient_nsamples", "2"]
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_a_group_gives_what_one_process_gives(copied, count, flags):
             assert torch.equal(weight, expected[name]), name
         # an eigenvector's sign is anybody's choice
         pair = [w.abs() if "self_attn" in name else w for w in (weight, expected[name])]
-        torch.testing.assert_close(*pair, rtol=1e-5, atol=1e-8, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(*pair, rtol=1e-5, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,8 @@ def test_shares_are_whole_batches_where_each_process_has_one(monkeypatch, window
 
 
 @pytest.mark.parametrize(
-    "flags", [*(["--prune_method", name] for name in METHODS), ["--shape", "stock", "--width_multiple", "8"]]
+    "flags",
+    [*(["--prune_method", name] for name in METHODS), [*PLUS[:-1], "4"], ["--shape", "stock", "--width_multiple", "8"]],
 )
 def test_a_group_with_whole_batches_gives_the_bytes_of_one_process(tmp_path, flags):
     """In bf16, where a sum over other batches may round a weight otherwise."""

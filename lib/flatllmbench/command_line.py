@@ -82,11 +82,10 @@ class Options(RunConfig):
 
 ROWS = {row.name: row for row in fields(Options)}
 _ALIASES = {"cal_dataset": "dataset", "cal_nsamples": "nsamples", "tolerance": "tol"}
-_WITHOUT_FLAG = ("target_sparsity", "preserve_qk_layers", "method")
 _FIRST = ("model", "prune_method", "sparsity_ratio", "cal_dataset", "eval_dataset", "eval_nsamples", "save_model")
 _ORDER = dict.fromkeys((*_FIRST, "tolerance", "cal_nsamples", "prune_qk", *ROWS))
 # Names of flags without dashes, by field; those that everybody needs come first.
-FLAGS = {name: _ALIASES.get(name, name) for name in _ORDER if name not in _WITHOUT_FLAG}
+FLAGS = {of: _ALIASES.get(of, of) for of in _ORDER if of not in ("target_sparsity", "preserve_qk_layers", "method")}
 
 
 def parse_options(argv: Sequence[str] | None, description: str) -> tuple[Options, dict[str, Any]]:

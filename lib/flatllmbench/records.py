@@ -62,6 +62,6 @@ def identity(run: Record) -> tuple[str, str | None, float]:
 def settings(run: Record) -> str:
     """Return what a compression depends on beside its model and the share removed."""
     windows = f"{run['kind']} on {run['dataset']}, {run['nsamples']} × {run['seqlen']} tokens, seed {run['seed']}"
-    if run.get("shape") == STOCK:
-        return f"{windows}, stock shape"
-    return f"{windows}, multiples of {run['rank_multiple']}{', Q and K pruned' if run['prune_qk'] else ''}"
+    weighed = f", gradients of {count} windows" if (count := run.get("gradient_nsamples")) else ""
+    shape = "stock shape" if run.get("shape") == STOCK else f"multiples of {run['rank_multiple']}"
+    return f"{windows}{weighed}, {shape}{', Q and K pruned' if run['prune_qk'] else ''}"

@@ -72,6 +72,7 @@ class FlatLLMPruner:
         if self._stats is not None:  # of the stock shape, which is a dense model's
             raise InputError("the model is compressed already; make another FlatLLMPruner to compress it again")
         pipeline, before = self._pipeline, count_parameters(self.model)
+        pipeline.check_method()
         allocation = self._allocation()
         with in_memory(self.model, self.device) as source:
             flat_config, layers = pipeline.compress(source, source, pipeline.windows(TO_COMPRESS), allocation)

@@ -116,6 +116,7 @@ class CheckpointRun:
         All differ from the run's own config in the share removed and in the folder alone. Refused are ``configs`` that
         cannot be met, or whose partial folder is of another request, and models ``published`` of another.
         """
+        self.pipeline.check_method()
         for config in configs:
             place = config.score_place
             if not (place.is_file() or (place / ranks_file(100 * config.target_sparsity)).is_file()):
@@ -224,6 +225,7 @@ class CheckpointRun:
             "nsamples": len(self.windows),
             "seqlen": self.pipeline.seqlen,
             "seed": config.seed,
+            "gradient_nsamples": config.gradient_nsamples,
             "rounded_to": getattr(self.pipeline.model_config, "rounded_to", None),
             "licence": stated_licence(found_file(config.model, MODEL_CARD, config.cache_dir)),
         }

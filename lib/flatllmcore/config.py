@@ -131,6 +131,11 @@ class FlatLLMConfig:
         "what ranks are allocated by: angular or gradient scores, or curves of damage; auto is damage for flatllm+, "
         "else angular",
     )
+    gradient_nsamples: int = option(
+        0,
+        integer(0, MOST),
+        "windows by whose loss gradients flatllm+ weighs errors: more accurate, for one backward pass (none)",
+    )
     preserve_qk_layers: bool | None = option(
         None, SWITCH, "leave Q and K whole; None: unless flatllm+ allocates by damage, where they lose rotary pairs"
     )

@@ -6,8 +6,9 @@ another, for ``main.py``.
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -18,8 +19,9 @@ from .core.importance import LayerImportance
 from .core.rank_allocation import ImportancePreservingRankSelector, RankAllocation
 from .core.rotary_pairs import has_free_pairs
 from .engine.compress import compress_layers
-from .engine.importance import layer_importance
+from .engine.importance import layer_importance, loss_metrics
 from .engine.protocols import LayerRecord, LayerSink, LayerSource
+from .engine.walk import spread
 from .errors import InputError
 from .methods import METHODS
 from .utils import data_utils
@@ -42,6 +44,7 @@ class Pipeline:
     model_config: PretrainedConfig
     config: FlatLLMConfig
     tokenizer: PreTrainedTokenizerBase | None = None
+    _metrics: Tensor | None = field(default=None, init=False)  # of the dense model, for all ratios
 
     def __post_init__(self) -> None:
         family, method, scores = family_name(self.model_config), self.config.method, self.config.importance_method
@@ -67,14 +70,19 @@ class Pipeline:
         is_by_damage = self.config.importance_method == DAMAGE and self.config.shape != STOCK
         self.selector.check_target(keep_ratio, self._outlines if is_by_damage else None)
 
-    def announce_target(self, keep_ratio: float) -> None:
-        """Log what is going to stay, where :meth:`check_target` does not refuse it, nor the method what is to go."""
+    def check_method(self) -> None:
+        """Refuse what the method does not do."""
         method, scores = self.config.method, self.config.importance_method
         if not self.config.preserve_qk_layers and METHODS[method].prunes_pairs != (scores == DAMAGE):
             raise InputError(
                 f"{method} does not prune Q and K by {scores} ranks; leave them whole (--no-prune_qk, or "
                 "preserve_qk_layers=True), or take others by importance_method"
             )
+        if self.config.gradient_nsamples and not METHODS[method].follows_dense:
+            raise InputError(f"{method} weighs no errors by gradients; leave gradient_nsamples at 0")
+
+    def announce_target(self, keep_ratio: float) -> None:
+        """Log what is going to stay, where :meth:`check_target` does not refuse it."""
         self.check_target(keep_ratio)
         logger.info(
             "%.2f %% of the decoder layers' linear weights stay, %.2f %% of the projections that are pruned",
@@ -111,8 +119,11 @@ class Pipeline:
         self, source: LayerSource, sink: LayerSink, windows: Tensor, allocation: RankAllocation
     ) -> tuple[PretrainedConfig, list[LayerRecord]]:
         """Compress all layers of ``source`` into ``sink``; return the compressed config and a record of each."""
-        method, batch_size, tolerance = METHODS[self.config.method], self.batch_size(windows), self.config.tolerance
-        return compress_layers(source, sink, windows, method, allocation, batch_size=batch_size, tolerance=tolerance)
+        method, count = METHODS[self.config.method], self.config.gradient_nsamples
+        how: dict[str, Any] = {"batch_size": self.batch_size(windows), "tolerance": self.config.tolerance}
+        if count and self._metrics is None and len(sink.finished) < source.num_layers:
+            self._metrics = loss_metrics(source, spread(windows, count), how["batch_size"])
+        return compress_layers(source, sink, windows, method, allocation, **how, metrics=self._metrics)
 
     def batch_size(self, windows: Tensor) -> int:
         """Return how many windows run at a time."""

@@ -18,7 +18,19 @@ from ..utils.layer_utils import WRITERS, DecoderModule, stored_tensors
 from ..utils.processes import all_reduce, broadcast
 from ..utils.progress import progress
 from ..utils.stopwatch import stage
-from .protocols import DENSE, HELD_OUT, STREAM, LayerRecord, LayerSink, LayerSource, Method, Solution, Step, Sums
+from .protocols import (
+    DENSE,
+    HELD_OUT,
+    METRIC,
+    STREAM,
+    LayerRecord,
+    LayerSink,
+    LayerSource,
+    Method,
+    Solution,
+    Step,
+    Sums,
+)
 from .reuse import is_worth_keeping, shallow_copy, written
 from .walk import Walk, check_finite, forward_of, lent_layer, solves, tapped
 
@@ -37,6 +49,7 @@ def compress_layers(
     *,
     batch_size: int,
     tolerance: float,
+    metrics: Tensor | None = None,
 ) -> tuple[PretrainedConfig, list[LayerRecord]]:
     """Compress every decoder layer of ``source`` into ``sink``; return the compressed config and a record per layer.
 
@@ -44,7 +57,9 @@ def compress_layers(
     costs one forward pass per step of the method, and what these leave of one compressed (see ``reuse.py``); one that
     the sink has from an earlier run costs no more, and no solve of what it holds. The result depends on ``batch_size``,
     windows of ``windows``, (N, S), run at a time, only by rounding, and not on ``tolerance``, the share of eigenvalue
-    mass that is monitored. Stages counted: ``read``, ``forward``, ``moments``, ``reduce``, ``solves`` and ``write``.
+    mass that is monitored. ``metrics``, (L, D, D), where there are some, say what errors of a layer's output cost by
+    direction: steps find theirs as ``METRIC`` beside their sums. Stages counted: ``read``, ``forward``, ``moments``,
+    ``reduce``, ``solves`` and ``write``.
     InputError if a layer's activations are not finite, or a layer cannot be solved.
     """
     method.check(allocation, windows.numel())
@@ -53,7 +68,7 @@ def compress_layers(
     if unfinished:
         dense_walk = Walk(source, windows, batch_size) if method.follows_dense else None
         walk, last = Walk(source, windows, batch_size), unfinished[-1]
-        loop = _Loop(walk, dense_walk, sink, method, allocation, flat_config, tolerance, last)
+        loop = _Loop(walk, dense_walk, sink, method, allocation, flat_config, tolerance, last, metrics)
         for index in progress(range(last + 1), "compress", "layer"):
             if index in sink.finished:
                 loop.skip(index)
@@ -72,6 +87,7 @@ class _Loop:
     flat_config: PretrainedConfig
     tolerance: float
     last: int  # layer to do, behind which nobody asks for hidden states
+    metrics: Tensor | None
 
     def skip(self, index: int) -> None:
         """Lead the hidden states through a layer that is finished, as they were led when it was."""
@@ -171,6 +187,8 @@ class _Loop:
     def _solved(self, index: int, layer: DecoderModule, step: Step, read: Tensor | None) -> Solution:
         """Return the solution of a step; where there is room for it, ``read`` is then what the part's writer reads."""
         sums = self._summed(index, layer, step, read)
+        if self.metrics is not None:
+            sums[METRIC] = self.metrics[index].to(self.walk.source.device)
         with solves(index):
             return step.solve(layer, sums)
 

@@ -23,7 +23,7 @@ from ..utils.processes import all_reduce
 from ..utils.stopwatch import stage
 from .perplexity import LOGIT_ROWS
 from .protocols import CHANNELS, KEYS, QUERIES, LayerSource, zero_sums
-from .walk import Walk, forward_of, solves
+from .walk import Walk, forward_of, solves, spread
 
 ATTENDED = "self_attn.o_proj.input"
 MIDDLE = "post_attention_layernorm.input"  # the stream between attention and MLP
@@ -117,9 +117,8 @@ class OutputCost:
     """
 
     def __init__(self, source: LayerSource, windows: Tensor, batch_size: int) -> None:
-        count, layers = min(PROBE_WINDOWS, len(windows)), source.num_layers
-        spread = torch.arange(count) * len(windows) // count
-        self.walk = walk = Walk(source, windows[spread, :PROBE_LENGTH], batch_size)
+        layers = source.num_layers
+        self.walk = walk = Walk(source, spread(windows, PROBE_WINDOWS)[:, :PROBE_LENGTH], batch_size)
         room = source.storage.empty((layers * len(walk.states), *walk.states.shape[1:]), source.dtype, source.device)
         self._streams = room.view(layers, *walk.states.shape)
         self._damages = torch.zeros(layers, 2, dtype=torch.float64, device=source.device)

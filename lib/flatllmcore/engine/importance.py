@@ -1,7 +1,7 @@
 """Step 1 of the method: how much each decoder layer matters, by the method's own score or by another."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -10,6 +10,8 @@ from torch.nn.functional import cross_entropy
 
 from ..core.curve_allocation import scaled
 from ..core.importance import LayerImportance, angles_between
+from ..errors import InputError
+from ..utils.devices import float32_product
 from ..utils.names import ANGULAR, DAMAGE, GRADIENT
 from ..utils.processes import all_reduce, own_share
 from ..utils.progress import progress
@@ -69,20 +71,47 @@ def angular_importance(
     return LayerImportance(scores, int(sums[1].sum()), in_nats)
 
 
-@torch.no_grad()
 def gradient_importance(source: LayerSource, windows: Tensor, batch_size: int) -> LayerImportance:
     """Score every layer by the mean over tokens of ``Σ_d |∂loss/∂h_d · h_d|`` with ``h`` the layer's output.
 
     The first-order Taylor estimate of what taking away each hidden unit does to a window's mean next-token loss.
     Absolute values per unit: the final norm makes the loss blind to the length of the last layer's output, so there the
     products of a token sum to zero whatever the layer does.
+    """
+    totals = torch.zeros(source.num_layers, dtype=torch.float64, device=source.device)
+    for index, outputs, gradient in _loss_gradients(source, windows, batch_size):
+        totals[index] += (gradient * outputs).abs().sum(dtype=torch.float64)
+    all_reduce(totals)
+    return LayerImportance(tuple((totals / (windows.numel() * (windows.shape[1] - 1))).tolist()), zero_rows=0)
+
+
+def loss_metrics(source: LayerSource, windows: Tensor, batch_size: int) -> Tensor:
+    """Return what errors of each layer's output cost by direction: ``Γ = Σ g gᵀ``, (L, D, D), float64, on the host.
+
+    ``g`` is the gradient of a window's next-token loss at a token there; the mean of Γ's diagonal is 1.
+    """
+    width = source.config.hidden_size
+    metrics = torch.zeros(source.num_layers, width, width, dtype=torch.float64)
+    for index, _, gradient in _loss_gradients(source, windows, batch_size):
+        rows = gradient.flatten(0, 1).float()
+        metrics[index] += float32_product(rows.mT, rows).cpu()
+    all_reduce(metrics)
+    means = metrics.diagonal(dim1=1, dim2=2).mean(1)
+    if not ((means > 0) & means.isfinite()).all():
+        raise InputError(f"gradients of the loss vanish, or have no bounds, in {source.dtype}; a wider dtype may help")
+    return metrics / means[:, None, None]
+
+
+@torch.no_grad()
+def _loss_gradients(source: LayerSource, windows: Tensor, batch_size: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Yield, batch by batch, from the last layer to the first, its index, its output and the gradient there, (b, S, D).
 
     On the device are one batch's hidden states at every layer boundary, ``(L + 1)·batch·S·D`` numbers, and one layer,
     which runs again to carry the gradient back: every batch borrows each layer twice, not all of them together once.
     """
     arguments = layer_arguments(source, windows.shape[1])
-    totals = torch.zeros(source.num_layers, dtype=torch.float64, device=source.device)
-    for ids in progress(own_share(windows, batch_size).split(batch_size), "gradient importance", "batch"):
+    share = own_share(windows, batch_size)
+    for ids in progress(share.split(batch_size) if len(share) else (), "gradients", "batch"):
         with source.embedding() as embed:
             states = [embed(ids)]  # states[l + 1] is the output of layer l
         with stage("forward"):
@@ -93,14 +122,12 @@ def gradient_importance(source: LayerSource, windows: Tensor, batch_size: int) -
         with stage("backward"):
             gradient = _loss_gradient(source, states[-1], ids.to(source.device))
             for index in reversed(range(source.num_layers)):
-                totals[index] += (gradient * states[index + 1]).abs().sum(dtype=torch.float64)
+                yield index, states[index + 1], gradient
                 if index > 0:
                     with lent_layer(source, index) as layer, torch.enable_grad():
                         inputs = states[index].detach().requires_grad_()
                         outputs = layer(inputs, **arguments[index])
                         (gradient,) = torch.autograd.grad(outputs, inputs, gradient)
-    all_reduce(totals)
-    return LayerImportance(tuple((totals / windows.numel()).tolist()), zero_rows=0)
 
 
 _WAYS: dict[str, Callable[[LayerSource, Tensor, int], LayerImportance]] = {  # by IMPORTANCE_METHODS
@@ -111,12 +138,12 @@ _WAYS: dict[str, Callable[[LayerSource, Tensor, int], LayerImportance]] = {  # b
 
 
 def _loss_gradient(source: LayerSource, states: Tensor, ids: Tensor) -> Tensor:
-    """Return the gradient of each window's mean loss at the last layer's output, window by window, (batch, S, D)."""
+    """Return the gradient of each window's summed loss at the last layer's output, window by window, (batch, S, D)."""
     gradient = torch.zeros_like(states)
     with source.head() as logits_of, torch.enable_grad():
         for window, targets, part in zip(states, ids, gradient, strict=True):
             inputs = window[:-1].detach().requires_grad_()
             logits = logits_of(inputs)
-            loss = cross_entropy(logits, targets[1:])
+            loss = cross_entropy(logits, targets[1:], reduction="sum")
             part[:-1] = torch.autograd.grad(loss, inputs)[0]
     return gradient

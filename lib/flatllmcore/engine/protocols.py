@@ -24,6 +24,7 @@ QUERIES, KEYS = "self_attn.q_proj.output", "self_attn.k_proj.output"  # taps
 CHANNELS = "mlp.down_proj.input"
 STREAM, DENSE, HELD_OUT = "stream", "dense", "held out"  # what steps see beside taps if the method asks
 TOKENS = "tokens"  # a sum: how many there were
+METRIC = "metric"  # beside the sums: what errors of the layer's output cost by direction, (D, D), where it was measured
 
 
 def zero_sums(layer: DecoderModule, shapes: Mapping[str, tuple[int, ...]]) -> Sums:

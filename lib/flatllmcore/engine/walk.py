@@ -69,6 +69,12 @@ class Walk:
             stored.copy_(self.run(forward_of(layer, part), index, states))
 
 
+def spread(windows: Tensor, count: int) -> Tensor:
+    """Return ``count`` of the windows, (N, S), or all if there are fewer, evenly spread: they stand text by text."""
+    count = min(count, len(windows))
+    return windows[torch.arange(count) * len(windows) // count]
+
+
 @contextmanager
 def lent_layer(source: LayerSource, index: int) -> Iterator[DecoderModule]:
     """Lend decoder layer ``index``; waiting for it counts as the stage ``read``."""

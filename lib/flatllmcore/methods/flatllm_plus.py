@@ -15,11 +15,11 @@ from ..core.attention_pca import heads_projected, project_output
 from ..core.channel_obs import channels_by_damage
 from ..core.mlp_nystrom import ENOUGH_TOKENS_PER_CHANNEL, channels_kept
 from ..core.moments import add_cross_moment, add_moment, inverse_length, mirror_lower_triangle
-from ..core.output_pca import output_bases
+from ..core.output_pca import output_bases, square_root
 from ..core.rank_allocation import RankAllocation
 from ..core.refit import led_towards
 from ..core.rotary_pairs import pair_energies, without_pairs
-from ..engine.protocols import DENSE, HELD_OUT, KEYS, QUERIES, STREAM, TOKENS, Method, Solution, Sums, zero_sums
+from ..engine.protocols import DENSE, HELD_OUT, KEYS, METRIC, QUERIES, STREAM, TOKENS, Method, Solution, Sums, zero_sums
 from ..errors import InputError
 from ..utils.dimensions import Kept, ModelDimensions
 from ..utils.layer_utils import WRITERS, DecoderModule
@@ -134,9 +134,10 @@ class OutputStep:
         for name in ("fit C", "held C"):
             mirror_lower_triangle(sums[name])
         narrow = self._narrowed_values if self.part == "self_attn" else self._narrowed_channels
-        narrowed, weights = narrow(layer, sums["fit C"] + sums["held C"], int(sums[TOKENS]))
         name = f"{WRITERS[self.part]}.weight"
         weight = layer.get_parameter(name).double()
+        felt = square_root(sums[METRIC]) @ weight if METRIC in sums else weight  # what of its output costs anything
+        narrowed, weights = narrow(layer, felt, sums["fit C"] + sums["held C"], int(sums[TOKENS]))
         moments = []
         own, stream = [], []  # crossed with its own output, and with what is missing of the dense stream
         for of in ("fit", "held"):
@@ -147,17 +148,19 @@ class OutputStep:
         fitted = led_towards(narrowed(weight), moments, own, 1.0)
         return Solution(weights | {name: led_towards(fitted, moments, stream, SHARE)})
 
-    def _narrowed_values(self, layer: DecoderModule, moment: Tensor, _: int) -> tuple[Narrowing, dict[str, Tensor]]:
+    def _narrowed_values(
+        self, layer: DecoderModule, weight: Tensor, moment: Tensor, _: int
+    ) -> tuple[Narrowing, dict[str, Tensor]]:
         sizes, attention = self.dimensions, layer.self_attn
-        bases = output_bases(moment, attention.o_proj.weight, sizes.num_kv_heads, sizes.head_dim)
+        bases = output_bases(moment, weight, sizes.num_kv_heads, sizes.head_dim)
         bases = bases[..., : self.leaves.value_rank]
         values = heads_projected(attention.v_proj, "self_attn.v_proj", bases)
         return (lambda matrix: project_output(matrix, bases)), values
 
     def _narrowed_channels(
-        self, layer: DecoderModule, moment: Tensor, tokens: int
+        self, layer: DecoderModule, weight: Tensor, moment: Tensor, tokens: int
     ) -> tuple[Narrowing, dict[str, Tensor]]:
         sizes, mlp = self.dimensions, layer.mlp
         removed = sizes.intermediate_size - self.leaves.mlp_width
-        stay, _ = channels_by_damage(mlp.down_proj.weight, moment, removed, tokens)
+        stay, _ = channels_by_damage(weight, moment, removed, tokens)
         return (lambda matrix: matrix[:, stay]), channels_kept(mlp, stay)
