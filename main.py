@@ -12,7 +12,6 @@ and else scores the model on the way.
 
 import logging
 import os
-import signal
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -190,7 +189,4 @@ class Program:
 
 
 if __name__ == "__main__":
-    for ending in (signal.SIGTERM, signal.SIGHUP):  # as exits, so that temporary folders go
-        if signal.getsignal(ending) is signal.SIG_DFL:  # nohup has the latter ignored
-            signal.signal(ending, lambda number, _: sys.exit(128 + number))
     sys.exit(main())

@@ -5,6 +5,7 @@ import lzma
 import os
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import datasets
 import huggingface_hub
@@ -188,6 +189,15 @@ class TestConsecutiveWindows:
             assert "".join(pieces) == text.separator.join(text.documents)
             assert torch.equal(consecutive_windows(text, TOKENIZER, 1), whole)
             assert torch.equal(consecutive_windows(text, TOKENIZER, 1, 3), whole[:3])
+
+    def test_a_very_long_document_is_tokenised_by_its_lines(self, monkeypatch):
+        document, words, read = "w1 w2\nw3 w4 w5\n\nw6\n" + "w7 " * 9, word_tokenizer(), []
+        whole = words(document, add_special_tokens=False)["input_ids"]
+        monkeypatch.setattr(data_utils, "_LONGEST_PIECE", 9)  # a third of the last line, which has no end
+        watched = Mock(side_effect=lambda piece, **how: read.append(piece) or words(piece, **how), name_or_path="")
+        assert data_utils._encode(watched, document) == whole
+        assert "".join(read) == document
+        assert read[:3] == ["w1 w2\n", "w3 w4 w5\n", "\nw6\n"]
 
     def test_what_is_behind_the_windows_asked_for_is_not_tokenised(self, monkeypatch):
         """Pieces are documents here; BOS, three tokens of the first and the separator's are in the first piece."""

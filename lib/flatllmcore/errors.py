@@ -3,10 +3,11 @@
 import errno
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import BufferedWriter, FileIO, TextIOWrapper
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,14 @@ class _Stream(FileIO):
 
 
 def open_streams() -> None:
-    """Let stdout and stderr be closed, now or later, and show by its number a character that their encoding lacks."""
+    """Let stdout and stderr be closed, now or later, and show by its number a character that their encoding lacks.
+
+    Signals that end the program are exits from then on, so that temporary folders go.
+    """
+    for ending in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(ending) is signal.SIG_DFL:  # nohup has the latter ignored
+            with suppress(ValueError):  # not in the main thread
+                signal.signal(ending, lambda number, _: sys.exit(128 + number))
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:  # closed from the start: no file that is opened later gets its number
             os.dup2(os.open(os.devnull, os.O_RDWR), number)

@@ -19,7 +19,7 @@ from .text_sources import TextDataset
 
 LONGEST_WINDOW = 4096  # the published one
 # A tokenizer works with about 550 bytes per token; one call on a whole C4 shard would take 90 GB.
-_PIECE_CHARACTERS = 2**22
+_PIECE_CHARACTERS, _LONGEST_PIECE = 2**22, 2**23
 _INTEGERS = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "int64")  # as NumPy's types compare with
 
 
@@ -218,9 +218,19 @@ def _without_padding(ids: Tensor, padding_ids: Sequence[int]) -> Tensor:
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool = False) -> list[int]:
-    # verbose: a text longer than the model takes is meant here, so no warning about it.
+    """Return the ids of a text, piece by piece where it is very long: pieces end with a line, or at the longest."""
+    ids: list[int] = []
+    start = 0
     with door(f"the tokenizer at {tokenizer.name_or_path!r} cannot read the text", "mend its files, or the text"):
-        return tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
+        while start == 0 or start < len(text):
+            end = min(len(text), start + _LONGEST_PIECE)
+            if end < len(text):
+                end = text.rfind("\n", start, end) + 1 or end
+            # verbose: a text longer than the model takes is meant here, so no warning about it.
+            piece = tokenizer(text[start:end], add_special_tokens=add_special_tokens and not start, verbose=False)
+            ids += piece["input_ids"]
+            start = max(end, 1)
+    return ids
 
 
 def _pieces(text: TextDataset) -> Iterator[str]:
