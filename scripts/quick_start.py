@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def compress(folder: Path) -> None:
-    """Do so, and say what came of it; a folder that cannot be used is one line."""
+    """Compress the model in a folder, save and reload it, and print sizes and text; InputError if it is unusable."""
     model, tokenizer = load_model(str(folder)), load_tokenizer(str(folder))
     parameters_before = model.num_parameters()
 

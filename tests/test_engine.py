@@ -296,9 +296,17 @@ def test_metrics_are_the_moments_of_the_loss_s_gradients(model, windows):
     for hook in hooks:
         hook.remove()
     found = loss_metrics(ModelInMemory(model, CPU), windows, 5)
-    for metric, output in zip(found, outputs, strict=True):
+    for upper, output in zip(found, outputs, strict=True):
+        assert torch.equal(upper, upper.triu())
         expected = output.grad.flatten(0, 1).mT @ output.grad.flatten(0, 1)
-        torch.testing.assert_close(metric, (expected / expected.diagonal().mean()).double(), rtol=1e-4, atol=1e-5)
+        expected = (expected / expected.diagonal().mean()).double()
+        torch.testing.assert_close(upper.mT @ upper, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_layer_whose_gradients_vanish_is_named(model, windows):
+    model.model.norm.weight.data.zero_()
+    with pytest.raises(InputError, match=r"layer 0 has gradients of mean square 0\.0 in"):
+        loss_metrics(ModelInMemory(model, CPU), windows, 5)
 
 
 @pytest.mark.parametrize(

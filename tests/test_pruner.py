@@ -236,7 +236,8 @@ class TestCalibrationData:
             (torch.arange(1, 7)[:, None], 3, [[1, 2, 3], [4, 5, 6]]),  # rows of one token
             ([[0, 5, 0, 6, 0, 0]], 3, [[5, 0, 6]]),  # a padding id between real tokens stays
             ([1, 2, 3, 4, 5, 6], 3, [[1, 2, 3], [4, 5, 6]]),  # one row
-            (np.arange(1, 7), 3, [[1, 2, 3], [4, 5, 6]]),
+            *((row, 3, [[1, 2, 3], [4, 5, 6]]) for row in (np.arange(1, 7), list(np.arange(1, 7)), range(1, 7))),
+            (list(torch.arange(1, 7)), 3, [[1, 2, 3], [4, 5, 6]]),
         ],
     )
     def test_rows_are_joined_without_padding_and_cut(self, data, seqlen, windows):
@@ -246,7 +247,10 @@ class TestCalibrationData:
     def test_rows_are_read_until_there_are_windows_enough(self):
         rows = read_calibration_data(([1, 2, 3] for _ in range(99)), 4, (), seqlen=8)
         assert len(windows_of_rows(rows, 8)) == 4
-        assert len(read_calibration_data([[1] * 9] * 99, 4, ())) == 4
+        batches = [[1] * 10] * 4 + [[1] * 100] * 4
+        for size in (1, 4, 8):  # without a length the first rows are all
+            assert read_calibration_data(DataLoader(batches, size, collate_fn=list), 4, ())[0].shape == (10,)
+            assert len(read_calibration_data(DataLoader(batches, size, collate_fn=list), 4, ())) == 4
 
     def test_the_padding_id_is_the_tokenizers_then_the_models_then_what_ends_a_text(self):
         config = tiny_model(pad_token_id=4, eos_token_id=[7, 8]).config
@@ -366,7 +370,11 @@ def test_q_and_k_that_a_method_does_not_prune_so_are_refused_before_any_work(fie
 def test_a_model_compressed_under_inference_mode_can_be_trained(texts):
     model = tiny_model()
     with torch.inference_mode():
-        apply_flat_llm(model, TOKENIZER, cal_dataset=texts, **SMALL)
+        with pytest.raises(InputError, match=r"was made under torch\.inference_mode"):
+            FlatLLMPruner(tiny_model())
+        pruner = FlatLLMPruner(model, TOKENIZER, cal_dataset=texts, importance_method="gradient", **SMALL)
+        assert len(pruner.compute_importance_scores()) == 2
+        pruner.prune_model()
     assert not any(parameter.is_inference() for parameter in model.parameters())
 
 

@@ -119,7 +119,7 @@ def write_report(runs: Sequence[Record], out: Path) -> None:
     """Write README.md and its picture, and print their tables of compressions."""
     out = checked(ROWS["save"], out, "--out")
     markdown, is_drawn, place = page(runs), bool(of_kind(runs, "compression")), out / "README.md"
-    if place.is_file() and not place.read_bytes().startswith(markdown[:99]):
+    if place.is_file() and not place.read_bytes().startswith(_REPORT.partition("`")[0].encode()):
         raise InputError(f"{place} is no report; give another folder by --out")
     with door("the perplexities cannot be drawn", "accepted: those of runs that ended well"):
         picture = draw_perplexity(runs) if is_drawn else b""

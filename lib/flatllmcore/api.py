@@ -54,6 +54,7 @@ class FlatLLMPruner:
         self._scores, self._ranks = importance_scores, rank_allocation
         self._stats: dict[str, Any] | None = None
 
+    @torch.inference_mode(False)  # else gradients are refused, and weights that are made could never be trained
     def compute_importance_scores(self) -> list[float]:
         """Return the importance of every decoder layer; the model is unchanged."""
         return list(self._importance().scores)

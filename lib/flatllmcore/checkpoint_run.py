@@ -225,7 +225,7 @@ class CheckpointRun:
             "nsamples": len(self.windows),
             "seqlen": self.pipeline.seqlen,
             "seed": config.seed,
-            "gradient_nsamples": config.gradient_nsamples,
+            "gradient_nsamples": min(config.gradient_nsamples, len(self.windows)),
             "rounded_to": getattr(self.pipeline.model_config, "rounded_to", None),
             "licence": stated_licence(found_file(config.model, MODEL_CARD, config.cache_dir)),
         }

@@ -180,7 +180,10 @@ class FlatLLMConfig:
             object.__setattr__(self, "preserve_qk_layers", True)
 
     def changed(self, **changes: Any) -> Self:
-        """Return the config with other fields; what nobody has asked for goes with the method again."""
+        """Return the config with other fields; what nobody has asked for goes with the method again.
+
+        To ``dataclasses.replace`` all fields are asked for.
+        """
         return replace(self, **(vars(self)["_asked"] | changes))
 
     @property

@@ -78,7 +78,7 @@ class Pipeline:
                 f"{method} does not prune Q and K by {scores} ranks; leave them whole (--no-prune_qk, or "
                 "preserve_qk_layers=True), or take others by importance_method"
             )
-        if self.config.gradient_nsamples and not METHODS[method].follows_dense:
+        if self.config.gradient_nsamples and not METHODS[method].weighs_errors:
             raise InputError(f"{method} weighs no errors by gradients; leave gradient_nsamples at 0")
 
     def announce_target(self, keep_ratio: float) -> None:
@@ -144,7 +144,7 @@ class Pipeline:
             return [load_text(name, "train", **places, tokenizer=self.tokenizer) for name in names], []
         padding_ids = data_utils.padding_ids_of(self.model_config, self.tokenizer)
         most = config.cal_nsamples or TO_COMPRESS
-        how = (padding_ids, self.tokenizer, config.seqlen or 1)
+        how = (padding_ids, self.tokenizer, config.seqlen)
         data = data_utils.read_calibration_data(config.cal_dataset, most, *how)
         return ([data], []) if isinstance(data, TextDataset) else ([], data)
 

@@ -19,9 +19,9 @@ def channels_by_damage(
 ) -> tuple[Tensor, list[tuple[int, float]]]:
     """Return the channels that stay, rising, and the damage ``‖ΔW z‖²`` of each number removed on the way.
 
-    ``weight`` is (D, F) and ``moment`` ``Σ z zᵀ``, float64, (F, F). Channel ``j`` costs ``‖W_:j‖² / [H⁻¹]_jj`` with
-    ``H = C + ridge``; those that cost least go, a 32nd of all at a time, and the weights and ``H⁻¹`` of the others make
-    up for them.
+    ``weight`` is (D, F), times a metric's factor where errors are weighed, and ``moment`` ``Σ z zᵀ``, float64, (F, F).
+    Channel ``j`` costs ``‖W_:j‖² / [H⁻¹]_jj`` with ``H = C + ridge``; those that cost least go, a 32nd of all at a
+    time, and the weights and ``H⁻¹`` of the others make up for them.
     """
     inverse, weight = inverted(with_ridge(moment, ridge_for(tokens, len(moment)))), weight.double()
     left = torch.arange(len(moment), device=moment.device)

@@ -79,7 +79,7 @@ class ImportanceScores:
 
 
 def check_importance_method(found: str, asked: str | None) -> None:
-    """Refuse scores by gradients where others are asked for, and others where these are: curves come beside angles."""
+    """Refuse gradient scores where angular ones or curves are asked for, and the reverse: curves hold angles too."""
     if asked not in (None, found) and GRADIENT in (found, asked):
         raise InputError(f"the scores are by {found}, and here it is {asked}; give another --bi_score")
 

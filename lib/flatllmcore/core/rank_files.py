@@ -100,7 +100,8 @@ def _ranks_of(
             allocation = allocate(numbers, None, None)
             check_importance_method(ANGULAR, allocation.importance_method)
             return allocation
-        return selector.floored([1.0 if 1 < share < 1 + SHARE_ROUNDING else share for share in numbers])
+        shares = [1.0 if 1 < share < 1 + SHARE_ROUNDING else share for share in numbers]
+        return replace(selector.floored(shares), importance_method=ANGULAR)
     if "scores" in read_json(path, dict[str, Any]):
         scores = read_json(path, ImportanceScores)
         scores.check_matches(selector.dimensions, fingerprint)

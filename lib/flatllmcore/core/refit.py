@@ -39,6 +39,11 @@ def solved_with_least(ridges: Sequence[float], moment: Tensor, cross: Tensor) ->
     return solved_from_right(with_ridge(moment, ridges[-1]), cross)
 
 
+def upper_factor(moment: Tensor) -> Tensor:
+    """Return ``U`` with ``Uᵀ U = C``, (n, n), of a moment that few tokens may make singular: by a ridge of 1e-6."""
+    return _factor(with_ridge(moment, 1e-6)).mT
+
+
 def inverted(moment: Tensor) -> Tensor:
     """Return ``C⁻¹`` of a moment (n, n); ArithmeticError if it is not positive definite."""
     return torch.cholesky_inverse(_factor(moment))

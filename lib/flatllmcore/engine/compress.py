@@ -57,8 +57,8 @@ def compress_layers(
     costs one forward pass per step of the method, and what these leave of one compressed (see ``reuse.py``); one that
     the sink has from an earlier run costs no more, and no solve of what it holds. The result depends on ``batch_size``,
     windows of ``windows``, (N, S), run at a time, only by rounding, and not on ``tolerance``, the share of eigenvalue
-    mass that is monitored. ``metrics``, (L, D, D), where there are some, say what errors of a layer's output cost by
-    direction: steps find theirs as ``METRIC`` beside their sums. Stages counted: ``read``, ``forward``, ``moments``,
+    mass that is monitored. ``metrics``, (L, D, D), where there are some, say what errors of a layer's output cost:
+    steps find theirs as ``METRIC`` beside their sums. Stages counted: ``read``, ``forward``, ``moments``,
     ``reduce``, ``solves`` and ``write``.
     InputError if a layer's activations are not finite, or a layer cannot be solved.
     """

@@ -1,6 +1,7 @@
 """Step 1 of the method: how much each decoder layer matters, by the method's own score or by another."""
 
 import logging
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -10,6 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from ..core.curve_allocation import scaled
 from ..core.importance import LayerImportance, angles_between
+from ..core.refit import upper_factor
 from ..errors import InputError
 from ..utils.devices import float32_product
 from ..utils.names import ANGULAR, DAMAGE, GRADIENT
@@ -19,7 +21,7 @@ from ..utils.stopwatch import stage
 from .damage import LayerDamage, OutputCost
 from .memory import layer_arguments
 from .protocols import LayerSource
-from .walk import Walk, check_finite, lent_layer, tapped
+from .walk import Walk, check_finite, lent_layer, solves, tapped
 
 logger = logging.getLogger(__name__)
 
@@ -86,20 +88,25 @@ def gradient_importance(source: LayerSource, windows: Tensor, batch_size: int) -
 
 
 def loss_metrics(source: LayerSource, windows: Tensor, batch_size: int) -> Tensor:
-    """Return what errors of each layer's output cost by direction: ``Γ = Σ g gᵀ``, (L, D, D), float64, on the host.
+    """Return what errors of each layer's output cost by direction: ``U`` with ``Uᵀ U = Γ``, (L, D, D), float64.
 
-    ``g`` is the gradient of a window's next-token loss at a token there; the mean of Γ's diagonal is 1.
+    ``Γ = Σ g gᵀ`` of the gradients ``g`` of each window's next-token loss at the tokens of ``windows``, (N, S), over
+    the mean of its diagonal. They are where hidden states would be. InputError if a layer's gradients vanish or have no
+    bounds.
     """
-    width = source.config.hidden_size
-    metrics = torch.zeros(source.num_layers, width, width, dtype=torch.float64)
+    shape = (source.num_layers, *2 * [source.config.hidden_size])
+    metrics = source.storage.empty(shape, torch.float64, source.device, "what errors cost").zero_()
     for index, _, gradient in _loss_gradients(source, windows, batch_size):
         rows = gradient.flatten(0, 1).float()
-        metrics[index] += float32_product(rows.mT, rows).cpu()
-    all_reduce(metrics)
-    means = metrics.diagonal(dim1=1, dim2=2).mean(1)
-    if not ((means > 0) & means.isfinite()).all():
-        raise InputError(f"gradients of the loss vanish, or have no bounds, in {source.dtype}; a wider dtype may help")
-    return metrics / means[:, None, None]
+        metrics[index] += float32_product(rows.mT, rows).to(metrics.device)
+    for index, metric in enumerate(metrics):
+        all_reduce(metric)
+        mean = metric.diagonal().mean().item()
+        if not 0 < mean < math.inf:
+            raise InputError(f"layer {index} has gradients of mean square {mean} in {source.dtype}; try a wider dtype")
+        with solves(index):
+            metric.copy_(upper_factor(metric.to(source.device) / mean))
+    return metrics
 
 
 @torch.no_grad()

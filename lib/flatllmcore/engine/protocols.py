@@ -24,7 +24,7 @@ QUERIES, KEYS = "self_attn.q_proj.output", "self_attn.k_proj.output"  # taps
 CHANNELS = "mlp.down_proj.input"
 STREAM, DENSE, HELD_OUT = "stream", "dense", "held out"  # what steps see beside taps if the method asks
 TOKENS = "tokens"  # a sum: how many there were
-METRIC = "metric"  # beside the sums: what errors of the layer's output cost by direction, (D, D), where it was measured
+METRIC = "metric"  # beside sums, where measured: U, (D, D), so that ‖U e‖² is what an error e of the output costs
 
 
 def zero_sums(layer: DecoderModule, shapes: Mapping[str, tuple[int, ...]]) -> Sums:
@@ -75,9 +75,8 @@ class Method(Protocol):
     name: str
     importance_method: str  # what ranks are allocated by unless something else is asked for
     follows_dense: bool  # whether the dense model's stream is led on beside the compressed one
-    prunes_pairs: bool = (
-        False  # whether Q and K lose rotary pairs, by damage, and no factors of them are kept, by scores
-    )
+    prunes_pairs: bool = False  # Q and K are pruned by pairs, by damage, and not by factors, by scores
+    weighs_errors: bool = False  # by ``METRIC``, where that is asked for
 
     def allocate(
         self,

@@ -50,12 +50,15 @@ class StatesStorage:
             share, free = _SHARE_OF_DEVICE, free_device_memory(device)
         return torch.empty(*shape, dtype=dtype, device=device) if size <= share * free else None
 
-    def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Return an uninitialised tensor where hidden states of this shape belong."""
+    def empty(
+        self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, what: str = "hidden states"
+    ) -> Tensor:
+        """Return an uninitialised tensor where hidden states of this shape belong, or ``what`` else is said to."""
         size = torch.Size(shape).numel() * dtype.itemsize
         place, folder = self.place(size, device), self._folder()
         where = {"device": device, "host": "host memory", "file": f"a file in {folder}"}[place]
-        logger.info("hidden states of %d windows: %.2f GiB on %s", shape[0], size / GIB, where)
+        of = f"{what} of {shape[0]} {'windows' if what == 'hidden states' else 'layers'}"
+        logger.info("%s: %.2f GiB on %s", of, size / GIB, where)
         if place != "file":
             return torch.empty(*shape, dtype=dtype, device=device if place == "device" else "cpu")
         folder.mkdir(parents=True, exist_ok=True)

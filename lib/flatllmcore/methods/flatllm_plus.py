@@ -15,7 +15,7 @@ from ..core.attention_pca import heads_projected, project_output
 from ..core.channel_obs import channels_by_damage
 from ..core.mlp_nystrom import ENOUGH_TOKENS_PER_CHANNEL, channels_kept
 from ..core.moments import add_cross_moment, add_moment, inverse_length, mirror_lower_triangle
-from ..core.output_pca import output_bases, square_root
+from ..core.output_pca import output_bases
 from ..core.rank_allocation import RankAllocation
 from ..core.refit import led_towards
 from ..core.rotary_pairs import pair_energies, without_pairs
@@ -37,6 +37,7 @@ class FlatLLMPlus(Method):
     importance_method = "damage"
     follows_dense = True
     prunes_pairs = True
+    weighs_errors = True
 
     def words(self, prune_qk: bool) -> str:
         """Return what is done to a layer, for the model card."""
@@ -136,8 +137,8 @@ class OutputStep:
         narrow = self._narrowed_values if self.part == "self_attn" else self._narrowed_channels
         name = f"{WRITERS[self.part]}.weight"
         weight = layer.get_parameter(name).double()
-        felt = square_root(sums[METRIC]) @ weight if METRIC in sums else weight  # what of its output costs anything
-        narrowed, weights = narrow(layer, felt, sums["fit C"] + sums["held C"], int(sums[TOKENS]))
+        weighed = sums[METRIC] @ weight if METRIC in sums else weight  # (D, in)
+        narrowed, weights = narrow(layer, weighed, sums["fit C"] + sums["held C"], int(sums[TOKENS]))
         moments = []
         own, stream = [], []  # crossed with its own output, and with what is missing of the dense stream
         for of in ("fit", "held"):

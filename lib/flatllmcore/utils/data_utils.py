@@ -6,6 +6,7 @@ Windows are cut from token ids, never from text made of tokens again, so every o
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import cycle, islice
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -20,7 +21,6 @@ from .text_sources import TextDataset
 LONGEST_WINDOW = 4096  # the published one
 # A tokenizer works with about 550 bytes per token; one call on a whole C4 shard would take 90 GB.
 _PIECE_CHARACTERS, _LONGEST_PIECE = 2**22, 2**23
-_INTEGERS = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "int64")  # as NumPy's types compare with
 
 
 def sample_documents(
@@ -110,33 +110,43 @@ def read_calibration_data(
     nsamples: int,
     padding_ids: Sequence[int],
     tokenizer: PreTrainedTokenizerBase | None = None,
-    seqlen: int = 1,
+    seqlen: int | None = None,
 ) -> TextDataset | list[Tensor]:
     """Return the texts given, to sample windows from, or rows of token ids without padding, from the first on.
 
-    ``cal_dataset`` is what ``FlatLLMConfig.cal_dataset`` takes except a name or path; rows are int64 (n,), at least
-    ``nsamples`` with as many windows of ``seqlen`` in them, if there are. Conversations are rendered by the tokenizer's
-    chat template.
+    ``cal_dataset`` is what ``FlatLLMConfig.cal_dataset`` takes except a name or path; rows are int64 (n,), ``nsamples``
+    of them, or enough for as many windows of ``seqlen`` where that is given. Conversations are rendered by the
+    tokenizer's chat template.
     """
     texts: list[str] = []
     rows: list[Tensor] = []
+    tokens = 0
     if isinstance(cal_dataset, bytes) or hasattr(cal_dataset, "columns"):  # a table gives its columns, not its rows
         raise InputError(f"the calibration data are a {type(cal_dataset).__name__}; accepted: a list of its texts")
-    is_flat = isinstance(cal_dataset, list | tuple) and len(cal_dataset) > 0 and isinstance(cal_dataset[0], int)
-    is_batch = is_flat or isinstance(cal_dataset, Tensor | Mapping) or getattr(cal_dataset, "dtype", None) in _INTEGERS
+    is_batch = isinstance(cal_dataset, Tensor | Mapping) or _is_row_or_array(cal_dataset)
     for batch in [cal_dataset] if is_batch else cal_dataset:
+        found: list[Tensor] = []
         if isinstance(batch, Mapping) and "input_ids" in batch:
-            rows += real_rows(batch["input_ids"], batch.get("attention_mask"), padding_ids)
+            found = real_rows(batch["input_ids"], batch.get("attention_mask"), padding_ids)
         elif (records := _text_records(batch)) is None:
-            rows += real_rows(batch, None, padding_ids)
+            found = real_rows(batch, None, padding_ids)
         else:
             numbered = enumerate(records, len(texts) + 1)
             texts += [document_of(record, "the calibration data", number, tokenizer) for number, record in numbered]
-        if len(rows) >= nsamples and sum(map(len, rows)) >= nsamples * seqlen:
+        rows += found
+        tokens += sum(map(len, found))
+        if len(rows) >= nsamples and tokens >= nsamples * (seqlen or 0):
             break
     if bool(texts) == bool(rows):
         raise InputError("the calibration data are empty or mix texts and token ids; accepted: texts, or token ids")
-    return rows or TextDataset("the texts given", "train", texts, "\n\n")
+    return rows[: None if seqlen else nsamples] or TextDataset("the texts given", "train", texts, "\n\n")
+
+
+def _is_row_or_array(data: Any) -> bool:
+    """Tell whether data are one row of token ids, of any kind of numbers, or a NumPy array of them."""
+    first = data[0] if isinstance(data, Sequence) and len(data) > 0 else None
+    is_array = getattr(getattr(data, "dtype", None), "kind", None) in ("i", "u")  # NumPy's kinds of integers
+    return is_array or isinstance(first, Integral) or getattr(first, "ndim", None) == 0
 
 
 def _text_records(batch: Any) -> Sequence[Any] | None:

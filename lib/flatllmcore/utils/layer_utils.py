@@ -97,6 +97,8 @@ def check_causal_lm(model: PreTrainedModel) -> None:
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise InputError(f"the weight {name} is offloaded; load the model without a device map, or on the CPU")
+        if parameter.is_inference():
+            raise InputError(f"the weight {name} was made under torch.inference_mode(); load the model outside of it")
         if parameter.dtype not in WEIGHT_DTYPES.values():
             raise InputError(f"the weight {name} is {parameter.dtype}; accepted: models that are not quantised")
     with torch.device("meta"):
