@@ -73,13 +73,14 @@ def test_a_group_gives_what_one_process_gives(copied, count, flags):
     for kind in ("dense", "compressed"):
         assert found[kind] == pytest.approx(expected[kind], rel=1e-6)
     found, expected = weights_in(group / "out"), weights_in(alone / "out")
+    atol = 1e-6 if PLUS[-1] in flags[2:] else 1e-8  # gradients are float32, and batches of one window here
     assert found.keys() == expected.keys()
     for name, weight in found.items():
         if "gate_proj" in name or "up_proj" in name:  # rows of the dense matrix: the same channels are kept
             assert torch.equal(weight, expected[name]), name
         # an eigenvector's sign is anybody's choice
         pair = [w.abs() if "self_attn" in name else w for w in (weight, expected[name])]
-        torch.testing.assert_close(*pair, rtol=1e-5, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(*pair, rtol=1e-5, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize(
