@@ -6,7 +6,7 @@ from typing import Any
 
 from flatllmcore.utils.names import model_name
 
-from .records import Record, dense_model, identity, mean_accuracy, of_kind, settings
+from .records import Record, as_evaluation, dense_model, identity, mean_accuracy, of_kind, settings
 from .tables import grouped
 
 
@@ -56,7 +56,7 @@ def draw_perplexity(runs: Sequence[Record]) -> bytes:
         axes.set_title(name, parse_math=False)
         axes.margins(0.08)
     shown = {label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    for text in figure.legend(shown.values(), shown, loc="outside lower center", frameon=False).get_texts():
+    for text in figure.legend(shown.values(), shown, loc="outside lower center", frameon=False, fontsize=8).get_texts():
         text.set_parse_math(False)
     return _png(figure)
 
@@ -73,9 +73,7 @@ def accuracy_curve(runs: Sequence[Record], evaluations: Sequence[Record]) -> lis
     An evaluation is of a compression if base model, method and percent removed are. Of evaluations on different tasks
     those on the first one's count; nothing if the runs were not evaluated.
     """
-    base = model_name(runs[0]["base_model"])
-    removed = {round(run["achieved_sparsity_percent"], 6) for run in runs}
-    of_these = {(base, None, 0.0), *((base, runs[0]["kind"], percent) for percent in removed)}
+    of_these = {(model_name(runs[0]["base_model"]), None, 0.0), *map(identity, map(as_evaluation, runs))}
     found, tasks = [], None
     for run in evaluations:
         accuracy, is_of_these = mean_accuracy(run), identity(run) in of_these

@@ -69,7 +69,7 @@ def describe_model(model: str, cache_dir: Path | None = None) -> dict[str, Any]:
     described = describe_config(load_config(model, cache_dir), model, request.get("base_model"))
     if request.get("shape") == STOCK:  # in which the config does not say what there was
         described["achieved_sparsity_percent"] = request.get("achieved_sparsity_percent")
-    return described | {"method": request.get("method")}
+    return described | {of: request.get(of) for of in ("method", "gradient_nsamples")}
 
 
 def describe_config(config: PretrainedConfig, model: str, base_model: str | None) -> dict[str, Any]:

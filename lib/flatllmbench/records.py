@@ -37,7 +37,7 @@ def as_evaluation(run: Record) -> Record:
         return run
     folder = run.get("request.save_model") or f"{run['base_model']}, {run['sparsity_ratio']:g} %"
     model = {"model": model_name(folder), "base_model": model_name(run["base_model"]), "method": run["kind"]}
-    return flat(run | {"model": model | {"achieved_sparsity_percent": run["achieved_sparsity_percent"]}})
+    return flat(run | {"model": model | {of: run.get(of) for of in ("achieved_sparsity_percent", "gradient_nsamples")}})
 
 
 def dense_model(run: Record) -> Record:
@@ -53,10 +53,11 @@ def mean_accuracy(run: Record) -> tuple[float, float] | None:
     return (100 * mean(task["value"] for task in found), 100 * hypot(*errors) / len(found)) if found else None
 
 
-def identity(run: Record) -> tuple[str, str | None, float]:
-    """Return what tells an evaluated model from others: its dense model, the method and the percent removed."""
-    dense = run.get("model.base_model") or run["model.model"]
-    return dense, run.get("model.method"), round(run["model.achieved_sparsity_percent"], 6)
+def identity(run: Record) -> tuple[str, Any, float]:
+    """Return what tells an evaluated model from others: its dense model, how it was compressed, the percent removed."""
+    weighed, dense = run.get("model.gradient_nsamples"), run.get("model.base_model") or run["model.model"]
+    how = (run["model.method"], weighed) if weighed else run.get("model.method")
+    return dense, how, round(run["model.achieved_sparsity_percent"], 6)
 
 
 def settings(run: Record) -> str:
