@@ -160,7 +160,7 @@ class Program:
         with run.output_folder(options.save_model) as folder:
             with run.compressed(target, folder) as (done, sink):
                 result = done | costs(self.stopwatch)
-                card = model_card(self.asked() | result, METHODS[options.method].words(result["prune_qk"]))
+                card = model_card(self.asked() | result, METHODS[options.method].words(not options.preserve_qk_layers))
                 result["card_sha256"] = digest(card.encode())
                 self.keep_record(options, result)
                 sink.publish(card)  # last: then all is there
