@@ -29,6 +29,7 @@ from conftest import tiny_model
 from flatllmcore.errors import door
 from flatllmcore.methods import METHODS
 from flatllmcore.methods.flatllm import FlatLLMStep
+from flatllmcore.methods.flatllm_plus import OutputStep
 from flatllmcore.utils.dimensions import Kept, ModelDimensions
 from python_process import SERVER, redirect
 from tiny_text import word_tokenizer, write_texts
@@ -514,6 +515,11 @@ def test_gradients_weigh_errors_where_they_are_asked_for(here, refused):
     for folder, flags in (("plain", weighed[:4]), ("memory", weighed), ("disk", (*weighed, "--out_of_core"))):
         assert run(*flags, "--save_model", folder) == 0
     assert shards("memory") == shards("disk") != shards("plain")
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, OutputStep, 3)
+        assert run(*weighed, "--save_model", "resumed") == 2
+    assert run(*weighed, "--save_model", "resumed") == 0
+    assert shards("resumed") == shards("memory")
     assert "flatllm weighs no errors by gradients" in refused("--gradient_nsamples", "3")
 
 

@@ -70,7 +70,7 @@ def curve(runs: Sequence[Record], text: int) -> list[tuple[float, float]]:
 def accuracy_curve(runs: Sequence[Record], evaluations: Sequence[Record]) -> list[tuple[float, float, float]]:
     """Return percent kept, mean accuracy and its standard error of compressions and their dense model, by falling size.
 
-    An evaluation is of a compression if base model, method and percent removed are. Of evaluations on different tasks
+    An evaluation is of a compression if both have one ``identity``. Of evaluations on different tasks
     those on the first one's count; nothing if the runs were not evaluated.
     """
     of_these = {(model_name(runs[0]["base_model"]), None, 0.0), *map(identity, map(as_evaluation, runs))}
