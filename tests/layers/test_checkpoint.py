@@ -118,7 +118,9 @@ def test_the_card_states_how_the_model_was_made_and_names_no_path(tmp_path):
     assert stated["base_model"] == "meta-llama/Llama-2-7b-hf"
     made = {"method": "flatllm+", "sparsity_ratio": 20}
     assert stated["flat_llm"] == {"base_model": "meta-llama/Llama-2-7b-hf"} | made
-    assert "without training: rotary pairs of queries and keys, directions of values and channels of MLPs by" in card
+    assert (
+        "without training: rotary pairs of queries and keys, directions of values and channels of MLPs, those" in card
+    )
     assert METHODS["flatllm"].words(prune_qk=False).startswith("value and output projections by head-wise PCA, MLPs")
     for fact in ("20.000 % achieved", "5.472", "6.700", "256 samples of 4096 tokens, seed 42", "torch 2.13.0", "800"):
         assert fact in card

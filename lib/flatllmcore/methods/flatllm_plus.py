@@ -42,7 +42,7 @@ class FlatLLMPlus(Method):
     def words(self, prune_qk: bool) -> str:
         """Return what is done to a layer, for the model card."""
         pairs = "rotary pairs of queries and keys, " if prune_qk else ""
-        return f"{pairs}directions of values and channels of MLPs by the damage that it does, what is left refitted"
+        return f"{pairs}directions of values and channels of MLPs, those that cost least; what is left was refitted"
 
     def check(self, allocation: RankAllocation, tokens: int) -> None:
         """Refuse factors of Q and K; warn where the tokens are too few to fit the MLP to."""
