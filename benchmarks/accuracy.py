@@ -95,6 +95,10 @@ def main() -> None:
                 result["dense"] = dense
                 result["excess"] = {name: math.log(ours[name] / dense[name]) for name in ours}
                 done.append(result)
+                if args.save_models is not None:
+                    folder = args.save_models / f"{row}-{percent}-{seed}"
+                    small.save_pretrained(folder)
+                    tokenizer.save_pretrained(folder)
                 print(
                     row, percent, seed, {name: round(value, 4) for name, value in result["excess"].items()}, flush=True
                 )
@@ -121,6 +125,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device")
     parser.add_argument("--out", type=Path, help="append the records here, a JSON object per line")
+    parser.add_argument("--save_models", type=Path, help="save the models here, as ROW-PERCENT-SEED")
     return parser.parse_args()
 
 

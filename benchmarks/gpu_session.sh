@@ -16,12 +16,13 @@ if [[ "${SHAPE:-7b}" == tiny ]]; then
     dtype=float32 shape=64x2 layers=64x2 sizes=(--nsamples 4 --seqlen 64) windows=2 config=models/pydocs-llama
     wide=(--hidden_size 128 --intermediate_size 128)
     speed=(--batch_size 1,2 --prompt_length 16 --new_tokens 2 --repeats 1) tests=(tests/test_devices.py)
+    captured=(--batch_size 1 2 --prompt_length 16 --repeats 1)
 else
     patience=1
     dtype=bfloat16 shape=llama-2-7b layers=llama-2-7b-4-layers sizes=(--nsamples 256 --seqlen 4096) windows=64
     config=benchmarks/shapes/llama-2-7b
     wide=(--hidden_size 8192 --intermediate_size 28672 --seqlen 512) # as 70B is
-    speed=(--batch_size 1,64 --prompt_length 512 --new_tokens 32 --repeats 3)
+    speed=(--batch_size 1,64 --prompt_length 512 --new_tokens 32 --repeats 3) captured=()
     tests=(-k cuda tests/test_devices.py tests/test_engine.py tests/test_memory.py tests/test_flatllm_plus.py tests/layers)
 fi
 failed=()
@@ -38,19 +39,23 @@ part() {
 part 40 tests "$python" -m pytest -q "${tests[@]}"
 for method in flatllm flatllm+; do # stages beside their bounds, at 20 %
     part 60 "time_$method" "$python" benchmarks/compression_time.py --shape "$layers" "${sizes[@]}" \
-        --dtype "$dtype" --device "$device" --method "$method" --out "$out/time_$method.json"
+        --batch_size 4 --dtype "$dtype" --device "$device" --method "$method" --out "$out/time_$method.json"
 done
 part 45 authors_loop "$python" benchmarks/published_loop.py --shape "$shape" "${sizes[@]}" --device "$device" \
     --out "$out/authors_loop.json"
 part 80 speed "$python" -m flatllmbench.speed --shape "$config" --ratios 20,50 --rank_multiple 8 "${speed[@]}" \
     --dtype "$dtype" --device "$device" --save "$out"
 part 20 kernels "$python" benchmarks/attention_kernels.py --shape "$shape" --device "$device" --out "$out/kernels.json"
+part 60 captured_steps "$python" benchmarks/captured_steps.py --shape "$shape" "${captured[@]}" --dtype "$dtype" \
+    --device "$device" --out "$out/captured_steps.json"
 part 30 new_lengths "$python" benchmarks/new_lengths.py --shape "$layers" --device "$device" \
     --out "$out/new_lengths.json"
 part 90 out_of_core "$python" benchmarks/out_of_core.py --folder "$out/checkpoint" --layers 1 "${wide[@]}" \
     --device "$device" --out "$out/out_of_core.json"
-part 40 moments "$python" benchmarks/moment_precision.py --model models/pydocs-llama --dataset pydocs \
-    --nsamples "$windows" --seqlen 128 --device "$device" --out "$out/moments.json"
+for tokens in 4096 16384; do # a batch of one window, and of four
+    part 40 "moments_$tokens" "$python" benchmarks/moment_precision.py --model models/pydocs-llama --dataset pydocs \
+        --nsamples $((2 * windows)) --seqlen 128 --batch_tokens "$tokens" --device "$device" --out "$out/moments_$tokens.json"
+done
 part 60 accuracy "$python" benchmarks/accuracy.py --model models/pydocs-llama --dataset pydocs --eval_dataset pydocs \
     --nsamples "$windows" --seqlen 128 --eval_windows "$windows" --sparsity_ratio 20 --device "$device" --out "$out/accuracy.jsonl"
 rm -rf "$out/checkpoint"

@@ -6,6 +6,7 @@
 The activations are the model's own on real text, in its dtype: bf16 and fp16 numbers multiply exactly in float32, so
 what is lost is in the sums. Ours: float32 within a batch of about 4096 tokens (on the GPU's matrix units, where there
 is one), float64 over batches. Beside it all batches summed in float32, what a plain accumulator would do.
+`--batch_tokens` takes other batches.
 """
 
 import torch
@@ -16,18 +17,17 @@ from flatllmcore.core.moments import add_moment, mirror_lower_triangle
 from flatllmcore.utils.devices import float32_product, parse_device
 from flatllmcore.utils.loading import load_model
 
-TOKENS_PER_BATCH = 4096
-
 
 @torch.no_grad()
 def main() -> None:
     parser = common.text_parser(__doc__)
     parser.set_defaults(nsamples=256, dtype="auto")
+    parser.add_argument("--batch_tokens", type=int, default=4096)
     args = parser.parse_args()
     device = parse_device(args.device)
     model = load_model(args.model, dtype=args.dtype).to(device)
     windows, _, _ = common.token_windows(args)
-    batches = windows.to(device).split(max(TOKENS_PER_BATCH // args.seqlen, 1))
+    batches = windows.to(device).split(max(args.batch_tokens // args.seqlen, 1))
     errors: dict[str, list[float]] = {"float64 over batches": [], "float32 throughout": []}
     for layer in model.base_model.layers:  # one at a time: three matrices of the MLP's width are enough
         width = layer.mlp.down_proj.in_features
@@ -49,7 +49,11 @@ def main() -> None:
             errors[name].append(((found - exact).norm() / exact.norm()).item())
     rows = [[str(i), *(f"{found[i]:.1e}" for found in errors.values())] for i in range(len(model.base_model.layers))]
     print(markdown_table(["layer", *errors], rows))
-    common.write(args, device, {"tokens": windows.numel(), "dtype": str(model.dtype), "errors": errors})
+    common.write(
+        args,
+        device,
+        {"tokens": windows.numel(), "batch_tokens": args.batch_tokens, "dtype": str(model.dtype), "errors": errors},
+    )
 
 
 if __name__ == "__main__":

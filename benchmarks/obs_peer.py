@@ -2,7 +2,7 @@
 
 Its rule is that of ZipLM (arXiv 2302.04089): what costs the output least goes, ``‖ΔW z‖²`` with the others' weights
 making up for it, and the projection that reads is refitted to the dense one. A group's queries, keys, values and output
-go together. Removed groups stay in place as zeros, so that its models are measured and never saved.
+go together. Removed groups stay in place as zeros: its models are made to be measured.
 """
 
 from collections.abc import Mapping

@@ -209,6 +209,8 @@ def test_accuracies_of_a_method_start_at_the_dense_model_and_are_those_of_its_ow
     answers = ACCURACIES | {"tasks": ACCURACIES["tasks"] | {"mmlu": ACCURACIES["tasks"]["mmlu"] | {"stderr": 0.0128}}}
     models = DENSE_MODEL, SMALL_MODEL, *(SMALL_MODEL | other for other in OTHERS if "model" not in other)
     paths = [saved(tmp_path, str(i), EVALUATION, model=of, zero_shot=answers) for i, of in enumerate(models)]
+    fewer = {"tasks": answers["tasks"] | {"piqa": answers["tasks"]["piqa"] | {"samples": 100}}}
+    paths.append(saved(tmp_path, "fewer", EVALUATION, model=SMALL_MODEL, zero_shot=answers | fewer))
     found = plots.accuracy_curve(read_records([saved(tmp_path, "a", COMPRESSION)]), read_records(paths))
     assert [kept for kept, *_ in found] == [100, 80.25]
     assert found[1][1:] == pytest.approx((61.895, 0.8))  # 100 · √(0.0096² + 0.0128²) / 2

@@ -387,7 +387,8 @@ def test_smollm2_fetches_its_model_from_the_package_index(text, tmp_path):
 def test_a_gpu_session_names_the_parts_that_failed_and_goes_on(tmp_path):
     done = shell("../benchmarks/gpu_session.sh", DEVICE="cpu", SHAPE="tiny", OUT=tmp_path, PYTHON="false")
     assert done.returncode == 1
-    names = "tests time_flatllm time_flatllm+ authors_loop speed kernels new_lengths out_of_core moments accuracy"
+    names = "tests time_flatllm time_flatllm+ authors_loop speed kernels captured_steps new_lengths out_of_core"
+    names += " moments_4096 moments_16384 accuracy"
     assert done.stdout.endswith(f"\nfailed or out of time: {names}\n")
 
 
@@ -396,7 +397,7 @@ def test_every_part_of_a_gpu_session_runs_at_toy_size_and_writes_its_record(comm
     parts = commands("../benchmarks/gpu_session.sh", DEVICE="cpu", SHAPE="tiny", OUT=tmp_path)
     assert [Path(part[part[0] == "-m"]).stem for part in parts] == [
         *("pytest", "compression_time", "compression_time", "published_loop", "flatllmbench", "attention_kernels"),
-        *("new_lengths", "out_of_core", "moment_precision", "accuracy"),
+        *("captured_steps", "new_lengths", "out_of_core", "moment_precision", "moment_precision", "accuracy"),
     ]
     monkeypatch.chdir(ROOT)
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
@@ -417,9 +418,11 @@ def test_every_part_of_a_gpu_session_runs_at_toy_size_and_writes_its_record(comm
         "authors_loop",
         "pydocs-llama_speed",
         "kernels",
+        "captured_steps",
         "new_lengths",
         "out_of_core",
-        "moments",
+        "moments_4096",
+        "moments_16384",
     )
     for name in records:
         assert json.loads((tmp_path / f"{name}.json").read_text())["hardware"]

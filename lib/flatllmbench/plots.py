@@ -70,15 +70,16 @@ def curve(runs: Sequence[Record], text: int) -> list[tuple[float, float]]:
 def accuracy_curve(runs: Sequence[Record], evaluations: Sequence[Record]) -> list[tuple[float, float, float]]:
     """Return percent kept, mean accuracy and its standard error of compressions and their dense model, by falling size.
 
-    An evaluation is of a compression if both have one ``identity``. Of evaluations on different tasks
+    An evaluation is of a compression if both have one ``identity``. Of evaluations on different questions
     those on the first one's count; nothing if the runs were not evaluated.
     """
     of_these = {(model_name(runs[0]["base_model"]), None, 0.0), *map(identity, map(as_evaluation, runs))}
-    found, tasks = [], None
+    found, questions = [], None
     for run in evaluations:
         accuracy, is_of_these = mean_accuracy(run), identity(run) in of_these
-        tasks = tasks or (run["zero_shot.tasks"].keys() if is_of_these else None)
-        if is_of_these and run["zero_shot.tasks"].keys() == tasks and accuracy is not None:
+        own = {name: task["samples"] for name, task in run["zero_shot.tasks"].items()}
+        questions = questions or (own if is_of_these else None)
+        if is_of_these and own == questions and accuracy is not None:
             found.append((100 - run["model.achieved_sparsity_percent"], *accuracy))
     return sorted(found, reverse=True)
 
