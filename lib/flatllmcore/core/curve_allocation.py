@@ -135,20 +135,15 @@ def _ideal(dimensions: ModelDimensions, taken: Mapping[str, float], pair_step: i
 
 
 def _pieces(kind: str, curve: Curve) -> Iterator[_Piece]:
-    """Yield the pieces of the lower convex hull of a curve."""
-    for before, after in pairwise(_hull(curve)):
-        yield _Piece(_slope(before, after), kind, after[0] - before[0])
-
-
-def _hull(curve: Curve) -> list[tuple[float, float]]:
-    """Return the lower convex hull of a curve that does not fall."""
+    """Yield the pieces of the lower convex hull of a curve, each as damaging as what is removed before it at least."""
     hull: list[tuple[float, float]] = []
     for removed, damage in sorted(curve):
         point = (removed, max(damage, hull[-1][1] if hull else 0.0))
         while len(hull) >= 2 and _slope(hull[-2], hull[-1]) >= _slope(hull[-2], point):
             hull.pop()
         hull.append(point)
-    return hull
+    for before, after in pairwise(hull):
+        yield _Piece(_slope(before, after), kind, after[0] - before[0])
 
 
 def _slope(a: tuple[float, float], b: tuple[float, float]) -> float:

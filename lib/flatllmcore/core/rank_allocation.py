@@ -160,30 +160,27 @@ class ImportancePreservingRankSelector:
         check_length("scores", scores, self.dimensions.num_layers)
         self.check_target(keep_ratio, curves)
         percent, multiples = round(100 * (1 - keep_ratio), 9), (self.rank_multiple, self.width_multiple)
+        sizes = self.dimensions
+        whole = Kept(1.0, sizes.head_dim, sizes.intermediate_size)
         if curves is not None and keep_ratio == 1:  # of which steps that do not divide the sizes would take away
-            whole = Kept(1.0, self.dimensions.head_dim, self.dimensions.intermediate_size)
-            layers = (whole,) * self.dimensions.num_layers
-            return RankAllocation(percent, self.prune_qk, self.rank_multiple, self.dimensions, layers)
-        if curves is not None:
+            layers = [whole] * sizes.num_layers
+        elif curves is not None:
             used = [{kind: curve for kind, curve in of.items() if self.prune_qk or kind != PAIRS} for of in curves]
-            ideals = ideals_by_curves(self.dimensions, used, keep_ratio, self.rank_multiple)
-            layers = tuple(rounded_layers(self.dimensions, ideals, keep_ratio, *multiples))
-            return RankAllocation(percent, self.prune_qk, self.rank_multiple, self.dimensions, layers)
-        keep = allocate_keep_ratios(scores, self.prunable_keep_ratio(keep_ratio))
-        floors = self.floored(keep)
-        # Floors of narrow heads miss the target where they would be 0, or where the factors of Q and K are no smaller
-        # than these, which stay whole then: the other parts must make up for it.
-        if self.is_floored and floors.sparsity_ratio >= percent:
-            return replace(floors, sparsity_ratio=percent)
-        ideals = [
-            Ideal(w * self.dimensions.head_dim, w, partial(self.dimensions.kept, w, prune_qk=self.prune_qk))
-            for w in keep
-            if w < 1
-        ]
-        rounded = iter(rounded_layers(self.dimensions, ideals, keep_ratio, *multiples))
-        whole = Kept(1.0, self.dimensions.head_dim, self.dimensions.intermediate_size)
-        layers = tuple(next(rounded) if w < 1 else whole for w in keep)
-        return RankAllocation(percent, self.prune_qk, self.rank_multiple, self.dimensions, layers)
+            ideals = ideals_by_curves(sizes, used, keep_ratio, self.rank_multiple)
+            layers = rounded_layers(sizes, ideals, keep_ratio, *multiples)
+        else:
+            keep = allocate_keep_ratios(scores, self.prunable_keep_ratio(keep_ratio))
+            floors = self.floored(keep)
+            # Floors of narrow heads miss the target where they would be 0, or where the factors of Q and K are no
+            # smaller than these, which stay whole then: the other parts must make up for it.
+            if self.is_floored and floors.sparsity_ratio >= percent:
+                return replace(floors, sparsity_ratio=percent)
+            ideals = [
+                Ideal(w * sizes.head_dim, w, partial(sizes.kept, w, prune_qk=self.prune_qk)) for w in keep if w < 1
+            ]
+            rounded = iter(rounded_layers(sizes, ideals, keep_ratio, *multiples))
+            layers = [next(rounded) if w < 1 else whole for w in keep]
+        return RankAllocation(percent, self.prune_qk, self.rank_multiple, sizes, tuple(layers))
 
     def stock(self, keep_ratio: float) -> RankAllocation:
         """Return the stock shape that keeps ``keep_ratio`` of the linear weights, as nearly as one width step allows.

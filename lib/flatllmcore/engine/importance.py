@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from ..core.curve_allocation import scaled
 from ..core.importance import LayerImportance, angles_between
-from ..core.refit import upper_factor
+from ..core.refit import factored, with_ridge
 from ..errors import InputError
 from ..utils.devices import float32_product
 from ..utils.names import ANGULAR, DAMAGE, GRADIENT
@@ -105,7 +105,9 @@ def loss_metrics(source: LayerSource, windows: Tensor, batch_size: int) -> Tenso
         if not 0 < mean < math.inf:
             raise InputError(f"layer {index} has gradients of mean square {mean} in {source.dtype}; try a wider dtype")
         with solves(index):
-            metric.copy_(upper_factor(metric.to(source.device) / mean))
+            metric.copy_(
+                factored(with_ridge(metric.to(source.device) / mean, 1e-6)).mT
+            )  # few tokens: it may be singular
     return metrics
 
 
