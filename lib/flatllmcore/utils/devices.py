@@ -125,17 +125,13 @@ def _free_in_container() -> float:
     return free
 
 
-def reset_peak_allocated(device: torch.device) -> int | None:
-    """Start a new peak of allocated memory; return the bytes allocated now, None on a CPU, where nobody counts."""
+def restart_peak(device: torch.device) -> tuple[int, int]:
+    """Return the bytes allocated now, and the most since this was last called; zeros on a CPU, where nobody counts."""
     if device.type != "cuda":
-        return None
+        return 0, 0
+    peak = torch.cuda.max_memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
-    return torch.cuda.memory_allocated(device)
-
-
-def peak_allocated_bytes(device: torch.device) -> int | None:
-    """Return the most bytes allocated at once since :func:`reset_peak_allocated`, None on a CPU."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    return torch.cuda.memory_allocated(device), peak
 
 
 def peak_memory_gib(device: torch.device) -> dict[str, float]:
