@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import InputError
 from ..utils.dimensions import Kept, ModelDimensions, check_length
 from ..utils.names import PER_LAYER, STOCK
-from .curve_allocation import MLP, PAIRS, VALUES, Curves, ideals_by_curves
+from .curve_allocation import MLP, PAIRS, VALUES, Curves, ideal_without, removed_by_curves
 from .rank_rounding import WIDE_STEP, Ideal, allowed_error, rank_step_for, rounded_layers, width_step_for
 
 _BINARY_ROUNDING = 1e-9  # 0.29 · 100 is 28.999999999999996 and means 29
@@ -166,7 +166,8 @@ class ImportancePreservingRankSelector:
             layers = [whole] * sizes.num_layers
         elif curves is not None:
             used = [{kind: curve for kind, curve in of.items() if self.prune_qk or kind != PAIRS} for of in curves]
-            ideals = ideals_by_curves(sizes, used, keep_ratio, self.rank_multiple)
+            taken = removed_by_curves(used, (1 - keep_ratio) * sizes.num_layers * sizes.layer_parameters)
+            ideals = [ideal_without(sizes, of_layer, self.rank_multiple) for of_layer in taken]
             layers = rounded_layers(sizes, ideals, keep_ratio, *multiples)
         else:
             keep = allocate_keep_ratios(scores, self.prunable_keep_ratio(keep_ratio))

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -30,7 +30,10 @@ OUTPUT = ".output"  # of the layer itself
 
 def layer_importance(source: LayerSource, windows: Tensor, batch_size: int, method: str = ANGULAR) -> LayerImportance:
     """Score every decoder layer on token ids (N, S), and log the scores, which depend on batches only by rounding."""
-    found = _WAYS[method](source, windows, batch_size)
+    if method == GRADIENT:
+        found = gradient_importance(source, windows, batch_size)
+    else:
+        found = angular_importance(source, windows, batch_size, with_curves=method == DAMAGE)
     if found.zero_rows:
         logger.warning("%d rows of zeros have no angle and count as cosine 0.5", found.zero_rows)
     for index, score in enumerate(found.scores):
@@ -39,9 +42,7 @@ def layer_importance(source: LayerSource, windows: Tensor, batch_size: int, meth
 
 
 @torch.no_grad()
-def angular_importance(
-    source: LayerSource, windows: Tensor, batch_size: int, *, with_curves: bool = False
-) -> LayerImportance:
+def angular_importance(source: LayerSource, windows: Tensor, batch_size: int, *, with_curves: bool) -> LayerImportance:
     """Score every layer by the mean angle between its input and its output, residual included.
 
     With curves, those of the damage that removing weights does are measured in the same pass, in nats at the output.
@@ -137,13 +138,6 @@ def _loss_gradients(source: LayerSource, windows: Tensor, batch_size: int) -> It
                         inputs = states[index].detach().requires_grad_()
                         outputs = layer(inputs, **arguments[index])
                         (gradient,) = torch.autograd.grad(outputs, inputs, gradient)
-
-
-_WAYS: dict[str, Callable[[LayerSource, Tensor, int], LayerImportance]] = {  # by IMPORTANCE_METHODS
-    ANGULAR: angular_importance,
-    GRADIENT: gradient_importance,
-    DAMAGE: partial(angular_importance, with_curves=True),
-}
 
 
 def _loss_gradient(source: LayerSource, states: Tensor, ids: Tensor) -> Tensor:
