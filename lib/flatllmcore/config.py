@@ -30,17 +30,15 @@ class Accepted:
     convert: Callable[[Any], Any] = lambda value: value
 
 
-def number(words: str, is_in_range: Callable[[Any], bool]) -> Accepted:
-    """Return what takes real numbers in a range."""
-    return Accepted(words, lambda n: isinstance(n, Real) and not isinstance(n, bool) and is_in_range(n), float)
+def number(words: str, is_in_range: Callable[[Any], bool], kind: type = Real, convert: type = float) -> Accepted:
+    """Return what takes numbers of a kind in a range."""
+    return Accepted(words, lambda n: isinstance(n, kind) and not isinstance(n, bool) and is_in_range(n), convert)
 
 
 def integer(least: int, most: float = inf) -> Accepted:
     """Return what takes integers from ``least`` to ``most``."""
     words = f"an integer, {least} {'or more' if most == inf else f'to {most}'}"
-    return Accepted(
-        words, lambda n: isinstance(n, Integral) and not isinstance(n, bool) and least <= int(n) <= most, int
-    )
+    return number(words, lambda n: least <= int(n) <= most, Integral, int)
 
 
 def one_of(choices: Collection[str]) -> Accepted:
