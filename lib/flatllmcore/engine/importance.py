@@ -106,9 +106,8 @@ def loss_metrics(source: LayerSource, windows: Tensor, batch_size: int) -> Tenso
         if not 0 < mean < math.inf:
             raise InputError(f"layer {index} has gradients of mean square {mean} in {source.dtype}; try a wider dtype")
         with solves(index):
-            metric.copy_(
-                factored(with_ridge(metric.to(source.device) / mean, 1e-6)).mT
-            )  # few tokens: it may be singular
+            damped = with_ridge(metric.to(source.device) / mean, 1e-6)  # few tokens may make it singular
+            metric.copy_(factored(damped).mT)
     return metrics
 
 
