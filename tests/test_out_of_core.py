@@ -220,8 +220,8 @@ def test_two_runs_in_one_folder_are_refused(tmp_path, windows, checkpoint, monke
         put_in_place(complete, folder, overwrite)
         second_run()
 
-    put_in_place = checkpoint_sink.put_in_place
-    monkeypatch.setattr(checkpoint_sink, "put_in_place", put_in_place_among_others)
+    put_in_place = checkpoint_sink.checkpoint.put_in_place
+    monkeypatch.setattr(checkpoint_sink.checkpoint, "put_in_place", put_in_place_among_others)
     compress_to(tmp_path / "out", checkpoint, windows, before_layers=second_run)
     assert (tmp_path / "out" / "config.json").exists()
     assert [path.name for path in tmp_path.iterdir() if path.name not in ("out", "dense")] == []

@@ -62,12 +62,11 @@ def tokens_of(workload: Workload) -> torch.Tensor:
 
 def test_every_model_is_warmed_up_and_then_they_take_turns(monkeypatch):
     models = [SimpleNamespace(name=name, config=SimpleNamespace(vocab_size=9), device="cpu") for name in "ABC"]
-    order, done = [], []
+    order = []
     monkeypatch.setattr(speed, "run", lambda model, *_: order.append(model.name) or len(order))
-    timings = speed.measure(models, Workload(1, 2, 1), 2, lambda: done.append(len(order)))
+    timings = speed.measure(models, Workload(1, 2, 1), 2)
     assert "".join(order) == 3 * "ABC"
     assert timings == [[4, 7], [5, 8], [6, 9]]
-    assert done == list(range(1, 10))
 
 
 @pytest.fixture
@@ -123,8 +122,7 @@ def test_memory_is_that_of_the_model_and_its_cache(prompt_length, monkeypatch):
 
     The peak is of this model alone: what other models had allocated before does not count.
     """
-    monkeypatch.setattr(speed, "reset_peak_allocated", lambda device: 1_000_000)
-    monkeypatch.setattr(speed, "peak_allocated_bytes", lambda device: 1_000_700)
+    monkeypatch.setattr(speed, "restart_peak", lambda device: (1_000_000, 1_000_700))
     workload, model = Workload(3, prompt_length, 4), compress(dense_model_of("llama", tie_word_embeddings=True))
     found = speed.run(model, workload, tokens_of(workload))
     widths = sum(SIZES["head_dim"] + rank for rank in RANKS)

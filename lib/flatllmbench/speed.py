@@ -14,7 +14,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from inspect import signature
@@ -32,7 +32,7 @@ from flatllmcore.config import MOST, checked
 from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector
 from flatllmcore.errors import InputError, run_program
 from flatllmcore.layers import compressed_config
-from flatllmcore.utils.devices import parse_device, peak_allocated_bytes, reset_peak_allocated, synchronize
+from flatllmcore.utils.devices import parse_device, restart_peak, synchronize
 from flatllmcore.utils.layer_utils import count_parameters, dense_dimensions, dimensions_from_config
 from flatllmcore.utils.loading import empty_causal_lm, load_config, load_model
 from flatllmcore.utils.names import model_name
@@ -156,10 +156,8 @@ def measure_models(args: argparse.Namespace, configs: dict[str, PretrainedConfig
         about["base_model"] = None if name == first else model_name(first)
         described.append(about | {"weight_memory_bytes": models[-1].get_memory_footprint()})
     grid = [Workload(size, length, args.new_tokens) for size, length in product(args.batch_size, args.prompt_length)]
-    cells: list[dict[str, Any]] = []
-    with progress(None, "speed", "run", len(grid) * len(models) * (1 + args.repeats)) as bar:
-        for workload in grid:
-            cells += figures(models, workload, measure(models, workload, args.repeats, bar.update))
+    measured = ((workload, measure(models, workload, args.repeats)) for workload in progress(grid, "speed", "cell"))
+    cells = [cell for workload, timings in measured for cell in figures(models, workload, timings)]
     return {
         "hardware": hardware(device),
         "protocol": args.protocol,
@@ -170,20 +168,17 @@ def measure_models(args: argparse.Namespace, configs: dict[str, PretrainedConfig
     }
 
 
-def measure(
-    models: Sequence[PreTrainedModel], workload: Workload, repeats: int, done: Callable[[], object]
-) -> list[list[Timing]]:
-    """Return the timings of each model, one per repeat; ``done`` is called after every run.
+def measure(models: Sequence[PreTrainedModel], workload: Workload, repeats: int) -> list[list[Timing]]:
+    """Return the timings of each model, one per repeat.
 
     Every model runs once untimed, then they take turns, A B C A B C: whatever else the machine does meets all of them.
     """
     shape = (workload.batch_size, workload.prompt_length or workload.new_tokens)
     token_ids = torch.randint(models[0].config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
     found: list[list[Timing]] = [[] for _ in models]
-    for _ in range(1 + repeats):
+    for _ in progress(range(1 + repeats), "runs", "run of all models"):
         for model, own in zip(models, found, strict=True):
             own.append(run(model, workload, token_ids.to(model.device)))
-            done()
     return [own[1:] for own in found]
 
 
@@ -200,7 +195,7 @@ def run(model: PreTrainedModel, workload: Workload, token_ids: Tensor) -> Timing
         synchronize(model.device)
         return time.perf_counter()
 
-    before, cache, prefill_s = reset_peak_allocated(model.device), DynamicCache(config=model.config), 0.0
+    (before, _), cache, prefill_s = restart_peak(model.device), DynamicCache(config=model.config), 0.0
     by_name = cache_argument(model, cache)
     if workload.prompt_length:
         started = now()
@@ -216,8 +211,8 @@ def run(model: PreTrainedModel, workload: Workload, token_ids: Tensor) -> Timing
             model(tokens, **by_name)
             steps_s.append(now() - started)
         decode_s = median(steps_s)
-    peak = peak_allocated_bytes(model.device)
-    own = None if before is None or peak is None else model.get_memory_footprint() + peak - before
+    _, peak = restart_peak(model.device)
+    own = model.get_memory_footprint() + peak - before if peak else None
     return Timing(decode_s, sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers), prefill_s, own)
 
 

@@ -49,7 +49,13 @@ class FlatLLMPruner:
     ) -> None:
         self.config = config.changed(**fields) if config else FlatLLMConfig(**fields)
         check_causal_lm(model)
-        self.model, self.device = model, device_for(model, self.config.device)
+        asked, home = self.config.device, model.get_output_embeddings().weight.device
+        is_spread = is_spread_over_devices(model)
+        if is_spread and asked is not None and parse_device(asked) != home:
+            raise InputError(f"device is {asked!r}, but the model is spread over devices; leave it None")
+        # Layers of a model that is spread run where its last part is, whose hooks stay on.
+        is_at_home = is_spread or (asked is None and home.type != "cpu")
+        self.model, self.device = model, home if is_at_home else parse_device(asked)
         self._pipeline = Pipeline(model.config, self.config, tokenizer)
         self._scores, self._ranks = importance_scores, rank_allocation
         self._stats: dict[str, Any] | None = None
@@ -155,20 +161,6 @@ def compute_layer_importance(
 def is_spread_over_devices(model: PreTrainedModel) -> bool:
     """Tell whether a ``device_map`` put parts of the model on different devices."""
     return len(set(getattr(model, "hf_device_map", {}).values())) > 1
-
-
-def device_for(model: PreTrainedModel, name: str | None) -> torch.device:
-    """Return where the layers run. Of a model spread over devices it is the last part's, whose hooks stay on.
-
-    Raises:
-        InputError: If the named device is not there, or is named for a model that is spread over devices.
-    """
-    home = model.get_output_embeddings().weight.device
-    if is_spread_over_devices(model):
-        if name is not None and parse_device(name) != home:
-            raise InputError(f"device is {name!r}, but the model is spread over devices; leave it None")
-        return home
-    return home if name is None and home.type != "cpu" else parse_device(name)
 
 
 @contextmanager

@@ -62,11 +62,12 @@ class CheckpointRun:
         self.device = parse_device(config.device)
         model_config = load_config(config.model, config.cache_dir)
         self.dimensions = dimensions_from_config(model_config)
+        self._dense: list[float] = []  # perplexities of the dense model, when they are measured or read
         self.tokenizer = load_tokenizer(config.model, cache_dir=config.cache_dir)
         self.pipeline = Pipeline(model_config, config, self.tokenizer)
         free = broadcast_object(lambda: free_host_memory() // local_world_size())  # all choose the same
-        asked = config.host_memory_gib
-        self.storage = StatesStorage(free if asked is None else int(asked * GIB), config.offload_folder)
+        asked, folder = config.host_memory_gib, config.offload_folder or Path(tempfile.gettempdir())
+        self.storage = StatesStorage(free if asked is None else int(asked * GIB), folder)
         model = f"{self.dimensions.architecture} of {self.dimensions.num_layers} layers"
         windows = f"windows of {self.pipeline.seqlen} tokens"
         logger.info("%s: %s; %s; on %d x %s", config.model, model, windows, world_size(), self.device)
@@ -82,7 +83,7 @@ class CheckpointRun:
         weights = count_parameters(source.skeleton)["total"] * source.weights_dtype.itemsize
         source.is_kept = not config.out_of_core and weights <= host_memory / 2
         if source.is_kept:
-            source.storage = StatesStorage(host_memory - weights, config.offload_folder)
+            source.storage = StatesStorage(host_memory - weights, self.storage.folder)
         place = "in host memory" if source.is_kept else "on disk, two layers at a time in memory"
         logger.info("%.3g GiB of weights %s; %.3g GiB planned with", weights / GIB, place, host_memory / GIB)
         return source
@@ -149,17 +150,12 @@ class CheckpointRun:
             check_token_ids(found[name], self.pipeline.model_config.vocab_size)
         return found
 
-    @cached_property
-    def dense_perplexities(self) -> list[float]:
-        """The dense model's perplexity on each text, measured once, or what an earlier run remembered."""
-        return self._perplexities("dense", self.source)
-
     @contextmanager
     def output_folder(self, save_model: Path | None) -> Iterator[Path]:
         """Give the folder for a compressed model: the one asked for, or a temporary one, deleted at the end."""
-        parent = self.config.offload_folder
+        lent = temporary_folder(self.storage.folder)
         with ExitStack() as stack:
-            yield save_model or broadcast_object(lambda: stack.enter_context(temporary_folder(parent))) / "model"
+            yield save_model or broadcast_object(lambda: stack.enter_context(lent)) / "model"
 
     @contextmanager
     def compressed(self, target: Target, folder: Path) -> Iterator[tuple[dict[str, Any], CheckpointSink]]:
@@ -170,8 +166,9 @@ class CheckpointRun:
         """
         config, about = self.config, dict(target.about)
         with CheckpointSink(folder, self.source.num_layers, target.request, config.overwrite).opened() as sink:
-            self.dense_perplexities = sink.results.get("dense_perplexities") or self.dense_perplexities
-            sink.remember("dense_perplexities", self.dense_perplexities)
+            dense = sink.results.get("dense_perplexities") or self._dense or self._perplexities("dense", self.source)
+            self._dense = dense
+            sink.remember("dense_perplexities", dense)
             flat_config, layers = self.pipeline.compress(self.source, sink, self.windows, target.allocation)
             with stage("write"):
                 generation_config = found_file(config.model, GENERATION_CONFIG_NAME, config.cache_dir)
@@ -179,33 +176,31 @@ class CheckpointRun:
             written = CheckpointSource(complete, self.device, storage=self.source.storage)
             about["parameters_before"] = count_parameters(self.source.skeleton)
             about["parameters_after"] = count_parameters(written.skeleton)
-            measured = self.test_windows.items(), self.dense_perplexities, self._perplexities("compressed", written)
+            measured = self.test_windows.items(), dense, self._perplexities("compressed", written)
             about["perplexity"] = [
-                {"dataset": name, "seqlen": of.shape[1], "windows": len(of), "dense": dense, "compressed": ours}
-                for (name, of), dense, ours in zip(*measured, strict=True)
+                {"dataset": name, "seqlen": of.shape[1], "windows": len(of), "dense": before, "compressed": after}
+                for (name, of), before, after in zip(*measured, strict=True)
             ]
             yield about | {"layers": [asdict(layer) for layer in layers]}, sink
 
     def _check_disk_space(self, configs: Sequence[RunConfig]) -> None:
         """Refuse a place without room for what is still to be written of the compressed weights."""
-        parameters, place = count_parameters(self.source.skeleton), self.config.save_model
-        needed_bytes = []
+        parameters, needed_bytes = count_parameters(self.source.skeleton), []
         for config in configs:
             removed = config.target_sparsity * parameters["decoder_linear"]
-            needed_bytes.append(int(parameters["total"] - removed) * self.source.weights_dtype.itemsize)
-            if config.save_model is not None:
-                written = partial_folder(config.save_model).glob("*.safetensors")
-                needed_bytes[-1] -= sum(path.stat().st_size for path in written)
-        if place is None:  # one at a time
-            check_disk_space(Path(self.config.offload_folder or tempfile.gettempdir()), max(needed_bytes))
-        else:
+            written = partial_folder(config.save_model).glob("*.safetensors") if config.save_model else ()
+            needed = int(parameters["total"] - removed) * self.source.weights_dtype.itemsize
+            needed_bytes.append(needed - sum(path.stat().st_size for path in written))
+        if place := self.config.save_model:
             check_disk_space(place, sum(needed_bytes))
+        else:  # one at a time
+            check_disk_space(self.storage.folder, max(needed_bytes))
 
     def _target(self, keep_ratio: float, data: dict[str, Any]) -> Target:
         """Return what removing a share comes to; ``data`` are digests of the windows."""
         config = self.config
-        is_stock = config.shape == STOCK
-        allocation = self.pipeline.selector.stock(keep_ratio) if is_stock else self._ranked(keep_ratio)
+        ranked = self.pipeline.selector.stock if config.shape == STOCK else self._ranked
+        allocation = ranked(keep_ratio)
         logger.info(
             "asked to remove %g %% of %d decoder-layer weights; the ranks remove %.3f %%",
             allocation.sparsity_ratio,

@@ -16,17 +16,7 @@ from typing import Any, Self, get_args
 
 from .errors import InputError
 from .methods import METHODS
-from .utils.names import (
-    DAMAGE,
-    DEVICE_NAMES,
-    IMPORTANCE_FILE,
-    IMPORTANCE_METHODS,
-    PER_LAYER,
-    SHAPES,
-    STOCK,
-    model_name,
-    text_names,
-)
+from .utils import names
 
 MOST = 10**6  # windows: more than anybody means, and still a number of things that memory might take
 
@@ -40,17 +30,15 @@ class Accepted:
     convert: Callable[[Any], Any] = lambda value: value
 
 
-def number(words: str, is_in_range: Callable[[Any], bool]) -> Accepted:
-    """Return what takes real numbers in a range."""
-    return Accepted(words, lambda n: isinstance(n, Real) and not isinstance(n, bool) and is_in_range(n), float)
+def number(words: str, is_in_range: Callable[[Any], bool], kind: type = Real, convert: type = float) -> Accepted:
+    """Return what takes numbers of a kind in a range."""
+    return Accepted(words, lambda n: isinstance(n, kind) and not isinstance(n, bool) and is_in_range(n), convert)
 
 
 def integer(least: int, most: float = inf) -> Accepted:
     """Return what takes integers from ``least`` to ``most``."""
     words = f"an integer, {least} {'or more' if most == inf else f'to {most}'}"
-    return Accepted(
-        words, lambda n: isinstance(n, Integral) and not isinstance(n, bool) and least <= int(n) <= most, int
-    )
+    return number(words, lambda n: least <= int(n) <= most, Integral, int)
 
 
 def one_of(choices: Collection[str]) -> Accepted:
@@ -70,7 +58,9 @@ SWITCH = Accepted("True or False", lambda value: isinstance(value, bool))
 # Shells leave the ~ of ``--flag=~/here``. pathlib would raise RuntimeError where there is no such user.
 PATH = Accepted(f"a path {_NAME}", _is_name, lambda value: Path(os.path.expanduser(value)))
 TEXT = Accepted(f"a name or path {_NAME}", lambda value: isinstance(value, str) and _is_name(value), os.path.expanduser)
-DEVICE = Accepted(DEVICE_NAMES, lambda name: isinstance(name, str) and bool(re.fullmatch("cpu|cuda(:[0-9]+)?", name)))
+DEVICE = Accepted(
+    names.DEVICE_NAMES, lambda name: isinstance(name, str) and bool(re.fullmatch("cpu|cuda(:[0-9]+)?", name))
+)
 DATA = Accepted(
     f"a dataset's name, a path {_NAME}, texts, token ids, or batches of them whose number is known",
     lambda data: _is_name(data) if isinstance(data, str | os.PathLike) else isinstance(data, Sized),
@@ -127,7 +117,7 @@ class FlatLLMConfig:
     cal_nsamples: int | None = option(128, integer(1, MOST), "windows of text; None: 128 for scores, 256 to compress")
     importance_method: str = option(
         "auto",
-        one_of(("auto", *IMPORTANCE_METHODS)),
+        one_of(("auto", *names.IMPORTANCE_METHODS)),
         "what ranks are allocated by: angular or gradient scores, or curves of damage; auto is damage for flatllm+, "
         "else angular",
     )
@@ -156,12 +146,12 @@ class FlatLLMConfig:
         "(64 where it costs next to nothing, else the rank's)",
     )
     shape: str = option(
-        PER_LAYER,
-        one_of(SHAPES),
+        names.PER_LAYER,
+        one_of(names.SHAPES),
         "per-layer: ranks and widths of each layer's own; stock: Q, K, V, O whole and one MLP width, a model of the "
         "dense class that any program loads",
     )
-    device: str | None = option(None, DEVICE, f"{DEVICE_NAMES}: where layers run (the GPU if any)")
+    device: str | None = option(None, DEVICE, f"{names.DEVICE_NAMES}: where layers run (the GPU if any)")
     dataset_root: Path | None = option(None, PATH, "folder with copies of the named datasets and of the tasks' data")
     cache_dir: Path | None = option(None, PATH, "where hub downloads are kept (the hub's own cache)")
 
@@ -174,9 +164,9 @@ class FlatLLMConfig:
         if self.importance_method == "auto":
             object.__setattr__(self, "importance_method", own)
         if self.preserve_qk_layers is None:
-            prunes_pairs = own == self.importance_method == DAMAGE
+            prunes_pairs = own == self.importance_method == names.DAMAGE
             object.__setattr__(self, "preserve_qk_layers", not prunes_pairs)
-        if self.shape == STOCK:  # also where a config of the other shape was the pattern
+        if self.shape == names.STOCK:  # also where a config of the other shape was the pattern
             object.__setattr__(self, "preserve_qk_layers", True)
 
     def changed(self, **changes: Any) -> Self:
@@ -231,16 +221,16 @@ class RunConfig(FlatLLMConfig):
     @property
     def score_place(self) -> Path:
         """Folder or file of scores and ranks."""
-        return self.bi_score or Path("ranks") / model_name(self.model)
+        return self.bi_score or Path("ranks") / names.model_name(self.model)
 
     @property
     def score_file(self) -> Path:
         """File that scores are written to."""
         place = self.score_place
-        return place if place.suffix == ".json" and not place.is_dir() else place / IMPORTANCE_FILE
+        return place if place.suffix == ".json" and not place.is_dir() else place / names.IMPORTANCE_FILE
 
     @property
     def eval_texts(self) -> list[str]:
         """Names or paths of the texts that perplexity is measured on, the main one first."""
         mixtures = self.eval_dataset or [self.cal_dataset]
-        return list(dict.fromkeys(name for mixture in mixtures for name in text_names(mixture)))
+        return list(dict.fromkeys(name for mixture in mixtures for name in names.text_names(mixture)))

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .refit import inverted, solved_from_right, with_ridge
+from .refit import factored, solved_from_right, with_ridge
 
 RIDGE = 0.1  # times channels per token: few tokens tell little of how channels make up for each other
 ROUNDS = 32  # in which all channels would go: damages are updated between two
@@ -23,7 +23,8 @@ def channels_by_damage(
     Channel ``j`` costs ``‖W_:j‖² / [H⁻¹]_jj`` with ``H = C + ridge``; those that cost least go, a 32nd of all at a
     time, and the weights and ``H⁻¹`` of the others make up for them.
     """
-    inverse, weight = inverted(with_ridge(moment, ridge_for(tokens, len(moment)))), weight.double()
+    ridge = ridge_for(tokens, len(moment))
+    inverse, weight = torch.cholesky_inverse(factored(with_ridge(moment, ridge))), weight.double()
     left = torch.arange(len(moment), device=moment.device)
     curve = [(0, 0.0)]
     at_once = max(1, len(moment) // ROUNDS)

@@ -24,7 +24,9 @@ def cholesky(matrix: Tensor) -> Tensor | None:
     for turn, start in enumerate(starts):
         panel = factor[start:, start : start + BLOCK]
         if is_own_turn(turn):
-            _factorise(panel)
+            block, failed_at = torch.linalg.cholesky_ex(panel[:BLOCK])
+            panel[:BLOCK] = torch.nan if failed_at.item() else block
+            panel[BLOCK:] = torch.linalg.solve_triangular(block.mT, panel[BLOCK:], upper=True, left=False)
         broadcast(panel, turn)
         if panel[0, 0].isnan():
             return None
@@ -33,17 +35,6 @@ def cholesky(matrix: Tensor) -> Tensor | None:
                 rest = panel[later - start :]
                 factor[later:, later : later + BLOCK].addmm_(rest, rest[:BLOCK].mT, alpha=-1)
     return factor
-
-
-def _factorise(panel: Tensor) -> None:
-    """Replace a panel, whose first rows are a diagonal block, by its columns of the factor; by NaN if there is none."""
-    width = panel.shape[1]
-    factor, failed_at = torch.linalg.cholesky_ex(panel[:width])
-    if failed_at.item():
-        panel.fill_(torch.nan)
-        return
-    panel[:width] = factor
-    panel[width:] = torch.linalg.solve_triangular(factor.mT, panel[width:], upper=True, left=False)
 
 
 def inverse_column_energies(factor: Tensor) -> Tensor:

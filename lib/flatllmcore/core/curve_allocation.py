@@ -80,15 +80,6 @@ def _highest_level(pieces: Sequence[_Piece]) -> float:
     return pieces[-1].slope * root + damage / (2 * root) if pieces else 0.0
 
 
-def ideals_by_curves(
-    dimensions: ModelDimensions, curves: Sequence[Mapping[str, Curve]], keep_ratio: float, rank_step: int
-) -> list[Ideal]:
-    """Return what each layer is to keep by its curves so that ``keep_ratio`` of all linear weights stays."""
-    removed = (1 - keep_ratio) * dimensions.num_layers * dimensions.layer_parameters
-    taken = removed_by_curves(curves, removed)
-    return [_ideal(dimensions, of_layer, max(1, rank_step // 2)) for of_layer in taken]
-
-
 def scaled(curves: Mapping[str, Curve], by: float) -> Curves:
     """Return the curves of a layer in another unit of damage."""
     return {kind: [(removed, by * damage) for removed, damage in curve] for kind, curve in curves.items()}
@@ -119,9 +110,9 @@ def check_curves(curves: Sequence[Curves], dimensions: ModelDimensions) -> None:
             raise InputError(f"layer {index} has curves of {', '.join(layer)}; known: {VALUES}, {MLP}, {PAIRS}")
 
 
-def _ideal(dimensions: ModelDimensions, taken: Mapping[str, float], pair_step: int) -> Ideal:
+def ideal_without(dimensions: ModelDimensions, taken: Mapping[str, float], rank_step: int) -> Ideal:
     """Return what a layer is to keep that loses so many weights of each kind; rotary pairs go in whole steps."""
-    half = dimensions.head_dim // 2
+    half, pair_step = dimensions.head_dim // 2, max(1, rank_step // 2)
     pairs = half - taken.get(PAIRS, 0.0) / (2 * dimensions.rank_parameters)
     left = min(max(round(pairs / pair_step), 1), half // pair_step) * pair_step
 
@@ -135,20 +126,15 @@ def _ideal(dimensions: ModelDimensions, taken: Mapping[str, float], pair_step: i
 
 
 def _pieces(kind: str, curve: Curve) -> Iterator[_Piece]:
-    """Yield the pieces of the lower convex hull of a curve."""
-    for before, after in pairwise(_hull(curve)):
-        yield _Piece(_slope(before, after), kind, after[0] - before[0])
-
-
-def _hull(curve: Curve) -> list[tuple[float, float]]:
-    """Return the lower convex hull of a curve that does not fall."""
+    """Yield the pieces of the lower convex hull of a curve, each as damaging as what is removed before it at least."""
     hull: list[tuple[float, float]] = []
     for removed, damage in sorted(curve):
         point = (removed, max(damage, hull[-1][1] if hull else 0.0))
         while len(hull) >= 2 and _slope(hull[-2], hull[-1]) >= _slope(hull[-2], point):
             hull.pop()
         hull.append(point)
-    return hull
+    for before, after in pairwise(hull):
+        yield _Piece(_slope(before, after), kind, after[0] - before[0])
 
 
 def _slope(a: tuple[float, float], b: tuple[float, float]) -> float:

@@ -34,11 +34,6 @@ def add_moment(total: Tensor, rows: Tensor) -> None:
             total[start:stop, :stop] += float32_product(operand[:, start:stop].T, operand[:, :stop])
 
 
-def add_cross_moment(total: Tensor, targets: Tensor, rows: Tensor) -> None:
-    """Add ``targetsᵀ rows`` to ``total``, float64, (D, F), in place; targets are (tokens, D) and rows (tokens, F)."""
-    total += float32_product(product_operand(targets).T, product_operand(rows))
-
-
 def inverse_length(stream: Tensor) -> Tensor:
     """Return the weights, (tokens, 1), that bring each token of the stream, (tokens, D), to a mean square of 1."""
     wide = at_least_float32(stream)  # float16 has no squares of 256 and more

@@ -25,7 +25,8 @@ def output_bases(moment: Tensor, o_weight: Tensor, num_kv_heads: int, head_dim: 
     metrics = torch.einsum("DGnd,DGne->Gde", per_head, per_head)
     blocks = moment.unflatten(0, (num_kv_heads, -1, head_dim)).unflatten(-1, (num_kv_heads, -1, head_dim))
     moments = torch.einsum("GndGne->Gde", blocks)  # of each head with itself, summed over a group
-    roots = _square_root(metrics)
+    eigenvalues, vectors = torch.linalg.eigh(metrics)
+    roots = (vectors * eigenvalues.clamp(min=0).sqrt()[..., None, :]) @ vectors.mT  # symmetric
     leading = torch.linalg.eigh(roots @ moments @ roots)[1].flip(-1)
     return torch.linalg.qr(roots @ leading)[0]
 
@@ -45,9 +46,3 @@ def lost_by_rank(
         fitted = solved_with_least(_RIDGES, reduced, cross)
         lost[rank] = max(0.0, (energy - (fitted * cross).sum()).item())
     return lost
-
-
-def _square_root(matrices: Tensor) -> Tensor:
-    """Return the symmetric square roots of positive semidefinite matrices (..., n, n)."""
-    eigenvalues, vectors = torch.linalg.eigh(matrices)
-    return (vectors * eigenvalues.clamp(min=0).sqrt()[..., None, :]) @ vectors.mT

@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import InputError
 from ..utils.dimensions import Kept, ModelDimensions, check_length
 from ..utils.names import PER_LAYER, STOCK
-from .curve_allocation import MLP, PAIRS, VALUES, Curves, ideals_by_curves
+from .curve_allocation import MLP, PAIRS, VALUES, Curves, ideal_without, removed_by_curves
 from .rank_rounding import WIDE_STEP, Ideal, allowed_error, rank_step_for, rounded_layers, width_step_for
 
 _BINARY_ROUNDING = 1e-9  # 0.29 · 100 is 28.999999999999996 and means 29
@@ -160,30 +160,28 @@ class ImportancePreservingRankSelector:
         check_length("scores", scores, self.dimensions.num_layers)
         self.check_target(keep_ratio, curves)
         percent, multiples = round(100 * (1 - keep_ratio), 9), (self.rank_multiple, self.width_multiple)
+        sizes = self.dimensions
+        whole = Kept(1.0, sizes.head_dim, sizes.intermediate_size)
         if curves is not None and keep_ratio == 1:  # of which steps that do not divide the sizes would take away
-            whole = Kept(1.0, self.dimensions.head_dim, self.dimensions.intermediate_size)
-            layers = (whole,) * self.dimensions.num_layers
-            return RankAllocation(percent, self.prune_qk, self.rank_multiple, self.dimensions, layers)
-        if curves is not None:
+            layers = [whole] * sizes.num_layers
+        elif curves is not None:
             used = [{kind: curve for kind, curve in of.items() if self.prune_qk or kind != PAIRS} for of in curves]
-            ideals = ideals_by_curves(self.dimensions, used, keep_ratio, self.rank_multiple)
-            layers = tuple(rounded_layers(self.dimensions, ideals, keep_ratio, *multiples))
-            return RankAllocation(percent, self.prune_qk, self.rank_multiple, self.dimensions, layers)
-        keep = allocate_keep_ratios(scores, self.prunable_keep_ratio(keep_ratio))
-        floors = self.floored(keep)
-        # Floors of narrow heads miss the target where they would be 0, or where the factors of Q and K are no smaller
-        # than these, which stay whole then: the other parts must make up for it.
-        if self.is_floored and floors.sparsity_ratio >= percent:
-            return replace(floors, sparsity_ratio=percent)
-        ideals = [
-            Ideal(w * self.dimensions.head_dim, w, partial(self.dimensions.kept, w, prune_qk=self.prune_qk))
-            for w in keep
-            if w < 1
-        ]
-        rounded = iter(rounded_layers(self.dimensions, ideals, keep_ratio, *multiples))
-        whole = Kept(1.0, self.dimensions.head_dim, self.dimensions.intermediate_size)
-        layers = tuple(next(rounded) if w < 1 else whole for w in keep)
-        return RankAllocation(percent, self.prune_qk, self.rank_multiple, self.dimensions, layers)
+            taken = removed_by_curves(used, (1 - keep_ratio) * sizes.num_layers * sizes.layer_parameters)
+            ideals = [ideal_without(sizes, of_layer, self.rank_multiple) for of_layer in taken]
+            layers = rounded_layers(sizes, ideals, keep_ratio, *multiples)
+        else:
+            keep = allocate_keep_ratios(scores, self.prunable_keep_ratio(keep_ratio))
+            floors = self.floored(keep)
+            # Floors of narrow heads miss the target where they would be 0, or where the factors of Q and K are no
+            # smaller than these, which stay whole then: the other parts must make up for it.
+            if self.is_floored and floors.sparsity_ratio >= percent:
+                return replace(floors, sparsity_ratio=percent)
+            ideals = [
+                Ideal(w * sizes.head_dim, w, partial(sizes.kept, w, prune_qk=self.prune_qk)) for w in keep if w < 1
+            ]
+            rounded = iter(rounded_layers(sizes, ideals, keep_ratio, *multiples))
+            layers = [next(rounded) if w < 1 else whole for w in keep]
+        return RankAllocation(percent, self.prune_qk, self.rank_multiple, sizes, tuple(layers))
 
     def stock(self, keep_ratio: float) -> RankAllocation:
         """Return the stock shape that keeps ``keep_ratio`` of the linear weights, as nearly as one width step allows.

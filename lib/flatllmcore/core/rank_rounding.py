@@ -1,7 +1,7 @@
 """Ranks and MLP widths in steps that hardware likes, at the exact parameter budget."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..errors import InputError
@@ -36,16 +36,13 @@ def rounded_layers(
     whole = (dimensions.num_layers - len(ideals)) * dimensions.layer_parameters
     tolerance = allowed_error(dimensions, (1 - keep_ratio) * total, rank_step, width_step)
 
-    def attention_costs(steps: Iterable[int]) -> list[int]:
-        kept = (of.kept_with(n * rank_step, 0) for of, n in zip(ideals, steps, strict=True))
-        return list(map(dimensions.parameters_of, kept))
-
     # Rank steps as near the ideal as leaves what widths can take up.
     ideal_ranks, ideal_widths = [of.rank / rank_step for of in ideals], [of.width for of in ideals]
     totals = range(len(ideals), len(ideals) * most_ranks + 1)
     for rank_total in sorted(totals, key=lambda n: abs(n - math.fsum(ideal_ranks))):
         rank_steps = largest_remainder(ideal_ranks, rank_total, most_ranks)
-        rest = keep_ratio * total - whole - sum(attention_costs(rank_steps))
+        attentions = (of.kept_with(n * rank_step, 0) for of, n in zip(ideals, rank_steps, strict=True))
+        rest = keep_ratio * total - whole - sum(map(dimensions.parameters_of, attentions))
         width_total = min(max(round(rest / width_cost), len(ideals)), len(ideals) * most_widths)
         if abs(rest - width_total * width_cost) < tolerance + 0.5:  # half a weight: shares are in floating point
             width_steps = largest_remainder(ideal_widths, width_total, most_widths)

@@ -21,9 +21,17 @@ def with_ridge(moment: Tensor, ridge: float) -> Tensor:
     return damped
 
 
+def factored(moment: Tensor) -> Tensor:
+    """Return ``L`` with ``L Lᵀ = C``, (n, n), of a moment; ArithmeticError if it is not positive definite."""
+    factor, failed_at = torch.linalg.cholesky_ex(moment)
+    if failed_at.item():
+        raise ArithmeticError("a moment of the calibration tokens is not positive definite")
+    return factor
+
+
 def solved_from_right(moment: Tensor, cross: Tensor) -> Tensor:
     """Return ``R C⁻¹`` of a moment (n, n) and a cross moment (m, n); ArithmeticError if it is not positive definite."""
-    factor = _factor(moment)
+    factor = factored(moment)
     halfway = torch.linalg.solve_triangular(factor.mT, cross, upper=True, left=False)
     return torch.linalg.solve_triangular(factor, halfway, upper=False, left=False)
 
@@ -37,16 +45,6 @@ def solved_with_least(ridges: Sequence[float], moment: Tensor, cross: Tensor) ->
         with suppress(ArithmeticError):
             return solved_from_right(with_ridge(moment, ridge), cross)
     return solved_from_right(with_ridge(moment, ridges[-1]), cross)
-
-
-def upper_factor(moment: Tensor) -> Tensor:
-    """Return ``U`` with ``Uᵀ U = C``, (n, n), of a moment that few tokens may make singular: by a ridge of 1e-6."""
-    return _factor(with_ridge(moment, 1e-6)).mT
-
-
-def inverted(moment: Tensor) -> Tensor:
-    """Return ``C⁻¹`` of a moment (n, n); ArithmeticError if it is not positive definite."""
-    return torch.cholesky_inverse(_factor(moment))
 
 
 def led_towards(weight: Tensor, moments: Sequence[Tensor], crosses: Sequence[Tensor], share: float) -> Tensor:
@@ -69,10 +67,3 @@ def led_towards(weight: Tensor, moments: Sequence[Tensor], crosses: Sequence[Ten
             place += step
     both = with_ridge(moments[0] + moments[1], RIDGES[place])
     return weight + share * solved_from_right(both, rest + held_rest)
-
-
-def _factor(moment: Tensor) -> Tensor:
-    factor, failed_at = torch.linalg.cholesky_ex(moment)
-    if failed_at.item():
-        raise ArithmeticError("a moment of the calibration tokens is not positive definite")
-    return factor

@@ -17,15 +17,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from ..errors import InputError
-from ..utils.checkpoint import (
-    MANIFEST,
-    MODEL_CARD,
-    check_output_folder,
-    find_other,
-    locked,
-    partial_folder,
-    put_in_place,
-)
+from ..utils import checkpoint
 from ..utils.files import file_digest, naming_place, read_json, replacing, write_atomically, write_json
 from ..utils.layer_utils import DecoderModule, stored_tensors
 from ..utils.loading import empty_causal_lm
@@ -49,9 +41,9 @@ class Manifest:
 
 def read_manifest(folder: Path, asked: Mapping[str, Any]) -> Manifest | None:
     """Return the manifest in a folder, if there is one; InputError if it is of another request than the one asked."""
-    if not (folder / MANIFEST).exists():
+    if not (folder / checkpoint.MANIFEST).exists():
         return None
-    manifest = read_json(folder / MANIFEST, Manifest)
+    manifest = read_json(folder / checkpoint.MANIFEST, Manifest)
     earlier = manifest.request
     changed = "; ".join(
         f"{name} {asked.get(name)}, not {earlier.get(name)}"
@@ -75,14 +67,14 @@ class CheckpointSink:
 
     def __init__(self, folder: Path, num_layers: int, request: Mapping[str, Any], overwrite: bool = False) -> None:
         self.folder = Path(os.path.realpath(folder))  # a link stays one
-        self.partial = partial_folder(folder)
+        self.partial = checkpoint.partial_folder(folder)
         self.num_layers, self.overwrite = num_layers, overwrite
         self.request = dict(request)
         self.results: dict[str, Any] = {}
         self.finished: dict[int, LayerRecord] = {}
         self._shards: dict[str, str] = {}
         shards = [self._shard(number).name for number in range(num_layers + 2)]
-        self._files = {*shards, SAFE_WEIGHTS_INDEX_NAME, CONFIG_NAME, MODEL_CARD}  # that are written, by name
+        self._files = {*shards, SAFE_WEIGHTS_INDEX_NAME, CONFIG_NAME, checkpoint.MODEL_CARD}  # that are written
 
     @contextmanager
     def opened(self) -> Iterator["CheckpointSink"]:
@@ -150,14 +142,14 @@ class CheckpointSink:
     def publish(self, model_card: str) -> None:
         """Put the finished model in its place."""
         if is_rank_0():
-            write_atomically(self.partial / MODEL_CARD, model_card.encode())
-            put_in_place(self.partial, self.folder, self.overwrite)
+            write_atomically(self.partial / checkpoint.MODEL_CARD, model_card.encode())
+            checkpoint.put_in_place(self.partial, self.folder, self.overwrite)
 
     def _open(self, stack: ExitStack) -> tuple[dict[str, Any], dict[int, LayerRecord]]:
         """Lock the partial folder and return results and layers, without those whose shards are damaged."""
-        check_output_folder(self.folder, self.overwrite)
-        stack.enter_context(locked(self.folder))
-        check_output_folder(self.folder, self.overwrite)  # which a run may have published just before
+        checkpoint.check_output_folder(self.folder, self.overwrite)
+        stack.enter_context(checkpoint.locked(self.folder))
+        checkpoint.check_output_folder(self.folder, self.overwrite)  # which a run may have published just before
         self.partial.mkdir(exist_ok=True)
         manifest = read_manifest(self.partial, self.request) or Manifest(self.request)
         self._shards = manifest.shards
@@ -171,8 +163,8 @@ class CheckpointSink:
 
     def _discard_if_useless(self, error: type[BaseException] | None, *_: object) -> None:
         """Remove the partial folder, its manifest last: what a kill leaves of it is still known as ours."""
-        if error is not None and not self.finished and not self.results and not find_other(self.partial):
-            for path in sorted(self.partial.iterdir(), key=lambda path: path.name == MANIFEST):
+        if error is not None and not self.finished and not self.results and not checkpoint.find_other(self.partial):
+            for path in sorted(self.partial.iterdir(), key=lambda path: path.name == checkpoint.MANIFEST):
                 path.unlink()
             self.partial.rmdir()
 
@@ -198,7 +190,7 @@ class CheckpointSink:
         # Without seconds: all that is written is the same in every run of the request.
         layers = [replace(record, elapsed_s=None) for record in finished.values()]
         manifest = Manifest(self.request, self.results, layers, self._shards, sorted(self._files))
-        write_json(self.partial / MANIFEST, manifest)
+        write_json(self.partial / checkpoint.MANIFEST, manifest)
 
     def _write_index(self) -> None:
         weight_map, total_size = {}, 0

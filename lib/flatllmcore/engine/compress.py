@@ -18,20 +18,8 @@ from ..utils.layer_utils import WRITERS, DecoderModule, stored_tensors
 from ..utils.processes import all_reduce, broadcast
 from ..utils.progress import progress
 from ..utils.stopwatch import stage
-from .protocols import (
-    DENSE,
-    HELD_OUT,
-    METRIC,
-    STREAM,
-    LayerRecord,
-    LayerSink,
-    LayerSource,
-    Method,
-    Solution,
-    Step,
-    Sums,
-)
-from .reuse import is_worth_keeping, shallow_copy, written
+from .protocols import DENSE, HELD_OUT, METRIC, STREAM, LayerRecord, LayerSink, LayerSource, Method, Solution, Step
+from .reuse import is_worth_keeping, with_part, written
 from .walk import Walk, check_finite, forward_of, lent_layer, solves, tapped
 
 logger = logging.getLogger(__name__)
@@ -153,8 +141,8 @@ class _Loop:
         if stand_in is None:
             self.walk.advance(after, index, part)
             return
-        layer, tap = shallow_copy(after), f"{WRITERS[part]}.input"
-        layer.set_submodule(tap.partition(".")[0], stand_in)
+        tap = f"{WRITERS[part]}.input"
+        layer = with_part(after, tap.partition(".")[0], stand_in)
         forward, anew = forward_of(layer, part), forward_of(before, part)
         with tapped(before, [tap]) as look:
             for (states, stored), kept in zip(self.walk.batches(), self.walk.split(read), strict=False):
@@ -174,26 +162,17 @@ class _Loop:
             home = self._at_home(weight)
             broadcast(home)  # one for all: the signs of eigenvectors are anybody's choice
             weight.copy_(home)  # as it is going to be read, whatever is computed in
-        if step.part == "":
-            return part
-        layer = shallow_copy(layer)
-        layer.set_submodule(step.part, part)
-        return layer
+        return with_part(layer, step.part, part) if step.part else part
 
     def _at_home(self, weight: Tensor) -> Tensor:
         """Return a weight in the type of the source's own ones."""
         return retyped(weight, self.walk.source.dtype, self.walk.source.weights_dtype)
 
     def _solved(self, index: int, layer: DecoderModule, step: Step, read: Tensor | None) -> Solution:
-        """Return the solution of a step; where there is room for it, ``read`` is then what the part's writer reads."""
-        sums = self._summed(index, layer, step, read)
-        if self.metrics is not None:
-            sums[METRIC] = self.metrics[index].to(self.walk.source.device)
-        with solves(index):
-            return step.solve(layer, sums)
+        """Return the solution of a step, by its sums over the windows of all processes.
 
-    def _summed(self, index: int, layer: DecoderModule, step: Step, read: Tensor | None) -> Sums:
-        """Return the sums of a step over the windows of all processes."""
+        Where there is room for it, ``read`` is then what the part's writer reads.
+        """
         sums, tap = step.zeros(layer), f"{WRITERS[step.part]}.input"
         forward = forward_of(layer, "mlp") if step.part == "mlp" else layer  # as far as the last tap
         with tapped(layer, step.taps if read is None else {*step.taps, tap}) as look:
@@ -207,7 +186,10 @@ class _Loop:
             for total in sums.values():
                 all_reduce(total)
                 check_finite(index, total)
-        return sums
+        if self.metrics is not None:
+            sums[METRIC] = self.metrics[index].to(self.walk.source.device)
+        with solves(index):
+            return step.solve(layer, sums)
 
     def _batches(self) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         """Yield the hidden states of each batch, and what steps see beside their taps if the method asks."""

@@ -23,6 +23,7 @@ from ..utils.processes import all_reduce
 from ..utils.stopwatch import stage
 from .perplexity import LOGIT_ROWS
 from .protocols import CHANNELS, KEYS, QUERIES, LayerSource, zero_sums
+from .reuse import with_part
 from .walk import Walk, forward_of, solves, spread
 
 ATTENDED = "self_attn.o_proj.input"
@@ -83,16 +84,10 @@ class LayerDamage:
         config = replacement.compressed_config(walk.source.config, [kept] * sizes.num_layers)
         weights = without_pairs(layer.self_attn, self._sums[QUERIES], self._sums[KEYS], left)
         changed = replacement.compress_decoder_layer(layer, config, self.index, weights, "self_attn")
-        dense = layer.self_attn
+        layers = (layer, with_part(layer, "self_attn", changed))
         total = torch.zeros(2, dtype=torch.float64, device=walk.source.device)
         for states, _ in walk.batches():
-            streams = []
-            try:
-                for layer.self_attn in (dense, changed):
-                    streams.append(walk.run(forward_of(layer, "self_attn"), self.index, states))
-            finally:
-                layer.self_attn = dense
-            total += _damage_to(*streams)
+            total += _damage_to(*(walk.run(forward_of(of, "self_attn"), self.index, states) for of in layers))
         all_reduce(total)
         return (total[0] / total[1]).item()
 
@@ -131,11 +126,8 @@ class OutputCost:
                 stored.copy_(walk.run(layer, index, states))
         for (states, stored), begun in zip(walk.batches(), self._streams[index].split(walk.batch_size), strict=False):
             dense = walk.run(layer, index, states)
-            hook = down.register_forward_pre_hook(lambda _, inputs: (inputs[0] * ablation_mask,))
-            try:
+            with down.register_forward_pre_hook(lambda _, inputs: (inputs[0] * ablation_mask,)):
                 changed = walk.run(layer, index, states)
-            finally:
-                hook.remove()
             self._damages[index] += _damage_to(dense, changed)
             begun.copy_(changed)
             stored.copy_(dense)

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from ..core.curve_allocation import scaled
 from ..core.importance import LayerImportance, angles_between
-from ..core.refit import upper_factor
+from ..core.refit import factored, with_ridge
 from ..errors import InputError
 from ..utils.devices import float32_product
 from ..utils.names import ANGULAR, DAMAGE, GRADIENT
@@ -30,7 +30,10 @@ OUTPUT = ".output"  # of the layer itself
 
 def layer_importance(source: LayerSource, windows: Tensor, batch_size: int, method: str = ANGULAR) -> LayerImportance:
     """Score every decoder layer on token ids (N, S), and log the scores, which depend on batches only by rounding."""
-    found = _WAYS[method](source, windows, batch_size)
+    if method == GRADIENT:
+        found = gradient_importance(source, windows, batch_size)
+    else:
+        found = angular_importance(source, windows, batch_size, with_curves=method == DAMAGE)
     if found.zero_rows:
         logger.warning("%d rows of zeros have no angle and count as cosine 0.5", found.zero_rows)
     for index, score in enumerate(found.scores):
@@ -39,9 +42,7 @@ def layer_importance(source: LayerSource, windows: Tensor, batch_size: int, meth
 
 
 @torch.no_grad()
-def angular_importance(
-    source: LayerSource, windows: Tensor, batch_size: int, *, with_curves: bool = False
-) -> LayerImportance:
+def angular_importance(source: LayerSource, windows: Tensor, batch_size: int, *, with_curves: bool) -> LayerImportance:
     """Score every layer by the mean angle between its input and its output, residual included.
 
     With curves, those of the damage that removing weights does are measured in the same pass, in nats at the output.
@@ -105,7 +106,8 @@ def loss_metrics(source: LayerSource, windows: Tensor, batch_size: int) -> Tenso
         if not 0 < mean < math.inf:
             raise InputError(f"layer {index} has gradients of mean square {mean} in {source.dtype}; try a wider dtype")
         with solves(index):
-            metric.copy_(upper_factor(metric.to(source.device) / mean))
+            damped = with_ridge(metric.to(source.device) / mean, 1e-6)  # few tokens may make it singular
+            metric.copy_(factored(damped).mT)
     return metrics
 
 
@@ -135,13 +137,6 @@ def _loss_gradients(source: LayerSource, windows: Tensor, batch_size: int) -> It
                         inputs = states[index].detach().requires_grad_()
                         outputs = layer(inputs, **arguments[index])
                         (gradient,) = torch.autograd.grad(outputs, inputs, gradient)
-
-
-_WAYS: dict[str, Callable[[LayerSource, Tensor, int], LayerImportance]] = {  # by IMPORTANCE_METHODS
-    ANGULAR: angular_importance,
-    GRADIENT: gradient_importance,
-    DAMAGE: partial(angular_importance, with_curves=True),
-}
 
 
 def _loss_gradient(source: LayerSource, states: Tensor, ids: Tensor) -> Tensor:

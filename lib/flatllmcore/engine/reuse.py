@@ -50,10 +50,10 @@ def written(before: DecoderModule, after: DecoderModule, part: str) -> Written |
     return Written(weight.to(projection.weight.dtype), projection.bias, of == "self_attn")
 
 
-def shallow_copy(layer: DecoderModule) -> DecoderModule:
-    """Return a copy of which parts can be replaced; the parts are the same."""
+def with_part(layer: DecoderModule, name: str, part: nn.Module) -> DecoderModule:
+    """Return a copy of a layer that has another part of this name, and else the same ones."""
     layer = copy.copy(layer)
-    layer._modules = dict(layer._modules)
+    layer._modules = layer._modules | {name: part}
     return layer
 
 

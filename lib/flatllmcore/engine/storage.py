@@ -25,7 +25,7 @@ class StatesStorage:
     """Keeps hidden states where :meth:`place` says; a file is mapped to memory, nameless, and ends with us."""
 
     host_memory_bytes: int = field(default_factory=free_host_memory)  # that may be planned with
-    folder: Path | None = None  # of the file; None for the system's temporary folder
+    folder: Path = field(default_factory=lambda: Path(tempfile.gettempdir()))  # of the file
 
     def place(self, size: int, device: torch.device) -> str:
         """Return where states of ``size`` bytes live, ``device``, ``host`` or ``file``: the first with room for them.
@@ -36,7 +36,7 @@ class StatesStorage:
             return "device"
         if size <= _SHARE_OF_HOST * self.host_memory_bytes:
             return "host"
-        check_disk_space(self._folder(), size)
+        check_disk_space(self.folder, size)
         return "file"
 
     def spare(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, beside: int) -> Tensor | None:
@@ -55,7 +55,7 @@ class StatesStorage:
     ) -> Tensor:
         """Return an uninitialised tensor where hidden states of this shape belong, or ``what`` else is said to."""
         size = torch.Size(shape).numel() * dtype.itemsize
-        place, folder = self.place(size, device), self._folder()
+        place, folder = self.place(size, device), self.folder
         where = {"device": device, "host": "host memory", "file": f"a file in {folder}"}[place]
         of = f"{what} of {shape[0]} {'windows' if what == 'hidden states' else 'layers'}"
         logger.info("%s: %.2f GiB on %s", of, size / GIB, where)
@@ -67,6 +67,3 @@ class StatesStorage:
                 os.posix_fallocate(file.fileno(), 0, size)  # a disk that fills up later would end us by SIGBUS
             flat = torch.from_file(file.name, shared=True, size=torch.Size(shape).numel(), dtype=dtype)
         return flat.view(*shape)
-
-    def _folder(self) -> Path:
-        return self.folder or Path(tempfile.gettempdir())

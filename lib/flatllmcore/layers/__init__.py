@@ -8,9 +8,8 @@ _MISTRAL = ("FlatMistralAttention", "FlatMistralConfig", "FlatMistralDecoderLaye
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
-        ".families": ("family_of",),
         ".flat_models": _LLAMA + _MISTRAL,
         ".registration": ("register",),
-        ".replacement": ("adopt_compressed_layers", "compress_decoder_layer", "compressed_config"),
+        ".replacement": ("adopt_compressed_layers", "compress_decoder_layer", "compressed_config", "family_of"),
     },
 )

@@ -161,8 +161,6 @@ class FlatDecoderLayer(nn.Module):
 
     attention_class: ClassVar[type[FlatAttention]]
 
-    self_attn: FlatAttention
-
     def __init__(self, config: PreTrainedConfig, layer_idx: int) -> None:
         super().__init__(config.per_layer_config[layer_idx], layer_idx)
         self.self_attn = self.attention_class(config, layer_idx)

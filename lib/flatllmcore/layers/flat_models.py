@@ -10,13 +10,6 @@ from typing import Any
 
 import transformers
 from torch import Tensor, nn
-from transformers import (
-    MODEL_MAPPING,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    PreTrainedConfig,
-)
 from transformers.modeling_layers import GenericForSequenceClassification
 
 from .flat_attention import FlatAttention, FlatCausalLM, FlatDecoderLayer, FlatModel
@@ -25,9 +18,6 @@ from .flat_configs import flat_config
 
 class _Normed(FlatAttention):
     """Queries and keys are normalised before they are turned, within each head or all heads together."""
-
-    q_norm: nn.Module
-    k_norm: nn.Module
 
     def project_queries_and_keys(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         query, key = super().project_queries_and_keys(hidden_states)
@@ -63,8 +53,6 @@ class _Dropping(FlatAttention):
 class _Capped(FlatAttention):
     """Scores are capped, in attention functions that can."""
 
-    attn_logit_softcapping: float | None
-
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         return super().forward(*args, softcap=self.attn_logit_softcapping, **kwargs)
 
@@ -82,7 +70,7 @@ class _NormedTurnedInWindows(_Normed):
 
     is_sliding: bool
 
-    def __init__(self, config: PreTrainedConfig, layer_idx: int) -> None:
+    def __init__(self, config: transformers.PreTrainedConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         self.use_rope = self.is_sliding or self.sliding_window is None
         self.sliding_window = self.sliding_window if self.is_sliding else None
@@ -114,16 +102,14 @@ def _make_classes(family: str) -> None:
     attention = made(_ATTENTION.get(family, FlatAttention), getattr(dense, f"{family}Attention"), dense=dense)
     layer = made(FlatDecoderLayer, getattr(dense, f"{family}DecoderLayer"), attention_class=attention)
     members: dict[str, Any] = {"config_class": config, "decoder_layer_class": layer}
-    model = MODEL_MAPPING[causal_lm.config_class]
+    model = transformers.MODEL_MAPPING[causal_lm.config_class]
     # Not all families have a classifier of their own, but all of those that have one make it of these.
     classifier = type(f"{family}ForSequenceClassification", (GenericForSequenceClassification, *model.__bases__), {})
-    models = {
-        AutoModel: made(FlatModel, model, **members),
-        AutoModelForCausalLM: made(FlatCausalLM, causal_lm, **members),
-        AutoModelForSequenceClassification: made(FlatModel, classifier, **members),
-    }
-    for auto_class, one in models.items():  # here, because a classifier asks AutoModel for its body
-        auto_class.register(config, one, exist_ok=True)
+    for shared, parent in ((FlatModel, model), (FlatCausalLM, causal_lm), (FlatModel, classifier)):
+        made(shared, parent, **members)
+    for auto_class, name in config.model_classes.items():  # here, because a classifier asks AutoModel for its body
+        one = globals()[name.removeprefix("flat_models.")]
+        getattr(transformers, auto_class).register(config, one, exist_ok=True)
 
 
 def __getattr__(name: str) -> Any:

@@ -5,13 +5,28 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..utils.dimensions import Kept, check_length
-from ..utils.layer_utils import DecoderModule, check_is_dense, stored_tensors
+from ..utils.layer_utils import DecoderModule, check_is_dense, family_name, stored_tensors
 from ..utils.names import PER_LAYER, STOCK
-from .families import classes_of, family_of
+from . import flat_models
+from .flat_attention import FlatCausalLM
 
 _LOST_IN_CONVERSION = ("model_type", "transformers_version", "architectures", "auto_map", "quantization_config")
+
+
+def family_of(config: PreTrainedConfig) -> type[FlatCausalLM]:
+    """Return the compressed model class of a dense or compressed model's config; it is made when first asked for."""
+    return getattr(flat_models, f"Flat{MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family_name(config)]}")
+
+
+def classes_of(config: PreTrainedConfig) -> tuple[type[PreTrainedModel], type[nn.Module]]:
+    """Return the causal language model and the decoder layer of a config: its family's dense or compressed ones."""
+    causal_lm = family_of(config)
+    if config.model_type == causal_lm.config_class.model_type:
+        return causal_lm, causal_lm.decoder_layer_class
+    return causal_lm.__bases__[-1], causal_lm.decoder_layer_class.__bases__[-1]  # the parents, after what is shared
 
 
 def compressed_config(config: PreTrainedConfig, kept: Sequence[Kept], shape: str = PER_LAYER) -> PreTrainedConfig:

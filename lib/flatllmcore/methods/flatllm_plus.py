@@ -14,13 +14,14 @@ from torch import Tensor
 from ..core.attention_pca import heads_projected, project_output
 from ..core.channel_obs import channels_by_damage
 from ..core.mlp_nystrom import ENOUGH_TOKENS_PER_CHANNEL, channels_kept
-from ..core.moments import add_cross_moment, add_moment, inverse_length, mirror_lower_triangle
+from ..core.moments import add_moment, inverse_length, mirror_lower_triangle
 from ..core.output_pca import output_bases
 from ..core.rank_allocation import RankAllocation
 from ..core.refit import led_towards
 from ..core.rotary_pairs import pair_energies, without_pairs
 from ..engine.protocols import DENSE, HELD_OUT, KEYS, METRIC, QUERIES, STREAM, TOKENS, Method, Solution, Sums, zero_sums
 from ..errors import InputError
+from ..utils.devices import float32_product
 from ..utils.dimensions import Kept, ModelDimensions
 from ..utils.layer_utils import WRITERS, DecoderModule
 
@@ -127,7 +128,7 @@ class OutputStep:
         for of, chosen in (("fit", ~seen[HELD_OUT]), ("held", seen[HELD_OUT])):
             if chosen.any():
                 add_moment(sums[f"{of} C"], features[chosen])
-                add_cross_moment(sums[f"{of} R"], targets[chosen], features[chosen])
+                sums[f"{of} R"] += float32_product(targets[chosen].T, features[chosen])
         sums[TOKENS] += len(features)
 
     def solve(self, layer: DecoderModule, sums: Sums) -> Solution:

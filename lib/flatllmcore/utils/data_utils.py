@@ -61,11 +61,7 @@ def sample_documents(
 
 
 def sample_mixture(
-    texts: Sequence[TextDataset],
-    tokenizer: PreTrainedTokenizerBase,
-    nsamples: int,
-    seqlen: int,
-    seed: int,
+    texts: Sequence[TextDataset], tokenizer: PreTrainedTokenizerBase, nsamples: int, seqlen: int, seed: int
 ) -> Tensor:
     """Return windows (nsamples, seqlen), text by text, each text's as :func:`sample_documents` makes them.
 

@@ -5,7 +5,6 @@ import math
 import os
 import re
 import resource
-import sys
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -125,24 +124,19 @@ def _free_in_container() -> float:
     return free
 
 
-def reset_peak_allocated(device: torch.device) -> int | None:
-    """Start a new peak of allocated memory; return the bytes allocated now, None on a CPU, where nobody counts."""
+def restart_peak(device: torch.device) -> tuple[int, int]:
+    """Return the bytes allocated now, and the most since this was last called; zeros on a CPU, where nobody counts."""
     if device.type != "cuda":
-        return None
+        return 0, 0
+    peak = torch.cuda.max_memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
-    return torch.cuda.memory_allocated(device)
-
-
-def peak_allocated_bytes(device: torch.device) -> int | None:
-    """Return the most bytes allocated at once since :func:`reset_peak_allocated`, None on a CPU."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    return torch.cuda.memory_allocated(device), peak
 
 
 def peak_memory_gib(device: torch.device) -> dict[str, float]:
     """Return the process's peak resident memory and, on a GPU, the peak allocated there, in GiB."""
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, else in KiB
     # It begins with the peak of the program that started this one, which the kernel's own figure leaves out.
-    host = _linux_bytes("self/status", "VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    host = _linux_bytes("self/status", "VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     peaks = {"host": host / GIB}
     if device.type == "cuda":
         peaks["device"] = torch.cuda.max_memory_allocated(device) / GIB
@@ -150,11 +144,9 @@ def peak_memory_gib(device: torch.device) -> dict[str, float]:
 
 
 def _linux_bytes(file: str, field: str) -> int | None:
-    """Return a field, kept in KiB, of a file below /proc; None where there is none."""
-    with suppress(FileNotFoundError):
-        found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc", file).read_text(), re.MULTILINE)
-        return int(found[1]) * 1024 if found else None
-    return None
+    """Return a field, kept in KiB, of a file below /proc; None if it lacks that."""
+    found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc", file).read_text(), re.MULTILINE)
+    return int(found[1]) * 1024 if found else None
 
 
 def device_name(device: torch.device) -> str:

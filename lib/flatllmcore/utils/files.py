@@ -110,9 +110,9 @@ def naming_place(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def temporary_folder(parent: Path | None) -> Iterator[Path]:
-    """Lend a folder in ``parent``, or where the system has such, deleted at the end, as are those of killed runs."""
-    parent, prefix = parent or Path(tempfile.gettempdir()), "flat-llm-"
+def temporary_folder(parent: Path) -> Iterator[Path]:
+    """Lend a folder in ``parent``, deleted at the end, as are those of killed runs."""
+    prefix = "flat-llm-"
     parent.mkdir(parents=True, exist_ok=True)
     for lock in parent.glob(f"{prefix}*/{_LOCK}"):
         with suppress(OSError), FileLock(lock, timeout=0):  # an OSError while it is in use, or if it is another user's

@@ -3,6 +3,7 @@
 import atexit
 import logging
 import re
+import tempfile
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -61,7 +62,7 @@ def _dequantised(file: Path, _modified_ns: int) -> str:
     logger.info("dequantising %s", file)
     until_exit = ExitStack()
     atexit.register(until_exit.close)
-    folder = until_exit.enter_context(temporary_folder(None))
+    folder = until_exit.enter_context(temporary_folder(Path(tempfile.gettempdir())))
     accepted = "accepted: what transformers reads, of a supported family, with the packages gguf and accelerate"
     with door(f"cannot read {file}", accepted), bars_on_terminals_alone():
         import gguf

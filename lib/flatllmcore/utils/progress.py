@@ -11,13 +11,10 @@ from tqdm import tqdm
 from .processes import is_rank_0
 
 
-def progress(items: Iterable[Any] | None, doing: str, unit: str, total: float | None = None) -> tqdm:
-    """Return ``items`` behind a bar that is wiped when done; only rank 0 draws one, and on a terminal.
-
-    Without items it is moved by ``update``, up to ``total`` units where that is known.
-    """
+def progress(items: Iterable[Any], doing: str, unit: str) -> tqdm:
+    """Return ``items`` behind a bar that is wiped when done; only rank 0 draws one, and on a terminal."""
     is_hidden = None if is_rank_0() else True  # None: where there is no terminal
-    return tqdm(items, doing, total, unit=unit, leave=False, disable=is_hidden, dynamic_ncols=True)
+    return tqdm(items, doing, unit=unit, leave=False, disable=is_hidden, dynamic_ncols=True)
 
 
 def bars_on_terminals_alone() -> redirect_stderr[Any]:
