@@ -5,6 +5,7 @@ import math
 import os
 import re
 import resource
+import sys
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -135,8 +136,9 @@ def restart_peak(device: torch.device) -> tuple[int, int]:
 
 def peak_memory_gib(device: torch.device) -> dict[str, float]:
     """Return the process's peak resident memory and, on a GPU, the peak allocated there, in GiB."""
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, else in KiB
     # It begins with the peak of the program that started this one, which the kernel's own figure leaves out.
-    host = _linux_bytes("self/status", "VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    host = _linux_bytes("self/status", "VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     peaks = {"host": host / GIB}
     if device.type == "cuda":
         peaks["device"] = torch.cuda.max_memory_allocated(device) / GIB
@@ -144,9 +146,11 @@ def peak_memory_gib(device: torch.device) -> dict[str, float]:
 
 
 def _linux_bytes(file: str, field: str) -> int | None:
-    """Return a field, kept in KiB, of a file below /proc; None if it lacks that."""
-    found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc", file).read_text(), re.MULTILINE)
-    return int(found[1]) * 1024 if found else None
+    """Return a field, kept in KiB, of a file below /proc; None where there is none."""
+    with suppress(FileNotFoundError):
+        found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc", file).read_text(), re.MULTILINE)
+        return int(found[1]) * 1024 if found else None
+    return None
 
 
 def device_name(device: torch.device) -> str:
