@@ -176,12 +176,12 @@ class TestComponents:
         model = apply_flat_llm(tiny_model(**sizes), TOKENIZER, target_sparsity=target)
         assert target <= check_sparsity(model) < target + 0.04
 
-    @pytest.mark.parametrize("preserve_qk_layers", [True, False])
-    def test_a_target_of_nothing_leaves_the_function_as_it_was(self, preserve_qk_layers, wikitext2):
+    @pytest.mark.parametrize("options", [{}, {"preserve_qk_layers": False}, {"method": "flatllm+"}], ids=str)
+    def test_a_target_of_nothing_leaves_the_function_as_it_was(self, options, wikitext2):
         """``target_sparsity`` goes from 0.0; oracle: the dense model's logits, bitwise."""
         model = tiny_model(num_hidden_layers=3)
         before = model(IDS).logits
-        pruner = FlatLLMPruner(model, TOKENIZER, target_sparsity=0.0, preserve_qk_layers=preserve_qk_layers)
+        pruner = FlatLLMPruner(model, TOKENIZER, target_sparsity=0.0, **options)
         assert pruner.prune_model() is model
         assert torch.equal(model(IDS).logits, before)
         assert pruner.get_compression_stats()["sparsity"] == check_sparsity(model) == 0
