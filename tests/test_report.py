@@ -50,10 +50,6 @@ class TestRecords:
             ({"achieved_sparsity_percent": "1"}, "is not usable: Unknown format code 'f'"),
             ({"perplexity": [{"dense": 1}]}, "is not usable: the field 'dataset' is missing"),
             ({"elapsed_s": float("nan")}, "this is not JSON: "),
-            ({"elapsed_s": 10**400}, "is not usable: "),
-            ({"dataset": "\ud800"}, "this is not JSON: .*surrogate"),
-            ({"base_model": 5}, "is not usable: "),
-            ({"hardware": None}, "is not usable: "),
         ],
     )
     def test_a_record_that_cannot_be_used_is_named_with_what_is_wrong(self, tmp_path, change, reason):
@@ -116,16 +112,6 @@ class TestTable1:
         (rows,) = tables(table_1(read_records(paths)))
         return [row[1:] for row in rows if row[0] == model and row[1] in ("dense", "FLAT-LLM")]
 
-    def test_without_our_runs_it_has_the_published_figures_and_says_not_run(self, tmp_path):
-        (rows,) = tables(table_1(read_records([saved(tmp_path, "a", COMPRESSION)])))
-        for place, model in enumerate(report.MODELS):
-            for method, figures in report.TABLE_1.items():
-                found = [row[2:] for row in rows if row[:2] == [model, method]]
-                ours = "not run" if method in ("dense", "FLAT-LLM") else "–"
-                perplexity, accuracy = (f"{figure:.2f}" for figure in figures[place] or (0, 0))
-                cells = [perplexity, ours, ours, accuracy, ours, ours, ours]
-                assert found == ([cells] if figures[place] else [])
-
     def test_every_run_at_the_published_settings_stands_beside_with_its_difference(self, tmp_path):
         local = LLAMA_2_7B | {"base_model": "/data/Llama-2-7b-hf"}
         paths = saved(tmp_path, "a", LLAMA_2_7B), saved(tmp_path, "b", local, seed=1)
@@ -178,16 +164,6 @@ class TestOtherTables:
         assert compressed[:3] == ["tiny-20", "flatllm", "19.750"]
         for fact in ("piqa: acc_norm, 0-shot, 1,838 samples", "mmlu: acc, 5-shot", "lm_eval 0.4.13, `--dtype auto`"):
             assert fact in text
-
-    def test_other_metrics_are_as_they_are_and_other_protocols_apart(self, tmp_path):
-        words = {"metric": "word_perplexity", "value": 31.25, "stderr": None, "num_fewshot": None, "samples": 7}
-        answers = {"zero_shot": {"tasks": {"text": words}, "harness": "lm_eval"}}
-        answers["request"] = EVALUATION["request"] | {"limit": 5}
-        paths = saved(tmp_path, "a", EVALUATION), saved(tmp_path, "b", EVALUATION, **answers)
-        text = measured_tables(read_records(paths), "zero_shot")
-        assert tables(text)[1][1][3:] == ["31.25", "–"]
-        assert "text: word_perplexity, mixed-shot" in text
-        assert "`--limit 5`" in text
 
     def test_speed_has_time_ratios_and_memory_and_nothing_where_nothing_was_measured(self, tmp_path):
         text = measured_tables(read_records([saved(tmp_path, "a", TIMING)]), "speed")
