@@ -275,7 +275,6 @@ def test_a_gguf_file_becomes_itself(tmp_path):
 REFUSED = {
     "qwen3 with MLPs of several widths": ("Qwen3-0.6B", {"kind": "factors"}),
     "qwen3 with attention_bias": ("Qwen3 with biases and windows", {}),
-    "hunyuan-dense with attention_bias": ("Hunyuan-1.8B", {"attention_bias": True}),
     "smollm3 with positions missing in other layers": ("SmolLM3-3B", {}),
     "the activation gelu; accepted: silu": ("Llama-2-7b", {"hidden_act": "gelu"}),
     "the activation gelu; accepted: gelu_pytorch_tanh": ("Gemma-3-1b", {"hidden_activation": "gelu"}),
@@ -286,14 +285,12 @@ REFUSED = {
     "sliding_window = 60 in 3 layers": ("EXAONE-4.0-32B", {"head_dim": 10}),
     "sliding_window = None in 64 layers": ("EXAONE-4.0-1.2B", layers("G", 64)),
     "gemma2 with query_pre_attn_scalar other than 12": ("Gemma-2-2b", {}),
-    "gemma3 with query_pre_attn_scalar other than 12": ("Gemma-3-1b", {}),
     "gemma2 with scores or logits without a cap": ("Gemma-2-2b", HEADS | {"final_logit_softcapping": None}),
     "gemma3 with attention to what comes later": ("Gemma-3-1b", HEADS | {"use_bidirectional_attention": True}),
     "of type dynamic are not written for llama": (
         "Llama-2-7b",
         {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
     ),
-    "of type linear are not written for qwen2": ("Qwen2-7B", LINEAR),
     "of type llama3 are not written for cohere2": ("Command-R7B", BY_PARTS),
     "of type default are not written for olmo2": ("Olmo-3-7B", {"rope_scaling": None, "rope_theta": 1000.0}),
     "of type yarn are not written for olmo2": ("Olmo-3-7B", {"rope_scaling": YARN | {"beta_fast": 16.0}}),
