@@ -12,6 +12,7 @@ import torch
 from transformers import LlamaConfig
 
 import compute_rank
+from checkpoints import edit
 from conftest import one_line
 from flatllmcore.core.importance import ImportanceScores
 from flatllmcore.core.rank_allocation import RankAllocation
@@ -59,21 +60,17 @@ def test_without_arguments_every_file_under_ranks_gets_five_targets_and_a_plot(f
     assert "some/other" in output
 
 
-def test_written_ranks_meet_the_target_and_carry_the_digest_of_their_scores(folder):
+def test_written_ranks_meet_the_target_and_carry_the_digest_of_their_scores(folder, capsys):
     allocation = ranks_at(folder, 20)
+    row = capsys.readouterr().out.splitlines()[-1].split()
+    removed = 100 * (1 - allocation.parameters_after / allocation.parameters_before)
+    ranges = [f"{min(sizes)}-{max(sizes)}" for sizes in map(allocation.per_layer, ("value_rank", "mlp_width"))]
+    assert row == ["20", f"{removed:.3f}", f"{25 * sum(allocation.per_layer('keep')):.2f}", *ranges]
     assert files(folder) == {"importance.json", "ranks_20.json"}
     assert (allocation.sparsity_ratio, allocation.rank_multiple) == (20, 8)
     step = 8 * 3 * 256
     assert abs(allocation.parameters_after - 0.8 * allocation.parameters_before) <= step
     assert allocation.importance_sha256 == hashlib.sha256((folder / "importance.json").read_bytes()).hexdigest()
-
-
-def test_the_table_states_asked_and_achieved_ratios_and_ranges(folder, capsys):
-    allocation = ranks_at(folder, 20, "--rank_multiple", "1")
-    row = capsys.readouterr().out.splitlines()[-1].split()
-    removed = 100 * (1 - allocation.parameters_after / allocation.parameters_before)
-    ranges = [f"{min(sizes)}-{max(sizes)}" for sizes in map(allocation.per_layer, ("value_rank", "mlp_width"))]
-    assert row == ["20", f"{removed:.3f}", f"{25 * sum(allocation.per_layer('keep')):.2f}", *ranges]
 
 
 def test_prune_qk_lowers_the_value_ranks_less(folder):
@@ -128,10 +125,8 @@ def test_what_cannot_be_used_is_one_line_and_leaves_every_file_as_it_was(
 
 def test_curves_of_an_earlier_release_are_none(folder, capsys):
     """They were of damage to the stream behind a layer, under another name."""
-    path = folder / "importance.json"
-    curves = [{"mlp": [[0, 0], [1000, 1]]}] * len(SCORES)
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"curves": curves}))
-    assert compute_rank.main(["--sparsity_ratio", "20", "--importance_method", "damage"]) == 2
+    edit(folder / "importance.json", curves=[{"mlp": [[0, 0], [1000, 1]]}] * len(SCORES))
     reason = "it has no curves of damage; score anew by main.py --importance_method damage"
-    assert capsys.readouterr().err == f"error: ranks/tiny/importance.json: {reason}\n"
+    line = one_line(capsys, compute_rank.main, ["--sparsity_ratio", "20", "--importance_method", "damage"])
+    assert line == f"error: ranks/tiny/importance.json: {reason}\n"
     assert files(folder) == {"importance.json"}

@@ -3,20 +3,19 @@
 import argparse
 import json
 import runpy
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from conftest import ROOT
 from flatllmcore.engine.memory import ModelInMemory
 from flatllmcore.engine.perplexity import perplexity
 from flatllmcore.utils.data_utils import consecutive_windows
 from flatllmcore.utils.loading import load_model, load_tokenizer
 from flatllmcore.utils.text_sources import load_text
 
-ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "models" / "pydocs-llama"
 LOG = json.loads((FOLDER / "training_log.json").read_text())
 

@@ -301,11 +301,7 @@ def test_a_layer_whose_gradients_vanish_is_named(model, windows):
 
 @pytest.mark.parametrize(
     ("method", "lent"),
-    [
-        ("angular", [0, 1, 2]),
-        ("damage", [0, 1, 2]),
-        ("gradient", 3 * [0, 1, 2, 2, 1]),
-    ],  # 24 windows are three batches of 8
+    [("angular", [0, 1, 2]), ("damage", [0, 1, 2]), ("gradient", 3 * [0, 1, 2, 2, 1])],  # 24 windows, three batches
 )
 def test_importance_borrows_one_layer_at_a_time(method, lent, windows):
     source, seen = ModelInMemory(tiny_model(num_hidden_layers=3), CPU), []

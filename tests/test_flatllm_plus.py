@@ -241,12 +241,8 @@ class TestAllocation:
         missed = allocation.parameters_before * (1 - percent / 100) - allocation.parameters_after
         assert abs(missed) <= max(step, 0.001 * percent / 100 * allocation.parameters_before)
         for kept in allocation.layers:
-            assert (
-                kept.value_rank % multiple
-                == kept.mlp_width % multiple
-                == 2 * (kept.query_key_pairs or 0) % multiple
-                == 0
-            )
+            steps = kept.value_rank, kept.mlp_width, 2 * (kept.query_key_pairs or 0)
+            assert {step % multiple for step in steps} == {0}
             assert kept.keep == pytest.approx(sizes.parameters_of(kept) / sizes.layer_parameters)
 
     def test_nothing_removed_leaves_all_whole_also_where_steps_do_not_divide_sizes(self):
@@ -319,10 +315,8 @@ def test_the_damage_of_pairs_is_measured_on_the_stream_and_in_nats_at_the_output
     assert not 0.8 < in_nats[0] / in_nats[1] < 1.25
     attention, sizes = model.model.layers[0].self_attn, dimensions_from_config(model.config)
     inputs = model.model.layers[0].input_layernorm(model.model.embed_tokens(windows)).flatten(0, 1)
-    half, left = (
-        sizes.head_dim // 2,
-        round((1 - found[-1][0] / (sizes.head_dim * sizes.rank_parameters)) * sizes.head_dim / 2),
-    )
+    half = sizes.head_dim // 2
+    left = round((1 - found[-1][0] / (sizes.head_dim * sizes.rank_parameters)) * half)
     streams = []
     model.model.layers[0].post_attention_layernorm.register_forward_pre_hook(lambda _, given: streams.append(given[0]))
     model(tried)

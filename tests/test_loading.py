@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from checkpoints import on_disk
+from checkpoints import edit, on_disk
 from conftest import assert_same_weights, tiny_model
 from flatllmcore.errors import InputError
 from flatllmcore.utils.loading import load_model
@@ -56,12 +56,12 @@ def test_weights_are_those_of_the_checkpoint_in_its_dtype_or_the_one_asked_for(c
 def test_weights_that_do_not_fit_the_config_are_counted_and_the_first_is_named(
     checkpoint, load, lacks, has, config, complaint
 ):
-    path, dense = checkpoint / "model.safetensors", json.loads((checkpoint / "config.json").read_text())
+    path = checkpoint / "model.safetensors"
     weights = load_file(path) | {f"model.layers.{name}": torch.ones(shape) for name, shape in has.items()}
     for name in lacks:
         del weights[f"model.layers.{name}.weight"]
     save_file(weights, path, {"format": "pt"})
-    (checkpoint / "config.json").write_text(json.dumps(dense | config))
+    edit(checkpoint / "config.json", **config)
     if complaint is None:
         load(str(checkpoint))
         return
@@ -72,9 +72,7 @@ def test_weights_that_do_not_fit_the_config_are_counted_and_the_first_is_named(
 @pytest.mark.parametrize("load", [load_model, on_disk])
 @pytest.mark.parametrize(("layers", "complaint"), [(30, "are missing"), (10**5, "is 100,000;"), (10**12, "is 1,000,0")])
 def test_layers_that_are_not_there_are_refused_before_they_take_minutes(checkpoint, load, layers, complaint):
-    config = json.loads((checkpoint / "config.json").read_text())
-    changed = config | {"num_hidden_layers": layers, "model_type": "qwen2"}
-    (checkpoint / "config.json").write_text(json.dumps(changed))
+    edit(checkpoint / "config.json", num_hidden_layers=layers, model_type="qwen2")
     with pytest.raises(InputError, match=complaint):
         load(str(checkpoint))
 
@@ -96,9 +94,7 @@ def test_pickled_weights_are_not_read(checkpoint, load):
 def test_weights_that_are_no_plain_numbers_are_refused_by_name(checkpoint, load, dtype, method):
     """With the method that quantised them, where the config says so."""
     path, name = checkpoint / "model.safetensors", "model.layers.1.mlp.up_proj.weight"
-    config = json.loads((checkpoint / "config.json").read_text())
-    stated = {"quantization_config": {"quant_method": method}} if method else {}
-    (checkpoint / "config.json").write_text(json.dumps(config | stated))
+    edit(checkpoint / "config.json", **({"quantization_config": {"quant_method": method}} if method else {}))
     weights = load_file(path)
     save_file(weights | {name: weights[name].to(dtype)}, path, {"format": "pt"})
     state = f"is quantised by {method}" if method else "is damaged"

@@ -15,10 +15,10 @@ import pytest
 from transformers import AutoConfig
 
 import flatllmcore
+from conftest import ROOT
 from flatllmcore import core, utils
 from python_process import LIBRARY, run_python
 
-ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 SOURCES = ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "lib", "tests", "models", "scripts", "docs")
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from checkpoints import edit
 from flatllmcore.core.importance import ImportanceScores
 from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector, RankAllocation
 from flatllmcore.core.rank_files import find_ranks, read_ranks, save_ranks
@@ -43,10 +44,6 @@ def folder(tmp_path) -> Path:
     sha256 = digest(to_json_bytes(scores(0.1, 0.2)))
     save_ranks(replace(SELECTOR.allocate([0.1, 0.2], 0.8), importance_sha256=sha256), tmp_path / "ranks_20.json")
     return tmp_path
-
-
-def edit(path: Path, **fields: object) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
 @pytest.mark.parametrize("selector", [SELECTOR, PRUNING])

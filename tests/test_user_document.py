@@ -35,7 +35,6 @@ from tiny_text import documents, word_tokenizer
 from user_document import SAMPLES
 
 TOKENIZER = word_tokenizer()
-ROOT = Path(__file__).resolve().parents[1]
 IDS = torch.randint(1, 97, (4, 12), generator=torch.Generator().manual_seed(2))
 # Of the document's code blocks themselves, one after the other, so that no formatter changes the copies.
 DIGEST = "f4ea360a4e3ba88e185ae0a03b49517de8d2b0e6699edd6f8a4582106eaf7d56"
@@ -158,7 +157,6 @@ class TestComponents:
             assert (type(part), type(part.self_attn)) == (layer, attention)
 
     def test_utilities(self, tmp_path):
-        """Calibration data are prepared and described."""
         (tmp_path / "text.txt").write_text("\n".join(documents(30)))
         text = text_sources.load_text(str(tmp_path / "text.txt"), "train")
         windows = data_utils.sample_documents(text, TOKENIZER, 6, 16, seed=1)

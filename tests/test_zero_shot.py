@@ -18,7 +18,8 @@ from lm_eval.tasks import TaskManager
 from transformers import PreTrainedTokenizerFast
 
 import main
-from conftest import one_line, tiny_model
+from checkpoints import CPU
+from conftest import ROOT, one_line, tiny_model
 from flatllmbench import zero_shot as program
 from flatllmbench.provenance import describe_model
 from flatllmbench.zero_shot import PAPER_TASKS, evaluate_saved, load_tasks
@@ -29,14 +30,12 @@ from flatllmcore.utils import devices
 from flatllmcore.utils.loading import load_model, load_tokenizer
 from python_process import BLOCKED, run_python
 
-ROOT = Path(__file__).resolve().parents[1]
 EMBEDDED = str(ROOT / "models" / "pydocs-llama")
 LOCAL_TASKS = ROOT / "tests" / "tasks"
 QUESTIONS = [json.loads(line) for line in (LOCAL_TASKS / "pydocs.jsonl").read_text().splitlines()]
 PASSAGES = [f"{question['beginning']} {question['endings'][question['label']]}" for question in QUESTIONS]
 BOTH = ["pydocs_endings", "pydocs_text"]
 LOCAL = ["--tasks", ",".join(BOTH), "--include_path", str(LOCAL_TASKS), "--device", "cpu"]
-CPU = torch.device("cpu")
 
 
 @cache

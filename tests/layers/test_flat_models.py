@@ -14,17 +14,13 @@ from transformers import (
 from transformers.cache_utils import Cache, QuantizedLayer, StaticCache
 from transformers.integrations.executorch import convert_and_export_with_cache
 
-from checkpoints import compressed
+from checkpoints import bytes_in, compressed
 from flatllmcore.layers import compressed_config
 from flatllmcore.utils.names import FAMILY_NAMES
 from python_process import BLOCKED, run_python
 from tiny_text import word_tokenizer
 
 from .tiny_models import RANKS, SIZES, compress, dense_model_of, generate, kept, project_in_full_size
-
-
-def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_a_compressed_model_equals_the_dense_one_with_projected_weights(published, tokens):
@@ -36,7 +32,6 @@ def test_a_compressed_model_equals_the_dense_one_with_projected_weights(publishe
 
 
 def test_continuous_batching_gives_the_same_tokens(flat_model):
-    """Its pages are as wide as the dense heads."""
     model = flat_model()
     prompts = [[1, 2, 3, 4, 5], [7, 8, 9]]
     settings = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
@@ -56,7 +51,6 @@ def test_a_uniform_model_needs_no_per_layer_config(tokens, tmp_path):
 
 
 def test_the_folder_loads_where_the_package_is_not_installed(tokens, tmp_path):
-    """Also from there it can be saved again."""
     expected = {}
     for family in FAMILY_NAMES:
         model = compress(dense_model_of(family))
@@ -91,7 +85,7 @@ def test_the_folder_loads_where_the_package_is_not_installed(tokens, tmp_path):
     """
     run_python(BLOCKED + program, [])
     for family in FAMILY_NAMES:
-        assert contents(tmp_path / family / "third") == contents(tmp_path / family / "model")
+        assert bytes_in(tmp_path / family / "third") == bytes_in(tmp_path / family / "model")
 
 
 def test_the_model_without_a_head_and_the_classifier_are_loaded_by_auto_classes(flat_model, tokens, tmp_path):
@@ -156,7 +150,6 @@ def assert_compiled_equals_eager(family, ranks, widths, tokens, **options):
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "smollm3", "cohere2"])
 def test_prompt_and_decoding_trace_to_one_graph_each(family, tokens):
-    """By the tracer alone: what is made of its graphs is tested below."""
     assert_compiled_equals_eager(family, (5, 11), (96, 33), tokens, backend="eager")
 
 
