@@ -18,11 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModelFo
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from checkpoints import (
-    CPU,
-    VARIANTS,
-    assert_same_up_to_sign,
-)
+from checkpoints import CPU, VARIANTS, assert_same_up_to_sign
 from conftest import tiny_model
 from flatllmcore import FlatLLMConfig, FlatLLMPruner, apply_flat_llm
 from flatllmcore.core.channel_obs import channels_by_damage, ridge_for

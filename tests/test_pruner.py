@@ -22,12 +22,7 @@ from flatllmcore import FlatLLMConfig, FlatLLMPruner, InputError, apply_flat_llm
 from flatllmcore.core.importance import ImportanceScores
 from flatllmcore.pipeline import TO_SCORE, Pipeline
 from flatllmcore.utils import check_sparsity, find_decoder_layers, find_layers, get_layer_dimensions
-from flatllmcore.utils.data_utils import (
-    padding_ids_of,
-    read_calibration_data,
-    sample_documents,
-    windows_of_rows,
-)
+from flatllmcore.utils.data_utils import padding_ids_of, read_calibration_data, sample_documents, windows_of_rows
 from flatllmcore.utils.files import write_json
 from flatllmcore.utils.layer_utils import count_parameters, dimensions_from_config
 from flatllmcore.utils.text_sources import TextDataset, load_text

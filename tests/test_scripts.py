@@ -190,18 +190,14 @@ def test_processes_are_started_by_accelerate(commands, tmp_path):
         (
             "eval.sh",
             "m",
-            "TASKS=a,b NUM_FEWSHOT=3 LIMIT=9 BATCH_SIZE=2 INCLUDE_PATH=mine DATASET_ROOT=d DEVICE=cpu CACHE_DIR=c",
+            "TASKS=a,b NUM_FEWSHOT=3 LIMIT=9 BATCH_SIZE=2 INCLUDE_PATH=i DATASET_ROOT=d DEVICE=cpu CACHE_DIR=c",
         ),
         (
             "test_speedup.sh",
             "dense a",
             "BATCH_SIZE=1,8 PROMPT_LENGTH=16 NEW_TOKENS=4 REPEATS=2 PROTOCOL=grid DTYPE=float32 DEVICE=cpu THREADS=1",
         ),
-        (
-            "recover.sh",
-            "m",
-            "STEPS=3 RANK=2 LEARNING_RATE=0.1 EVAL_DATASET=e EVAL_NSAMPLES=9 DATASET=t SEQLEN=9 SEED=7",
-        ),
+        ("recover.sh", "m", "STEPS=3 RANK=2 LEARNING_RATE=1 EVAL_DATASET=e EVAL_NSAMPLES=9 DATASET=t SEQLEN=9 SEED=7"),
         ("llama_bi.sh", "--batch_size 3", "CACHE_DIR=c DATASET_ROOT=d DEVICE=cpu SEQLEN=9 SEED=7 DATASET=t"),
     ],
 )

@@ -23,12 +23,7 @@ from flatllmcore import (
     ImportancePreservingRankSelector,
     apply_flat_llm,
 )
-from flatllmcore.layers import (
-    FlatLlamaAttention,
-    FlatLlamaDecoderLayer,
-    FlatMistralAttention,
-    FlatMistralDecoderLayer,
-)
+from flatllmcore.layers import FlatLlamaAttention, FlatLlamaDecoderLayer, FlatMistralAttention, FlatMistralDecoderLayer
 from flatllmcore.utils import check_sparsity, data_utils, text_sources
 from python_process import LIBRARY, run_python
 from tiny_text import documents, word_tokenizer
