@@ -141,6 +141,10 @@ def read(path: Path | str) -> dict[str, Any]:
     return json.loads(Path(path).read_text())
 
 
+def edit(path: Path | str, **fields: object) -> None:
+    Path(path).write_text(json.dumps(read(path) | fields))
+
+
 def hub_cache(cache: Path, repository: str) -> Path:
     """Lay out the hub's cache for a repository, such as ``models--someone--tiny``; return where its files belong."""
     (cache / repository / "refs").mkdir(parents=True)

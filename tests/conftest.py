@@ -1,12 +1,20 @@
 """Settings, models and fixtures of all tests. Libraries are imported where they are used: not all processes do."""
 
+from pathlib import Path
+
 import pytest
 from hypothesis import settings
 
+ROOT = Path(__file__).resolve().parents[1]
 # No deadlines: how long an example takes on a busy machine is no property. --hypothesis-profile=long looks further.
 settings.register_profile("short", deadline=None, max_examples=25)
 settings.register_profile("long", deadline=None, max_examples=2000)
 settings.load_profile("short")
+
+
+def shape(*sizes: int) -> dict[str, int]:
+    names = ("num_attention_heads", "num_key_value_heads", "hidden_size", "intermediate_size")
+    return dict(zip(names, sizes, strict=True))
 
 
 def tiny_model(family: str = "llama", seed: int = 0, **overrides):
@@ -15,17 +23,8 @@ def tiny_model(family: str = "llama", seed: int = 0, **overrides):
     from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
     torch.manual_seed(seed)
-    sizes = {
-        "vocab_size": 97,
-        "hidden_size": 32,
-        "intermediate_size": 56,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 12,
-        "max_position_embeddings": 64,
-        "initializer_range": 0.3,
-    } | overrides
+    sizes = shape(4, 2, 32, 56) | {"num_hidden_layers": 2, "head_dim": 12, "vocab_size": 97}
+    sizes |= {"max_position_embeddings": 64, "initializer_range": 0.3} | overrides
     config_class, model_class = {
         "llama": (LlamaConfig, LlamaForCausalLM),
         "mistral": (MistralConfig, MistralForCausalLM),

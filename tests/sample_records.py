@@ -35,7 +35,7 @@ SMALL_MODEL |= {"achieved_sparsity_percent": 19.75}
 ACCURACIES: dict[str, Any] = {
     "tasks": {
         "piqa": {"metric": "acc_norm", "value": 0.7812, "stderr": 0.0096, "num_fewshot": 0, "samples": 1838},
-        "mmlu": {"metric": "acc", "value": 0.4567, "stderr": None, "num_fewshot": 5, "samples": 14042},
+        "mmlu": {"metric": "acc", "value": 0.4567, "stderr": None, "num_fewshot": None, "samples": 14042},
     },
     "mean_accuracy": 62.14,
     "harness": "lm_eval 0.4.13",

@@ -12,6 +12,7 @@ import torch
 from transformers import LlamaConfig
 
 import compute_rank
+from checkpoints import edit
 from conftest import one_line
 from flatllmcore.core.importance import ImportanceScores
 from flatllmcore.core.rank_allocation import RankAllocation
@@ -59,21 +60,17 @@ def test_without_arguments_every_file_under_ranks_gets_five_targets_and_a_plot(f
     assert "some/other" in output
 
 
-def test_written_ranks_meet_the_target_and_carry_the_digest_of_their_scores(folder):
+def test_written_ranks_meet_the_target_and_carry_the_digest_of_their_scores(folder, capsys):
     allocation = ranks_at(folder, 20)
+    row = capsys.readouterr().out.splitlines()[-1].split()
+    removed = 100 * (1 - allocation.parameters_after / allocation.parameters_before)
+    ranges = [f"{min(sizes)}-{max(sizes)}" for sizes in map(allocation.per_layer, ("value_rank", "mlp_width"))]
+    assert row == ["20", f"{removed:.3f}", f"{25 * sum(allocation.per_layer('keep')):.2f}", *ranges]
     assert files(folder) == {"importance.json", "ranks_20.json"}
     assert (allocation.sparsity_ratio, allocation.rank_multiple) == (20, 8)
     step = 8 * 3 * 256
     assert abs(allocation.parameters_after - 0.8 * allocation.parameters_before) <= step
     assert allocation.importance_sha256 == hashlib.sha256((folder / "importance.json").read_bytes()).hexdigest()
-
-
-def test_the_table_states_asked_and_achieved_ratios_and_ranges(folder, capsys):
-    allocation = ranks_at(folder, 20, "--rank_multiple", "1")
-    row = capsys.readouterr().out.splitlines()[-1].split()
-    removed = 100 * (1 - allocation.parameters_after / allocation.parameters_before)
-    ranges = [f"{min(sizes)}-{max(sizes)}" for sizes in map(allocation.per_layer, ("value_rank", "mlp_width"))]
-    assert row == ["20", f"{removed:.3f}", f"{25 * sum(allocation.per_layer('keep')):.2f}", *ranges]
 
 
 def test_prune_qk_lowers_the_value_ranks_less(folder):
@@ -97,28 +94,19 @@ def test_the_authors_scores_give_the_same_ranks_as_ours(folder, tmp_path):
 @pytest.mark.parametrize(
     ("prepare", "argv", "message"),
     [
-        (
-            lambda ranks: torch.save(SCORES, (ranks / "tiny/importance.json").rename(ranks / "tiny/bi_score.pt")),
-            "",
-            "name it by --model",
-        ),
+        (lambda ranks: torch.save(SCORES, ranks / "bi_score.pt"), "--bi_score ranks/bi_score.pt", "name it by --model"),
         (lambda _: LlamaConfig(num_hidden_layers=5).save_pretrained("model"), "--model model", "num_layers 4, not 5"),
         (
-            lambda ranks: write_json(ranks / "zzz" / "importance.json", {}),
+            lambda ranks: write_json(ranks / "zzz/importance.json", {}),
             "",
-            "zzz/importance.json: Object missing required field `model_id`",
+            "zzz/importance.json: Object missing required",
         ),
         (lambda ranks: torch.save(SCORES, ranks / "tiny" / "bi_score.pt"), "", "holds bi_score.pt and importance.json"),
         (lambda ranks: shutil.rmtree(ranks / "tiny"), "", "no importance.json or bi_score.pt at ranks"),
         (None, "--importance_method gradient", "the scores are by angular, and here it is gradient"),
         (None, "--sparsity_ratio 10 90", "ranks/tiny/importance.json: removing 90 % of this model is impossible"),
-        (None, "--sparsity_ratio 10 0", "--sparsity_ratio is 0; accepted: an integer, 1 to 95"),
         (None, "--sparsity_ratio 10 96", "--sparsity_ratio is 96; accepted: an integer, 1 to 95"),
-        (
-            lambda ranks: save_scores(ranks / "zzz", scores=[1.7e308] * len(SCORES)),
-            "--sparsity_ratio 20",
-            "ranks/zzz/importance.json cannot be drawn",
-        ),
+        (lambda ranks: save_scores(ranks / "zz", scores=[1.7e308] * 4), "", "ranks/zz/importance.json cannot be drawn"),
         ("full disk", "--sparsity_ratio 20", "No space left on device: ranks/tiny/ranks_20.json"),
     ],
 )
@@ -137,10 +125,8 @@ def test_what_cannot_be_used_is_one_line_and_leaves_every_file_as_it_was(
 
 def test_curves_of_an_earlier_release_are_none(folder, capsys):
     """They were of damage to the stream behind a layer, under another name."""
-    path = folder / "importance.json"
-    curves = [{"mlp": [[0, 0], [1000, 1]]}] * len(SCORES)
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"curves": curves}))
-    assert compute_rank.main(["--sparsity_ratio", "20", "--importance_method", "damage"]) == 2
+    edit(folder / "importance.json", curves=[{"mlp": [[0, 0], [1000, 1]]}] * len(SCORES))
     reason = "it has no curves of damage; score anew by main.py --importance_method damage"
-    assert capsys.readouterr().err == f"error: ranks/tiny/importance.json: {reason}\n"
+    line = one_line(capsys, compute_rank.main, ["--sparsity_ratio", "20", "--importance_method", "damage"])
+    assert line == f"error: ranks/tiny/importance.json: {reason}\n"
     assert files(folder) == {"importance.json"}

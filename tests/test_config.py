@@ -96,11 +96,6 @@ def test_usable_values_become_plain_ones(field, value, plain):
     assert (found, type(found)) == (plain, type(plain))
 
 
-def test_an_unknown_option_is_refused_by_name():
-    with pytest.raises(TypeError, match="sparsity_target"):
-        FlatLLMConfig(sparsity_target=0.5)
-
-
 def test_an_option_of_a_run_that_takes_several_takes_one_and_what_it_does_not_take_is_named():
     assert RunConfig(model="tiny", eval_dataset=["c4", "alpaca"]).eval_dataset == ["c4", "alpaca"]
     assert RunConfig(model="tiny", eval_dataset="c4").eval_dataset == ["c4"]

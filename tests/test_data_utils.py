@@ -98,12 +98,10 @@ class TestSampleDocuments:
             states = {after for state in states for after in states_after(state, window, seqlen)}
             assert states
 
-    def test_a_blank_document_starts_no_window_but_stands_in_it(self):
+    def test_a_blank_document_starts_no_window(self):
         text = TextDataset("x", "train", ["", CHARACTERS[2:6], "", " ", CHARACTERS[6:9], ""], "\n")
         starts = {sample_documents(text, TOKENIZER, 1, 4, seed)[0, 0].item() for seed in range(40)}
         assert starts == {IDS[CHARACTERS[2]], IDS[CHARACTERS[6]]}
-        window = next(w for s in range(40) if (w := sample_documents(text, TOKENIZER, 1, 11, s)[0].tolist())[0] == 3)
-        assert window == plain_ids(CHARACTERS[2:6] + "\n\n \n" + CHARACTERS[6:9])
 
     def test_a_document_is_tokenised_once_and_only_when_needed(self):
         seen = []
@@ -134,10 +132,6 @@ class TestMixtures:
         alone = [sample_documents(texts[name], TOKENIZER, share, 5, 7) for name, share in shares.items()]
         mixed = sample_mixture([texts[name] for name in names], TOKENIZER, nsamples, 5, 7)
         assert torch.equal(mixed, torch.cat(alone))
-
-    def test_a_text_without_a_window_is_refused(self):
-        with pytest.raises(InputError, match="asked 1 windows of 2 texts"):
-            sample_mixture([text_of(9)] * 2, TOKENIZER, 1, 5, 0)
 
     def test_names_are_joined_by_a_plus_unless_there_is_such_a_path(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
@@ -283,16 +277,8 @@ class TestPaths:
         ("template", "messages", "message"),
         [
             (None, [{"role": "user", "content": "w1"}], "record 2 is a conversation; give a tokenizer that has a chat"),
-            (
-                "{{ messages[0].role }}",
-                ["w1"],
-                "record 2 does not fit the chat template .* accepted: messages with role",
-            ),
-            (
-                "{{ raise_exception('no x') }}",
-                [{"role": "x", "content": ""}],
-                r"record 2 does not fit .*no x\); accepted",
-            ),
+            ("{{ messages[0].role }}", ["w1"], "record 2 does not fit the chat template .* accepted: messages with"),
+            ("{{ raise_exception('no x') }}", TURNS, r"record 2 does not fit .*no x\); accepted"),
             ("{{ messages }}", "w1", r"record 2 has messages \(str\); accepted: text \(str\), or messages"),
         ],
     )
@@ -336,37 +322,25 @@ class TestPaths:
         [
             (
                 "a.jsonl",
-                b'{"title": "x", "body": "y"}',
-                r"record 1 has title \(str\), body \(str\); accepted: text \(str\), or",
+                b'{"title": "x", "body": 5}',
+                r"record 1 has title \(str\), body \(int\); accepted: text \(str\)",
             ),
             ("a.jsonl", b"", "a.jsonl is empty"),
-            ("a.json.gz", b"", "a.json.gz is empty"),
             ("a.jsonl", b'{"text": "x"}\n{"text": null}', r"record 2 has text \(NoneType\); accepted"),
-            ("a.jsonl", b'{"text": "x"}\n{"url": "x"}', r"record 2 has url \(str\); accepted"),
             ("a.jsonl", b'{"text": "x"}\n[5]', r"record 2 has text \(int\); accepted"),
-            ("a.json", b'[{"text": "x"}, {"text": ["y"]}]', r"record 2 has text \(list\); accepted"),
             ("a.json", b'[{"instruction": "x", "output": null}]', r"has instruction \(str\), output \(NoneType\); acc"),
-            (
-                "a.json",
-                b'[{"instruction": "x", "input": 0, "output": "y"}]',
-                r"input \(int\), output \(str\); accepted",
-            ),
             ("a.jsonl", b'{"text": "x"}\n\n{"text": ', r"line 3: Expecting value\); accepted"),
             ("a.jsonl", b'{"text": "x"}\n{"text": "\xe9"}', r"line 2: 'utf-8' codec .*\); accepted"),
             ("a.json", b'[\n{"text": "x"},\n{]', r"line 3: Expecting property name .*\); accepted"),
             ("a.json", b"[" * 100_000, r"line 1: maximum recursion depth exceeded .*\); accepted"),
-            ("a.jsonl", b'{"text": "x", "y": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "line 1: maximum recursion"),
             ("a.json.gz", gzip.compress(b'{"text": "x"}\n' * 99, mtime=0)[:-12], DAMAGED),
             ("a.json.gz", b"plain", DAMAGED),
             ("a.jsonl.xz", b"plain", DAMAGED),
-            ("a.parquet", b"plain", DAMAGED),
-            ("a.jsonl.xz", lzma.compress(b'{"text": "x"}\n' * 99)[:-12], DAMAGED),
             ("a.arrow", b"plain", DAMAGED),
             ("a.txt", b"x\n\xed\xa0\xbd", r"line 2: 'utf-8' codec .*\); accepted"),  # a surrogate is no UTF-8
             ("a.csv", b"text,url\nx,y,z", r"row 2 has more cells than the first\); accepted"),
             ("a.csv", b'text\n"x', r"unexpected end of data\); accepted"),
             ("a.csv", b"text\n\xff", r"line 2: 'utf-8' codec"),
-            ("a.csv", b"title\nx\n", r"record 1 has title \(str\)"),
             ("a.pdf", b"%PDF-1.7", DAMAGED),
         ],
     )

@@ -3,17 +3,16 @@
 import re
 import shlex
 from dataclasses import MISSING
-from pathlib import Path
 
 import pytest
 
 import compute_rank
 import main
+from conftest import ROOT
 from flatllmbench import command_line, report, speed, zero_shot
 from flatllmcore import export
 from flatllmcore.utils.names import FAMILY_NAMES, PLAIN_FAMILIES
 
-ROOT = Path(__file__).resolve().parents[1]
 DOCS = ("MEASUREMENTS", "SERVING", "RECOVER", "QUANTIZE", "FAMILIES", "CONTRIBUTING")
 DOCUMENTS = ("README.md", "INSTALL.md", *(f"docs/{name}.md" for name in DOCS), "results/README.md")
 PROGRAMS = ("main.py", "compute_rank.py", *(f"lib/flatllmbench/{name}.py" for name in ("report", "speed", "zero_shot")))

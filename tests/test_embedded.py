@@ -3,20 +3,19 @@
 import argparse
 import json
 import runpy
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from conftest import ROOT
 from flatllmcore.engine.memory import ModelInMemory
 from flatllmcore.engine.perplexity import perplexity
 from flatllmcore.utils.data_utils import consecutive_windows
 from flatllmcore.utils.loading import load_model, load_tokenizer
 from flatllmcore.utils.text_sources import load_text
 
-ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "models" / "pydocs-llama"
 LOG = json.loads((FOLDER / "training_log.json").read_text())
 
@@ -36,9 +35,8 @@ def test_its_perplexity_is_the_stated_one():
     model = load_model(str(FOLDER), dtype="float32")  # many processors are slow at bf16; the weights are the same
     measured = perplexity(ModelInMemory(model, torch.device("cpu")), windows[:32], 16)
     assert measured == pytest.approx(stated["value_of_first_32"], rel=1e-3)  # stated of sums in bf16
-    record = json.loads((ROOT / "results/records/pydocs-llama/pydocs-llama_flatllm_20.json").read_text())["perplexity"][
-        0
-    ]
+    record = json.loads((ROOT / "results/records/pydocs-llama/pydocs-llama_flatllm_20.json").read_text())
+    (record,) = record["perplexity"]
     assert record["dense"] == pytest.approx(stated["value"], rel=1e-3)
     assert record["windows"] == stated["windows"] == len(windows)
     assert f"{record['dense']:.2f}" in (ROOT / "README.md").read_text()

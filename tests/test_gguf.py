@@ -18,8 +18,8 @@ from flatllmcore import FlatLLMPruner, InputError
 from flatllmcore.utils.loading import load_config, load_model, load_tokenizer
 from tiny_gguf import TOKENS, tiny_llama, write_gguf
 
-COUNT = pack("<IQ", 8, len(TOKENS))  # before the strings of an array
-
+COUNT, HUGE = (pack("<IQ", 8, len(TOKENS) | more) for more in (0, 2**40))  # before the strings of an array
+FREQUENCIES = np.ones(4, np.float32)
 TEXT = "the cat and the dog, 10 of them; " * 40
 
 
@@ -43,7 +43,6 @@ def compress(tmp_path, monkeypatch):
     ("kind", "dtype", "rounded_to"),
     [
         ("F32", "float32", None),
-        ("F16", "float16", None),
         ("BF16", "bfloat16", None),
         ("Q4_1", "bfloat16", "4 bits (Q4_1)"),
     ],
@@ -81,11 +80,8 @@ def test_a_run_makes_of_a_gguf_what_it_makes_of_the_folder_that_holds_the_same_w
     assert {"tokenizer.json", "chat_template.jinja", "generation_config.json"} <= files.keys()
     assert not any(str(place).encode() in content for place in ("flat-llm-", tmp_path) for content in files.values())
     config = json.loads(files["config.json"])
-    assert (config["rounded_to"], config["dtype"], "quantization_config" in config) == (
-        "4 bits (Q4_1)",
-        "bfloat16",
-        False,
-    )
+    assert (config["rounded_to"], config["dtype"]) == ("4 bits (Q4_1)", "bfloat16")
+    assert "quantization_config" not in config
     assert AutoTokenizer.from_pretrained(folders[0]).chat_template == load_tokenizer("dense").chat_template
 
 
@@ -127,18 +123,15 @@ def test_a_model_in_memory_that_was_loaded_from_a_gguf_is_compressed_and_saved_a
             "of its 20 tensors transformers makes 21",
         ),
         (
-            lambda path: write_gguf(path, added={"rope_freqs.weight": np.ones(4, np.float32)}),
-            "of its 22 tensors transformers makes 21",
+            lambda path: write_gguf(path, added={"rope_freqs.weight": FREQUENCIES}),
+            "of its 22 tensors transformers makes",
         ),
         (
-            lambda path: path.write_bytes(path.read_bytes().replace(COUNT, pack("<IQ", 8, len(TOKENS) | 2**40), 1)),
-            r"cannot read .*it ends within the \d+ numbers at byte",
+            lambda path: path.write_bytes(path.read_bytes().replace(COUNT, HUGE, 1)),
+            r"it ends within the \d+ numbers at byte",
         ),
         (lambda path: write_gguf(path, architecture="gpt2"), "family 'gpt2' is not supported|cannot read .*tiny.gguf"),
-        (
-            lambda path: write_gguf(path.with_name("other.gguf")),
-            "there are 2 GGUF files in .*; give one of them, such as .*other.gguf",
-        ),
+        (lambda path: write_gguf(path.with_name("other.gguf")), "2 GGUF files in .*; give one of them, .*other.gguf"),
     ],
 )
 def test_an_unusable_gguf_is_one_line(tmp_path, harm, complaint):

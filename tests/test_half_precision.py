@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from functools import partial
 from unittest.mock import Mock
 
 import pytest
@@ -107,16 +108,17 @@ def test_the_bytes_are_the_same_in_memory_on_disk_and_behind_a_stop(
     monkeypatch.setattr(devices, "has_instructions_for", lambda _: has_units)
     dense = str(tmp_path / "dense")
     tiny_model(num_hidden_layers=4).to(dtype).save_pretrained(dense)
-    compress_to(tmp_path / "disk", dense, windows, method=method)
-    compress_to(tmp_path / "memory", dense, windows, method=method, source=in_memory(dense))
+    compress = partial(compress_to, dense=dense, windows=windows, method=method, prune_qk=True)
+    compress(tmp_path / "disk")
+    compress(tmp_path / "memory", source=in_memory(dense))
     kept = on_disk(dense)
     kept.is_kept = True
-    compress_to(tmp_path / "kept", dense, windows, method=method, source=kept)
+    compress(tmp_path / "kept", source=kept)
     with monkeypatch.context() as patch:
         stop_at(patch, STEPS[0 if method == "flatllm" else 2], 3)
         with pytest.raises(KeyboardInterrupt):
-            compress_to(tmp_path / "stopped", dense, windows, method=method)
-    compress_to(tmp_path / "stopped", dense, windows, method=method)
+            compress(tmp_path / "stopped")
+    compress(tmp_path / "stopped")
     assert "of 4 layers are finished" in caplog.text
     expected = bytes_in(tmp_path / "disk")
     assert all(bytes_in(tmp_path / name) == expected for name in ("memory", "kept", "stopped"))

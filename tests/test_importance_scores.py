@@ -27,17 +27,13 @@ def save(content: object, folder: Path) -> Path:
 @pytest.mark.parametrize(
     "content",
     [
-        NUMBERS,
         tuple(NUMBERS),
         [np.float64(x) for x in NUMBERS],
-        np.array(NUMBERS),
-        np.array(NUMBERS, dtype=np.float32),
         np.array(NUMBERS, dtype=np.float16),
-        torch.tensor(NUMBERS),
         torch.tensor(NUMBERS, dtype=torch.bfloat16),
         [torch.tensor(x) for x in NUMBERS],
     ],
-    ids=["floats", "tuple", "float64s", "array", "array32", "array16", "tensor", "bfloat16", "tensors"],
+    ids=["tuple", "float64s", "array16", "bfloat16", "tensors"],
 )
 def test_every_format_in_the_wild_gives_plain_floats(content, tmp_path):
     numbers = read_author_numbers(save(content, tmp_path))

@@ -23,7 +23,6 @@ from checkpoints import (
     weights_in,
 )
 from flatllmcore.engine import checkpoint_sink
-from flatllmcore.engine.checkpoint_sink import CheckpointSink
 from flatllmcore.engine.importance import layer_importance
 from flatllmcore.engine.perplexity import perplexity
 from flatllmcore.engine.storage import StatesStorage
@@ -90,20 +89,6 @@ def test_states_in_a_file_give_the_same_scores_and_leave_nothing(tmp_path, windo
     assert layer_importance(source, windows, 5, method) == expected
     assert f"a file in {tmp_path / 'offload'}" in caplog.text
     assert not any((tmp_path / "offload").iterdir())
-
-
-@pytest.mark.parametrize(
-    ("family", "overrides", "prune_qk"), [(*VARIANTS[0], False), *((*variant, True) for variant in VARIANTS)]
-)
-def test_the_folder_is_that_of_the_model_compressed_in_memory(tmp_path, windows, family, overrides, prune_qk):
-    folder = save_tiny_checkpoint(tmp_path / "dense", family, **overrides)
-    compress_to(tmp_path / "disk", folder, windows, prune_qk=prune_qk)
-    compress_to(tmp_path / "memory", folder, windows, prune_qk=prune_qk, source=in_memory(folder))
-    assert bytes_in(tmp_path / "disk") == bytes_in(tmp_path / "memory")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "disk")
-    loss = model(windows, labels=windows).loss
-    measured = perplexity(on_disk(str(tmp_path / "disk")), windows, 5)
-    assert measured == pytest.approx(loss.exp().item(), rel=1e-6)
 
 
 def test_the_folder_holds_what_save_pretrained_writes_and_its_tokenizer_loads_without_a_question(
@@ -186,14 +171,6 @@ def test_a_changed_request_is_refused_and_harms_nothing(tmp_path, windows, check
     with pytest.raises(InputError, match="another request \\(seed 43, not 42\\)"):
         compress_to(tmp_path / "out", checkpoint, windows, request={"seed": 43}, overwrite=True)
     assert bytes_in(partial) == before
-
-
-def test_results_are_remembered(tmp_path):
-    with suppress(StoppedError), CheckpointSink(tmp_path / "out", 4, {}).opened() as sink:
-        sink.remember("dense_perplexity", 5.5)
-        raise StoppedError
-    with CheckpointSink(tmp_path / "out", 4, {}).opened() as sink:
-        assert sink.results == {"dense_perplexity": 5.5}
 
 
 def test_what_others_put_into_a_partial_folder_outlives_a_run_that_leaves_nothing(tmp_path, windows, checkpoint):

@@ -2,26 +2,23 @@
 
 import ast
 import email
-import os
 import re
 import shutil
 import subprocess
 import sys
 import tomllib
-import venv
 import zipfile
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 
 import flatllmcore
-from conftest import tiny_model
+from conftest import ROOT
 from flatllmcore import core, utils
 from python_process import LIBRARY, run_python
 
-ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 SOURCES = ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "lib", "tests", "models", "scripts", "docs")
 
@@ -71,45 +68,6 @@ def test_the_wheel_states_what_it_needs(wheel):
     assert metadata["Requires-Python"] == PROJECT["requires-python"]
     needed = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
     assert needed == PROJECT["dependencies"]
-
-
-QUICK_START = """
-import runpy, flatllmbench, flatllmcore
-from pathlib import Path
-print(flatllmcore.__file__, flatllmbench.__file__)
-main = runpy.run_path({script!r})["main"]
-main.__globals__["EMBEDDED_MODEL"] = Path("model")
-main([])
-"""
-
-
-@pytest.mark.slow
-def test_the_installed_wheel_runs_the_quick_start(wheel, tmp_path):
-    """In an environment with the wheel and with this one's other packages, not downloaded again.
-
-    ``-I`` hides PYTHONPATH; the assertion on the place shows that no other copy is used.
-    """
-    folder = tmp_path / "installed"
-    venv.create(folder, with_pip=False)
-    python = folder / "bin" / "python"
-    pip = [sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check"]
-    # A PYTHONPATH that leads to an editable installation would have pip find the package installed already.
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    checked_output(*pip, "install", "--no-deps", "--no-index", wheel, env=environment)
-    (site_packages,) = folder.glob("lib/python*/site-packages")
-    # Folders that a .pth file names have their own .pth files left alone, and so an editable installation unseen.
-    others = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
-    (site_packages / "dependencies.pth").write_text("\n".join(others))
-    tokenizer = AutoTokenizer.from_pretrained(ROOT / "models" / "pydocs-llama")
-    tokenizer.save_pretrained(tmp_path / "model")
-    dense = tiny_model(vocab_size=len(tokenizer), max_position_embeddings=256).float()
-    dense.save_pretrained(tmp_path / "model")
-    (tmp_path / "model" / "text").mkdir()
-    (tmp_path / "model" / "text" / "train.txt").write_text("If the file does not exist, an error is raised. " * 2000)
-    code = QUICK_START.format(script=str(ROOT / "scripts" / "quick_start.py"))
-    places, *said = checked_output(python, "-I", "-c", code, cwd=tmp_path).splitlines()
-    assert all(Path(place).is_relative_to(folder) for place in places.split())
-    assert any(line.startswith("Reloaded: FlatLlamaForCausalLM") for line in said)
 
 
 def imported_packages(package: str, top_level_only: bool) -> set[str]:

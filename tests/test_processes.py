@@ -118,7 +118,7 @@ LAUNCHES = [
     ("WORLD_SIZE=2 RANK=0 MASTER_ADDR=h MASTER_PORT=70000", "MASTER_PORT is '70000', not 0 to 65535"),
     ("WORLD_SIZE=2 RANK=2 MASTER_ADDR=h MASTER_PORT=1", "RANK is '2', not 0 to 1"),
     ("WORLD_SIZE=2 RANK=1 LOCAL_WORLD_SIZE=0", "LOCAL_WORLD_SIZE is '0', not 1 to 2"),
-    *((f"WORLD_SIZE={value}", f"WORLD_SIZE is '{value}', not 1 to") for value in ("", "two", "0", "-1", "2.0")),
+    *((f"WORLD_SIZE={value}", f"WORLD_SIZE is '{value}', not 1 to") for value in ("", "-1", "2.0")),
 ]
 
 
@@ -213,11 +213,6 @@ def in_rank_1(target: str, **behaviour: object) -> Callable[[], None]:
     ("patch", "flags", "reason"),
     [
         (in_rank_1("engine.walk.check_finite", side_effect=InputError("layer 0 gives NaN")), [], "layer 0 gives NaN\n"),
-        (
-            in_rank_1("methods.flatllm.select_channels", side_effect=ArithmeticError("not finite")),
-            [],
-            "layer 0 cannot be compressed: not finite\n",
-        ),
         (
             in_rank_1("engine.checkpoint_source.CheckpointSource.fingerprint", return_value="other"),
             [],

@@ -3,11 +3,10 @@
 import ast
 import re
 from functools import cache
-from pathlib import Path
 
+from conftest import ROOT
 from markdown_tables import tables
 
-ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "docs" / "PROMISES.md").read_text()
 PROOFS = {promise: proof for _header, *rows in tables(TEXT) for promise, proof in rows}
 

@@ -22,12 +22,7 @@ from flatllmcore import FlatLLMConfig, FlatLLMPruner, InputError, apply_flat_llm
 from flatllmcore.core.importance import ImportanceScores
 from flatllmcore.pipeline import TO_SCORE, Pipeline
 from flatllmcore.utils import check_sparsity, find_decoder_layers, find_layers, get_layer_dimensions
-from flatllmcore.utils.data_utils import (
-    padding_ids_of,
-    read_calibration_data,
-    sample_documents,
-    windows_of_rows,
-)
+from flatllmcore.utils.data_utils import padding_ids_of, read_calibration_data, sample_documents, windows_of_rows
 from flatllmcore.utils.files import write_json
 from flatllmcore.utils.layer_utils import count_parameters, dimensions_from_config
 from flatllmcore.utils.text_sources import TextDataset, load_text
@@ -268,27 +263,14 @@ class TestCalibrationData:
             (torch.rand(2, 8), "accepted: integers"),
             (torch.ones(2, 3, 8, dtype=torch.int64), r"\(3, 8\); accepted"),
             (DataLoader([[1, 2], [3, 4], [5, 6]], batch_size=3), r"no texts or token ids .* a list \(.*only"),
-            (
-                DataLoader(TensorDataset(torch.ones(2, 8), torch.ones(2, 8))),
-                r"no texts or token ids .* a list \(.*only",
-            ),
             ([object()], r"no texts or token ids .* an? object \("),
             (["a", torch.ones(4, dtype=torch.int64)], "mix texts and token ids"),
-            (
-                datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": ["a"]})}),
-                r"has train \(Dataset\); acc",
-            ),
+            (datasets.DatasetDict({"train": datasets.Dataset.from_dict({"a": [1]})}), r"has train \(Dataset\); acc"),
             (datasets.Dataset.from_dict({"text": ["a", "b", None]}), r"data, record 3 has text \(NoneType\); accepted"),
-            ([{"text": "a"}, {"text": 5}], r"data, record 2 has text \(int\); accepted"),
             ([{"text": ["a"]}, {"text": ["b", None]}], r"data, record 3 has text \(NoneType\); accepted"),
-            (["a", None], r"data, record 2 has text \(NoneType\); accepted"),
-            ({"text": [["a"]]}, r"data, record 1 has text \(list\); accepted"),
             (pandas.DataFrame({"text": documents(60)}), "are a DataFrame; accepted: a list of its texts"),
-            (pandas.DataFrame({"text": ["a", None]})["text"], r"record 2 has text \((NoneType|float)\); accepted"),
-            (datasets.Dataset.from_dict({"text": ["a"]}).data.table, "are a Table; accepted: a list of its texts"),
             (b"bytes", "are a bytes; accepted"),
             (torch.full((2, 8), 97), "token ids 97 to 97 are out of range"),
-            (torch.zeros(2, 8, dtype=torch.int64), "0 tokens without padding"),
             ({"input_ids": torch.ones(4, 6, dtype=torch.int64), "attention_mask": torch.ones(4, 5)}, "mask"),
             (documents(2), "gives at most"),
         ],
@@ -303,14 +285,6 @@ class TestCalibrationData:
 
 
 PARTS = ("model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head")
-
-
-class LoraLinear(torch.nn.Module):
-    """A linear layer with a low-rank adapter beside it, not merged."""
-
-    def __init__(self, base):
-        super().__init__()
-        self.base, self.A, self.B = base, torch.nn.Parameter(torch.ones(4, 32)), torch.nn.Parameter(torch.ones(56, 4))
 
 
 def changed(change):
@@ -336,9 +310,6 @@ MAKERS = {
     r"mlp.up_proj is ParametrizedLinear\(\)": lambda _: changed(
         lambda mlp: torch.nn.utils.parametrizations.weight_norm(mlp.up_proj)
     ),
-    r"mlp.up_proj is LoraLinear\(A, B\)": lambda _: changed(
-        lambda mlp: setattr(mlp, "up_proj", LoraLinear(mlp.up_proj))
-    ),
     r"mlp.adapter is Linear\(weight\), and by the config None": lambda _: changed(
         lambda mlp: mlp.add_module("adapter", torch.nn.Linear(32, 32, bias=False))
     ),
@@ -347,7 +318,6 @@ MAKERS = {
     ),
     "the model is a DataParallel; accepted": lambda _: torch.nn.DataParallel(tiny_model()),
     "is torch.float8_e4m3fn; accepted: models that are not quantised": lambda _: tiny_model().to(torch.float8_e4m3fn),
-    "is torch.complex64": lambda _: changed(lambda mlp: mlp.up_proj.to(torch.complex64)),
     "is torch.int8": lambda _: changed(lambda mlp: setattr(mlp.up_proj, "weight", whole_numbers(mlp.up_proj.weight))),
     "compressed already": lambda _: apply_flat_llm(tiny_model(), TOKENIZER, 0.5, documents(60), **SMALL),
 }

@@ -5,12 +5,10 @@ import json
 import lzma
 import re
 import sys
-from pathlib import Path
 
+from conftest import ROOT
 from flatllmcore.utils import text_sources
 from flatllmcore.utils.text_sources import has_test_split, load_text
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_the_text_is_found_by_its_name_and_no_paragraph_stands_in_it_twice():

@@ -3,14 +3,13 @@
 import json
 import re
 import runpy
-from pathlib import Path
 
 import pytest
 from safetensors import safe_open
 
+from conftest import ROOT
 from flatllmcore import FlatLLMConfig
 
-ROOT = Path(__file__).resolve().parents[1]
 EMBEDDED = ROOT / "models" / "pydocs-llama"
 PROMPT = "If the file does not exist,"
 
@@ -19,7 +18,6 @@ MAIN = runpy.run_path(str(ROOT / "scripts" / "quick_start.py"))["main"]
 
 
 def test_it_compresses_saves_reloads_and_writes(tmp_path, monkeypatch, capsys):
-    """On a few windows of the shorter split."""
     few = {"cal_nsamples": 12, "cal_dataset": next((EMBEDDED / "text").glob("test*"))}
     monkeypatch.setitem(MAIN.__globals__, "FlatLLMConfig", lambda **options: FlatLLMConfig(**options | few))
     monkeypatch.chdir(tmp_path)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from checkpoints import edit
 from flatllmcore.core.importance import ImportanceScores
 from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector, RankAllocation
 from flatllmcore.core.rank_files import find_ranks, read_ranks, save_ranks
@@ -43,10 +44,6 @@ def folder(tmp_path) -> Path:
     sha256 = digest(to_json_bytes(scores(0.1, 0.2)))
     save_ranks(replace(SELECTOR.allocate([0.1, 0.2], 0.8), importance_sha256=sha256), tmp_path / "ranks_20.json")
     return tmp_path
-
-
-def edit(path: Path, **fields: object) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
 @pytest.mark.parametrize("selector", [SELECTOR, PRUNING])
@@ -148,25 +145,13 @@ def test_a_damaged_file_is_named(tmp_path, name, content):
         ("ranks_20.json", {"value_rank": [16, 17]}, "'value_rank' of layer 1 is 17; .* more than 0, at most 16"),
         ("ranks_20.json", {"mlp_width": [0, 128]}, "'mlp_width' of layer 0 is 0; accepted: more than 0, at most 128"),
         ("ranks_20.json", {"keep": [1, 1.5]}, "'keep' of layer 1 is 1.5; accepted: more than 0, at most 1"),
-        ("ranks_20.json", {"keep": [1, float("nan")]}, "is not JSON"),
-        ("ranks_20.json", {"prune_qk": 1}, r"Expected `bool`, got `int` - at `\$\.prune_qk`"),
-        ("ranks_20.json", {"rank_multiple": 1e18}, "Expected `int`, got `float`"),
-        ("ranks_20.json", {"rank_multiple": "8"}, "Expected `int`, got `str`"),
         ("ranks_20.json", {"sparsity_ratio": 1e9}, r"the ranks are to remove 1e\+09 %, and here it is 20 %"),
-        ("ranks_20.json", {"dimensions": {"architecture": "llama"}}, "missing required field `num_layers`"),
         ("importance.json", {"scores": [0.1]}, "'scores' has 1 entries; the model has 2 layers"),
         ("importance.json", {"scores": [0.1, -0.2]}, "the score of layer 1 is -0.2; accepted: finite"),
         ("importance.json", {"dimensions": {"head_dim": 0}}, r"at `\$\.dimensions`"),
-        (
-            "importance.json",
-            {"dimensions": vars(DIMENSIONS) | {"head_dim": 10**9}},
-            "head_dim is 1,000,000,000; accepted",
-        ),
-        ("ranks_20.json", {"dimensions": vars(DIMENSIONS) | {"head_dim": 10**400}}, "not JSON|head_dim"),
-        ("importance.json", {"scores": [10**400, 1]}, "importance.json"),
+        ("importance.json", {"dimensions": vars(DIMENSIONS) | {"head_dim": 10**9}}, "head_dim is 1,000,000,000; acc"),
         (AUTHORS_KEPT, [0.5] * 3, "'layers' has 3 entries; the model has 2 layers"),
         (AUTHORS_KEPT, [0.5, 1.01], "'keep' of layer 1 is 1.01; accepted: more than 0, at most 1"),
-        (AUTHORS_KEPT, [0.0, 0.5], "'keep' of layer 0 is 0.0; accepted: more than 0, at most 1"),
         ("bi_score.pt", [0.5] * 3, "'scores' has 3 entries; the model has 2 layers"),
         ("bi_score.pt", [0.5, -0.1], "the score of layer 1 is -0.1; scores must be finite and more than 0"),
     ],

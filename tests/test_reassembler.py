@@ -16,6 +16,8 @@ from tiny_text import documents, word_tokenizer
 TOKENIZER = word_tokenizer()
 OPTIONS = {"cal_dataset": documents(60), "cal_nsamples": 12, "seqlen": 24, "device": "cpu"}
 CONFIG = FlatLLMConfig(target_sparsity=0.4, **OPTIONS)
+OTHER_SIZES = dimensions_from_config(tiny_model(intermediate_size=48).config)
+OF_ANOTHER = ImportancePreservingRankSelector(OTHER_SIZES).floored([0.5, 0.5])
 
 
 @pytest.fixture
@@ -58,14 +60,6 @@ def test_the_architecture_of_dense_and_compressed_models_is_told(name, other):
     assert FlatLLMReassembler._detect_model_architecture(model) == name
 
 
-def test_scores_alone_keep_the_share_of_the_pruned_projections():
-    """Oracle: the mean is one minus the target, the order that of the scores."""
-    keep = FlatLLMReassembler.allocate_ranks([0.3, 0.1, 0.2], target_sparsity=0.4)
-    assert sum(keep) / 3 == pytest.approx(0.6)
-    assert keep[0] > keep[2] > keep[1]
-    assert FlatLLMReassembler.allocate_ranks([0.3, 0.2, 0.1], target_sparsity=0) == [1, 1, 1]
-
-
 @pytest.mark.parametrize(
     ("scores", "target", "message"),
     [([0.3, 0.0], 0.5, "score of layer 1 is 0.0")]
@@ -87,7 +81,8 @@ def test_scores_or_ranks_computed_apart_lead_to_the_same_model(model, expected, 
 
 
 def test_shares_of_scores_alone_can_be_given(model):
-    """Oracle: the floors of the shares."""
+    """Oracle: their mean is one minus the target, in the proportion of the scores; the floors of the shares."""
+    assert FlatLLMReassembler.allocate_ranks([0.3, 0.2, 0.1], target_sparsity=0) == [1, 1, 1]
     keep = FlatLLMReassembler.allocate_ranks([0.3, 0.1], target_sparsity=0.4)
     assert str(keep) == "[0.9, 0.3]"
     pruner = FlatLLMPruner(model, TOKENIZER, CONFIG, rank_allocation=keep)
@@ -105,14 +100,7 @@ def test_shares_of_scores_alone_can_be_given(model):
         ({"rank_allocation": [0.5, float("nan")]}, r"the shares to keep are \[0.5, nan\]"),
         ({"importance_scores": [0.5, None]}, "importance_scores are unusable"),
         ({"rank_allocation": [0.5, 1.5]}, "'keep' of layer 1 is 1.5; accepted: more than 0, at most 1"),
-        (
-            {
-                "rank_allocation": ImportancePreservingRankSelector(
-                    dimensions_from_config(tiny_model(intermediate_size=48).config)
-                ).floored([0.5, 0.5])
-            },
-            "the ranks belong to another model: intermediate_size 48, not 56",
-        ),
+        ({"rank_allocation": OF_ANOTHER}, "the ranks belong to another model: intermediate_size 48, not 56"),
     ],
 )
 def test_scores_and_ranks_of_another_model_are_refused(options, message):

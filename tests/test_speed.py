@@ -10,14 +10,13 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTrainedModel
 
-from conftest import one_line
+from conftest import ROOT, one_line
 from flatllmbench import speed
 from flatllmbench.speed import Timing, Workload
 from flatllmcore.layers import compressed_config
 from flatllmcore.layers.flat_attention import HeadwiseFactoredLinear
 from layers.tiny_models import RANKS, SIZES, compress, dense_model_of, kept
 
-ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["--batch_size", "1,2", "--prompt_length", "5,7", "--new_tokens", "3", "--repeats", "2", "--device", "cpu"]
 CELL = [
     *("model", "batch_size", "prompt_length", "new_tokens", "repeats", "kv_cache_bytes", "peak_memory_bytes"),

@@ -18,7 +18,8 @@ from lm_eval.tasks import TaskManager
 from transformers import PreTrainedTokenizerFast
 
 import main
-from conftest import one_line, tiny_model
+from checkpoints import CPU
+from conftest import ROOT, one_line, tiny_model
 from flatllmbench import zero_shot as program
 from flatllmbench.provenance import describe_model
 from flatllmbench.zero_shot import PAPER_TASKS, evaluate_saved, load_tasks
@@ -29,14 +30,12 @@ from flatllmcore.utils import devices
 from flatllmcore.utils.loading import load_model, load_tokenizer
 from python_process import BLOCKED, run_python
 
-ROOT = Path(__file__).resolve().parents[1]
 EMBEDDED = str(ROOT / "models" / "pydocs-llama")
 LOCAL_TASKS = ROOT / "tests" / "tasks"
 QUESTIONS = [json.loads(line) for line in (LOCAL_TASKS / "pydocs.jsonl").read_text().splitlines()]
 PASSAGES = [f"{question['beginning']} {question['endings'][question['label']]}" for question in QUESTIONS]
 BOTH = ["pydocs_endings", "pydocs_text"]
 LOCAL = ["--tasks", ",".join(BOTH), "--include_path", str(LOCAL_TASKS), "--device", "cpu"]
-CPU = torch.device("cpu")
 
 
 @cache
@@ -267,7 +266,6 @@ def test_a_group_with_a_score_is_reported_as_one_and_others_by_their_tasks(tiny,
     ("fields", "reason"),
     [
         ({"doc_to_target": "{{nosuch.upper()}}"}, "UndefinedError: 'nosuch'"),
-        ({"dataset_kwargs": {"data_files": {"test": "nosuch.jsonl"}}}, "Unable to find .*nosuch.jsonl"),
         ({"num_fewshot": 20}, "Sample larger than population"),  # more examples than there are
     ],
 )
@@ -341,7 +339,6 @@ def test_the_program_writes_a_record_and_the_results_to_the_log(folders, tmp_pat
     ("argv", "reason"),
     [
         (("--tasks", "nosuch"), "task 'nosuch' cannot be set up"),
-        (("--tasks", "piqa", "--include_path", "docs"), "task 'piqa' cannot be set up"),
         (("--limit", "0"), "--limit is 0; accepted: "),
         (("--include_path", "nosuch"), "--include_path is 'nosuch'; accepted: a folder that is there"),
         (("--device", "cuda:99"), "device 'cuda:99' is not usable"),
@@ -407,7 +404,6 @@ def test_main_evaluates_what_it_compressed_at_every_ratio(compress, tmp_path):
 @pytest.mark.parametrize(
     ("argv", "reason"),
     [
-        (("--eval_zero_shot", "--tasks", "nosuch"), "task 'nosuch' cannot be set up"),
         (("--eval_zero_shot",), "task 'mmlu' cannot be set up (Couldn't reach 'cais/mmlu'"),
         (("--eval_zero_shot", "--dataset_root", "models"), "no copy of cais/mmlu in models/cais/mmlu)"),
         (("--tasks", "pydocs_text"), "give --eval_zero_shot too"),

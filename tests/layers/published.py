@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from conftest import shape
+
 COMMON = {
     "vocab_size": 97,
     "num_hidden_layers": 3,
@@ -30,11 +32,6 @@ QWEN_2 = {"model_type": "qwen2", "rope_theta": 1000000.0}
 QWEN_3 = {"model_type": "qwen3", "attention_bias": False, "rope_theta": 1000000, "rope_scaling": None}
 
 TIED = {"tie_word_embeddings": True}
-
-
-def shape(*sizes: int) -> dict[str, int]:
-    names = ("num_attention_heads", "num_key_value_heads", "hidden_size", "intermediate_size")
-    return dict(zip(names, sizes, strict=True))
 
 
 def qwen_windows(is_used: bool, size: int | None, whole_layers: int) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import oracle
@@ -17,15 +16,16 @@ from flatllmcore.utils.dimensions import ModelDimensions
 from flatllmcore.utils.layer_utils import dimensions_from_config
 from flatllmcore.utils.names import PLAIN_FAMILIES
 
-from .tiny_models import dense_model_of, generate
-
-
-def random_windows(seed: int = 1) -> Tensor:
-    return torch.randint(1, 97, (24, 16), generator=torch.Generator().manual_seed(seed))
+from .tiny_models import dense_model_of, generate, random_windows
 
 
 def options(**fields: object) -> dict[str, object]:
-    return {"shape": "stock", "width_multiple": 4, "target_sparsity": 0.3, "cal_dataset": random_windows()} | fields
+    return {
+        "shape": "stock",
+        "width_multiple": 4,
+        "target_sparsity": 0.3,
+        "cal_dataset": random_windows(24, 1),
+    } | fields
 
 
 def test_the_published_method_gives_the_oracle_s_weights(published: PreTrainedModel) -> None:
@@ -34,7 +34,7 @@ def test_the_published_method_gives_the_oracle_s_weights(published: PreTrainedMo
     attention = {name: w for name, w in weights.items() if "mlp" not in name}
     FlatLLMPruner(published, **options()).prune_model()
     width, count = published.config.intermediate_size, sizes["L"]
-    expected = oracle.compress(weights, sizes, random_windows(), [sizes["d"]] * count, [width] * count)
+    expected = oracle.compress(weights, sizes, random_windows(24, 1), [sizes["d"]] * count, [width] * count)
     assert {name: expected[name].shape for name in expected} == {n: w.shape for n, w in published.state_dict().items()}
     for name, weight in published.state_dict().items():
         if name in attention:
@@ -46,7 +46,6 @@ def test_the_published_method_gives_the_oracle_s_weights(published: PreTrainedMo
 def test_the_model_is_of_the_dense_class_and_of_the_size_asked_for(
     published: PreTrainedModel, tmp_path: Path, method: str
 ) -> None:
-    """Also when it is loaded from a folder with nothing but a config and weights in it."""
     if METHODS[method].follows_dense and published.config.model_type not in PLAIN_FAMILIES:
         with pytest.raises(InputError, match=r"norm or scale|side by side"):
             FlatLLMPruner(published, **options(method=method))
@@ -62,7 +61,7 @@ def test_the_model_is_of_the_dense_class_and_of_the_size_asked_for(
     published.float().save_pretrained(tmp_path)
     assert {file.name for file in tmp_path.iterdir()} <= {"config.json", "model.safetensors", "generation_config.json"}
     assert "auto_map" not in (tmp_path / "config.json").read_text()
-    loaded, tokens = AutoModelForCausalLM.from_pretrained(tmp_path), random_windows(2)[:3, :9]
+    loaded, tokens = AutoModelForCausalLM.from_pretrained(tmp_path), random_windows(3, 2)[:, :9]
     assert type(loaded) is dense_class
     assert torch.equal(generate(loaded, tokens), generate(published, tokens))
     with pytest.raises(InputError, match="compressed already"):

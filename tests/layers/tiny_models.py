@@ -7,35 +7,25 @@ import torch
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 
+from conftest import shape
 from flatllmcore.layers import adopt_compressed_layers, compress_decoder_layer, compressed_config
 from flatllmcore.utils.dimensions import Kept
 
 RANKS, WIDTHS = (5, 16, 11), (96, 40, 33)
-KINDS = (
-    "llama",
-    "mistral",
-    "qwen3",
-    "smollm3",
-    "cohere2",
-    "gemma3_text",
-)  # for what does not depend on the family itself
-SIZES = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "vocab_size": 97,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "initializer_range": 0.2,  # large enough for attention to be far from uniform
-}
+# For what does not depend on the family itself.
+KINDS = ("llama", "mistral", "qwen3", "smollm3", "cohere2", "gemma3_text")
+SIZES: dict[str, Any] = shape(4, 2, 64, 96) | {"num_hidden_layers": 3, "head_dim": 16, "vocab_size": 97}
+SIZES |= {"max_position_embeddings": 64, "pad_token_id": 0}
+SIZES |= {"initializer_range": 0.2}  # large enough for attention to be far from uniform
 
 
 def kept(ranks: Sequence[int] = RANKS, widths: Sequence[int] = WIDTHS, qk: Sequence[int | None] | None = None) -> Any:
     """Return what each layer keeps."""
     return [Kept(0.5, *sizes) for sizes in zip(ranks, widths, qk or [None] * len(ranks), strict=True)]
+
+
+def random_windows(count: int, seed: int) -> Tensor:
+    return torch.randint(1, 97, (count, 16), generator=torch.Generator().manual_seed(seed))
 
 
 def dense_model_of(family: str, **fields: object) -> PreTrainedModel:

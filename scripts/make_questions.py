@@ -1,8 +1,8 @@
 """Questions for trying the evaluation harness without a network: which order of words is the text's own?
 
-    python tests/tasks/generate.py
+    python scripts/make_questions.py
 
-writes pydocs.jsonl beside this file: the beginning of a passage of held-out documentation, four endings, of which three
+writes tests/tasks/pydocs.jsonl: the beginning of a passage of held-out documentation, four endings, of which three
 have two neighbouring words swapped, and which one has not. The text is the test split of `pydocs`.
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from flatllmcore.utils.text_sources import load_text
 
-PLACE = Path(__file__).with_name("pydocs.jsonl")
+PLACE = Path(__file__).resolve().parents[1] / "tests" / "tasks" / "pydocs.jsonl"
 
 
 def questions(documents: Sequence[str], count: int) -> Iterator[dict[str, object]]:
