@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,11 @@ def test_imports_point_downwards_or_to_the_same_floor(module):
     for imported in imports_of(module, ast.walk(tree_of(MODULES[module]))):
         rooms = tuple(name.split(".")[1] if "." in name else name for name in (module, imported))
         assert floor_of(imported) <= floor_of(module) or rooms in UPWARDS, f"{module} imports {imported}"
+
+
+def test_no_module_is_imported_by_what_it_imports():
+    graph = {module: imports_of(module, ast.walk(tree_of(MODULES[module]))) - {module} for module in CORE}
+    TopologicalSorter(graph).prepare()  # a CycleError says what is wrong
 
 
 def definitions(path: Path) -> Iterator[tuple[str, ast.AST]]:
