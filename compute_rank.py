@@ -25,7 +25,7 @@ from flatllmcore.config import checked
 from flatllmcore.core.curve_allocation import Curves
 from flatllmcore.core.importance import ImportanceScores, check_importance_method, read_author_numbers
 from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector, RankAllocation
-from flatllmcore.core.rank_files import save_ranks
+from flatllmcore.core.rank_files import read_ranks, save_ranks
 from flatllmcore.errors import InputError, door, run_program
 from flatllmcore.utils.dimensions import ModelDimensions
 from flatllmcore.utils.files import digest, read_json, write_atomically
@@ -185,6 +185,9 @@ def draw(importance: Importance, allocations: dict[int, RankAllocation]) -> byte
 def write_ranks(importance: Importance, allocations: dict[int, RankAllocation], picture: bytes | None) -> None:
     """Write the ranks of each target beside the scores, and the picture of them."""
     folder = importance.path.parent
+    for place in (folder / ranks_file(percent) for percent in allocations):
+        if place.exists():
+            read_ranks(place)  # refuses to replace what is something else
     for percent, allocation in allocations.items():
         save_ranks(allocation, folder / ranks_file(percent))
     if picture is not None:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from flatllmbench.logs import keep_bars_to_terminals
 from flatllmcore.errors import door, run_program
@@ -21,6 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print one line per model; return the exit status: 0, or 2 after one line on stderr about unusable input."""
     args = parse_arguments(argv)
     keep_bars_to_terminals()
+    logging.set_verbosity_error()
     return run_program(lambda: say_all(args))
 
 

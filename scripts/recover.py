@@ -29,9 +29,9 @@ from flatllmcore.utils.checkpoint import locked, partial_folder
 from flatllmcore.utils.data_utils import check_token_ids, consecutive_windows, sample_mixture, window_length
 from flatllmcore.utils.devices import parse_device
 from flatllmcore.utils.files import check_writable, digest, read_json, write_json
-from flatllmcore.utils.loading import load_model, load_tokenizer
+from flatllmcore.utils.loading import load_model, load_tokenizer, save_whole
 from flatllmcore.utils.names import text_names
-from flatllmcore.utils.processes import check_launch
+from flatllmcore.utils.processes import check_alone
 from flatllmcore.utils.text_sources import load_text
 
 _FIELDS = ("cal_dataset", "eval_dataset", "eval_nsamples", "dataset_root", "seqlen", "batch_size", "seed", "device")
@@ -61,9 +61,7 @@ def recover(args: argparse.Namespace) -> None:
         import peft  # noqa: F401 (needed after the first measurements, which is too late to say so)
     except ImportError as error:
         raise InputError(f"recovery needs {error.name}; from the repository: pip install '.[recover]'") from error
-    check_launch()
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise InputError("recovery runs in one process; unset WORLD_SIZE")
+    check_alone()
     asked = read_flags(args, FLAGS)
     args.model, args.out = checked(ROWS["model"], args.model, "FOLDER"), checked(ROWS["save"], args.out, "OUT")
     request = {name: getattr(args, name) for name in ("steps", "rank", "learning_rate")}
@@ -77,7 +75,7 @@ def recover(args: argparse.Namespace) -> None:
 
 def recover_alone(args: argparse.Namespace, asked: dict[str, Any], request: dict[str, Any]) -> None:
     """Do so in a folder that is this process's; ``asked`` are the flags of the library, ``request`` the others."""
-    if args.out.exists():
+    if os.path.lexists(args.out):
         raise InputError(f"{args.out} exists; give another folder, or delete it")
     tokenizer, source = load_tokenizer(args.model), CheckpointSource(args.model, parse_device(asked["device"]))
     seqlen = window_length(asked["seqlen"], source.config.max_position_embeddings)
@@ -98,8 +96,7 @@ def recover_alone(args: argparse.Namespace, asked: dict[str, Any], request: dict
     write_json(work / "request.json", request)
 
     before = perplexity(source, test_windows, batch_size)
-    trained(load_model(args.model), windows, request, work, source.device).save_pretrained(work / "model")
-    tokenizer.save_pretrained(work / "model")
+    save_whole(trained(load_model(args.model), windows, request, work, source.device), args.model, work / "model")
     after = perplexity(CheckpointSource(str(work / "model"), source.device), test_windows, batch_size)
     print(f"perplexity {before:.4f} before, {after:.4f} after, {len(test_windows)} windows of {seqlen} tokens")
     measured = {"windows": len(test_windows), "before": before, "after": after}

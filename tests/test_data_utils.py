@@ -339,6 +339,7 @@ class TestPaths:
             ("a.arrow", b"plain", DAMAGED),
             ("a.txt", b"x\n\xed\xa0\xbd", r"line 2: 'utf-8' codec .*\); accepted"),  # a surrogate is no UTF-8
             ("a.csv", b"text,url\nx,y,z", r"row 2 has more cells than the first\); accepted"),
+            ("a.csv", b"text,text\nx,y", r"two columns have one name\); accepted"),
             ("a.csv", b'text\n"x', r"unexpected end of data\); accepted"),
             ("a.csv", b"text\n\xff", r"line 2: 'utf-8' codec"),
             ("a.pdf", b"%PDF-1.7", DAMAGED),

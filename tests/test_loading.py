@@ -1,18 +1,22 @@
 """Models and tokenizers from a folder: what is read is what is there, and nothing else is asked."""
 
 import json
+import os
 import re
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GenerationConfig
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
 from checkpoints import edit, on_disk
 from conftest import assert_same_weights, tiny_model
 from flatllmcore.errors import InputError
-from flatllmcore.utils.loading import load_model
+from flatllmcore.utils.files import write_json
+from flatllmcore.utils.loading import load_model, load_tokenizer
 from tiny_text import word_tokenizer
 
 DTYPES = ["float64", "float32", "bfloat16", "float16"]
@@ -70,11 +74,48 @@ def test_weights_that_do_not_fit_the_config_are_counted_and_the_first_is_named(
 
 
 @pytest.mark.parametrize("load", [load_model, on_disk])
-@pytest.mark.parametrize(("layers", "complaint"), [(30, "are missing"), (10**5, "is 100,000;"), (10**12, "is 1,000,0")])
-def test_layers_that_are_not_there_are_refused_before_they_take_minutes(checkpoint, load, layers, complaint):
-    edit(checkpoint / "config.json", num_hidden_layers=layers, model_type="qwen2")
+@pytest.mark.parametrize(
+    ("field", "count", "complaint"),
+    [
+        ("num_hidden_layers", 30, "are missing"),
+        ("num_hidden_layers", 10**5, "is 100,000;"),
+        *((field, 10**12, f"{field} is 1,000,000,000,000; accepted") for field in ("num_hidden_layers", "num_labels")),
+    ],
+)
+def test_layers_that_are_not_there_are_refused_before_they_take_minutes(checkpoint, load, field, count, complaint):
+    edit(checkpoint / "config.json", **{field: count, "model_type": "qwen2"})
     with pytest.raises(InputError, match=complaint):
         load(str(checkpoint))
+    if count == 10**12:
+        word_tokenizer().save_pretrained(checkpoint)
+        with pytest.raises(InputError, match=complaint):
+            load_tokenizer(str(checkpoint))
+
+
+@pytest.mark.parametrize("load", [load_model, on_disk])
+def test_a_pipe_for_a_shard_is_not_waited_for(checkpoint, load):
+    (checkpoint / "model.safetensors").unlink()
+    os.mkfifo(checkpoint / "pipe")
+    write_json(checkpoint / "model.safetensors.index.json", {"metadata": {}, "weight_map": {"a": "pipe"}})
+    with pytest.raises(InputError, match="pipe is no file"):
+        load(str(checkpoint))
+
+
+def test_weights_that_a_narrower_type_cannot_hold_are_refused(checkpoint):
+    path = checkpoint / "model.safetensors"
+    weights = load_file(path)
+    weights["model.embed_tokens.weight"][3] = 1e6  # an embedding that no text may use
+    save_file(weights, path, {"format": "pt"})
+    assert load_model(str(checkpoint), dtype="bfloat16").dtype == torch.bfloat16
+    with pytest.raises(InputError, match=r"model.embed_tokens.weight of .* is not finite in torch.float16; a wider"):
+        load_model(str(checkpoint), dtype="float16")
+
+
+def test_a_tokenizer_that_merges_at_random_is_refused(tmp_path):
+    tokenizer = Tokenizer(BPE({"a": 0}, [], dropout=0.5))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="it merges at random; take the dropout out of its model"):
+        load_tokenizer(str(tmp_path))
 
 
 @pytest.mark.parametrize("load", [load_model, on_disk])

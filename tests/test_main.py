@@ -361,6 +361,9 @@ def test_perplexity_of_text_calibrated_on_is_called_that(here, capsys, name, is_
         ("--save text/train.txt", "cannot write to text/train.txt: Not a directory"),
         ("--save held", "cannot write held/llama_flatllm_30.json: it is a folder"),
         ("--save held --sparsity_ratio 40", "cannot write held/llama_flatllm_40.log: it is a folder"),
+        ("--bi_score pipe.json", "cannot write pipe.json: it is a pipe"),
+        ("--bi_score pipe.json --prune_method bi --overwrite", "cannot write pipe.json: it is a pipe"),
+        ("--save theirs", "theirs/llama_flatllm_30.json is no record; move it"),
         ("--bi_score held", "cannot write held/importance.json: it is a folder"),
         ("--bi_score held/a", "cannot write held/a/ranks_30.json: it is a folder"),
         (f"--model {MODEL}", "compressed already"),
@@ -373,6 +376,9 @@ def test_unusable_arguments_are_refused(here, refused, argv, reason):
     for name in ("llama_flatllm_30.json", "llama_flatllm_40.log", "importance.json", "a/ranks_30.json"):
         Path("held", name).mkdir(parents=True)
     torch.save([0.1, 0.2], "bi_score.pt")
+    os.mkfifo("pipe.json")
+    Path("theirs").mkdir()
+    Path("theirs/llama_flatllm_30.json").write_text('{"mine": 1}')
     assert reason in refused(*argv.split())
 
 

@@ -23,6 +23,7 @@ from flatllmcore.core import cholesky
 from flatllmcore.errors import InputError
 from flatllmcore.methods import METHODS, flatllm
 from flatllmcore.utils.processes import own_share
+from python_process import LIBRARY
 
 ARGV = ["--model", "dense", "--dataset", "text", "--sparsity_ratio", "30", "--seqlen", "32", "--device", "cpu"]
 OUT = [*ARGV, "--save_model", "out", "--save", "logs", "--nsamples", "7"]
@@ -144,6 +145,32 @@ def test_a_port_that_is_taken_is_one_line(monkeypatch, tmp_path, capsys, argv):
             monkeypatch.setenv(name, value)
         line = one_line(capsys, main.main, argv)
     assert ("the processes cannot meet at 127.0.0.1:" if argv is OUT else "--nsamples is 0") in line
+
+
+def test_a_signal_ends_a_process_that_waits_for_the_others():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    code = f"""
+import os, signal, socket, threading
+import main
+from flatllmcore.utils import processes
+processes.PATIENCE_S = 0.1
+def signal_when_it_waits():
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", {port})).close()
+            break
+        except OSError:
+            pass
+    os.kill(os.getpid(), signal.SIGTERM)
+threading.Thread(target=signal_when_it_waits, daemon=True).start()
+main.main({OUT!r})
+"""
+    place = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    environment = os.environ | place | {"PYTHONPATH": os.pathsep.join(map(str, (LIBRARY, LIBRARY.parent)))}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, check=False, timeout=600)
+    assert done.returncode == 128 + signal.SIGTERM
 
 
 def before_layer_1(happen: Callable[[], None]) -> None:

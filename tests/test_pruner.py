@@ -294,6 +294,13 @@ def changed(change):
     return model
 
 
+def misfit():
+    """A model whose MLPs are wider than its config says."""
+    model = tiny_model(intermediate_size=24)
+    model.config.intermediate_size = 23
+    return model
+
+
 def whole_numbers(weight):
     return torch.nn.Parameter((100 * weight).to(torch.int8), requires_grad=False)
 
@@ -304,18 +311,19 @@ MAKERS = {
     r"layers\.1\..* is offloaded": lambda folder: accelerate.dispatch_model(
         tiny_model(), dict.fromkeys(PARTS, "cpu") | {PARTS[2]: "disk"}, offload_dir=folder
     ),
-    r"mlp.up_proj is Linear\(weight_orig\), and by the config Linear\(weight\)": lambda _: changed(
+    r"mlp.up_proj is Linear\(weight_orig .*\), and by the config Linear\(weight \[": lambda _: changed(
         lambda mlp: prune.random_unstructured(mlp.up_proj, "weight", 0.5)
     ),
     r"mlp.up_proj is ParametrizedLinear\(\)": lambda _: changed(
         lambda mlp: torch.nn.utils.parametrizations.weight_norm(mlp.up_proj)
     ),
-    r"mlp.adapter is Linear\(weight\), and by the config None": lambda _: changed(
+    r"mlp.adapter is Linear\(weight \[32, 32\]\), and by the config None": lambda _: changed(
         lambda mlp: mlp.add_module("adapter", torch.nn.Linear(32, 32, bias=False))
     ),
     r"mlp.act_fn is ReLU\(\), and by the config SiLU": lambda _: changed(
         lambda mlp: setattr(mlp, "act_fn", torch.nn.ReLU())
     ),
+    r"down_proj is Linear\(weight \[32, 24\]\), and by the config Linear\(weight \[32, 23\]\)": lambda _: misfit(),
     "the model is a DataParallel; accepted": lambda _: torch.nn.DataParallel(tiny_model()),
     "is torch.float8_e4m3fn; accepted: models that are not quantised": lambda _: tiny_model().to(torch.float8_e4m3fn),
     "is torch.int8": lambda _: changed(lambda mlp: setattr(mlp.up_proj, "weight", whole_numbers(mlp.up_proj.weight))),
@@ -327,6 +335,34 @@ MAKERS = {
 def test_a_model_that_cannot_be_compressed_is_refused(message, texts, tmp_path):
     with pytest.raises(InputError, match=message):
         apply_flat_llm(MAKERS[message](str(tmp_path)), TOKENIZER, cal_dataset=texts, **SMALL)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        *(({"rank_allocation": ranks}, "rank_allocation is unusable") for ranks in (0.5, ["a", "b"], [10**400, 1])),
+        ({"tokenizer": "gpt2"}, "'gpt2' is a str; accepted: a PreTrainedTokenizerBase"),
+        ({"config": {"target_sparsity": 0.2}}, "is a dict; accepted: a FlatLLMConfig"),
+    ],
+)
+def test_what_is_of_another_kind_is_refused(texts, fields, message):
+    with pytest.raises(InputError, match=message):
+        FlatLLMPruner(tiny_model(), **({"tokenizer": TOKENIZER, "cal_dataset": texts} | fields)).prune_model()
+
+
+@pytest.mark.parametrize("method", ["flatllm", "flatllm+"])
+def test_weights_that_a_half_cannot_hold_are_refused(texts, method):
+    """In the last layer, behind which nothing runs; half of the channels have to do what all did."""
+    model = tiny_model()
+    torch.manual_seed(0)
+    model.model.layers[-1].mlp.down_proj.weight.data.uniform_(-6e4, 6e4)
+    model.half()
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    with pytest.raises(
+        InputError, match=r"layer 1 gives NaN or infinite mlp\.down_proj\.weight in torch\.float16; a wider"
+    ):
+        apply_flat_llm(model, TOKENIZER, 0.5, texts, method=method, **SMALL)
+    assert_same_weights(model.state_dict(), before)
 
 
 @pytest.mark.parametrize(

@@ -234,6 +234,9 @@ def test_what_cannot_be_used_is_one_line_and_nothing_is_written(tmp_path, capsys
     (out / "README.md").write_text("# My own project\n")
     assert f"error: {out / 'README.md'} is no report" in one_line(capsys, report.main, [good, "--out", str(out)])
     (out / "README.md").unlink()
+    (out / "perplexity.png").write_text("mine")
+    assert "perplexity.png is of no report" in one_line(capsys, report.main, [good, "--out", str(out)])
+    (out / "perplexity.png").unlink()
     for name in ("README.md", "perplexity.png"):
         (out / name).mkdir(parents=True)
         refusal = f"error: cannot write {out / name}: it is a folder"

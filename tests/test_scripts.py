@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import re
+import resource
 import runpy
 import shutil
 import subprocess
@@ -23,9 +24,11 @@ from transformers import AutoModelForCausalLM, Trainer
 import compute_rank
 import main
 from conftest import ROOT, one_line, tiny_model
+from flatllmbench import speed, zero_shot
 from flatllmbench.report import MODELS, TABLE_1
 from flatllmbench.zero_shot import PAPER_TASKS
 from flatllmcore.utils.checkpoint import locked
+from flatllmcore.utils.files import write_json
 from tiny_gguf import tiny_llama, write_gguf
 from tiny_text import documents, word_tokenizer, write_texts
 
@@ -505,6 +508,7 @@ def test_recovery_goes_on_from_a_checkpoint_to_the_same_bytes_and_leaves_an_ordi
     [
         ("recover.py", "{model} {place}/x --steps 0", "accepted: numbers above 0, and a learning rate up to 1"),
         ("recover.py", "{model} {place}", "{place} exists"),
+        ("recover.py", "{model} {place}/link", "{place}/link exists"),
         ("recover.py", "{model} \udcff", "OUT is PosixPath('\\udcff')"),
         ("generate.py", "{model} --prompt w1 --max_new_tokens 0", "'{model}' cannot go on"),
         ("generate.py", "{place} --prompt w1", "no usable tokenizer at '{place}'"),
@@ -514,26 +518,41 @@ def test_recovery_goes_on_from_a_checkpoint_to_the_same_bytes_and_leaves_an_ordi
 )
 def test_a_program_refuses_what_it_cannot_use_in_one_line(tmp_path, tiny, capsys, script, arguments, reason):
     places = {"place": tmp_path, "model": tiny[0]}
+    (tmp_path / "link").symlink_to("nowhere")
     program = runpy.run_path(str(ROOT / "scripts" / script))["main"]
     assert reason.format(**places) in one_line(capsys, program, arguments.format(**places).split())
 
 
-def test_recovery_runs_in_one_process(tiny, tmp_path, capsys, monkeypatch):
-    program = runpy.run_path(str(ROOT / "scripts" / "recover.py"))["main"]
+@pytest.mark.parametrize("program", ["recover.py", zero_shot.main, speed.main])
+def test_recovery_and_measurements_run_in_one_process(tiny, tmp_path, capsys, monkeypatch, program):
+    argv = [str(tiny[0]), "--save", str(tmp_path / "out")]
+    if program == "recover.py":
+        program, argv = runpy.run_path(str(ROOT / "scripts" / "recover.py"))["main"], [str(tiny[0]), argv[2]]
     for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
-    assert "recovery runs in one process" in one_line(capsys, program, [str(tiny[0]), str(tmp_path / "out")])
+    assert "this program runs in one process" in one_line(capsys, program, argv)
+    assert not (tmp_path / "out").exists()
 
 
-def test_a_dequantised_model_takes_the_place_of_nothing(tiny, tmp_path, capsys):
+def test_a_dequantised_model_takes_the_place_of_nothing(tiny, tmp_path, tmp_path_factory, capsys):
+    source = shutil.copytree(tiny[0], tmp_path_factory.mktemp("source") / "tiny")
     program = runpy.run_path(str(ROOT / "scripts" / "dequantize.py"))["main"]
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "notes").touch()
     (tmp_path / "link").symlink_to("nowhere")
-    assert "link is there" in one_line(capsys, program, [str(tiny[0]), str(tmp_path / "link")])
-    assert program([str(tiny[0]), str(tmp_path / "out")]) == 0
+    settings = {"temperature": 0.7}  # without do_sample, as early models have it: transformers does not write that
+    write_json(source / "generation_config.json", settings)
+    assert "link is there" in one_line(capsys, program, [str(source), str(tmp_path / "link")])
+    assert program([str(source), str(tmp_path / "out")]) == 0
     assert {path.name for path in tmp_path.iterdir()} == {"link", "out", "out.partial"}
     assert (tmp_path / "out" / "model.safetensors").exists()
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == settings
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        assert "File too large: " in one_line(capsys, program, [str(source), str(tmp_path / "new")])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [path.name for path in (tmp_path / "out.partial").iterdir()] == ["notes"]
 
 

@@ -19,10 +19,11 @@ from transformers import PretrainedConfig
 from flatllmcore.engine.checkpoint_sink import Manifest
 from flatllmcore.utils.checkpoint import MANIFEST
 from flatllmcore.utils.devices import device_name, peak_memory_gib
-from flatllmcore.utils.files import check_is_no_folder, check_writable, read_json, write_json
+from flatllmcore.utils.files import check_replaceable, check_writable, read_json, write_json
 from flatllmcore.utils.layer_utils import count_parameters, dense_dimensions
 from flatllmcore.utils.loading import empty_causal_lm, found_file, load_config
 from flatllmcore.utils.names import STOCK, model_name
+from flatllmcore.utils.processes import check_alone
 from flatllmcore.utils.stopwatch import Stopwatch
 
 from .command_line import as_given
@@ -89,11 +90,12 @@ def keep_record(
     kind: str, args: Namespace, argv: Sequence[str] | None, model: str, marks: str, measure: Callable[[], Record]
 ) -> tuple[Path, Record]:
     """Measure, with a log, and write the record of this run of ``flatllmbench.<kind>``; return its place and itself."""
+    check_alone()
     started = time.perf_counter()
     command = ["python", "-m", f"flatllmbench.{kind}", *(sys.argv[1:] if argv is None else argv)]
     path = args.save / f"{model_name(model)}_{kind}{marks}.json"
     check_writable(args.save)
-    check_is_no_folder(path)
+    check_replaceable(path)
     record = {"kind": kind, "command": shlex.join(command), "request": as_given(args), "versions": versions()}
     with logging_to(path.with_suffix(".log")), logging_redirect_tqdm():
         record |= measure() | {"elapsed_s": round(time.perf_counter() - started, 3)}

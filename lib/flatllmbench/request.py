@@ -6,12 +6,13 @@ from pathlib import Path
 from flatllmcore.core.importance import ImportanceScores
 from flatllmcore.errors import InputError
 from flatllmcore.utils.checkpoint import check_output_folder, partial_folder
-from flatllmcore.utils.files import check_is_no_folder, check_writable, read_json
+from flatllmcore.utils.files import check_replaceable, check_writable, read_json
 from flatllmcore.utils.names import IMPORTANCE_FILE, STOCK, ranks_file
 from flatllmcore.utils.processes import local_world_size
 from flatllmcore.utils.text_sources import has_test_split
 
 from .command_line import Options
+from .records import Record
 
 
 def check_request(options: Options) -> None:
@@ -29,6 +30,7 @@ def check_request(options: Options) -> None:
     if options.shape == STOCK and (given := ", ".join(flag for flag, is_given in unused.items() if is_given)):
         raise InputError(f"--shape stock has Q and K whole and all layers alike, without scores; leave out {given}")
     place = options.score_place
+    check_replaceable(options.score_file)
     is_kind_for_scores = place.suffix != ".pt" and not place.match("ranks_*.json")
     if not (is_kind_for_scores or place.is_file()):
         raise InputError(f"--bi_score {place} does not exist; give a file that does, a folder, or a .json for scores")
@@ -54,7 +56,9 @@ def check_places(options: Options) -> None:
         check_writable(place)
     scores = (options.score_place / name for name in (IMPORTANCE_FILE, *map(ranks_file, options.sparsity_ratio)))
     for file in (*scores, options.record_place, options.record_place.with_suffix(".log")):
-        check_is_no_folder(file)
+        check_replaceable(file)
+    if options.record_place.exists() and "kind" not in read_json(options.record_place, Record):
+        raise InputError(f"{options.record_place} is no record; move it, or give another --save")
     if os.path.realpath(options.score_file) == os.path.realpath(options.record_place):
         raise InputError(f"--bi_score {options.bi_score} is where the record goes; give another one, or another --save")
     if options.save_model is None:

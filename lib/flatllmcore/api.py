@@ -47,6 +47,9 @@ class FlatLLMPruner:
         rank_allocation: RankAllocation | Sequence[float] | None = None,
         **fields: Any,
     ) -> None:
+        for given, kind in ((config, FlatLLMConfig), (tokenizer, PreTrainedTokenizerBase)):
+            if not isinstance(given, kind | None):
+                raise InputError(f"{given!r:.80} is a {type(given).__name__}; accepted: a {kind.__name__}")
         self.config = config.changed(**fields) if config else FlatLLMConfig(**fields)
         check_causal_lm(model)
         asked, home = self.config.device, model.get_output_embeddings().weight.device
@@ -110,7 +113,14 @@ class FlatLLMPruner:
     def _allocation(self) -> RankAllocation:
         pipeline, ranks = self._pipeline, self._ranks
         if ranks is not None:
-            allocation = ranks if isinstance(ranks, RankAllocation) else pipeline.selector.floored(list(ranks))
+            if isinstance(ranks, RankAllocation):
+                allocation = ranks
+            else:
+                with door(
+                    "rank_allocation is unusable", "accepted: a RankAllocation, or a share to keep of each layer"
+                ):
+                    shares = [float(share) for share in ranks]
+                allocation = pipeline.selector.floored(shares)
             allocation.check_matches(pipeline.selector.dimensions)
             if allocation.shape != self.config.shape:
                 raise InputError(f"rank_allocation is of the shape {allocation.shape!r}, not {self.config.shape!r}")

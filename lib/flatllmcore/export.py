@@ -25,7 +25,7 @@ from .config import PATH, TEXT
 from .core.rotary_pairs import pairs_are_halves
 from .errors import InputError, door, run_program
 from .utils.checkpoint import MODEL_CARD, stated_licence
-from .utils.files import check_disk_space, check_is_no_folder, check_writable, replacing
+from .utils.files import check_disk_space, check_replaceable, check_writable, replacing
 from .utils.gguf_tokenizer import add_tokenizer
 from .utils.layer_utils import DecoderModule, dense_dimensions, find_decoder_layers
 from .utils.loading import found_file, load_tokenizer, open_checkpoint
@@ -62,9 +62,13 @@ def export_gguf(model: str, file: Path | str, overwrite: bool = False) -> None:
     One weight at a time is in memory; ``file`` is in its place when it is whole.
     """
     file = Path(file)
-    check_is_no_folder(file)
+    check_replaceable(file)
     if file.exists() and not overwrite:
         raise InputError(f"{file} exists; give --overwrite, or another file")
+    if file.exists():
+        with file.open("rb") as there:
+            if there.read(4) != b"GGUF":
+                raise InputError(f"{file} is no GGUF file to overwrite; give another file")
     check_writable(file.parent)
     with door("a GGUF file cannot be written", "from the repository: pip install '.[programs]'"):
         import gguf

@@ -161,6 +161,7 @@ class _Loop:
             weight = stored[name.removeprefix(f"{step.part}.")]
             home = self._at_home(weight)
             broadcast(home)  # one for all: the signs of eigenvectors are anybody's choice
+            check_finite(index, home, f"{name} in {home.dtype}")
             weight.copy_(home)  # as it is going to be read, whatever is computed in
         return with_part(layer, step.part, part) if step.part else part
 

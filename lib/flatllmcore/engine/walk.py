@@ -94,11 +94,11 @@ def solves(index: int) -> Iterator[None]:
         raise InputError(f"layer {index} cannot be compressed: {error}") from error
 
 
-def check_finite(index: int, activations: Tensor) -> None:
+def check_finite(index: int, found: Tensor, what: str = "activations") -> None:
     """Refuse what layer ``index`` gives if it is not finite."""
     # The extremes, in one pass over them; NaN is both.
-    if activations.numel() and not torch.stack(torch.aminmax(activations)).isfinite().all():
-        raise InputError(f"layer {index} gives NaN or infinite activations; a wider dtype may help")
+    if found.numel() and not torch.stack(torch.aminmax(found)).isfinite().all():
+        raise InputError(f"layer {index} gives NaN or infinite {what}; a wider dtype may help")
 
 
 class _AllSeenError(Exception):

@@ -30,7 +30,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
     When anything fails ``path`` is as it was. What a kill leaves is deleted when the next file is written beside it.
     """
-    check_is_no_folder(path)
+    check_replaceable(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     for left_over in path.parent.glob(LEFT_OVER):
         with suppress(OSError), left_over.open("r+b") as file:
@@ -135,10 +135,11 @@ def check_writable(folder: Path) -> None:
         raise InputError(f"cannot write to {folder}: {error.strerror}") from error
 
 
-def check_is_no_folder(path: Path) -> None:
-    """Refuse a folder where a file is going to be written."""
-    if path.is_dir():
-        raise InputError(f"cannot write {path}: it is a folder; move it, or give another place")
+def check_replaceable(path: Path) -> None:
+    """Refuse a folder or a pipe where a file is going to be written."""
+    if path.is_dir() or path.is_fifo():
+        kind = "folder" if path.is_dir() else "pipe"
+        raise InputError(f"cannot write {path}: it is a {kind}; move it, or give another place")
 
 
 def check_disk_space(folder: Path, needed_bytes: int) -> None:

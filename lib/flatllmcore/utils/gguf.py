@@ -19,7 +19,7 @@ from transformers.utils import CONFIG_NAME
 
 from ..errors import InputError, door
 from .checkpoint import MODEL_CARD
-from .files import check_disk_space, temporary_folder
+from .files import check_disk_space, naming_place, temporary_folder
 from .layer_utils import WEIGHT_DTYPES, family_name
 from .progress import bars_on_terminals_alone
 
@@ -83,8 +83,9 @@ def _dequantised(file: Path, _modified_ns: int) -> str:
     # More where some would be random, and fewer where others are left out: rope_freqs.weight makes another model.
     if (count := len(list(model.parameters()))) != len(tensors):
         raise InputError(f"cannot read {file} (of its {len(tensors)} tensors transformers makes {count}); {accepted}")
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with naming_place(folder):
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     kind = Counter(tensor.tensor_type.name for tensor in tensors if len(tensor.shape) > 1).most_common(1)[0][0]
     model.config.dtype = WEIGHT_DTYPES.get(kind, torch.bfloat16)
     if kind not in WEIGHT_DTYPES:

@@ -112,11 +112,13 @@ def check_causal_lm(model: PreTrainedModel) -> None:
 
 
 def _makeup(model: PreTrainedModel) -> dict[str, str]:
-    """Return the kind of each module with its parameters."""
-    return {
-        name: f"{type(part).__name__}({', '.join(dict(part.named_parameters(recurse=False)))})"
-        for name, part in model.named_modules()
-    }
+    """Return the kind of each module with its parameters and their shapes."""
+
+    def described(part: nn.Module) -> str:
+        weights = (f"{name} {list(weight.shape)}" for name, weight in part.named_parameters(recurse=False))
+        return f"{type(part).__name__}({', '.join(weights)})"
+
+    return {name: described(part) for name, part in model.named_modules()}
 
 
 def find_layers(module: nn.Module, kinds: tuple[type[nn.Module], ...] = (nn.Linear,)) -> dict[str, nn.Module]:

@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -15,12 +16,12 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.generation import GenerationConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
-from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from ..errors import InputError, door
 from .dimensions import MOST_LAYERS
-from .files import digest, file_digest, to_json_bytes
+from .files import digest, file_digest, naming_place, to_json_bytes
 from .gguf import checkpoint_folder
 from .layer_utils import WEIGHT_DTYPES, dense_dimensions, stored_tensors
 from .names import FAMILY_NAMES
@@ -40,8 +41,9 @@ def load_config(model: str, cache_dir: Path | None = None) -> PretrainedConfig:
     place = checkpoint_folder(model)
     with door(f"no usable model config at {model!r}", f"give a model of one of the families {', '.join(FAMILY_NAMES)}"):
         fields, _ = PretrainedConfig.get_config_dict(place, cache_dir=cache_dir)
-        if isinstance(layers := fields.get("num_hidden_layers"), int) and layers > MOST_LAYERS:
-            raise ValueError(f"num_hidden_layers is {layers:,}; accepted: at most {MOST_LAYERS:,}")
+        for name in ("num_hidden_layers", "num_labels"):  # of which transformers makes lists
+            if isinstance(count := fields.get(name), int) and count > MOST_LAYERS:
+                raise ValueError(f"{name} is {count:,}; accepted: at most {MOST_LAYERS:,}")
         return AutoConfig.from_pretrained(place, cache_dir=cache_dir, trust_remote_code=False)
 
 
@@ -97,10 +99,28 @@ def load_tokenizer(model: str, *, cache_dir: Path | None = None) -> PreTrainedTo
     """Return the tokenizer that stands beside a model, and that can be saved again."""
     accepted = "tokenizer.json beside the weights, or tokenizer.model with the packages sentencepiece and protobuf"
     place = checkpoint_folder(model)
+    if found_file(model, CONFIG_NAME, cache_dir):
+        load_config(model, cache_dir)  # before transformers reads it, whatever its sizes
     with TemporaryDirectory() as folder, door(f"no usable tokenizer at {model!r}", f"accepted: {accepted}"):
         tokenizer = AutoTokenizer.from_pretrained(place, cache_dir=cache_dir, trust_remote_code=False)
         tokenizer.save_pretrained(folder)  # tried now, not after all the work
+        if getattr(getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None), "dropout", None):
+            raise ValueError("it merges at random; take the dropout out of its model")
     return tokenizer
+
+
+def save_whole(model: PreTrainedModel, source: str, folder: Path) -> None:
+    """Save a model with what stands beside ``source``: tokenizer and generation config.
+
+    The latter as it is: transformers reads some that it does not write.
+    """
+    generation_file = found_file(source, GENERATION_CONFIG_NAME, None)
+    model.generation_config = GenerationConfig() if generation_file else model.generation_config
+    with naming_place(folder):
+        model.save_pretrained(folder)
+        load_tokenizer(source).save_pretrained(folder)
+        if generation_file:
+            shutil.copyfile(generation_file, folder / GENERATION_CONFIG_NAME)
 
 
 def tokenizer_digest(model: str, cache_dir: Path | None = None) -> str:
@@ -124,6 +144,8 @@ class WeightFiles:
                 index = cached_file(place, SAFE_WEIGHTS_INDEX_NAME, cache_dir=cache_dir)
                 files, _ = get_checkpoint_shard_files(place, index, cache_dir=cache_dir)
             for file in files:
+                if not Path(file).is_file():
+                    raise InputError(f"checkpoint {model!r} is damaged: {file} is no file")
                 with safe_open(file, "pt") as weights:
                     for name in weights.keys():  # noqa: SIM118 (not a mapping)
                         self._stored[name] = file, name, weights.get_slice(name).get_dtype()
@@ -182,7 +204,10 @@ class WeightFiles:
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
         """Return a weight in ``dtype``, or whole numbers as they are, in memory of its own: the file is closed."""
         with self._mapped(name) as weight:
-            return weight.to(dtype if weight.is_floating_point() else weight.dtype, copy=True)
+            found = weight.to(dtype if weight.is_floating_point() else weight.dtype, copy=True)
+            if found.dtype != weight.dtype and not torch.stack(found.aminmax()).isfinite().all():
+                raise InputError(f"{name} of {self.model!r} is not finite in {dtype}; a wider dtype may help")
+        return found
 
     def digest(self, name: str) -> str:
         """Return the SHA-256 of a weight as it is stored, type and shape included; no copy of it is made."""

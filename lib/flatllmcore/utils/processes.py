@@ -7,10 +7,12 @@ library has made for other work is not touched. Collectives raise OtherProcessEr
 
 import os
 import re
+import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import wraps
+from threading import Thread, main_thread
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -21,6 +23,7 @@ from ..errors import InputError, door
 
 P = ParamSpec("P")
 T = TypeVar("T")
+PATIENCE_S = 10  # for a process to end by itself when it is told to
 
 _store: dist.Store | None = None  # the group's, inside the block of process_group, until this process fails
 
@@ -67,6 +70,12 @@ def check_launch() -> None:
             raise InputError("WORLD_SIZE is set and MASTER_ADDR is not; unset WORLD_SIZE for one process")
 
 
+def check_alone() -> None:
+    """Refuse to be one of several processes."""
+    if launch_number("WORLD_SIZE", range(1, 2**16), "1") > 1:
+        raise InputError("this program runs in one process; unset WORLD_SIZE")
+
+
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
     """Join the group that the launcher describes, if it started more than one process; each computes on its ``device``.
@@ -81,6 +90,7 @@ def process_group(device: torch.device) -> Iterator[None]:
     place = ":".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
     patience = timedelta(hours=2)  # longer than a process waits for another at any size, a layer's solves included
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+    _let_signals_end_waits()
     with door(f"the processes cannot meet at {place}", "give a free MASTER_PORT, or unset WORLD_SIZE for one process"):
         _store, rank, size = next(dist.rendezvous("env://"))
         dist.init_process_group(backend, store=_store, rank=rank, world_size=size, timeout=patience)
@@ -89,6 +99,23 @@ def process_group(device: torch.device) -> Iterator[None]:
     if _store is not None:
         dist.destroy_process_group()
         _store = None
+
+
+def _let_signals_end_waits() -> None:
+    """Let a signal end this process where it waits for another too: torch does not run Python's handlers meanwhile."""
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    with suppress(ValueError):  # not in the main thread
+        signal.set_wakeup_fd(write)
+
+    def end() -> None:
+        while (number := os.read(read, 1)[0]) not in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            pass
+        main_thread().join(PATIENCE_S)  # a handler's exception ends it, where Python runs
+        if main_thread().is_alive():
+            os._exit(128 + number)
+
+    Thread(target=end, daemon=True).start()
 
 
 def world_size() -> int:

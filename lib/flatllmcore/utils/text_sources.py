@@ -269,7 +269,10 @@ def _parsed(content: bytes, path: Path, line: int, parse: Callable[[str], Any]) 
 def _table_rows(text: str) -> list[dict[str, str]]:
     """Return the rows of a table in CSV, by the names in its first."""
     csv.field_size_limit(max(len(text), csv.field_size_limit()))  # of a field: 128 KiB, unless it is raised
-    rows = list(csv.DictReader(StringIO(text.removeprefix("\ufeff"), newline=""), strict=True))
+    reader = csv.DictReader(StringIO(text.removeprefix("\ufeff"), newline=""), strict=True)
+    rows, names = list(reader), reader.fieldnames or []
+    if len(set(names)) < len(names):
+        raise csv.Error("two columns have one name")
     if short := next((number for number, row in enumerate(rows, 2) if None in row), None):  # of a comma in no quotes
         raise csv.Error(f"row {short} has more cells than the first")
     return rows
