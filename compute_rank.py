@@ -105,6 +105,9 @@ def allocate_all(args: argparse.Namespace) -> None:
     place = checked(ROWS["bi_score"], args.bi_score, "--bi_score")
     files = [read_importance(path, model, dimensions) for path in find_importance_files(place)]
     allocated = [(importance, allocate(importance, shares, args)) for importance in files]
+    for importance, allocations in allocated:
+        for place in (importance.path.parent / ranks_file(percent) for percent in allocations):
+            check_is_ours(place)
     pictures = [draw(*made) if args.plot else None for made in allocated]  # all before the first file
     for (importance, allocations), picture in zip(allocated, pictures, strict=True):
         write_ranks(importance, allocations, picture)
@@ -175,6 +178,15 @@ def allocate(importance: Importance, shares: dict[int, float], args: argparse.Na
     return {percent: made_from(allocation) for percent, allocation in allocated.items()}
 
 
+def check_is_ours(place: Path) -> None:
+    """Refuse a place where something else than ranks is."""
+    try:
+        if place.exists():
+            read_ranks(place)
+    except InputError as error:
+        raise InputError(f"{error}; it would be replaced, so move or delete it") from error
+
+
 def draw(importance: Importance, allocations: dict[int, RankAllocation]) -> bytes:
     """Return the picture of the scores and of what each target keeps."""
     keep = {percent: allocation.per_layer("keep") for percent, allocation in allocations.items()}
@@ -185,9 +197,6 @@ def draw(importance: Importance, allocations: dict[int, RankAllocation]) -> byte
 def write_ranks(importance: Importance, allocations: dict[int, RankAllocation], picture: bytes | None) -> None:
     """Write the ranks of each target beside the scores, and the picture of them."""
     folder = importance.path.parent
-    for place in (folder / ranks_file(percent) for percent in allocations):
-        if place.exists():
-            read_ranks(place)  # refuses to replace what is something else
     for percent, allocation in allocations.items():
         save_ranks(allocation, folder / ranks_file(percent))
     if picture is not None:

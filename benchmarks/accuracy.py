@@ -125,7 +125,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device")
     parser.add_argument("--out", type=Path, help="append the records here, a JSON object per line")
-    parser.add_argument("--save_models", type=Path, help="save the models here, as ROW-PERCENT-SEED")
+    parser.add_argument(
+        "--save_models", type=Path, help="save the models of rows that are made now here, as ROW-PERCENT-SEED"
+    )
     return parser.parse_args()
 
 

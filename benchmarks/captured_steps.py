@@ -44,6 +44,8 @@ def main() -> None:
     for percent in args.sparsity_ratio:
         allocation = selector.allocate(falling_scores(dense.num_hidden_layers), 1 - percent / 100)
         configs[f"{percent} %"] = compressed_config(dense, allocation.layers)
+    request = {"shape": args.shape, "prompt_length": args.prompt_length, "dtype": args.dtype}
+    record = {"request": request, "hardware": hardware(device), "versions": versions()}
     found, rows = [], []
     for name, config in configs.items():
         with device:
@@ -51,9 +53,8 @@ def main() -> None:
         for batch_size in args.batch_size:
             figures = prompt_and_step_ms(model, batch_size, args.prompt_length, args.repeats)
             found.append({"model": name, "batch_size": batch_size, **figures})
+            write_json(args.out, record | {"found": found})
             rows.append((name, str(batch_size), *(f"{value:.2f}" for value in figures.values())))
-    request = {"shape": args.shape, "prompt_length": args.prompt_length, "dtype": args.dtype}
-    write_json(args.out, {"request": request, "hardware": hardware(device), "versions": versions(), "found": found})
     print(markdown_table(("model", "batch", "prompt, ms", "step, ms"), rows), end="")
 
 
@@ -82,6 +83,7 @@ def replayed_ms(call: Callable[[], object], device: torch.device, repeats: int) 
     """Return the milliseconds of a call, recorded as a CUDA graph on a GPU; the middle of the repeats."""
     if device.type == "cuda":
         beside = torch.cuda.Stream()
+        beside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(beside):
             call()  # libraries are loaded, and plans made, before anything is recorded
         synchronize(device)

@@ -14,7 +14,7 @@ from flatllmbench.logs import keep_bars_to_terminals
 from flatllmcore.errors import InputError, run_program
 from flatllmcore.utils.checkpoint import MODEL_CARD
 from flatllmcore.utils.files import check_writable, temporary_folder
-from flatllmcore.utils.loading import found_file, load_model, save_whole
+from flatllmcore.utils.loading import found_file, load_model, load_tokenizer, save_whole
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,7 +34,7 @@ def dequantize(model: str, folder: Path) -> None:
     check_writable(folder.parent)
     with temporary_folder(folder.parent) as place:
         whole = place / folder.name
-        save_whole(load_model(model), model, whole)
+        save_whole(load_model(model), load_tokenizer(model), model, whole)
         if card := found_file(model, MODEL_CARD, None):
             shutil.copyfile(card, whole / MODEL_CARD)
         whole.rename(folder)

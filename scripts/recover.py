@@ -96,7 +96,8 @@ def recover_alone(args: argparse.Namespace, asked: dict[str, Any], request: dict
     write_json(work / "request.json", request)
 
     before = perplexity(source, test_windows, batch_size)
-    save_whole(trained(load_model(args.model), windows, request, work, source.device), args.model, work / "model")
+    model = trained(load_model(args.model), windows, request, work, source.device)
+    save_whole(model, tokenizer, args.model, work / "model")
     after = perplexity(CheckpointSource(str(work / "model"), source.device), test_windows, batch_size)
     print(f"perplexity {before:.4f} before, {after:.4f} after, {len(test_windows)} windows of {seqlen} tokens")
     measured = {"windows": len(test_windows), "before": before, "after": after}

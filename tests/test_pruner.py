@@ -341,8 +341,8 @@ def test_a_model_that_cannot_be_compressed_is_refused(message, texts, tmp_path):
     ("fields", "message"),
     [
         *(({"rank_allocation": ranks}, "rank_allocation is unusable") for ranks in (0.5, ["a", "b"], [10**400, 1])),
-        ({"tokenizer": "gpt2"}, "'gpt2' is a str; accepted: a PreTrainedTokenizerBase"),
-        ({"config": {"target_sparsity": 0.2}}, "is a dict; accepted: a FlatLLMConfig"),
+        ({"tokenizer": "gpt2"}, "'gpt2' is of <class 'str'>; accepted: a tokenizer"),
+        ({"config": {"target_sparsity": 0.2}}, "is of <class 'dict'>; accepted: a FlatLLMConfig"),
     ],
 )
 def test_what_is_of_another_kind_is_refused(texts, fields, message):

@@ -18,7 +18,7 @@ from flatllmcore.utils.files import read_json, replacing, write_atomically
 from flatllmcore.utils.names import model_name
 
 from .command_line import ROWS
-from .plots import draw_perplexity
+from .plots import MADE_BY, draw_perplexity
 from .records import Record, as_evaluation, flat, identity, of_kind, settings
 from .tables import NOT_RUN, NOT_THERE, figure, markdown_table, measured_tables
 
@@ -122,14 +122,15 @@ def write_report(runs: Sequence[Record], out: Path) -> None:
     markdown, is_drawn, place = page(runs), bool(of_kind(runs, "compression")), out / "README.md"
     if place.is_file() and not place.read_bytes().startswith(_REPORT.partition("`")[0].encode()):
         raise InputError(f"{place} is no report; give another folder by --out")
-    if is_drawn and (out / PICTURE).is_file() and not place.is_file():
-        raise InputError(f"{out / PICTURE} is of no report; give another folder by --out")
+    shown = out / PICTURE
+    if is_drawn and shown.is_file() and not place.is_file() and MADE_BY.encode() not in shown.read_bytes():
+        raise InputError(f"{shown} is of no report; give another folder by --out")
     with door("the perplexities cannot be drawn", "accepted: those of runs that ended well"):
         picture = draw_perplexity(runs) if is_drawn else b""
     with replacing(place) as file:  # it takes its place after the picture, or neither does
         file.write(markdown)
         if is_drawn:
-            write_atomically(out / PICTURE, picture)
+            write_atomically(shown, picture)
     sys.stdout.write(f"{measured_tables(runs, 'compression')}\nthe report is {place}\n")
 
 

@@ -47,9 +47,11 @@ class FlatLLMPruner:
         rank_allocation: RankAllocation | Sequence[float] | None = None,
         **fields: Any,
     ) -> None:
-        for given, kind in ((config, FlatLLMConfig), (tokenizer, PreTrainedTokenizerBase)):
-            if not isinstance(given, kind | None):
-                raise InputError(f"{given!r:.80} is a {type(given).__name__}; accepted: a {kind.__name__}")
+        # By what they do: another copy of this package has a config class of its own.
+        needed = ((config, "a FlatLLMConfig", "changed"), (tokenizer, "a tokenizer", "convert_ids_to_tokens"))
+        for given, kind, does in needed:
+            if not (given is None or hasattr(given, does)):
+                raise InputError(f"{given!r:.80} is of {type(given)}; accepted: {kind}")
         self.config = config.changed(**fields) if config else FlatLLMConfig(**fields)
         check_causal_lm(model)
         asked, home = self.config.device, model.get_output_embeddings().weight.device

@@ -107,7 +107,7 @@ def check_causal_lm(model: PreTrainedModel) -> None:
         name = different[0]
         raise InputError(
             f"the module {name} is {found.get(name)}, and by the config {plain.get(name)}; merge adapters into the "
-            "weights, and make masks and parametrizations permanent"
+            "weights, make masks and parametrizations permanent, or give the config the sizes that there are"
         )
 
 

@@ -109,16 +109,16 @@ def load_tokenizer(model: str, *, cache_dir: Path | None = None) -> PreTrainedTo
     return tokenizer
 
 
-def save_whole(model: PreTrainedModel, source: str, folder: Path) -> None:
-    """Save a model with what stands beside ``source``: tokenizer and generation config.
+def save_whole(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str, folder: Path) -> None:
+    """Save a model and its tokenizer with the generation config beside ``source``.
 
-    The latter as it is: transformers reads some that it does not write.
+    That as it is: transformers reads some that it does not write.
     """
     generation_file = found_file(source, GENERATION_CONFIG_NAME, None)
     model.generation_config = GenerationConfig() if generation_file else model.generation_config
     with naming_place(folder):
         model.save_pretrained(folder)
-        load_tokenizer(source).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
         if generation_file:
             shutil.copyfile(generation_file, folder / GENERATION_CONFIG_NAME)
 
@@ -204,8 +204,11 @@ class WeightFiles:
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
         """Return a weight in ``dtype``, or whole numbers as they are, in memory of its own: the file is closed."""
         with self._mapped(name) as weight:
-            found = weight.to(dtype if weight.is_floating_point() else weight.dtype, copy=True)
-            if found.dtype != weight.dtype and not torch.stack(found.aminmax()).isfinite().all():
+            if not weight.is_floating_point():
+                return weight.clone()
+            found = weight.to(dtype, copy=True)
+            is_narrower = torch.finfo(dtype).max < torch.finfo(weight.dtype).max
+            if is_narrower and not torch.stack(found.aminmax()).isfinite().all():
                 raise InputError(f"{name} of {self.model!r} is not finite in {dtype}; a wider dtype may help")
         return found
 

@@ -9,10 +9,10 @@ import os
 import re
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import wraps
-from threading import Thread, main_thread
+from threading import Thread, current_thread, main_thread
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -24,6 +24,7 @@ from ..errors import InputError, door
 P = ParamSpec("P")
 T = TypeVar("T")
 PATIENCE_S = 10  # for a process to end by itself when it is told to
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 _store: dist.Store | None = None  # the group's, inside the block of process_group, until this process fails
 
@@ -90,32 +91,43 @@ def process_group(device: torch.device) -> Iterator[None]:
     place = ":".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
     patience = timedelta(hours=2)  # longer than a process waits for another at any size, a layer's solves included
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
-    _let_signals_end_waits()
-    with door(f"the processes cannot meet at {place}", "give a free MASTER_PORT, or unset WORLD_SIZE for one process"):
-        _store, rank, size = next(dist.rendezvous("env://"))
-        dist.init_process_group(backend, store=_store, rank=rank, world_size=size, timeout=patience)
-    barrier()  # none may leave, even by an error, while another is still joining
-    yield
-    if _store is not None:
-        dist.destroy_process_group()
-        _store = None
+    with _signals_end_waits():
+        with door(
+            f"the processes cannot meet at {place}", "give a free MASTER_PORT, or unset WORLD_SIZE for one process"
+        ):
+            _store, rank, size = next(dist.rendezvous("env://"))
+            dist.init_process_group(backend, store=_store, rank=rank, world_size=size, timeout=patience)
+        barrier()  # none may leave, even by an error, while another is still joining
+        yield
+        if _store is not None:
+            dist.destroy_process_group()
+            _store = None
 
 
-def _let_signals_end_waits() -> None:
-    """Let a signal end this process where it waits for another too: torch does not run Python's handlers meanwhile."""
+@contextmanager
+def _signals_end_waits() -> Iterator[None]:
+    """Let a signal end this process where it waits for another too: torch runs no handlers of Python's meanwhile."""
+    if current_thread() is not main_thread():  # the only one that may ask to be told
+        yield
+        return
     read, write = os.pipe()
     os.set_blocking(write, False)
-    with suppress(ValueError):  # not in the main thread
-        signal.set_wakeup_fd(write)
+    before = signal.set_wakeup_fd(write)
 
     def end() -> None:
-        while (number := os.read(read, 1)[0]) not in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            pass
-        main_thread().join(PATIENCE_S)  # a handler's exception ends it, where Python runs
-        if main_thread().is_alive():
-            os._exit(128 + number)
+        while number := os.read(read, 1):  # nothing when the other end is closed
+            main_thread().join(PATIENCE_S if number[0] in _ENDING else 0)  # which a handler's exception ends
+            if number[0] in _ENDING and main_thread().is_alive():
+                os.write(2, b"error: interrupted while waiting for another process; run it again\n")
+                os._exit(128 + number[0])
+        os.close(read)
 
     Thread(target=end, daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(write)
 
 
 def world_size() -> int:
