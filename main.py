@@ -117,9 +117,12 @@ class Program:
     def kept_record(self, options: Options) -> Record | None:
         """Return the record of a ratio if it is this command's, and of the model that is in its place."""
         card, place = options.save_model and options.save_model / MODEL_CARD, options.record_place
-        if card is None or not (card.is_file() and place.is_file()):
+        record = read_json(place, Record) if place.is_file() else None
+        if record is not None and "kind" not in record:
+            raise InputError(f"{place} is no record; move it, or give another --save")
+        if record is None or card is None or not card.is_file():
             return None
-        record, ours = read_json(place, Record), self.asked() | {"card_sha256": digest(card.read_bytes())}
+        ours = self.asked() | {"card_sha256": digest(card.read_bytes())}
         return record if ours.items() <= record.items() else None
 
     def is_unevaluated(self, record: Record) -> bool:

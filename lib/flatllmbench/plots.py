@@ -9,8 +9,6 @@ from flatllmcore.utils.names import model_name
 from .records import Record, as_evaluation, dense_model, identity, mean_accuracy, of_kind, settings
 from .tables import grouped
 
-MADE_BY = "flatllmbench"  # said in every picture, so that no other one is replaced
-
 
 def draw_ranks(scores: Sequence[float], keep_by_target: Mapping[int, Sequence[float]], title: str) -> bytes:
     """Draw importance over kept share, layer by layer, one line per percentage removed."""
@@ -77,11 +75,10 @@ def accuracy_curve(runs: Sequence[Record], evaluations: Sequence[Record]) -> lis
     """
     of_these = {(model_name(runs[0]["base_model"]), None, 0.0), *map(identity, map(as_evaluation, runs))}
     found, questions = [], None
-    for run in evaluations:
-        accuracy, is_of_these = mean_accuracy(run), identity(run) in of_these
+    for run in (one for one in evaluations if identity(one) in of_these):
         own = {name: task["samples"] for name, task in run["zero_shot.tasks"].items()}
-        questions = questions or (own if is_of_these else None)
-        if is_of_these and own == questions and accuracy is not None:
+        questions = questions or own
+        if own == questions and (accuracy := mean_accuracy(run)) is not None:
             found.append((100 - run["model.achieved_sparsity_percent"], *accuracy))
     return sorted(found, reverse=True)
 
@@ -100,5 +97,5 @@ def _png(figure: Any) -> bytes:
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
     png = BytesIO()
-    figure.savefig(png, format="png", dpi=110, metadata={"Software": MADE_BY})
+    figure.savefig(png, format="png", dpi=110, metadata={"Software": "flatllmbench"})
     return png.getvalue()

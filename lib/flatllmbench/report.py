@@ -18,7 +18,7 @@ from flatllmcore.utils.files import read_json, replacing, write_atomically
 from flatllmcore.utils.names import model_name
 
 from .command_line import ROWS
-from .plots import MADE_BY, draw_perplexity
+from .plots import draw_perplexity
 from .records import Record, as_evaluation, flat, identity, of_kind, settings
 from .tables import NOT_RUN, NOT_THERE, figure, markdown_table, measured_tables
 
@@ -57,8 +57,7 @@ operations and of decoding by bytes. Peak memory: of a GPU. Published, by SliceG
 256 tokens): decoding 1.04, 1.10, 1.11, 1.17 and 1.23 times as fast at 10 to 50 %, the middle three read off a plot.
 
 {speeds}"""
-PICTURE = "perplexity.png"
-_SHOWN = f"![Perplexity and accuracy against the share of decoder-layer weights kept]({PICTURE})\n\n"
+_PICTURE = "![Perplexity and accuracy against the share of decoder-layer weights kept](perplexity.png)\n\n"
 # Published perplexity and mean accuracy, a column for each of MODELS.
 MODELS = ("Llama-2-7b-hf", "Llama-2-13b-hf", "Llama-2-70b-hf", "Mistral-7B-v0.1", "Meta-Llama-3-8B")
 TABLE_1: dict[str, tuple[tuple[float, float] | None, ...]] = {
@@ -107,7 +106,7 @@ def read_records(paths: Sequence[Path]) -> list[Record]:
 def page(runs: Sequence[Record]) -> bytes:
     """Return README.md."""
     markdown = _REPORT.format(
-        picture=_SHOWN if of_kind(runs, "compression") else "",
+        picture=_PICTURE if of_kind(runs, "compression") else "",
         compressions=measured_tables(runs, "compression"),
         accuracies=measured_tables(runs, "zero_shot"),
         speeds=measured_tables(runs, "speed"),
@@ -122,8 +121,8 @@ def write_report(runs: Sequence[Record], out: Path) -> None:
     markdown, is_drawn, place = page(runs), bool(of_kind(runs, "compression")), out / "README.md"
     if place.is_file() and not place.read_bytes().startswith(_REPORT.partition("`")[0].encode()):
         raise InputError(f"{place} is no report; give another folder by --out")
-    shown = out / PICTURE
-    if is_drawn and shown.is_file() and not place.is_file() and MADE_BY.encode() not in shown.read_bytes():
+    shown = out / "perplexity.png"
+    if is_drawn and shown.is_file() and not place.is_file() and b"flatllmbench" not in shown.read_bytes():
         raise InputError(f"{shown} is of no report; give another folder by --out")
     with door("the perplexities cannot be drawn", "accepted: those of runs that ended well"):
         picture = draw_perplexity(runs) if is_drawn else b""

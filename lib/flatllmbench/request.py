@@ -12,7 +12,6 @@ from flatllmcore.utils.processes import local_world_size
 from flatllmcore.utils.text_sources import has_test_split
 
 from .command_line import Options
-from .records import Record
 
 
 def check_request(options: Options) -> None:
@@ -57,8 +56,6 @@ def check_places(options: Options) -> None:
     scores = (options.score_place / name for name in (IMPORTANCE_FILE, *map(ranks_file, options.sparsity_ratio)))
     for file in (*scores, options.record_place, options.record_place.with_suffix(".log")):
         check_replaceable(file)
-    if options.record_place.exists() and "kind" not in read_json(options.record_place, Record):
-        raise InputError(f"{options.record_place} is no record; move it, or give another --save")
     if os.path.realpath(options.score_file) == os.path.realpath(options.record_place):
         raise InputError(f"--bi_score {options.bi_score} is where the record goes; give another one, or another --save")
     if options.save_model is None:
