@@ -3,8 +3,11 @@
 A local folder with a tiny model stands in for the hub id, and a local text for WikiText-2.
 """
 
+import json
 import math
+import os
 import re
+import subprocess
 import sys
 from hashlib import sha256
 from pathlib import Path
@@ -123,6 +126,31 @@ print(type(model).__name__)
         ).groups()
         assert float(ratio) == pytest.approx(2, abs=0.1)
         assert float(reduction) == pytest.approx(50, abs=3)
+
+    @pytest.mark.slow
+    def test_a_stranger_s_shell_runs_the_documents(self, tmp_path):
+        """The three steps on the embedded model and all samples in one session, registered in both orders."""
+        settings = {"PYTHON": sys.executable, "OUT": str(tmp_path), "DEVICE": "cpu"}
+        done = subprocess.run(
+            ["bash", ROOT / "tests" / "user_documents.sh"],
+            env=os.environ | settings,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        said = [line.partition(":")[0] for line in done.stdout.splitlines()]
+        assert said[-16:] == 2 * [
+            *("Layer importance scores", "Detected", "Rank allocation per layer", "Current sparsity"),
+            *("Model dimensions", "Compression ratio", "Parameter reduction", "One of FedCore's"),
+        ]
+        assert done.stdout.endswith("One of FedCore's: True True\n")
+        record = json.loads((tmp_path / "records/pydocs-llama/pydocs-llama_flatllm_20.json").read_text())
+        scores = (tmp_path / "ranks/pydocs-llama/importance.json").read_bytes()
+        ranks = json.loads((tmp_path / "ranks/pydocs-llama/ranks_20.json").read_text())
+        assert ranks["importance_sha256"] == sha256(scores).hexdigest()
+        assert ranks["mlp_width"] == [layer["mlp_width"] for layer in record["layers"]]
+        assert record["perplexity"][0]["compressed"] > record["perplexity"][0]["dense"] > 1
 
     def test_every_sample_is_the_document_s_own_byte_for_byte(self):
         assert sha256("".join(SAMPLES.values()).encode()).hexdigest() == DIGEST
