@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import flatllmcore
-from conftest import tiny_model
+from conftest import ROOT, tiny_model
 from fedcore_stand_in import write_fedcore
 from flatllmcore import (
     FlatLLMConfig,
