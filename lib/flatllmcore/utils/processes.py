@@ -118,7 +118,7 @@ def _signals_end_waits() -> Iterator[None]:
         while number := os.read(read, 1):  # nothing when the other end is closed
             main_thread().join(PATIENCE_S if number[0] in _ENDING else 0)  # which a handler's exception ends
             if number[0] in _ENDING and main_thread().is_alive():
-                os.write(2, b"error: interrupted while waiting for another process; run it again\n")
+                os.write(2, b"error: interrupted; run it again\n")
                 os._exit(128 + number[0])
         os.close(read)
 
