@@ -24,6 +24,8 @@ except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing}; install first: pip install -r requirements.txt (INSTALL.md)")
 
 if __name__ == "__main__":
+    if os.access(os.path.expanduser("~"), os.W_OK):  # torch makes this folder when it is imported, else in TMPDIR
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.expanduser("~/.cache/torchinductor"))
     answer_at_once(__doc__ or "")
 
 import torch

@@ -16,7 +16,8 @@ def served_attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    scaling: float | None = None,
+    scaling: float,
+    softcap: float | None = None,
     attention_instances: dict[int, int] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -25,8 +26,14 @@ def served_attention(
     assert attention_instances is not None, "the model did not pass on a keyword it does not know"
     assert {part.shape[-1] for part in (query, key, value)} == {attention_instances[module.layer_idx]}
     assert kwargs.get("sliding_window") == getattr(module, "sliding_window", None)
-    output, _ = sdpa_attention_forward(module, query, key, value, None, scaling=scaling, is_causal=True)
-    return output.reshape(query.shape[2], -1), None
+    if softcap is None:
+        output, _ = sdpa_attention_forward(module, query, key, value, None, scaling=scaling, is_causal=True)
+        return output.reshape(query.shape[2], -1), None
+    key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], 1) for part in (key, value))
+    scores = softcap * (scaling * query @ key.mT / softcap).tanh()  # (1, H, T, T)
+    is_later = torch.ones_like(scores, dtype=torch.bool).triu(1)
+    output = scores.masked_fill(is_later, -torch.inf).softmax(-1) @ value
+    return output.transpose(1, 2).reshape(query.shape[2], -1), None
 
 
 @torch.no_grad()

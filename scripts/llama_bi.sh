@@ -5,7 +5,7 @@
 #
 #   bash scripts/llama_bi.sh
 #   MODEL=mistralai/Mistral-7B-v0.1 bash scripts/llama_bi.sh
-#   python compute_rank.py
+#   python compute_rank.py      # where OUT was set: --bi_score "$OUT/ranks"
 #
 # Variables, besides those of scripts/settings.sh:
 #   MODEL      local folder, GGUF file or hub id (default: meta-llama/Llama-2-7b-hf)
@@ -28,3 +28,4 @@ for model in "${models[@]}"; do
     fi
     score "$model" "$scores" "$records" "$@"
 done
+printf '\nNext: python compute_rank.py%s\n' "${OUT:+ --bi_score $OUT/ranks}"

@@ -169,6 +169,15 @@ class TestConsecutiveWindows:
         assert windows.shape == (count, seqlen)
         assert windows.flatten().tolist() == joined[: count * seqlen]
 
+    @pytest.mark.parametrize(("template", "first"), [("<s> $A <s>", [BOS]), ("$A <s>", [])])
+    def test_what_a_tokenizer_puts_behind_a_text_is_left_out(self, template, first):
+        tokenizer = _character_tokenizer()
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single=template, special_tokens=[("<s>", BOS)]
+        )
+        windows = consecutive_windows(text_of(9), tokenizer, 1)
+        assert windows.flatten().tolist() == first + TOKENIZER(text_of(9).documents[0])["input_ids"][1:]
+
     def test_a_text_longer_than_the_model_takes_gives_no_warning(self, caplog, recwarn):
         consecutive_windows(text_of(100), _character_tokenizer(), 5)
         assert not caplog.records
@@ -194,7 +203,7 @@ class TestConsecutiveWindows:
         assert read[:3] == ["w1 w2\n", "w3 w4 w5\n", "\nw6\n"]
 
     def test_what_is_behind_the_windows_asked_for_is_not_tokenised(self, monkeypatch):
-        """Pieces are documents here; BOS, three tokens of the first and the separator's are in the first piece."""
+        """Pieces are documents here; BOS and the three tokens of the first are enough."""
         monkeypatch.setattr(data_utils, "_PIECE_CHARACTERS", 1)
         text = TextDataset("text", "test", ["w1 w2 w3", "w4", "w5"], " ")
         read = []
@@ -202,7 +211,7 @@ class TestConsecutiveWindows:
             data_utils, "_encode", lambda _, piece, **__: read.append(piece) or [0] * len(piece.split())
         )
         assert consecutive_windows(text, TOKENIZER, 2, 2).shape == (2, 2)
-        assert read == ["w1 w2 w3 ", "w4 "]
+        assert read == ["w1 w2 w3 "]
 
 
 def write(path, content):
@@ -211,7 +220,11 @@ def write(path, content):
 
 
 class TestPaths:
-    @given(st.text(st.characters(codec="utf-8"), max_size=60))
+    def test_a_byte_order_mark_is_no_text(self, tmp_path):
+        write(tmp_path / "some.txt", "\ufeffa\nb".encode())
+        assert load_text(str(tmp_path / "some.txt"), "train").documents == ["a", "b"]
+
+    @given(st.text(st.characters(codec="utf-8"), max_size=60).filter(lambda text: text[:1] != "\ufeff"))
     def test_a_text_file_joins_back_exactly(self, tmp_path_factory, content):
         path = tmp_path_factory.mktemp("text") / "some.txt"
         path.write_bytes(content.encode())
@@ -255,8 +268,14 @@ class TestPaths:
 
     def test_conversations_become_what_the_chat_template_makes_of_them(self, tmp_path):
         """In a file, of which a record may have a text as well, and in the library."""
-        rows = [{"messages": TURNS}, {"text": "w3", "messages": TURNS}, {"messages": TURNS[:1]}]
-        expected = ["<user>w1<assistant>w2", "w3", "<user>w1"]
+        shared = [{"from": "human", "value": "w1"}, {"from": "gpt", "value": "w2"}]  # as ShareGPT has them
+        rows = [
+            {"messages": TURNS},
+            {"text": "w3", "messages": TURNS},
+            {"messages": TURNS[:1]},
+            {"conversations": shared},
+        ]
+        expected = ["<user>w1<assistant>w2", "w3", "<user>w1", "<user>w1<assistant>w2"]
         (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
         assert load_text(str(tmp_path / "a.jsonl"), "train", tokenizer=TALKING).documents == expected
         assert read_calibration_data(rows, 9, (), TALKING).documents == expected
@@ -493,6 +512,9 @@ class TestNamedDatasets:
         assert all(map(has_test_split, ("wikitext2", "c4", "alpaca")))
 
 
+SEVERAL = "---\nconfigs:\n- {config_name: a, data_files: a.jsonl}\n- {config_name: b, data_files: b.jsonl}\n---\n"
+
+
 class TestHubIds:
     """The library reads a folder in the hub's layout: only the way from the id to a folder is another."""
 
@@ -511,11 +533,18 @@ class TestHubIds:
             assert text == TextDataset("some/text", split, [f"{found} \U0001f600"], "\n\n")
         assert has_test_split("some/text")
 
+    def test_one_of_several_configurations_is_named(self, hub, tmp_path):
+        write(hub / "README.md", SEVERAL.encode())
+        for name in ("a", "b"):
+            write(hub / f"{name}.jsonl", f'{{"text": "of {name}"}}'.encode())
+            write(tmp_path / "some" / "text" / name / "train.txt", name.encode())
+        assert load_text("some/text:b", "train", cache_dir=tmp_path / "cache").documents == ["of b"]
+        assert load_text("some/text:b", "train", dataset_root=tmp_path).documents == ["b"]
+
     @pytest.mark.parametrize(
         ("files", "message"),
         [
-            ({"README.md": "---\nconfigs:\n- {config_name: a, data_files: x.jsonl}\n- {config_name: b, data_files: "
-              "x.jsonl}\n---\n", "x.jsonl": '{"text": "x"}'}, r"could not get some/text .*\['a', 'b'\].*; without a"),
+            ({"README.md": SEVERAL, "a.jsonl": '{"text": "x"}'}, r"some/text .*\['a', 'b'\].*some/text:NAME"),
             ({"hub.py": "raise SystemExit('run')"}, r"could not get some/text .*scripts are no longer.*; without"),
             ({"x.jsonl": '{"text": "x"}\n{"text": '}, "could not get some/text .*; without a network"),
             ({"x.jsonl": '{"text": null}'}, r"some/text, record 1 has text \(NoneType\); accepted"),

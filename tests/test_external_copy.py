@@ -7,7 +7,7 @@ from importlib.metadata import packages_distributions
 
 import pytest
 
-from python_process import BLOCKED, LIBRARY, run_python
+from python_process import BLOCKED, LIBRARY, run_python, run_python_anew
 from user_document import SAMPLES
 
 PACKAGE = LIBRARY / "flatllmcore"
@@ -78,6 +78,12 @@ def test_an_older_transformers_is_refused_in_a_line_with_the_version_needed(modu
     needed = re.search(r"transformers>=([\d.]+)", (LIBRARY.parent / "pyproject.toml").read_text())[1]
     expected = f"flatllmcore needs transformers {needed} or later; here it is 4.41.2\n"
     assert run_python(code, [tmp_path, LIBRARY]) == expected
+
+
+def test_python_without_docstrings_which_transformers_reads_is_refused():
+    code = "try:\n import flatllmcore\nexcept ImportError as error:\n print(error)"
+    expected = "transformers reads docstrings, which -OO and PYTHONOPTIMIZE=2 leave out; run Python without\n"
+    assert run_python_anew(code, PYTHONOPTIMIZE="2") == expected
 
 
 def test_no_file_shadows_a_known_module():

@@ -241,8 +241,12 @@ class TestAbsorption:
         compressor = AbsorptionCompressor(model=tiny_model())
         with pytest.raises(RuntimeError, match="before collect_all_activations"):
             compressor.patch_compressed_layers([0])
-        with pytest.raises(IndexError):
-            compressor.apply_absorption_attention(2, 0.5)
+        for layer in (2, -1):
+            with pytest.raises(InputError, match=f"layer_idx is {layer}; accepted: 0 to 1"):
+                compressor.apply_absorption_attention(layer, 0.5)
+        compressor.collect_all_activations([0], self.IDS)
+        with pytest.raises(InputError, match="layer_idx is 2"):
+            compressor.patch_compressed_layers([0, 2])
         for share in (0, 1.5, -1):
             with pytest.raises(InputError, match="target_sparsity is"):
                 AbsorptionCompressor(model=tiny_model(), target_sparsity=share)

@@ -98,14 +98,21 @@ def test_the_folder_holds_what_save_pretrained_writes_and_its_tokenizer_loads_wi
     monkeypatch.setattr("builtins.input", pytest.fail)
     compress_to(tmp_path / "ours", checkpoint, windows)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
-    auto, dense = (AutoModelForCausalLM.from_pretrained(f, device_map="auto") for f in (tmp_path / "ours", checkpoint))
-    assert getattr(auto, "hf_device_map", None) == getattr(dense, "hf_device_map", None)
+    places = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    places["model.layers"] = "disk"
+    offloaded = {"device_map": places, "offload_folder": tmp_path / "offload"}
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "ours", **offloaded).hf_device_map == places
+    (tmp_path / "ours" / "README.md").write_text("---\nflat_llm: {}\n---\n")
     model.save_pretrained(tmp_path / "theirs")
     word_tokenizer().save_pretrained(tmp_path / "theirs")
     ours, theirs = bytes_in(tmp_path / "ours"), bytes_in(tmp_path / "theirs")
-    ours_alone = {"README.md", "flat_llm.json", "model.safetensors.index.json"}
+    ours_alone = {"flat_llm.json", "model.safetensors.index.json"}
     theirs_alone = {"model.safetensors", "generation_config.json"}  # the dense folder had none of the latter
     assert {n for n in ours.keys() - ours_alone if "-of-" not in n} == theirs.keys() - theirs_alone
+    assert (
+        theirs["README.md"]
+        == ours["README.md"] + b"\nThese weights were saved again: what is said above is of those before.\n"
+    )
     assert json.loads(ours["config.json"]) == json.loads(theirs["config.json"])
     assert ours["flat_models.py"] == theirs["flat_models.py"]
     index = json.loads(ours["model.safetensors.index.json"])

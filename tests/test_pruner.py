@@ -311,7 +311,7 @@ MAKERS = {
     r"layers\.1\..* is offloaded": lambda folder: accelerate.dispatch_model(
         tiny_model(), dict.fromkeys(PARTS, "cpu") | {PARTS[2]: "disk"}, offload_dir=folder
     ),
-    r"mlp.up_proj is Linear\(weight_orig .*\), and by the config Linear\(weight \[": lambda _: changed(
+    r"mlp.up_proj is Linear\(weight_orig .* and by the config Linear\(weight \[": lambda _: changed(
         lambda mlp: prune.random_unstructured(mlp.up_proj, "weight", 0.5)
     ),
     r"mlp.up_proj is ParametrizedLinear\(\)": lambda _: changed(
@@ -324,6 +324,14 @@ MAKERS = {
         lambda mlp: setattr(mlp, "act_fn", torch.nn.ReLU())
     ),
     r"down_proj is Linear\(weight \[32, 24\]\), and by the config Linear\(weight \[32, 23\]\)": lambda _: misfit(),
+    "layers.1.mlp is LlamaMLP.. hooked or compiled, and by the config LlamaMLP..;": lambda _: changed(
+        lambda mlp: mlp.register_forward_hook(lambda *given: given[-1] + 1)
+    ),
+    "layers.1.mlp is LlamaMLP.. hooked or compiled,": lambda _: changed(lambda mlp: mlp.compile(backend="eager")),
+    "mlp is LlamaMLP.. hooked or compiled": lambda _: changed(lambda mlp: setattr(mlp, "forward", mlp.forward)),
+    "share a weight, 1.mlp.gate_proj.weight and 1.mlp.up_proj.weight": lambda _: changed(
+        lambda mlp: setattr(mlp.up_proj, "weight", mlp.gate_proj.weight)
+    ),
     "the model is a DataParallel; accepted": lambda _: torch.nn.DataParallel(tiny_model()),
     "is torch.float8_e4m3fn; accepted: models that are not quantised": lambda _: tiny_model().to(torch.float8_e4m3fn),
     "is torch.int8": lambda _: changed(lambda mlp: setattr(mlp.up_proj, "weight", whole_numbers(mlp.up_proj.weight))),
@@ -373,15 +381,18 @@ def test_q_and_k_that_a_method_does_not_prune_so_are_refused_before_any_work(fie
         FlatLLMPruner(tiny_model(), preserve_qk_layers=False, **fields).prune_model()
 
 
-def test_a_model_compressed_under_inference_mode_can_be_trained(texts):
+def test_what_the_caller_has_switched_on_changes_nothing_and_the_model_can_be_trained(texts):
     model = tiny_model()
-    with torch.inference_mode():
+    expected = apply_flat_llm(tiny_model(), TOKENIZER, None, texts, importance_method="gradient", **SMALL)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         with pytest.raises(InputError, match=r"was made under torch\.inference_mode"):
             FlatLLMPruner(tiny_model())
         pruner = FlatLLMPruner(model, TOKENIZER, cal_dataset=texts, importance_method="gradient", **SMALL)
         assert len(pruner.compute_importance_scores()) == 2
-        pruner.prune_model()
+        with torch.device("meta"):
+            pruner.prune_model()
     assert not any(parameter.is_inference() for parameter in model.parameters())
+    assert_same_weights(weights_of(model), weights_of(expected))
 
 
 def test_a_second_call_is_refused_before_it_scores(texts, monkeypatch):
@@ -390,6 +401,15 @@ def test_a_second_call_is_refused_before_it_scores(texts, monkeypatch):
     monkeypatch.delattr(FlatLLMPruner, "compute_importance_scores")
     with pytest.raises(InputError, match="compressed already"):
         pruner.prune_model()
+
+
+def test_nor_is_what_another_left_in_the_dense_shape_compressed_again(texts):
+    model = tiny_model()
+    stock = {"cal_dataset": texts, "shape": "stock", "width_multiple": 8} | SMALL
+    pruner, later = (FlatLLMPruner(model, TOKENIZER, **stock) for _ in range(2))
+    pruner.prune_model()
+    with pytest.raises(InputError, match="compressed already; make another"):
+        later.prune_model()
 
 
 def hooked(model):

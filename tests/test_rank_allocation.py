@@ -11,7 +11,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from common import PUBLISHED as PUBLISHED_MODELS
-from flatllmcore.core.curve_allocation import MLP, PAIRS, VALUES, outlines
+from flatllmcore.core.curve_allocation import MLP, PAIRS, VALUES, ideal_without, outlines
 from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector, RankAllocation, allocate_keep_ratios
 from flatllmcore.core.rank_rounding import largest_remainder
 from flatllmcore.errors import InputError
@@ -179,6 +179,13 @@ class TestBudget:
         missing = removed - (allocation.parameters_before - counted_parameters(allocation))
         assert missing <= allowed_error(dimensions, removed, allocation.rank_multiple) + 1e-6
 
+    @pytest.mark.parametrize(("share", "pairs"), [(0, None), (0.05, None), (0.2, 12), (0.9, 2)])
+    def test_a_layer_that_keeps_all_of_its_rotary_pairs_has_lost_none(self, share, pairs):
+        """Of 16 pairs, in steps of 2."""
+        sizes = ModelDimensions("llama", 1, 64, 4, 2, 32, 96)
+        ideal = ideal_without(sizes, {PAIRS: share * 32 * sizes.rank_parameters}, 4)
+        assert ideal.kept_with(32, 96).query_key_pairs == pairs
+
     @pytest.mark.parametrize("prune_qk", [False, True])
     @pytest.mark.parametrize("with_pairs", [0, 0.75, 1])
     @pytest.mark.parametrize("dimensions", [*PUBLISHED, QWEN3, TINY, SMOLLM2])
@@ -204,6 +211,7 @@ class TestBudget:
             selector.allocate(scores_for(dimensions, 0), 0, curves)
         assert str(before.value) == str(behind.value)
         assert ("--prune_qk" in str(before.value)) == (any(free) and not prune_qk)
+        assert ("by the published method" in str(before.value)) != ("--prune_qk" in str(before.value))
         largest = int(re.search(r"largest possible target is (\d+) %", str(before.value))[1])
         allocation = selector.allocate(scores_for(dimensions, 0), 1 - largest / 100, curves)
         missing = largest / 100 * allocation.parameters_before - (

@@ -85,6 +85,8 @@ class TestCompressions:
         [
             *({"base_model": "models/other"}, {"nsamples": 64}, {"seed": 1}, {"rank_multiple": 1}, {"prune_qk": True}),
             {"kind": "flatllm+"},
+            *({"importance_method": "gradient"}, {"gradient_nsamples": 4}),
+            *({"request": {"dtype": "auto", "width_multiple": 32}}, {"rounded_to": "4 bits"}),
             *({"hardware": {"device": "Other GPU"}}, {"versions": {"python": "3"}}, {"request": {"dtype": "float32"}}),
             {"perplexity": [COMPRESSION["perplexity"][0] | {"windows": 10}]},
         ],

@@ -291,6 +291,8 @@ def test_llama_bi_leaves_scores_for_every_model_with_the_record_beside(performed
     performed("llama_bi.sh", MODELS=f"{tiny[0]} {tiny[1]}", **settings)
     for name in (model.name for model in tiny):
         assert len(json.loads((tmp_path / "ranks" / name / "importance.json").read_text())["scores"]) == 2
+    assert {"/ranks/", "/out/", "/logs/"} <= {*(ROOT / ".gitignore").read_text().split()}  # where runs write by default
+    for name in (model.name for model in tiny):
         record = json.loads((tmp_path / "records" / name / f"{name}_bi.json").read_text())
         assert record["request"]["nsamples"] == 4
 

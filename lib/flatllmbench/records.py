@@ -9,6 +9,8 @@ from flatllmcore.methods import METHODS
 from flatllmcore.utils.names import STOCK, model_name
 
 Record: TypeAlias = dict[str, Any]
+_CHOICES = {"importance_method": "ranks by {}", "gradient_nsamples": "gradients of {} windows"}
+_CHOICES |= {"request.width_multiple": "widths in multiples of {}"}
 
 
 def flat(content: Record) -> Record:
@@ -62,7 +64,7 @@ def identity(run: Record) -> tuple[str, Any, float]:
 
 def settings(run: Record) -> str:
     """Return what a compression depends on beside its model and the share removed."""
-    windows = f"{run['kind']} on {run['dataset']}, {run['nsamples']} × {run['seqlen']} tokens, seed {run['seed']}"
-    weighed = f", gradients of {count} windows" if (count := run.get("gradient_nsamples")) else ""
-    shape = "stock shape" if run.get("shape") == STOCK else f"multiples of {run['rank_multiple']}"
-    return f"{windows}{weighed}, {shape}{', Q and K pruned' if run['prune_qk'] else ''}"
+    parts = [f"{run['kind']} on {run['dataset']}, {run['nsamples']} × {run['seqlen']} tokens, seed {run['seed']}"]
+    parts += [words.format(run[name]) for name, words in _CHOICES.items() if run.get(name)]
+    parts.append("stock shape" if run.get("shape") == STOCK else f"multiples of {run['rank_multiple']}")
+    return f"{', '.join(parts)}{', Q and K pruned' if run['prune_qk'] else ''}"

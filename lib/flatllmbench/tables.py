@@ -17,6 +17,7 @@ _COMPRESSION = (  # a column's heading, field and form
     ("peak host memory, GiB", "peak_memory_gib.host", ".2f"),
     ("peak device memory, GiB", "peak_memory_gib.device", ".2f"),
 )
+_EVALUATED = (("model", "s"), ("method", "s"), ("achieved_sparsity_percent", ".3f"))
 _SPEED = (
     ("model", "of.model", "s"),
     ("removed, %", "of.achieved_sparsity_percent", ".3f"),
@@ -69,7 +70,8 @@ def grouped(runs: Iterable[Record]) -> dict[tuple[str, ...], list[Record]]:
 def _facts(run: Record) -> Iterator[str]:
     """Yield what the figures of a run depend on, a line each."""
     if run.get("perplexity"):
-        yield f"{run['base_model']}, `--dtype {run['request.dtype']}`, {settings(run)}"
+        rounded = f", whose publisher rounded it to {run['rounded_to']}" if run.get("rounded_to") else ""
+        yield f"{run['base_model']}{rounded}, `--dtype {run['request.dtype']}`, {settings(run)}"
         for of in run["perplexity"]:
             yield f"perplexity on {of['dataset']}, {of['windows']} × {of['seqlen']} tokens"
     if run["kind"] == "speed":
@@ -102,10 +104,9 @@ def _speed_table(runs: list[Record]) -> str:
 def _accuracy_table(runs: list[Record]) -> str:
     tasks, rows = runs[0]["zero_shot.tasks"], []
     for run in sorted(runs, key=lambda run: run["model.achieved_sparsity_percent"]):
-        results, accuracy = map(_result, run["zero_shot.tasks"].values()), mean_accuracy(run)
-        removed = f"{run['model.achieved_sparsity_percent']:.3f}"
-        model = (run["model.model"], run.get("model.method") or NOT_THERE, removed)
-        rows.append((*model, *results, NOT_THERE if accuracy is None else "{:.2f} ± {:.2f}".format(*accuracy)))
+        cells, accuracy = [_cell(run, f"model.{of}", form) for of, form in _EVALUATED], mean_accuracy(run)
+        cells += map(_result, run["zero_shot.tasks"].values())
+        rows.append([*cells, NOT_THERE if accuracy is None else "{:.2f} ± {:.2f}".format(*accuracy)])
     return markdown_table(("model", "method", "removed, %", *tasks, "mean accuracy, %"), rows)
 
 
@@ -116,8 +117,7 @@ def _result(task: Record) -> str:
 
 
 def _table(columns: Sequence[tuple[str, str, str]], rows: Iterable[Record]) -> str:
-    cells = ([_cell(row, field, form) for _, field, form in columns] for row in rows)
-    return markdown_table([heading for heading, *_ in columns], cells)
+    return markdown_table([of[0] for of in columns], ([_cell(row, *of[1:]) for of in columns] for row in rows))
 
 
 def _cell(row: Record, field: str, form: str) -> str:

@@ -137,10 +137,8 @@ def _result(name: str, task: Any, found: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the harness found of a task or group: the metric reported, and all with their standard errors."""
     row = found["results"][name]
     metrics = {key.removesuffix(",none"): value for key, value in row.items() if "," in key and value != "N/A"}
-    _, wanted = PAPER_TASKS.get(name, (0, "acc_norm"))
-    metric = wanted if wanted in metrics else next(iter(metrics))
-    members = task.get_all_tasks() if hasattr(task, "get_all_tasks") else [task]
-    shots = {member.get_config("num_fewshot") for member in members}
+    metric = next(of for of in (PAPER_TASKS.get(name, (0, "acc_norm"))[1], *metrics) if of in metrics)
+    shots = {member.get_config("num_fewshot") for member in getattr(task, "get_all_tasks", lambda: [task])()}
     logger.info("%s: %s %.4f on %d samples", name, metric, metrics[metric], row["sample_len"])
     return {
         "metric": metric,

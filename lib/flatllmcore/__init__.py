@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from . import _versions
 from ._lazy import attach
-from .layers.registration import register_with_transformers
+from .layers.registration import register_with_others
 
 if TYPE_CHECKING:  # for editors
     from .api import FlatLLMPruner, apply_flat_llm, compute_layer_importance
@@ -33,4 +33,4 @@ __getattr__, __dir__, __all__ = attach(
     },
 )
 
-register_with_transformers()
+register_with_others()

@@ -13,9 +13,10 @@ from transformers import PreTrainedModel
 from .api import in_memory
 from .config import FlatLLMConfig, checked
 from .core.rank_allocation import ImportancePreservingRankSelector
+from .errors import InputError
 from .pipeline import Pipeline
 from .utils.data_utils import check_token_ids, padding_ids_of, real_rows, windows_of_rows
-from .utils.devices import parse_device
+from .utils.devices import parse_device, usual_torch
 from .utils.layer_utils import check_causal_lm, dimensions_from_config
 
 _SHARE = FlatLLMConfig.__dataclass_fields__["tolerance"]  # an option that takes a share above 0 and at most 1
@@ -80,12 +81,13 @@ class AbsorptionCompressor:
 
     def apply_absorption_mlp(self, layer_idx: int, sparsity_ratio: float | None = None) -> None:
         """Have ``layer_idx`` keep the share ``sparsity_ratio``, in (0, 1], of its MLP's channels."""
-        self._kept_of_mlp[layer_idx] = self._share(sparsity_ratio)
+        self._kept_of_mlp[self._checked(layer_idx)] = self._share(sparsity_ratio)
 
     def apply_absorption_attention(self, layer_idx: int, sparsity_ratio: float | None = None) -> None:
         """Have ``layer_idx`` keep the share ``sparsity_ratio``, in (0, 1], of the directions of each value head."""
-        self._kept_of_attention[layer_idx] = self._share(sparsity_ratio)
+        self._kept_of_attention[self._checked(layer_idx)] = self._share(sparsity_ratio)
 
+    @usual_torch()
     def patch_compressed_layers(self, layer_indices: Sequence[int]) -> None:
         """Compress these layers as asked, in place; the model becomes one of the compressed class.
 
@@ -97,8 +99,9 @@ class AbsorptionCompressor:
         """
         if self._windows is None:
             raise RuntimeError("there are no calibration data before collect_all_activations() has been called")
+        chosen = set(map(self._checked, layer_indices))
         shares = [
-            [share if index in layer_indices else 1.0 for index, share in enumerate(kept)]
+            [share if index in chosen else 1.0 for index, share in enumerate(kept)]
             for kept in (self._kept_of_mlp, self._kept_of_attention)
         ]
         allocation = ImportancePreservingRankSelector(self.dimensions).floored(*shares)
@@ -106,6 +109,11 @@ class AbsorptionCompressor:
             pipeline = Pipeline(self.model.config, self.config)
             flat_config, _ = pipeline.compress(source, source, self._windows, allocation)
             source.adopt(flat_config)
+
+    def _checked(self, layer_idx: int) -> int:
+        if layer_idx not in range(self.dimensions.num_layers):
+            raise InputError(f"layer_idx is {layer_idx}; accepted: 0 to {self.dimensions.num_layers - 1}")
+        return layer_idx
 
     def _share(self, sparsity_ratio: float | None) -> float:
         return self.target_sparsity if sparsity_ratio is None else checked(_SHARE, sparsity_ratio, "sparsity_ratio")

@@ -14,7 +14,7 @@ from .core.rank_allocation import RankAllocation
 from .engine.memory import ModelInMemory
 from .errors import InputError, door
 from .pipeline import TO_COMPRESS, TO_SCORE, Pipeline
-from .utils.devices import parse_device
+from .utils.devices import parse_device, usual_torch
 from .utils.layer_utils import check_causal_lm, check_is_dense, count_parameters
 from .utils.names import STOCK
 
@@ -65,12 +65,12 @@ class FlatLLMPruner:
         self._scores, self._ranks = importance_scores, rank_allocation
         self._stats: dict[str, Any] | None = None
 
-    @torch.inference_mode(False)  # else gradients are refused, and weights that are made could never be trained
+    @usual_torch()
     def compute_importance_scores(self) -> list[float]:
         """Return the importance of every decoder layer; the model is unchanged."""
         return list(self._importance().scores)
 
-    @torch.inference_mode(False)
+    @usual_torch()
     def prune_model(self) -> PreTrainedModel:
         """Compress the model and return it, the same object, now of the compressed class, or of its own in stock shape.
 
@@ -81,7 +81,7 @@ class FlatLLMPruner:
                 target is named), the calibration data are unusable, or a layer's activations are not finite.
         """
         check_is_dense(self.model.config)
-        if self._stats is not None:  # of the stock shape, which is a dense model's
+        if self.model.config is not self._pipeline.model_config:  # of the stock shape, which is a dense model's
             raise InputError("the model is compressed already; make another FlatLLMPruner to compress it again")
         pipeline, before = self._pipeline, count_parameters(self.model)
         pipeline.check_method()

@@ -215,6 +215,7 @@ class CheckpointRun:
             "achieved_sparsity_percent": allocation.achieved_sparsity_percent,
             "rank_multiple": allocation.rank_multiple,
             "prune_qk": allocation.prune_qk,
+            "importance_method": allocation.importance_method,
             "input_divisor": allocation.input_divisor,
             "dataset": config.cal_dataset,
             "nsamples": len(self.windows),

@@ -205,11 +205,18 @@ def test_a_new_attention_function_is_called_by_every_layer_with_its_window(
     assert called == list(enumerate(expected))
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILY_NAMES if name != "gemma2"])  # which caps scores
+@pytest.mark.parametrize("family", [name for name in FAMILY_NAMES if name != "gemma2"])
 def test_the_attention_of_servers_gives_the_same_bits(flat_model, tokens):
     model = flat_model()
     assert torch.equal(served_logits(model, tokens[:1]), model(tokens[:1], use_cache=False).logits)
     assert type(model).is_backend_compatible()
+
+
+def test_scores_are_capped_there_too(tokens):
+    model = compress(dense_model_of("gemma2", attn_logit_softcapping=1.0))
+    model.set_attn_implementation("eager")  # which caps them, as torch's own does not
+    expected = model(tokens[:1], use_cache=False).logits
+    torch.testing.assert_close(served_logits(model, tokens[:1]), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])

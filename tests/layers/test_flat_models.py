@@ -1,9 +1,12 @@
 import copy
+import re
 
+import peft
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -101,15 +104,44 @@ def test_the_model_without_a_head_and_the_classifier_are_loaded_by_auto_classes(
     assert all(parameter.grad is not None for parameter in classifier.parameters())
 
 
-def test_configs_are_compared_and_have_no_width_where_layers_differ():
+def test_configs_are_compared_and_have_no_width_where_layers_differ(tmp_path):
     config, other = (compress(dense_model_of("llama")).config for _ in range(2))
     assert config == other
+    compress(dense_model_of("llama")).save_pretrained(tmp_path)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).config == AutoConfig.from_pretrained(tmp_path)
     other.initializer_range *= 2
     assert config != other
     assert config != compress(dense_model_of("llama"), (4, 16, 11)).config
     assert (hasattr(config, "intermediate_size"), getattr(config, "intermediate_size", 7)) == (False, 7)
     with pytest.raises(AttributeError, match=r"config\.per_layer_config\[i\]\.intermediate_size"):
         _ = config.intermediate_size
+
+
+@pytest.mark.parametrize(
+    ("asked", "reached"),
+    [
+        ({}, {"v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "q_proj.down", "k_proj.down"}),
+        ({"target_parameters": ["q_proj.up", "k_proj.up"], "target_modules": []}, {"q_proj", "k_proj"}),
+        ({"target_modules": "all-linear"}, {f"{of}_proj" for of in "qkvo"} | {"gate_proj", "up_proj", "down_proj"}
+         | {"q_proj.down", "k_proj.down"}),
+    ],
+)  # fmt: skip
+def test_adapters_are_for_these_parts_and_merge_to_the_same_logits(tokens, asked, reached):
+    """By PEFT's defaults, as RECOVER.md has it for second factors, and all; the middle layer's Q and K are whole."""
+    config = compressed_config(dense_model_of("llama").config, kept(qk=(7, None, 3)))
+    model = AutoModelForCausalLM.from_config(config).eval()
+    before = model(tokens).logits
+    adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **asked))
+    torch.manual_seed(0)
+    trained = {name: part for name, part in adapted.named_parameters() if part.requires_grad}
+    assert {re.search(r"(\w+_proj(\.down)?)\.(base_layer\.)*lora", name)[1] for name in trained} == reached
+    for part in trained.values():
+        torch.nn.init.normal_(part, std=0.1)
+    expected = adapted(tokens).logits
+    merged = adapted.merge_and_unload()
+    assert type(merged) is type(model)
+    torch.testing.assert_close(merged(tokens).logits, expected, rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(expected, before, rtol=1e-3, atol=1e-4)
 
 
 def test_a_model_is_exported_with_a_static_cache(tokens):

@@ -117,7 +117,7 @@ def ideal_without(dimensions: ModelDimensions, taken: Mapping[str, float], rank_
     left = min(max(round(pairs / pair_step), 1), half // pair_step) * pair_step
 
     def kept_with(rank: int, width: int) -> Kept:
-        kept = Kept(1.0, rank, width, query_key_pairs=None if pairs == half else left)
+        kept = Kept(1.0, rank, width, query_key_pairs=None if half in (pairs, left) else left)
         return replace(kept, keep=dimensions.parameters_of(kept) / dimensions.layer_parameters)
 
     rank = dimensions.head_dim - taken.get(VALUES, 0.0) / dimensions.rank_parameters

@@ -144,6 +144,8 @@ class ImportancePreservingRankSelector:
                 )
             elif has_pairs and not self.prune_qk:
                 more = "; more with Q and K pruned: --prune_qk, or preserve_qk_layers=False"
+            elif curves is not None:
+                more = "; more may go by the published method with Q and K pruned"
             raise InputError(
                 f"removing {100 * (1 - keep_ratio):g} % of this model is impossible; "
                 f"the largest possible target is {largest} %{more}"

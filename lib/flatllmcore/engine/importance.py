@@ -13,7 +13,6 @@ from ..core.curve_allocation import scaled
 from ..core.importance import LayerImportance, angles_between
 from ..core.refit import factored, with_ridge
 from ..errors import InputError
-from ..utils.devices import float32_product
 from ..utils.names import ANGULAR, DAMAGE, GRADIENT
 from ..utils.processes import all_reduce, own_share
 from ..utils.progress import progress
@@ -98,8 +97,8 @@ def loss_metrics(source: LayerSource, windows: Tensor, batch_size: int) -> Tenso
     shape = (source.num_layers, *2 * [source.config.hidden_size])
     metrics = source.storage.empty(shape, torch.float64, source.device, "what errors cost").zero_()
     for index, _, gradient in _loss_gradients(source, windows, batch_size):
-        rows = gradient.flatten(0, 1).float()
-        metrics[index] += float32_product(rows.mT, rows).to(metrics.device)
+        rows = gradient.flatten(0, 1).double()  # of few tokens float32 sums are too far from positive definite
+        metrics[index] += (rows.mT @ rows).to(metrics.device)
     for index, metric in enumerate(metrics):
         all_reduce(metric)
         mean = metric.diagonal().mean().item()

@@ -9,6 +9,7 @@ mixes these classes with each family's dense parents.
 torch, transformers with what it is built on, and each other only.
 """
 
+from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -182,6 +183,13 @@ class FlatModel(PreTrainedModel):
         self.base_model.layers = nn.ModuleList(self.decoder_layer_class(config, i) for i in range(num_layers))
         self.post_init()
         self._no_split_modules.add(self.decoder_layer_class.__name__)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Save the model, with the card of the compressed folder that it was loaded from, unless there is one."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        card, copy = (Path(folder, "README.md") for folder in (self.name_or_path, save_directory))
+        if card.is_file() and not copy.exists() and "\nflat_llm:" in (text := card.read_text()):
+            copy.write_text(f"{text}\nThese weights were saved again: what is said above is of those before.\n")
 
 
 class FlatCausalLM(FlatModel):

@@ -5,6 +5,7 @@ Windows are cut from token ids, never from text made of tokens again, so every o
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from itertools import cycle, islice
 from numbers import Integral
 from typing import Any
@@ -82,10 +83,10 @@ def consecutive_windows(
 
     Of ``most`` windows they are the first; what is far behind them is not tokenised.
     """
-    tokens: list[Tensor] = []
-    count = 0
+    tokens = [torch.tensor(_leading_ids(tokenizer), dtype=torch.int64)]
+    count = len(tokens[0])
     for piece in progress(list(_pieces(text)), "tokenising text", "piece"):
-        ids = _encode(tokenizer, piece, add_special_tokens=not tokens)  # which stand only with the text's beginning
+        ids = _encode(tokenizer, piece)
         tokens.append(torch.tensor(ids, dtype=torch.int64))
         count += len(ids)
         if most is not None and count >= most * seqlen:
@@ -223,17 +224,28 @@ def _without_padding(ids: Tensor, padding_ids: Sequence[int]) -> Tensor:
     return ids[real[0] : real[-1] + 1] if len(real) else ids[:0]
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool = False) -> list[int]:
+def _leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the ids of special tokens that the tokenizer puts before a text, as BOS; one that ends it is left out."""
+    with _reading(tokenizer):
+        found = tokenizer("a", return_special_tokens_mask=True)
+    return found["input_ids"][: found["special_tokens_mask"].index(0)]
+
+
+def _reading(tokenizer: PreTrainedTokenizerBase) -> AbstractContextManager[None]:
+    return door(f"the tokenizer at {tokenizer.name_or_path!r} cannot read the text", "mend its files, or the text")
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Return the ids of a text, piece by piece where it is very long: pieces end with a line, or at the longest."""
     ids: list[int] = []
     start = 0
-    with door(f"the tokenizer at {tokenizer.name_or_path!r} cannot read the text", "mend its files, or the text"):
+    with _reading(tokenizer):
         while start == 0 or start < len(text):
             end = min(len(text), start + _LONGEST_PIECE)
             if end < len(text):
                 end = text.rfind("\n", start, end) + 1 or end
             # verbose: a text longer than the model takes is meant here, so no warning about it.
-            piece = tokenizer(text[start:end], add_special_tokens=add_special_tokens and not start, verbose=False)
+            piece = tokenizer(text[start:end], add_special_tokens=False, verbose=False)
             ids += piece["input_ids"]
             start = max(end, 1)
     return ids

@@ -6,7 +6,8 @@ import os
 import re
 import resource
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
@@ -45,6 +46,21 @@ def parse_device(name: str | None) -> torch.device:
         if device.type in ("cpu", "cuda"):
             return device
     raise InputError(f"device {name!r} is not usable here; use {DEVICE_NAMES}")
+
+
+@contextmanager
+def usual_torch() -> Iterator[None]:
+    """Compute as torch does by itself inside the block: no inference mode, autocast or default device of the caller's.
+
+    In the first gradients are refused and weights that are made could never be trained.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        for kind in ("cpu", "cuda"):
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        yield
 
 
 @cache

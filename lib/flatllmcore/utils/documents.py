@@ -8,11 +8,12 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import InputError, door
 
-_OTHERS = ("messages", "instruction")  # columns that count before a prompt and its completion
+_OTHERS = ("messages", "conversations", "instruction")  # columns that count before a prompt and its completion
+_ROLES = {"human": "user", "gpt": "assistant"}  # what ShareGPT calls them: what templates do
 
 
 def document_of(record: Any, place: Path | str, number: int, tokenizer: PreTrainedTokenizerBase | None = None) -> str:
-    """Return a record's ``text``, its ``messages`` rendered, ``prompt`` and ``completion``, or the Alpaca prompt of it.
+    """Return a record's ``text``, its conversation rendered, ``prompt`` and ``completion``, or the Alpaca prompt of it.
 
     An InputError tells which record holds none of these, or a conversation that the tokenizer has no template for.
     """
@@ -23,22 +24,31 @@ def document_of(record: Any, place: Path | str, number: int, tokenizer: PreTrain
     for kind, whole in ((str, "text"), (list, "messages")):
         if all(isinstance(part, kind) for part in parts) and columns.keys().isdisjoint(("text", *_OTHERS)):
             columns = {whole: parts[0] + parts[1]}
-    if "text" not in columns and isinstance(columns.get("messages"), list):
+    turns = columns.get("messages", columns.get("conversations"))
+    if "text" not in columns and isinstance(turns, list):
         if tokenizer is None or tokenizer.chat_template is None:
             raise InputError(f"{place}, record {number} is a conversation; give a tokenizer that has a chat template")
         with door(
             f"{place}, record {number} does not fit the chat template", "accepted: messages with role and content"
         ):
-            return tokenizer.apply_chat_template(columns["messages"], tokenize=False)
+            return tokenizer.apply_chat_template(list(map(_message, turns)), tokenize=False)
     names = ("text",) if "text" in columns else ("instruction", "input", "output")
     parts = [columns.get(name) for name in names]
     if parts[1:] and parts[1] is None:
         parts[1] = ""
     if not all(isinstance(part, str) for part in parts):
         found = ", ".join(f"{name} ({type(value).__name__})" for name, value in columns.items())
-        accepted = "text (str), or messages (list), or prompt and completion, or instruction, output and perhaps input"
+        accepted = (
+            "text (str), or messages or conversations (list), or prompt and completion, or instruction and output"
+        )
         raise InputError(f"{place}, record {number} has {found:.200}; accepted: {accepted}")
     return parts[0] if len(parts) == 1 else _alpaca_prompt(*parts)
+
+
+def _message(turn: Any) -> Any:
+    """Return a turn with its role and content, which ShareGPT calls from and value."""
+    is_message = not isinstance(turn, Mapping) or "from" not in turn
+    return turn if is_message else {"role": _ROLES.get(turn["from"], turn["from"]), "content": turn["value"]}
 
 
 def _alpaca_prompt(instruction: str, given: str, output: str) -> str:

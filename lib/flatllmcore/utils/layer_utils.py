@@ -101,22 +101,32 @@ def check_causal_lm(model: PreTrainedModel) -> None:
             raise InputError(f"the weight {name} was made under torch.inference_mode(); load the model outside of it")
         if parameter.dtype not in WEIGHT_DTYPES.values():
             raise InputError(f"the weight {name} is {parameter.dtype}; accepted: models that are not quantised")
+    names: dict[int, str] = {}
+    for name, parameter in find_decoder_layers(model).named_parameters(remove_duplicate=False):
+        if (first := names.setdefault(id(parameter), name)) != name:
+            raise InputError(f"decoder layers share a weight, {first} and {name}; give each its own")
     with torch.device("meta"):
         plain, found = map(_makeup, (type(model)(copy.deepcopy(model.config)), model))
     if different := sorted(name for name in found.keys() | plain.keys() if found.get(name) != plain.get(name)):
         name = different[0]
         raise InputError(
             f"the module {name} is {found.get(name)}, and by the config {plain.get(name)}; merge adapters into the "
-            "weights, make masks and parametrizations permanent, or give the config the sizes that there are"
+            "weights, make masks and parametrizations permanent, take hooks off, compile the compressed model, or give "
+            "the config the sizes that there are"
         )
 
 
 def _makeup(model: PreTrainedModel) -> dict[str, str]:
-    """Return the kind of each module with its parameters and their shapes."""
+    """Return the kind of each module with its parameters and their shapes, and whether it does more than its class."""
 
     def described(part: nn.Module) -> str:
         weights = (f"{name} {list(weight.shape)}" for name, weight in part.named_parameters(recurse=False))
-        return f"{type(part).__name__}({', '.join(weights)})"
+        hooks = (*part._forward_hooks.values(), *part._forward_pre_hooks.values())
+        # Accelerate's are taken off for as long as layers are on loan, transformers' own look and change nothing.
+        is_changed = "forward" in vars(part) and not hasattr(part, "_hf_hook")
+        is_changed |= any(not str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in hooks)
+        is_changed |= part._compiled_call_impl is not None and part is not model
+        return f"{type(part).__name__}({', '.join(weights)}){' hooked or compiled' if is_changed else ''}"
 
     return {name: described(part) for name, part in model.named_modules()}
 

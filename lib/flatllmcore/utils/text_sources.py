@@ -33,7 +33,7 @@ _ACCEPTED = f"accepted: {', '.join(_SUFFIXES)}, in UTF-8"
 _WITHOUT_HUB = "without a network give a folder with a copy as dataset_root, or a path as dataset"
 _VALIDATION = ("validation", "valid", "val", "dev")
 _SPLIT_WORDS = re.compile(f"(?<![a-z])(?:train|test|{'|'.join(_VALIDATION)})(?![a-z])")
-_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+_HUB_ID = re.compile(r"(\w[\w.-]*/(\w[\w.-]*))(?::([\w.-]+))?")  # and the name of one of its configurations
 _NO_TEXT = re.compile(r"\..*|dataset_(?:info|infos|dict)\.json|state\.json|cache-.*\.arrow")  # of the datasets library
 _MOST_FOLDERS = 10**5  # below that of one text
 
@@ -66,6 +66,7 @@ class _HubDataset(NamedTuple):
     hub_id: str
     files: dict[str, str]
     folders: tuple[str, ...] = ()
+    configuration: str | None = None
 
 
 _HUB_DATASETS = {
@@ -93,17 +94,17 @@ def load_text(
 ) -> TextDataset:
     """Return one split of a dataset on the hub, of a named one, or of a local file or folder.
 
-    The lines of a text file are its documents, and ``"\\n".join`` gives the file back exactly. Elsewhere every record
-    is one: its column ``text``, or what is made of it (:func:`document_of`). A single file gives all of it as either
-    split; a text without a test split gives its validation split as that.
+    The lines of a text file are its documents, and ``"\\n".join`` gives the file back but for a byte-order mark.
+    Elsewhere every record is one: its column ``text``, or what is made of it (:func:`document_of`). A single file gives
+    all of it as either split; a text without a test split gives its validation split as that.
 
-    It is one of ``DATASET_NAMES``, a path (``./c4`` for a folder called like a dataset), or else a hub id. The hub is
-    not asked where ``dataset_root`` is given, a folder with local copies. Conversations take a tokenizer with a chat
-    template.
+    It is one of ``DATASET_NAMES``, a path (``./c4`` for a folder called like a dataset), or else a hub id, with
+    ``:CONFIGURATION`` where the dataset has several. The hub is not asked where ``dataset_root`` is given, a folder
+    with local copies. Conversations take a tokenizer with a chat template.
     """
     is_alpaca, hub = name_or_path == "alpaca", None if dataset_root else _hub_dataset(name_or_path)
     if hub and not hub.files:
-        documents = _documents(_hub_rows(hub.hub_id, split, cache_dir), name_or_path, tokenizer)
+        documents = _documents(_hub_rows(hub, split, cache_dir), name_or_path, tokenizer)
         return TextDataset(name_or_path, split, documents, "\n\n")
     files = _files(name_or_path, "train" if is_alpaca else split, dataset_root, cache_dir)
     documents = [document for path in files for document in _documents(_records(path), path, tokenizer)]
@@ -122,8 +123,10 @@ def has_test_split(name_or_path: str, dataset_root: Path | None = None) -> bool:
 
 def _hub_dataset(name: str) -> _HubDataset | None:
     """Return what a name stands for on the hub: a named dataset, else one by its id, unless there is such a path."""
-    is_id = _HUB_ID.fullmatch(name) and not _ends(Path(name), _SUFFIXES) and not os.path.exists(name)
-    return _HUB_DATASETS.get(name) or (_HubDataset(name, {}, (name.partition("/")[2],)) if is_id else None)
+    by_id = _HUB_ID.fullmatch(name)
+    if name in _HUB_DATASETS or by_id is None or _ends(Path(name), _SUFFIXES) or os.path.exists(name):
+        return _HUB_DATASETS.get(name)
+    return _HubDataset(by_id[1], {}, (by_id[2],), by_id[3])
 
 
 def _files(name: str, split: Split, dataset_root: Path | None, cache_dir: Path | None) -> list[Path]:
@@ -146,7 +149,8 @@ def _location(name: str, dataset_root: Path | None) -> Path:
         raise InputError(f"{problem}; {known}")
     with door(problem, known):
         if hub and dataset_root:
-            places = [dataset_root / folder for folder in dict.fromkeys((name, hub.hub_id, *hub.folders))]
+            folders = dict.fromkeys((name, hub.hub_id, *hub.folders))
+            places = [dataset_root / folder / (hub.configuration or "") for folder in folders]
             files = [path for path in dataset_root.glob(f"{name}_*") if _ends(path, _SUFFIXES)]  # as c4_demo.jsonl
             places += files if len(files) == 1 else []
         else:
@@ -204,15 +208,18 @@ def _download(hub: _HubDataset, split: Split, cache_dir: Path | None) -> Path:
         return Path(hf_hub_download(hub.hub_id, hub.files[split], repo_type="dataset", cache_dir=cache_dir))
 
 
-def _hub_rows(hub_id: str, split: Split, cache_dir: Path | None) -> Iterator[Any]:
+def _hub_rows(hub: _HubDataset, split: Split, cache_dir: Path | None) -> Iterator[Any]:
     """Yield the records of any dataset on the hub; the library runs no code of it."""
     from datasets import load_dataset
 
     names = ("train",) if split == "train" else ("test", *_VALIDATION)
-    with door(f"could not get {hub_id} from the Hugging Face Hub", _WITHOUT_HUB):
-        splits = load_dataset(hub_id, cache_dir=cache_dir)
+    mend = f"{_WITHOUT_HUB}; of several configurations name one, {hub.hub_id}:NAME"
+    with door(f"could not get {hub.hub_id} from the Hugging Face Hub", mend):
+        splits = load_dataset(hub.hub_id, name=hub.configuration, cache_dir=cache_dir)
         if splits.keys().isdisjoint(names):
-            raise InputError(f"{hub_id} has no {split} split, but {', '.join(splits)}; give another dataset, or a path")
+            raise InputError(
+                f"{hub.hub_id} has no {split} split, but {', '.join(splits)}; give another dataset, or a path"
+            )
         yield from next(splits[name] for name in names if name in splits)
 
 
@@ -236,7 +243,7 @@ def _records(path: Path) -> Iterator[Any]:
     try:
         with opened(path, "rb") as file:
             if _ends(path, _LINES):
-                yield from _parsed(file.read(), path, 1, str).split("\n")
+                yield from _parsed(file.read(), path, 1, str).removeprefix("\ufeff").split("\n")
                 return
             if _ends(path, (".csv",)):
                 yield from _parsed(file.read(), path, 1, _table_rows)
