@@ -24,8 +24,9 @@ except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing}; install first: pip install -r requirements.txt (INSTALL.md)")
 
 if __name__ == "__main__":
-    if os.access(os.path.expanduser("~"), os.W_OK):  # torch makes this folder when it is imported, else in TMPDIR
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.expanduser("~/.cache/torchinductor"))
+    with suppress(OSError):  # torch makes this folder when it is imported, and else one in TMPDIR
+        os.makedirs(place := os.path.expanduser("~/.cache/torchinductor"), exist_ok=True)
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", place)
     answer_at_once(__doc__ or "")
 
 import torch

@@ -283,7 +283,8 @@ class TestPaths:
     def test_a_prompt_and_its_completion_are_one_text_or_one_conversation(self):
         rows = [{"prompt": "w1", "completion": " w2"}, {"prompt": TURNS[:1], "completion": TURNS[1:]}]
         rows += [rows[0] | {"text": "w3"}, rows[0] | {"messages": TURNS[:1]}]
-        expected = ["w1 w2", "<user>w1<assistant>w2", "w3", "<user>w1"]
+        rows += [{"messages": None, "text": None} | row for row in (rows[0], {"conversations": TURNS})]  # empty cells
+        expected = ["w1 w2", "<user>w1<assistant>w2", "w3", "<user>w1", "w1 w2", "<user>w1<assistant>w2"]
         assert read_calibration_data(rows, 9, (), TALKING).documents == expected
         with pytest.raises(InputError, match=r"has prompt \(str\), completion \(list\); accepted: .* prompt and compl"):
             read_calibration_data([{"prompt": "w1", "completion": TURNS}], 9, (), TALKING)

@@ -206,7 +206,7 @@ class TestAbsorption:
             assert (layer.mlp.down_proj.in_features, layer.self_attn.value_head_dim) == widths
 
     def test_layers_that_are_not_named_stay_as_they_are(self, tmp_path):
-        model, dense = absorb(tiny_model(), self.IDS, layers=[1]), tiny_model()
+        model, dense = absorb(tiny_model(), self.IDS, layers=torch.tensor([1])), tiny_model()
         assert torch.equal(model.model.layers[0].mlp.up_proj.weight, dense.model.layers[0].mlp.up_proj.weight)
         assert model.model.layers[1].mlp.up_proj.out_features == 28
         model.save_pretrained(tmp_path)

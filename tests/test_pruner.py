@@ -432,6 +432,15 @@ def test_a_model_with_a_device_map_is_compressed_like_any_other(model, texts):
     assert model.generate(ids, max_new_tokens=3, do_sample=False).shape == (2, 13)
 
 
+def test_what_stands_round_a_model_or_looks_on_is_no_hindrance(texts):
+    """As a Trainer in mixed precision leaves it, compiled as a whole, and asked for hidden states before."""
+    model, expected = tiny_model(), apply_flat_llm(tiny_model(), TOKENIZER, cal_dataset=texts, **SMALL)
+    model(torch.randint(97, (1, 5)), output_hidden_states=True)
+    model.forward = model.forward
+    model.compile(backend="eager")
+    assert_same_weights(weights_of(apply_flat_llm(model, TOKENIZER, cal_dataset=texts, **SMALL)), weights_of(expected))
+
+
 def test_a_failure_leaves_the_model_and_its_hooks_as_they_were(model, texts):
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.inf

@@ -113,7 +113,7 @@ class AbsorptionCompressor:
     def _checked(self, layer_idx: int) -> int:
         if layer_idx not in range(self.dimensions.num_layers):
             raise InputError(f"layer_idx is {layer_idx}; accepted: 0 to {self.dimensions.num_layers - 1}")
-        return layer_idx
+        return int(layer_idx)
 
     def _share(self, sparsity_ratio: float | None) -> float:
         return self.target_sparsity if sparsity_ratio is None else checked(_SHARE, sparsity_ratio, "sparsity_ratio")

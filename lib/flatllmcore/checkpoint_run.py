@@ -26,6 +26,7 @@ from .engine.checkpoint_source import CheckpointSource
 from .engine.perplexity import perplexity
 from .engine.storage import StatesStorage
 from .errors import InputError
+from .methods import METHODS
 from .pipeline import TO_COMPRESS, TO_SCORE, Pipeline
 from .utils.checkpoint import MODEL_CARD, partial_folder, stated_licence
 from .utils.data_utils import check_token_ids, consecutive_windows
@@ -207,6 +208,7 @@ class CheckpointRun:
             allocation.parameters_before,
             allocation.achieved_sparsity_percent,
         )
+        by = allocation.importance_method
         about = {
             "base_model": config.model,
             "method": config.method,
@@ -215,7 +217,7 @@ class CheckpointRun:
             "achieved_sparsity_percent": allocation.achieved_sparsity_percent,
             "rank_multiple": allocation.rank_multiple,
             "prune_qk": allocation.prune_qk,
-            "importance_method": allocation.importance_method,
+            "importance_method": None if by == METHODS[config.method].importance_method else by,
             "input_divisor": allocation.input_divisor,
             "dataset": config.cal_dataset,
             "nsamples": len(self.windows),

@@ -112,7 +112,9 @@ class FlatLLMConfig:
         "share of eigenvalue mass whose rank is logged for comparison; changes nothing",
     )
     cal_dataset: Any = option(
-        "wikitext2", DATA, "text: wikitext2, c4, alpaca, pydocs, a hub id, a file or folder; A+B: both in equal shares"
+        "wikitext2",
+        DATA,
+        "text: wikitext2, c4, alpaca, pydocs, a hub id (ID:CONFIGURATION), a file or folder; A+B: both in equal shares",
     )
     cal_nsamples: int | None = option(128, integer(1, MOST), "windows of text; None: 128 for scores, 256 to compress")
     importance_method: str = option(

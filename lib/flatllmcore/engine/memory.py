@@ -104,7 +104,7 @@ def layer_arguments(source: LayerSource, seqlen: int) -> list[dict[str, Any]]:
     example = decoder.norm.weight  # there even where the embeddings are not
     window = example.new_zeros(1, seqlen, decoder.config.hidden_size, dtype=source.dtype)
     with _lent(decoder, lambda home: home), ExitStack() as stack:
-        for layer in decoder.layers:  # a forward that a user or accelerate put on one is put back
+        for layer in decoder.layers:  # one that stands on a layer is put back
             stack.enter_context(patch.object(layer, "forward", note_arguments))
         decoder(inputs_embeds=window, use_cache=False)
     moved = cache(lambda tensor: tensor.to(source.device))  # most occur in the arguments of every layer

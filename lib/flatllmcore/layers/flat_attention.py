@@ -21,6 +21,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .flat_values import cached, one_token_attention, padded_values, unplanned, widened
 
+_SAVED_AGAIN = "\nThese weights were saved again: what is said above is of those before.\n"
+
 
 class HeadwiseFactoredLinear(nn.Module):
     """A linear layer to heads, each of whose outputs lies in a subspace of its own.
@@ -184,12 +186,15 @@ class FlatModel(PreTrainedModel):
         self.post_init()
         self._no_split_modules.add(self.decoder_layer_class.__name__)
 
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """Save the model, with the card of the compressed folder that it was loaded from, unless there is one."""
-        super().save_pretrained(save_directory, *args, **kwargs)
+    def save_pretrained(self, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any) -> None:
+        """Save the model, with the card of the compressed folder that it was loaded from, unless there is another."""
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
         card, copy = (Path(folder, "README.md") for folder in (self.name_or_path, save_directory))
-        if card.is_file() and not copy.exists() and "\nflat_llm:" in (text := card.read_text()):
-            copy.write_text(f"{text}\nThese weights were saved again: what is said above is of those before.\n")
+        is_free = copy.samefile(card) if copy.exists() and card.exists() else copy.parent.is_dir() and not copy.exists()
+        if is_main_process and is_free and card.is_file():
+            text = card.read_text(encoding="utf-8")
+            if "\nflat_llm:" in text and not text.endswith(_SAVED_AGAIN):
+                copy.write_text(text + _SAVED_AGAIN, encoding="utf-8")
 
 
 class FlatCausalLM(FlatModel):

@@ -11,7 +11,7 @@ from transformers.integrations.heterogeneity import AmbiguousGlobalPerLayerAttri
 
 
 @dataclass(kw_only=True, repr=False, eq=False)  # those of PreTrainedConfig
-class FlatConfig:
+class FlatConfig:  # noqa: PLW1641 (its fields change)
     """The fields that a family's compressed config has and its dense one has not; ``None`` leaves a part whole."""
 
     _auto_class: ClassVar[str] = "AutoConfig"
@@ -30,8 +30,6 @@ class FlatConfig:
 
     def __eq__(self: Any, other: object) -> bool:
         return isinstance(other, type(self)) and self.to_dict() == other.to_dict()
-
-    __hash__ = None  # type: ignore[assignment]
 
     def __getattribute__(self, name: str) -> Any:
         """Have no width where layers differ in it, for ``hasattr`` and for ``getattr`` with a default."""

@@ -83,9 +83,10 @@ def consecutive_windows(
 
     Of ``most`` windows they are the first; what is far behind them is not tokenised.
     """
-    tokens = [torch.tensor(_leading_ids(tokenizer), dtype=torch.int64)]
+    pieces = list(_pieces(text))
+    tokens = [torch.tensor(_leading_ids(tokenizer, pieces[0][:100]), dtype=torch.int64)]
     count = len(tokens[0])
-    for piece in progress(list(_pieces(text)), "tokenising text", "piece"):
+    for piece in progress(pieces, "tokenising text", "piece"):
         ids = _encode(tokenizer, piece)
         tokens.append(torch.tensor(ids, dtype=torch.int64))
         count += len(ids)
@@ -224,11 +225,12 @@ def _without_padding(ids: Tensor, padding_ids: Sequence[int]) -> Tensor:
     return ids[real[0] : real[-1] + 1] if len(real) else ids[:0]
 
 
-def _leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the ids of special tokens that the tokenizer puts before a text, as BOS; one that ends it is left out."""
+def _leading_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Return the ids of special tokens that the tokenizer puts before a text, as BOS; those behind it are left out."""
     with _reading(tokenizer):
-        found = tokenizer("a", return_special_tokens_mask=True)
-    return found["input_ids"][: found["special_tokens_mask"].index(0)]
+        whole, plain = (tokenizer(text, add_special_tokens=asked)["input_ids"] for asked in (True, False))
+    starts = range(len(whole) - len(plain), -1, -1)
+    return whole[: next((start for start in starts if whole[start : start + len(plain)] == plain), 0)]
 
 
 def _reading(tokenizer: PreTrainedTokenizerBase) -> AbstractContextManager[None]:

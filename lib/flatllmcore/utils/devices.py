@@ -52,7 +52,7 @@ def parse_device(name: str | None) -> torch.device:
 def usual_torch() -> Iterator[None]:
     """Compute as torch does by itself inside the block: no inference mode, autocast or default device of the caller's.
 
-    In the first gradients are refused and weights that are made could never be trained.
+    Under inference mode gradients are refused, and weights that are made could never be trained.
     """
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))

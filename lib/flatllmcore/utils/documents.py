@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import InputError, door
 
-_OTHERS = ("messages", "conversations", "instruction")  # columns that count before a prompt and its completion
+_OTHERS = ("text", "messages", "conversations", "instruction")  # columns that count before a prompt and its completion
 _ROLES = {"human": "user", "gpt": "assistant"}  # what ShareGPT calls them: what templates do
 
 
@@ -22,14 +22,15 @@ def document_of(record: Any, place: Path | str, number: int, tokenizer: PreTrain
     columns = record if isinstance(record, Mapping) else {"text": record}
     parts: list[Any] = [columns.get("prompt"), columns.get("completion")]
     for kind, whole in ((str, "text"), (list, "messages")):
-        if all(isinstance(part, kind) for part in parts) and columns.keys().isdisjoint(("text", *_OTHERS)):
+        if all(isinstance(part, kind) for part in parts) and all(columns.get(other) is None for other in _OTHERS):
             columns = {whole: parts[0] + parts[1]}
-    turns = columns.get("messages", columns.get("conversations"))
-    if "text" not in columns and isinstance(turns, list):
+    turns = columns.get("conversations") if columns.get("messages") is None else columns["messages"]
+    if columns.get("text") is None and isinstance(turns, list):
         if tokenizer is None or tokenizer.chat_template is None:
             raise InputError(f"{place}, record {number} is a conversation; give a tokenizer that has a chat template")
         with door(
-            f"{place}, record {number} does not fit the chat template", "accepted: messages with role and content"
+            f"{place}, record {number} does not fit the chat template",
+            "accepted: messages with role and content, or conversations with from and value",
         ):
             return tokenizer.apply_chat_template(list(map(_message, turns)), tokenize=False)
     names = ("text",) if "text" in columns else ("instruction", "input", "output")

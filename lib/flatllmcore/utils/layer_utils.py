@@ -122,11 +122,12 @@ def _makeup(model: PreTrainedModel) -> dict[str, str]:
     def described(part: nn.Module) -> str:
         weights = (f"{name} {list(weight.shape)}" for name, weight in part.named_parameters(recurse=False))
         hooks = (*part._forward_hooks.values(), *part._forward_pre_hooks.values())
-        # Accelerate's are taken off for as long as layers are on loan, transformers' own look and change nothing.
+        # Accelerate's are taken off while layers are on loan; transformers' own change nothing but in training.
         is_changed = "forward" in vars(part) and not hasattr(part, "_hf_hook")
         is_changed |= any(not str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in hooks)
-        is_changed |= part._compiled_call_impl is not None and part is not model
-        return f"{type(part).__name__}({', '.join(weights)}){' hooked or compiled' if is_changed else ''}"
+        is_changed |= part._compiled_call_impl is not None
+        is_called = part is not model  # as a whole it never is
+        return f"{type(part).__name__}({', '.join(weights)}){' hooked or compiled' * (is_changed and is_called)}"
 
     return {name: described(part) for name, part in model.named_modules()}
 

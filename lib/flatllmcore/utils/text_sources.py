@@ -213,8 +213,8 @@ def _hub_rows(hub: _HubDataset, split: Split, cache_dir: Path | None) -> Iterato
     from datasets import load_dataset
 
     names = ("train",) if split == "train" else ("test", *_VALIDATION)
-    mend = f"{_WITHOUT_HUB}; of several configurations name one, {hub.hub_id}:NAME"
-    with door(f"could not get {hub.hub_id} from the Hugging Face Hub", mend):
+    several = "" if hub.configuration else f"; of several configurations name one, {hub.hub_id}:NAME"
+    with door(f"could not get {hub.hub_id} from the Hugging Face Hub", f"{_WITHOUT_HUB}{several}"):
         splits = load_dataset(hub.hub_id, name=hub.configuration, cache_dir=cache_dir)
         if splits.keys().isdisjoint(names):
             raise InputError(
