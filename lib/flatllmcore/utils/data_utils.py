@@ -228,7 +228,9 @@ def _without_padding(ids: Tensor, padding_ids: Sequence[int]) -> Tensor:
 def _leading_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Return the ids of special tokens that the tokenizer puts before a text, as BOS; those behind it are left out."""
     with _reading(tokenizer):
-        whole, plain = (tokenizer(text, add_special_tokens=asked)["input_ids"] for asked in (True, False))
+        whole, plain = (
+            tokenizer(text, add_special_tokens=asked, verbose=False)["input_ids"] for asked in (True, False)
+        )
     starts = range(len(whole) - len(plain), -1, -1)
     return whole[: next((start for start in starts if whole[start : start + len(plain)] == plain), 0)]
 
