@@ -24,9 +24,10 @@ except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing}; install first: pip install -r requirements.txt (INSTALL.md)")
 
 if __name__ == "__main__":
-    with suppress(OSError):  # torch makes this folder when it is imported, and else one in TMPDIR
-        os.makedirs(place := os.path.expanduser("~/.cache/torchinductor"), exist_ok=True)
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", place)
+    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:  # torch makes it when it is imported, by itself in TMPDIR
+        with suppress(OSError):
+            os.makedirs(place := os.path.expanduser("~/.cache/torchinductor"), exist_ok=True)
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = place
     answer_at_once(__doc__ or "")
 
 import torch

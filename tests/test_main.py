@@ -804,8 +804,12 @@ def test_a_console_that_is_closed_or_takes_no_more_ends_no_work_and_shows_no_tra
     command = [sys.executable, str(Path(main.__file__).with_name(argv[0])), *argv[1:]]
     closing = None if stdout else (lambda: os.closerange(0, 3))
     streams = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": subprocess.PIPE}
-    done = subprocess.run(command, **streams, text=True, check=False, preexec_fn=closing)
+    os.makedirs("temporary")
+    environment = {name: value for name, value in os.environ.items() if name != "TORCHINDUCTOR_CACHE_DIR"}
+    environment |= {"HOME": str(here), "TMPDIR": str(here / "temporary")}
+    done = subprocess.run(command, **streams, env=environment, text=True, check=False, preexec_fn=closing)
     os.close(writer)
+    assert os.listdir("temporary") == []  # nor a folder of torch's
     assert (done.stderr, done.returncode) == (said, 2 if said else 0)
     made = "new/importance.json" if argv is BI else "ranks/llama/ranks_50.json"
     assert Path(made).is_file()

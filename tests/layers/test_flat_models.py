@@ -104,6 +104,27 @@ def test_the_model_without_a_head_and_the_classifier_are_loaded_by_auto_classes(
     assert all(parameter.grad is not None for parameter in classifier.parameters())
 
 
+def test_the_card_of_a_compressed_folder_is_kept_and_no_other(tmp_path, monkeypatch):
+    """In place too, once; not from where nothing was loaded, nor over another, nor by a process that saves nothing."""
+    model = compress(dense_model_of("llama"))
+    ours, card = tmp_path / "ours", "---\nflat_llm: {}\n---\n"
+    model.save_pretrained(ours)
+    monkeypatch.chdir(ours)
+    (ours / "README.md").write_text(card)
+    model.save_pretrained(tmp_path / "made")
+    loaded = AutoModelForCausalLM.from_pretrained(ours)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "README.md").write_text("other")
+    for name in ("other", "ours", "ours", "again"):
+        loaded.save_pretrained(tmp_path / name)
+    loaded.save_pretrained(tmp_path / "second", is_main_process=False)
+    (ours / "README.md").write_text("---\nlicense: mit\n---\n")
+    loaded.save_pretrained(tmp_path / "dense")
+    cards = {path.parent.name: path.read_text() for path in tmp_path.glob("*/README.md")}
+    marked = f"{card}\nThese weights were saved again: what is said above is of those before.\n"
+    assert cards == {"ours": "---\nlicense: mit\n---\n", "other": "other", "again": marked}
+
+
 def test_configs_are_compared_and_have_no_width_where_layers_differ(tmp_path):
     config, other = (compress(dense_model_of("llama")).config for _ in range(2))
     assert config == other

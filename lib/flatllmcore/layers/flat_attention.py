@@ -190,11 +190,11 @@ class FlatModel(PreTrainedModel):
         """Save the model, with the card of the compressed folder that it was loaded from, unless there is another."""
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
         card, copy = (Path(folder, "README.md") for folder in (self.name_or_path, save_directory))
-        is_free = copy.samefile(card) if copy.exists() and card.exists() else copy.parent.is_dir() and not copy.exists()
-        if is_main_process and is_free and card.is_file():
-            text = card.read_text(encoding="utf-8")
-            if "\nflat_llm:" in text and not text.endswith(_SAVED_AGAIN):
-                copy.write_text(text + _SAVED_AGAIN, encoding="utf-8")
+        if not (is_main_process and self.name_or_path and card.is_file() and copy.parent.is_dir()):
+            return
+        text, is_free = card.read_text(encoding="utf-8"), not copy.exists() or copy.samefile(card)
+        if is_free and "\nflat_llm:" in text:
+            copy.write_text(text.removesuffix(_SAVED_AGAIN) + _SAVED_AGAIN, encoding="utf-8")
 
 
 class FlatCausalLM(FlatModel):
