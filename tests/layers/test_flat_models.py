@@ -1,5 +1,6 @@
 import copy
 import re
+from dataclasses import replace
 
 import peft
 import pytest
@@ -104,6 +105,12 @@ def test_the_model_without_a_head_and_the_classifier_are_loaded_by_auto_classes(
     assert all(parameter.grad is not None for parameter in classifier.parameters())
 
 
+def test_adapters_have_their_defaults_where_their_package_is_imported_later():
+    code = "import sys, flatllmcore\nassert 'peft' not in sys.modules\nfrom peft.utils import constants as c\n"
+    found = run_python(f"{code}print(len(c.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING['flat_qwen2']))")
+    assert found.split()[-1] == "7"
+
+
 def test_the_card_of_a_compressed_folder_is_kept_and_no_other(tmp_path, monkeypatch):
     """In place too, once; not from where nothing was loaded, nor over another, nor by a process that saves nothing."""
     model = compress(dense_model_of("llama"))
@@ -148,8 +155,10 @@ def test_configs_are_compared_and_have_no_width_where_layers_differ(tmp_path):
     ],
 )  # fmt: skip
 def test_adapters_are_for_these_parts_and_merge_to_the_same_logits(tokens, asked, reached):
-    """By PEFT's defaults, as RECOVER.md has it for second factors, and all; the middle layer's Q and K are whole."""
-    config = compressed_config(dense_model_of("llama").config, kept(qk=(7, None, 3)))
+    """By PEFT's defaults, as RECOVER.md has it for second factors, and all; the middle layer has lost rotary pairs."""
+    first, middle, last = kept(qk=(7, None, 3))
+    sizes = [first, replace(middle, query_key_pairs=4), last]
+    config = compressed_config(dense_model_of("llama").config, sizes)
     model = AutoModelForCausalLM.from_config(config).eval()
     before = model(tokens).logits
     adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **asked))
