@@ -145,13 +145,15 @@ def test_every_program_writes_the_same_texts(tmp_path, monkeypatch, capsys):
     windows = sample_documents(load_text("pydocs", "train"), tokenizer, 8, 128, seed=0)
     small = save(tmp_path / "small", apply_flat_llm(model, None, 0.3, windows, method="flatllm"), tokenizer)
     capsys.readouterr()
-    assert serving.main([EMBEDDED, small]) == 0
-    rows = [re.split(r" *\| *", line)[1:-1] for line in capsys.readouterr().out.splitlines()[2:-2]]
-    assert [row[1] for row in rows] == 4 * ["3 of 3"]
-    perplexities = [[float(number) for number in re.findall(r"[\d.]+", row[2])] for row in rows]
+    assert serving.main([EMBEDDED, small, "--out", str(tmp_path / "out.json")]) == 0
+    rows = json.loads((tmp_path / "out.json").read_text())["programs"]
+    assert [row["same 8 tokens"] for row in rows] == 4 * ["3 of 3"]
+    perplexities = [[row["perplexity"], row["dense"]] for row in rows]
     assert perplexities == [pytest.approx(perplexities[0], rel=0.002)] * 4
-    assert float(rows[0][3]) < 0.9
-    assert rows[3][3] == "1.00"
+    assert rows[0]["cache, × dense"] < 0.9
+    assert rows[3]["cache, × dense"] == 1
+    shown = [re.split(r" *\| *", line)[1:-1] for line in capsys.readouterr().out.splitlines()[2:-1]]
+    assert shown == [[f"{cell:.3f}" if isinstance(cell, float) else cell for cell in row.values()] for row in rows]
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ import common
 import compression_time
 import forward_profile
 import quantized
+import quantized_cache
 from common import find_config
 from conftest import one_line, shape
 from flatllmcore.core.mlp_nystrom import reconstruct_down_projection, select_channels
@@ -202,6 +203,17 @@ def test_a_profile_of_a_layer_has_its_seven_projections_and_shares_of_one(capsys
     rate, peak = map(float, re.search(r"matrix products ([\d.]+) of ([\d.]+) GFLOP/s", printed).groups())
     assert rate > 0
     assert peak == 5.0
+
+
+def test_text_read_in_chunks_behind_a_cache_has_the_perplexity_of_whole_windows(tmp_path, capsys):
+    """Oracle: the walk. The caches that quantise need a package of their own."""
+    flags = ["--dataset", "pydocs", "--windows", "2", "--seqlen", "64", "--chunk", "24", "--bits"]
+    quantized_cache.main([EMBEDDED, "--out", str(tmp_path / "out.json"), *flags])
+    windows = consecutive_windows(load_text("pydocs", "test"), load_tokenizer(EMBEDDED), 64, 2)
+    expected = perplexity(CheckpointSource(EMBEDDED, torch.device("cpu"), "float32"), windows, 2)
+    (row,) = json.loads((tmp_path / "out.json").read_text())["perplexity"]
+    assert float(row["as it is"]) == pytest.approx(expected, abs=0.006)
+    assert row["as it is"] in capsys.readouterr().out
 
 
 def test_quantised_models_are_measured_when_they_are_loaded_again(capsys):
