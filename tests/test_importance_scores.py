@@ -76,15 +76,6 @@ def test_a_malicious_pickle_is_refused_and_not_executed(tmp_path):
     assert proof.exists()  # the file was dangerous indeed
 
 
-@pytest.mark.parametrize("length", [0, 1, 20, 200, 500, None])
-def test_a_truncated_or_missing_file_is_refused(tmp_path, length):
-    path = save(NUMBERS, tmp_path)
-    content = path.read_bytes()
-    path.unlink() if length is None else path.write_bytes(content[:length])
-    with pytest.raises(InputError, match=f"cannot read {path}"):
-        read_author_numbers(path)
-
-
 @pytest.mark.parametrize(
     "content",
     [

@@ -24,7 +24,7 @@ from flatllmcore.utils.names import FAMILY_NAMES
 from python_process import BLOCKED, run_python
 from tiny_text import word_tokenizer
 
-from .tiny_models import RANKS, SIZES, compress, dense_model_of, generate, kept, project_in_full_size
+from .tiny_models import SIZES, compress, dense_model_of, generate, kept, project_in_full_size
 
 
 def test_a_compressed_model_equals_the_dense_one_with_projected_weights(published, tokens):
@@ -196,29 +196,23 @@ def test_gradient_checkpointing_gives_the_same_gradients(tokens, use_reentrant):
     torch.testing.assert_close(*gradients)
 
 
-def assert_compiled_equals_eager(family, ranks, widths, tokens, **options):
-    """Compare a prompt and one more token; the whole model must be one graph."""
+@pytest.mark.parametrize(
+    ("family", "ranks", "widths", "backend"),
+    [
+        *((name, (5, 11), (96, 33), "eager") for name in ("llama", "qwen3", "smollm3", "cohere2")),
+        pytest.param("llama", (5,), (33,), "inductor", marks=pytest.mark.slow),  # one layer: it compiles for seconds
+    ],
+)
+def test_prompt_and_decoding_trace_to_one_graph_each(family, ranks, widths, backend, tokens):
+    """Oracle: the model as it is, on a prompt and one more token."""
     model = compress(dense_model_of(family, num_hidden_layers=len(ranks)), ranks, widths)
-    compiled = torch.compile(model, fullgraph=True, **options)
-    next_token = torch.full((len(tokens), 1), 3)
+    both, caches = (torch.compile(model, fullgraph=True, backend=backend), model), (None, None)
     with torch.no_grad():
-        run, reference = compiled(tokens), model(tokens)
-        torch.testing.assert_close(run.logits, reference.logits, rtol=1e-4, atol=1e-4)
-        run = compiled(next_token, past_key_values=run.past_key_values)
-        reference = model(next_token, past_key_values=reference.past_key_values)
-        torch.testing.assert_close(run.logits, reference.logits, rtol=1e-4, atol=1e-4)
+        for part in (tokens, torch.full((len(tokens), 1), 3)):
+            found, expected = (of(part, past_key_values=cache) for of, cache in zip(both, caches, strict=True))
+            torch.testing.assert_close(found.logits, expected.logits, rtol=1e-4, atol=1e-4)
+            caches = found.past_key_values, expected.past_key_values
     torch._dynamo.reset()
-
-
-@pytest.mark.parametrize("family", ["llama", "qwen3", "smollm3", "cohere2"])
-def test_prompt_and_decoding_trace_to_one_graph_each(family, tokens):
-    assert_compiled_equals_eager(family, (5, 11), (96, 33), tokens, backend="eager")
-
-
-@pytest.mark.slow
-def test_compiled_prompt_and_decoding_equal_eager_ones(tokens):
-    """Of one layer: a compiler of C++ takes seconds for each step."""
-    assert_compiled_equals_eager("llama", (5,), (33,), tokens)
 
 
 @pytest.mark.parametrize("fields", [{"value_head_dim": 17}, {"query_key_rank": 0}, {"intermediate_size": 97}])
@@ -228,12 +222,6 @@ def test_the_config_refuses_widths_the_dense_model_has_not(fields):
     complaint = rf"layer 1: {name} must be in 1\.\.{96 if size == 97 else 16}, got {size}"
     with pytest.raises(StrictDataclassClassValidationError, match=complaint):
         config_class(**SIZES, dense_intermediate_size=96, per_layer_config={1: fields})
-
-
-def test_parameters_bear_the_names_of_the_dense_model():
-    flat, dense = compress(dense_model_of("llama")), dense_model_of("llama")
-    assert list(flat.state_dict()) == list(dense.state_dict())
-    assert [layer.self_attn.v_proj.out_features for layer in flat.model.layers] == [2 * r for r in RANKS]
 
 
 @pytest.fixture
