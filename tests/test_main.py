@@ -712,6 +712,10 @@ def test_what_is_published_names_no_folder_of_this_machine(here):
     for published in (Path("a/new"), Path("b/scores")):
         for name, content in files(published).items():
             assert str(here).encode() not in content, name
+    card = Path("a/new/README.md").read_text()
+    assert "`python main.py --model llama --dataset text+also --sparsity_ratio 30" in card
+    assert "\n| perplexity (also, windows of 32 tokens) | " in card
+    assert "\nbase_model:" not in card  # the hub links this name to a repository
     assert read("b/scores/importance.json")["model_id"] == "llama"
     assert read("a/new/flat_llm.json")["request"]["base_model"] == "llama"
     assert read(RECORD)["base_model"] == f"{here}/llama"

@@ -117,9 +117,8 @@ LAUNCHES = [
     ("WORLD_SIZE=2", "RANK is ''"),
     ("WORLD_SIZE=2 LOCAL_WORLD_SIZE=2 RANK=0 MASTER_PORT=1", "MASTER_ADDR is not; unset WORLD_SIZE"),
     ("WORLD_SIZE=2 RANK=0 MASTER_ADDR=h MASTER_PORT=70000", "MASTER_PORT is '70000', not 0 to 65535"),
-    ("WORLD_SIZE=2 RANK=2 MASTER_ADDR=h MASTER_PORT=1", "RANK is '2', not 0 to 1"),
     ("WORLD_SIZE=2 RANK=1 LOCAL_WORLD_SIZE=0", "LOCAL_WORLD_SIZE is '0', not 1 to 2"),
-    *((f"WORLD_SIZE={value}", f"WORLD_SIZE is '{value}', not 1 to") for value in ("", "-1", "2.0")),
+    ("WORLD_SIZE=2.0", "WORLD_SIZE is '2.0', not 1 to"),
 ]
 
 
@@ -134,8 +133,8 @@ def test_variables_of_no_launcher_are_one_line(monkeypatch, tmp_path, capsys, va
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("argv", [OUT, [*OUT, "--nsamples", "0"]], ids=["valid", "invalid"])
-def test_a_port_that_is_taken_is_one_line(monkeypatch, tmp_path, capsys, argv):
+def test_a_port_that_is_taken_is_one_line(monkeypatch, tmp_path, capsys):
+    """What can be refused without the others is refused before they meet."""
     monkeypatch.chdir(tmp_path)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -143,8 +142,8 @@ def test_a_port_that_is_taken_is_one_line(monkeypatch, tmp_path, capsys, argv):
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1])}
         for name, value in ({"WORLD_SIZE": "2", "RANK": "0"} | place).items():
             monkeypatch.setenv(name, value)
-        line = one_line(capsys, main.main, argv)
-    assert ("the processes cannot meet at 127.0.0.1:" if argv is OUT else "--nsamples is 0") in line
+        assert "the processes cannot meet at 127.0.0.1:" in one_line(capsys, main.main, OUT)
+        assert "--nsamples is 0" in one_line(capsys, main.main, [*OUT, "--nsamples", "0"])
 
 
 def test_a_signal_ends_a_process_that_waits_for_the_others():

@@ -214,6 +214,7 @@ class TestBudget:
         assert ("by the published method" in str(before.value)) != ("--prune_qk" in str(before.value))
         largest = int(re.search(r"largest possible target is (\d+) %", str(before.value))[1])
         allocation = selector.allocate(scores_for(dimensions, 0), 1 - largest / 100, curves)
+        assert prune_qk or set(allocation.per_layer("query_key_pairs")) == {None}
         missing = largest / 100 * allocation.parameters_before - (
             allocation.parameters_before - allocation.parameters_after
         )

@@ -162,15 +162,6 @@ def test_llama_bi_scores_llama_2_7b_by_default(commands):
     assert found == ["meta-llama/Llama-2-7b-hf", "ranks/Llama-2-7b-hf", "out/records/Llama-2-7b-hf", "128"]
 
 
-@pytest.mark.parametrize("places", [{}, {"OUT": "o"}, {"BI_SCORE": "s"}, {"OUT": "o", "BI_SCORE": "s"}], ids=str)
-def test_what_the_first_step_writes_the_third_looks_for(commands, places):
-    (first,) = commands("llama_bi.sh", MODEL="hub/m", **places)
-    scoring, ranking, compressing, _ = commands("compress.sh", MODEL="hub/m", **places)
-    assert [value_of("--model", call) for call in (first, scoring, compressing)] == ["hub/m"] * 3
-    assert {value_of("--bi_score", call) for call in (scoring, ranking, compressing)} == {value_of("--bi_score", first)}
-    assert value_of("--save", first) == value_of("--save", compressing)
-
-
 def test_one_folder_of_scores_for_several_models_is_refused():
     done = shell("llama_bi.sh", MODELS="a b", BI_SCORE="s", PYTHON=sys.executable)
     assert (done.returncode, done.stdout) == (2, "")
@@ -201,7 +192,7 @@ def test_processes_are_started_by_accelerate(commands, tmp_path):
             "BATCH_SIZE=1,8 PROMPT_LENGTH=16 NEW_TOKENS=4 REPEATS=2 PROTOCOL=grid DTYPE=float32 DEVICE=cpu THREADS=1",
         ),
         ("recover.sh", "m", "STEPS=3 RANK=2 LEARNING_RATE=1 EVAL_DATASET=e EVAL_NSAMPLES=9 DATASET=t SEQLEN=9 SEED=7"),
-        ("llama_bi.sh", "--batch_size 3", "CACHE_DIR=c DATASET_ROOT=d DEVICE=cpu SEQLEN=9 SEED=7 DATASET=t"),
+        ("llama_bi.sh", "--batch_size 3", "CACHE_DIR=c DATASET_ROOT=d DEVICE=cpu SEQLEN=9 SEED=7 DATASET=t BI_SCORE=s"),
     ],
 )
 def test_variables_and_arguments_reach_the_programs(commands, script, models, variables):

@@ -7,15 +7,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from conftest import random
 from flatllmcore.core import cholesky, moments
 from flatllmcore.core.attention_pca import headwise_pca, project_heads, project_output, rank_for_mass
 from flatllmcore.core.mlp_nystrom import few_tokens_jitter, reconstruct_down_projection, select_channels
 from flatllmcore.core.moments import add_head_moments, add_moment, mirror_lower_triangle
 from flatllmcore.utils.devices import float32_product
-
-
-def random(*shape, seed=0):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 @given(width=st.integers(1, 40), block=st.integers(1, 17), chunks=st.lists(st.integers(1, 9), min_size=1, max_size=5))

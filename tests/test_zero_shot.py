@@ -262,16 +262,9 @@ def test_a_group_with_a_score_is_reported_as_one_and_others_by_their_tasks(tiny,
         load_tasks(["scored", "tagged"], include_path=tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("fields", "reason"),
-    [
-        ({"doc_to_target": "{{nosuch.upper()}}"}, "UndefinedError: 'nosuch'"),
-        ({"num_fewshot": 20}, "Sample larger than population"),  # more examples than there are
-    ],
-)
-def test_a_definition_that_does_not_work_is_refused_by_name(tmp_path, fields, reason):
-    write_endings(tmp_path, "broken", **fields)
-    with pytest.raises(InputError, match=rf"task 'broken' cannot be set up \({reason}"):
+def test_a_definition_that_does_not_work_is_refused_by_name(tmp_path):
+    write_endings(tmp_path, "broken", doc_to_target="{{nosuch.upper()}}")
+    with pytest.raises(InputError, match=r"task 'broken' cannot be set up \(UndefinedError: 'nosuch'"):
         load_tasks(["broken"], include_path=tmp_path)
 
 
@@ -341,7 +334,6 @@ def test_the_program_writes_a_record_and_the_results_to_the_log(folders, tmp_pat
         (("--tasks", "nosuch"), "task 'nosuch' cannot be set up"),
         (("--limit", "0"), "--limit is 0; accepted: "),
         (("--include_path", "nosuch"), "--include_path is 'nosuch'; accepted: a folder that is there"),
-        (("--device", "cuda:99"), "device 'cuda:99' is not usable"),
         (("--save", f"{EMBEDDED}/config.json/x"), "cannot write to "),
     ],
 )

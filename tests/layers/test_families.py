@@ -157,8 +157,11 @@ def test_out_of_core_gives_the_bytes_of_the_model_in_memory(published, tmp_path,
     for folder, source in (("disk", on_disk(dense)), ("memory", in_memory(dense))):
         compress_to(tmp_path / folder, dense, WINDOWS, source=source, prune_qk=not has_units)
     assert bytes_in(tmp_path / "disk") == bytes_in(tmp_path / "memory")
-    measured = perplexity(on_disk(dense), WINDOWS, 5)
-    assert measured == perplexity(in_memory(dense), WINDOWS, 5)
+    measured, scores = perplexity(on_disk(dense), WINDOWS, 5), layer_importance(on_disk(dense), WINDOWS, 5)
+    assert (measured, scores) == (
+        perplexity(in_memory(dense), WINDOWS, 5),
+        layer_importance(in_memory(dense), WINDOWS, 5),
+    )
     widened = load_model(dense).float()(WINDOWS, labels=WINDOWS).loss.exp().item()
     assert measured == pytest.approx(widened, rel=0.05 if has_units else 1e-6)
 

@@ -45,26 +45,6 @@ def test_a_compressed_layer_shares_what_it_keeps_and_copies_what_is_new(dense_mo
     torch.testing.assert_close(dense.state_dict(), before, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("qk", [(None,) * 3, (7, None, 9)], ids=["Q and K whole", "Q and K pruned"])
-@pytest.mark.parametrize("part", ["self_attn", "mlp"])
-def test_a_part_is_that_of_the_whole_layer(part, qk):
-    model = dense_model_of("llama", attention_bias=True)
-    config = compressed_config(model.config, kept(qk=qk))
-    for i, dense in enumerate(model.model.layers):
-        weights = projected_weights(dense, RANKS[i], WIDTHS[i])[0]
-        if qk[i] is not None:
-            for name, heads in (("q_proj", 4), ("k_proj", 2)):
-                weights[f"self_attn.{name}.up"] = torch.randn(heads, 16, qk[i])
-                weights[f"self_attn.{name}.down.weight"] = torch.randn(heads * qk[i], 64)
-                weights[f"self_attn.{name}.down.bias"] = torch.randn(heads * qk[i])
-        expected = compress_decoder_layer(dense, config, i, weights).get_submodule(part)
-        own = {name: weight for name, weight in weights.items() if name.startswith(part)}
-        found = compress_decoder_layer(dense, config, i, own, part)
-        assert type(found) is type(expected)
-        assert found.training == expected.training
-        torch.testing.assert_close(found.state_dict(), expected.state_dict(), rtol=0, atol=0)
-
-
 def test_wrong_shapes_and_names_are_refused():
     model = dense_model_of("llama")
     config, layer = compressed_config(model.config, kept()), model.model.layers[1]
