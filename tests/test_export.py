@@ -306,14 +306,6 @@ def test_what_llama_cpp_does_not_compute_is_one_line_and_no_file(tmp_path, compl
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_a_family_that_the_table_lacks_is_one_line(tmp_path, capsys, monkeypatch):
-    """There is none now; one that is added need not have GGUF files."""
-    folder = save(tmp_path, tiny("Llama-2-7b"), byte_level_tokenizer())
-    monkeypatch.delitem(_ARCHITECTURES, "llama")
-    line = one_line(capsys, main, [folder, str(tmp_path / "model.gguf")])
-    assert "error: GGUF files of llama are not written; accepted: qwen2, " in line
-
-
 def test_a_disk_that_fills_up_is_one_line_and_no_file(tmp_path, capsys):
     """By a limit to the size of files, of which the system says what it says of a full disk."""
     folder = save(tmp_path / "model", tiny("Llama-2-7b"), byte_level_tokenizer())

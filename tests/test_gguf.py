@@ -117,10 +117,7 @@ def test_a_model_in_memory_that_was_loaded_from_a_gguf_is_compressed_and_saved_a
     [
         (lambda path: path.write_bytes(path.read_bytes()[:20000]), "cannot read .*tiny.gguf"),
         (lambda path: write_gguf(path, left_out=("blk.1.attn_norm.weight",)), "of its 20 tensors transformers makes"),
-        (
-            lambda path: path.write_bytes(path.read_bytes().replace(COUNT, HUGE, 1)),
-            r"it ends within the \d+ numbers at byte",
-        ),
+        (lambda path: path.write_bytes(path.read_bytes().replace(COUNT, HUGE, 1)), r"it ends within the \d+ numbers"),
         (lambda path: write_gguf(path, architecture="gpt2"), "family 'gpt2' is not supported|cannot read .*tiny.gguf"),
         (lambda path: write_gguf(path.with_name("other.gguf")), "2 GGUF files in .*; give one of them, .*other.gguf"),
     ],

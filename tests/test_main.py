@@ -310,10 +310,7 @@ def test_perplexity_of_text_calibrated_on_is_called_that(here, capsys, name, is_
         ("--sparsity_ratio 95", "the largest possible target is 74 %; more with Q and K pruned: --prune_qk"),
         ("--save_model ~nobody9/x", "--save_model is PosixPath('~nobody9/x'); accepted: a path in UTF-8, with ~ for"),
         ("--model llama\udcff", r"--model is 'llama\udcff'; accepted: a name or path in UTF-8"),
-        (
-            "--shape stock --prune_method bi --prune_qk --bi_score x",
-            "leave out --prune_method bi, --prune_qk, --bi_score",
-        ),
+        ("--shape stock --prune_method bi --prune_qk --bi_score x", "leave out --prune_method bi, --prune_qk, --bi"),
         ("--shape stock --width_multiple 8 --sparsity_ratio 20 60", "largest possible target is 48 %; the stock shape"),
         ("--seqlen 129", "this model takes 2 to 128 tokens"),
         ("--nsamples 9999", "asked 9999 windows of 32 tokens, text 'text' (train) gives at most"),
@@ -322,7 +319,6 @@ def test_perplexity_of_text_calibrated_on_is_called_that(here, capsys, name, is_
         ("--dataset wikitext2", "without a network give a folder with a copy as dataset_root"),
         ("--eval_dataset short.txt", "has 2 tokens, fewer than one window of 32"),
         ("--save_model out/llama --sparsity_ratio 20 30", "cannot save to out/llama-30: it is not empty"),
-        ("--dataset text+short.txt --eval_dataset text", "asked 3 windows of 32 tokens, text 'short.txt' (train)"),
         ("--dataset text+short.txt", "short.txt has no test split to measure perplexity on; name an --eval_dataset"),
         ("--dataset text+text --nsamples 1", "asked 1 windows of 2 texts; give more windows, or fewer texts"),
         ("--prune_method bi --bi_score logs/llama_bi.json", "llama_bi.json is where the record goes"),
@@ -339,21 +335,18 @@ def test_perplexity_of_text_calibrated_on_is_called_that(here, capsys, name, is_
         (f"--prune_method bi --bi_score {RANKS} --overwrite", f"{RANKS} is a file; scores are written to a folder"),
         ("--bi_score ranks/llama/ranks_40.json", "ranks_40.json does not exist"),
         ("--bi_score bi_score.pt", "bi_score.pt: 'scores' has 2 entries; the model has 3 layers"),
-        ("--save text/train.txt", "cannot write to text/train.txt: Not a directory"),
         ("--save held", "cannot write held/llama_flatllm_30.json: it is a folder"),
         ("--save held --sparsity_ratio 40", "cannot write held/llama_flatllm_40.log: it is a folder"),
         ("--bi_score pipe.json", "cannot write pipe.json: it is a pipe"),
         ("--save theirs", "theirs/llama_flatllm_30.json is no record; move it"),
         ("--bi_score held", "cannot write held/importance.json: it is a folder"),
-        ("--bi_score held/a", "cannot write held/a/ranks_30.json: it is a folder"),
         (f"--model {MODEL}", "compressed already"),
-        ("--model nosuch/model", "no usable model config at 'nosuch/model'"),
     ],
 )
 def test_unusable_arguments_are_refused(here, refused, argv, reason):
     Path("short.txt").write_text("too short")
 
-    for name in ("llama_flatllm_30.json", "llama_flatllm_40.log", "importance.json", "a/ranks_30.json"):
+    for name in ("llama_flatllm_30.json", "llama_flatllm_40.log", "importance.json"):
         Path("held", name).mkdir(parents=True)
     torch.save([0.1, 0.2], "bi_score.pt")
     os.mkfifo("pipe.json")

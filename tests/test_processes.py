@@ -22,7 +22,6 @@ from conftest import one_line
 from flatllmcore.core import cholesky
 from flatllmcore.errors import InputError
 from flatllmcore.methods import METHODS, flatllm
-from flatllmcore.utils.processes import own_share
 from python_process import LIBRARY
 
 ARGV = ["--model", "dense", "--dataset", "text", "--sparsity_ratio", "30", "--seqlen", "32", "--device", "cpu"]
@@ -82,20 +81,6 @@ def test_a_group_gives_what_one_process_gives(copied, count, flags):
         # an eigenvector's sign is anybody's choice
         pair = [w.abs() if "self_attn" in name else w for w in (weight, expected[name])]
         torch.testing.assert_close(*pair, rtol=1e-5, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
-
-
-@pytest.mark.parametrize(
-    ("windows", "batch_size", "shares"),
-    [(7, 2, [4, 3]), (6, 2, [4, 2]), (9, 3, [6, 3]), (4, 4, [2, 2]), (5, 4, [4, 1]), (1, 1, [1, 0]), (7, 2, [4, 2, 1])],
-)
-def test_shares_are_whole_batches_where_each_process_has_one(monkeypatch, windows, batch_size, shares):
-    monkeypatch.setattr("flatllmcore.utils.processes.world_size", lambda: len(shares))
-    found = []
-    for rank in range(len(shares)):
-        monkeypatch.setattr("flatllmcore.utils.processes._rank", lambda rank=rank: rank)
-        found.append(own_share(torch.arange(windows), batch_size))
-    assert [len(share) for share in found] == shares
-    assert torch.cat(found).tolist() == list(range(windows))
 
 
 @pytest.mark.parametrize(

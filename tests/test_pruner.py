@@ -275,13 +275,6 @@ class TestCalibrationData:
 PARTS = ("model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head")
 
 
-def changed(change):
-    """A model whose second MLP has been changed."""
-    model = tiny_model()
-    change(model.model.layers[1].mlp)
-    return model
-
-
 def misfit():
     """A model whose MLPs are wider than its config says."""
     model = tiny_model(intermediate_size=24)
@@ -294,34 +287,36 @@ MAKERS = {
     r"layers\.1\..* is offloaded": lambda folder: accelerate.dispatch_model(
         tiny_model(), dict.fromkeys(PARTS, "cpu") | {PARTS[2]: "disk"}, offload_dir=folder
     ),
-    r"mlp.up_proj is Linear\(weight_orig .* and by the config Linear\(weight \[": lambda _: changed(
-        lambda mlp: prune.random_unstructured(mlp.up_proj, "weight", 0.5)
-    ),
-    r"mlp.adapter is Linear\(weight \[32, 32\]\), and by the config None": lambda _: changed(
-        lambda mlp: mlp.add_module("adapter", torch.nn.Linear(32, 32, bias=False))
-    ),
-    r"mlp.act_fn is ReLU\(\), and by the config SiLU": lambda _: changed(
-        lambda mlp: setattr(mlp, "act_fn", torch.nn.ReLU())
-    ),
     r"down_proj is Linear\(weight \[32, 24\]\), and by the config Linear\(weight \[32, 23\]\)": lambda _: misfit(),
-    "layers.1.mlp is LlamaMLP.. hooked or compiled, and by the config LlamaMLP..;": lambda _: changed(
-        lambda mlp: mlp.register_forward_hook(lambda *given: given[-1] + 1)
-    ),
-    "layers.1.mlp is LlamaMLP.. hooked or compiled,": lambda _: changed(lambda mlp: mlp.compile(backend="eager")),
-    "mlp is LlamaMLP.. hooked or compiled": lambda _: changed(lambda mlp: setattr(mlp, "forward", mlp.forward)),
-    "share a weight, 1.mlp.gate_proj.weight and 1.mlp.up_proj.weight": lambda _: changed(
-        lambda mlp: setattr(mlp.up_proj, "weight", mlp.gate_proj.weight)
-    ),
     "the model is a DataParallel; accepted": lambda _: torch.nn.DataParallel(tiny_model()),
     "is torch.float8_e4m3fn; accepted: models that are not quantised": lambda _: tiny_model().to(torch.float8_e4m3fn),
     "compressed already": lambda _: apply_flat_llm(tiny_model(), TOKENIZER, 0.5, documents(60), **SMALL),
 }
+PRUNED = r"mlp.up_proj is Linear\(weight_orig .* and by the config Linear\(weight \["
+OF_AN_MLP = {  # of a model whose second one is changed so
+    PRUNED: lambda mlp: prune.random_unstructured(mlp.up_proj, "weight", 0.5),
+    r"mlp.adapter is Linear\(weight \[32, 32\]\), and by the config None": lambda mlp: mlp.add_module(
+        "adapter", torch.nn.Linear(32, 32, bias=False)
+    ),
+    r"mlp.act_fn is ReLU\(\), and by the config SiLU": lambda mlp: setattr(mlp, "act_fn", torch.nn.ReLU()),
+    r"1.mlp is LlamaMLP\(\) hooked or compiled, and by": lambda mlp: mlp.register_forward_hook(
+        lambda *given: given[-1] + 1
+    ),
+    "layers.1.mlp is LlamaMLP.. hooked or compiled": lambda mlp: mlp.compile(backend="eager"),
+    "1.mlp is LlamaMLP.. hooked or compiled": lambda mlp: setattr(mlp, "forward", mlp.forward),
+    "share a weight, 1.mlp.gate_proj.weight and 1.mlp.up_proj.weight": lambda mlp: setattr(
+        mlp.up_proj, "weight", mlp.gate_proj.weight
+    ),
+}
 
 
-@pytest.mark.parametrize("message", MAKERS)
+@pytest.mark.parametrize("message", [*MAKERS, *OF_AN_MLP])
 def test_a_model_that_cannot_be_compressed_is_refused(message, texts, tmp_path):
+    model = MAKERS[message](str(tmp_path)) if message in MAKERS else tiny_model()
+    if message in OF_AN_MLP:
+        OF_AN_MLP[message](model.model.layers[1].mlp)
     with pytest.raises(InputError, match=message):
-        apply_flat_llm(MAKERS[message](str(tmp_path)), TOKENIZER, cal_dataset=texts, **SMALL)
+        apply_flat_llm(model, TOKENIZER, cal_dataset=texts, **SMALL)
 
 
 @pytest.mark.parametrize(
