@@ -14,7 +14,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GemmaTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 import serving
-from conftest import one_line
+from conftest import EMBEDDED, one_line
 from flatllmcore import apply_flat_llm
 from flatllmcore.export import _ARCHITECTURES, main
 from flatllmcore.layers import compressed_config
@@ -29,7 +29,6 @@ from llama_cpp import LlamaCpp
 from tiny_gguf import write_gguf
 from tiny_text import word_tokenizer
 
-EMBEDDED = str(Path(__file__).resolve().parents[1] / "models" / "pydocs-llama")
 MIXED = "I'll don't WE'RE it's 12345 1,024 items\n\n  def café(x): return x_1  \t# naïve 北京 🙂🙂\r\n   end. ... of it"
 PLAIN = "The items of a list, 12 of them: why don't they end?"
 DECI = [name for name, of in PUBLISHED.items() if "deci" in _ARCHITECTURES.get(of["model_type"], ())]

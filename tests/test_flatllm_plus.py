@@ -7,7 +7,6 @@ import copy
 import math
 from dataclasses import replace
 from itertools import permutations, product
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from checkpoints import CPU, VARIANTS
-from conftest import random, tiny_model
+from conftest import EMBEDDED, random, tiny_model
 from flatllmcore import FlatLLMPruner, apply_flat_llm
 from flatllmcore.core.channel_obs import channels_by_damage, ridge_for
 from flatllmcore.core.curve_allocation import MLP, PAIRS, VALUES, check_curves, removed_by_curves
@@ -43,7 +42,6 @@ from flatllmcore.utils.text_sources import load_text
 
 PLUS = METHODS["flatllm+"]
 TINY = dimensions_from_config(tiny_model().config)
-FOLDER = str(Path(__file__).resolve().parents[1] / "models" / "pydocs-llama")
 
 
 def compressed(model: PreTrainedModel, windows):
@@ -465,7 +463,7 @@ def test_few_tokens_are_warned_of_and_do_no_harm(caplog, nsamples, seqlen, most)
 
     And of fewer tokens than ``o_proj`` reads numbers of: its moment is singular.
     """
-    model, tokenizer = load_model(FOLDER, dtype="float32"), load_tokenizer(FOLDER)
+    model, tokenizer = load_model(EMBEDDED, dtype="float32"), load_tokenizer(EMBEDDED)
     windows = sample_documents(load_text("pydocs", "train"), tokenizer, nsamples, seqlen, seed=0)
     test_windows = consecutive_windows(load_text("pydocs", "test"), tokenizer, 128, 8)
     dense = perplexity(ModelInMemory(model, CPU), test_windows, 8)
@@ -476,7 +474,7 @@ def test_few_tokens_are_warned_of_and_do_no_harm(caplog, nsamples, seqlen, most)
 
 def test_it_does_better_than_the_published_method_on_the_embedded_model():
     """At equal size it leaves less than two thirds of the excess, ``ln(compressed / dense)``, on text of its kind."""
-    model, tokenizer = load_model(FOLDER, dtype="float32"), load_tokenizer(FOLDER)
+    model, tokenizer = load_model(EMBEDDED, dtype="float32"), load_tokenizer(EMBEDDED)
     windows = sample_documents(load_text("pydocs", "train"), tokenizer, 32, 128, seed=0)
     test_windows = consecutive_windows(load_text("pydocs", "test"), tokenizer, 128, 16)
     dense, excess = perplexity(ModelInMemory(model, CPU), test_windows, 8), {}

@@ -30,7 +30,7 @@ from flatllmcore.methods import METHODS
 from flatllmcore.methods.flatllm import FlatLLMStep
 from flatllmcore.methods.flatllm_plus import OutputStep
 from flatllmcore.utils.dimensions import Kept, ModelDimensions
-from python_process import SERVER, redirect
+from python_process import redirect, run_forked
 from tiny_text import word_tokenizer, write_texts
 
 SEQLEN = 32
@@ -734,10 +734,7 @@ def test_a_signal_that_ends_the_program_leaves_no_temporary_folder(here, monkeyp
     monkeypatch.undo()  # the server that forks is asked by a socket
     (here / "temporary").mkdir()
     argv = ["main.py", "--model", "llama", "--dataset", "text", "--sparsity_ratio", "30", *SHORT]
-    process = SERVER.Process(target=run_program_until, args=(ending, here, argv), daemon=True)
-    process.start()
-    process.join()
-    assert process.exitcode == 128 + ending, (here / "stderr").read_text()
+    assert run_forked(run_program_until, ending, here, argv) == 128 + ending, (here / "stderr").read_text()
     assert os.listdir(here / "temporary") == []
 
 

@@ -216,19 +216,16 @@ def patch_in_rank_1(target: str, **behaviour: object) -> None:
         mock.patch(f"flatllmcore.{target}", **behaviour).start()
 
 
-def in_rank_1(target: str, **behaviour: object) -> Callable[[], None]:
-    return functools.partial(patch_in_rank_1, target, **behaviour)
+SPOILED = functools.partial(patch_in_rank_1, "engine.walk.check_finite", side_effect=InputError("layer 0 gives NaN"))
+FINGERPRINT = "engine.checkpoint_source.CheckpointSource.fingerprint"
+OTHER = functools.partial(patch_in_rank_1, FINGERPRINT, return_value="other")
 
 
 @pytest.mark.parametrize(
     ("patch", "flags", "reason"),
     [
-        (in_rank_1("engine.walk.check_finite", side_effect=InputError("layer 0 gives NaN")), [], "layer 0 gives NaN\n"),
-        (
-            in_rank_1("engine.checkpoint_source.CheckpointSource.fingerprint", return_value="other"),
-            [],
-            "dense has other weights here than where the first process runs\n",
-        ),
+        (SPOILED, [], "layer 0 gives NaN\n"),
+        (OTHER, [], "dense has other weights here than where the first process runs\n"),
         (None, ["--device", "cuda:0"], "device 'cuda:0' is not usable here"),
         (None, ["--nsamples", "0"], "--nsamples is 0; accepted"),
     ],

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 import main
 from checkpoints import CPU
-from conftest import ROOT, one_line, tiny_model
+from conftest import EMBEDDED, ROOT, one_line, tiny_model
 from flatllmbench import zero_shot as program
 from flatllmbench.provenance import describe_model
 from flatllmbench.zero_shot import PAPER_TASKS, evaluate_saved, load_tasks
@@ -30,7 +30,6 @@ from flatllmcore.utils import devices
 from flatllmcore.utils.loading import load_model, load_tokenizer
 from python_process import BLOCKED, run_python
 
-EMBEDDED = str(ROOT / "models" / "pydocs-llama")
 LOCAL_TASKS = ROOT / "tests" / "tasks"
 QUESTIONS = [json.loads(line) for line in (LOCAL_TASKS / "pydocs.jsonl").read_text().splitlines()]
 PASSAGES = [f"{question['beginning']} {question['endings'][question['label']]}" for question in QUESTIONS]
