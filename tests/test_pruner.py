@@ -2,6 +2,7 @@
 
 import copy
 import json
+from functools import partial
 from pathlib import Path
 
 import accelerate
@@ -293,30 +294,32 @@ MAKERS = {
     "compressed already": lambda _: apply_flat_llm(tiny_model(), TOKENIZER, 0.5, documents(60), **SMALL),
 }
 PRUNED = r"mlp.up_proj is Linear\(weight_orig .* and by the config Linear\(weight \["
-OF_AN_MLP = {  # of a model whose second one is changed so
-    PRUNED: lambda mlp: prune.random_unstructured(mlp.up_proj, "weight", 0.5),
-    r"mlp.adapter is Linear\(weight \[32, 32\]\), and by the config None": lambda mlp: mlp.add_module(
-        "adapter", torch.nn.Linear(32, 32, bias=False)
-    ),
-    r"mlp.act_fn is ReLU\(\), and by the config SiLU": lambda mlp: setattr(mlp, "act_fn", torch.nn.ReLU()),
-    r"1.mlp is LlamaMLP\(\) hooked or compiled, and by": lambda mlp: mlp.register_forward_hook(
-        lambda *given: given[-1] + 1
-    ),
-    "layers.1.mlp is LlamaMLP.. hooked or compiled": lambda mlp: mlp.compile(backend="eager"),
-    "1.mlp is LlamaMLP.. hooked or compiled": lambda mlp: setattr(mlp, "forward", mlp.forward),
-    "share a weight, 1.mlp.gate_proj.weight and 1.mlp.up_proj.weight": lambda mlp: setattr(
-        mlp.up_proj, "weight", mlp.gate_proj.weight
-    ),
-}
+ADAPTED = r"mlp.adapter is Linear\(weight \[32, 32\]\), and by the config None"
+HOOKED = r"layers.1.mlp is LlamaMLP\(\) hooked or compiled, and by the config LlamaMLP\(\);"
+SHARED = "share a weight, 1.mlp.gate_proj.weight and 1.mlp.up_proj.weight"
+OF_AN_MLP = [  # of a model whose second one is changed so
+    (PRUNED, lambda mlp: prune.random_unstructured(mlp.up_proj, "weight", 0.5)),
+    (ADAPTED, lambda mlp: mlp.add_module("adapter", torch.nn.Linear(32, 32, bias=False))),
+    (r"mlp.act_fn is ReLU\(\), and by the config SiLU", lambda mlp: setattr(mlp, "act_fn", torch.nn.ReLU())),
+    (HOOKED, lambda mlp: mlp.register_forward_hook(lambda *given: given[-1] + 1)),
+    (HOOKED, lambda mlp: mlp.compile(backend="eager")),
+    (HOOKED, lambda mlp: setattr(mlp, "forward", mlp.forward)),
+    (SHARED, lambda mlp: setattr(mlp.up_proj, "weight", mlp.gate_proj.weight)),
+]
 
 
-@pytest.mark.parametrize("message", [*MAKERS, *OF_AN_MLP])
-def test_a_model_that_cannot_be_compressed_is_refused(message, texts, tmp_path):
-    model = MAKERS[message](str(tmp_path)) if message in MAKERS else tiny_model()
-    if message in OF_AN_MLP:
-        OF_AN_MLP[message](model.model.layers[1].mlp)
+def with_changed_mlp(change, _folder):
+    model = tiny_model()
+    change(model.model.layers[1].mlp)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("message", "make"), [*MAKERS.items(), *((message, partial(with_changed_mlp, of)) for message, of in OF_AN_MLP)]
+)
+def test_a_model_that_cannot_be_compressed_is_refused(message, make, texts, tmp_path):
     with pytest.raises(InputError, match=message):
-        apply_flat_llm(model, TOKENIZER, cal_dataset=texts, **SMALL)
+        apply_flat_llm(make(str(tmp_path)), TOKENIZER, cal_dataset=texts, **SMALL)
 
 
 @pytest.mark.parametrize(
