@@ -706,7 +706,8 @@ def test_what_is_published_names_no_folder_of_this_machine(here):
         for name, content in files(published).items():
             assert str(here).encode() not in content, name
     card = Path("a/new/README.md").read_text()
-    assert "`python main.py --model llama --dataset text+also --sparsity_ratio 30" in card
+    assert "`python main.py --model llama --dataset text" in card
+    assert " --dataset text+also --save_model new --bi_score scores`" in card
     assert "\n| perplexity (also, windows of 32 tokens) | " in card
     assert "\nbase_model:" not in card  # the hub links this name to a repository
     assert read("b/scores/importance.json")["model_id"] == "llama"
