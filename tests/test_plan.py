@@ -21,7 +21,7 @@ import forward_profile
 import quantized
 import quantized_cache
 from common import find_config
-from conftest import one_line, shape
+from conftest import EMBEDDED, one_line, shape
 from flatllmcore.core.mlp_nystrom import reconstruct_down_projection, select_channels
 from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector
 from flatllmcore.engine.checkpoint_source import CheckpointSource
@@ -34,7 +34,6 @@ from plan import MACHINES, main
 from random_checkpoint import main as checkpoint_main
 from random_checkpoint import write_random_checkpoint
 
-EMBEDDED = str(common.ROOT / "models" / "pydocs-llama")
 D, F, H, G, LAYERS, WINDOWS, S = 64, 160, 4, 2, 3, 5, 16
 d = D // H
 SIZES = shape(H, G, D, F) | {"num_hidden_layers": LAYERS, "vocab_size": 97}
