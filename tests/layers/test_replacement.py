@@ -3,7 +3,8 @@ import copy
 import pytest
 import torch
 
-from flatllmcore.layers import compress_decoder_layer, compressed_config, family_of
+from flatllmcore import InputError
+from flatllmcore.layers import adopt_compressed_layers, compress_decoder_layer, compressed_config, family_of
 
 from .tiny_models import RANKS, WIDTHS, compress, dense_model_of, kept, projected_weights
 
@@ -74,3 +75,16 @@ def test_adoption_keeps_the_object_and_its_parts(dense_model, family, tokens):
     outputs = model(tokens, output_hidden_states=True, output_attentions=True)
     assert len(outputs.hidden_states) == 4
     assert len(outputs.attentions) == 3
+
+
+def test_compressed_models_and_other_depths_are_refused():
+    with pytest.raises(InputError, match="compressed already"):
+        compressed_config(compress(dense_model_of("llama")).config, kept())
+    with pytest.raises(InputError, match="'kept' has 2 entries; the model has 3 layers"):
+        compressed_config(dense_model_of("llama").config, kept()[:2])
+
+
+def test_adoption_refuses_a_model_of_another_family():
+    config = compressed_config(dense_model_of("llama").config, kept())
+    with pytest.raises(TypeError, match="a FlatLlamaForCausalLM cannot be made of a MistralForCausalLM"):
+        adopt_compressed_layers(dense_model_of("mistral"), config, [])
