@@ -5,7 +5,7 @@ it read; channels of an MLP that stay are read as they were. The map is found in
 not know the method, and a run that goes on finds the same one in a finished layer. It is folded into the last
 projection, whose product the part gives whether what was read is still there or is computed anew from the weights
 before: what fits into memory changes no byte of a result. Weights in half precision are a map of those before up to
-their rounding: the part's output is then right to about 1e-3 of what it writes, less than activations are rounded by.
+their rounding: the part's output is then right to 1e-3 to 3e-3 of what it writes, about as activations are rounded.
 """
 
 import copy
