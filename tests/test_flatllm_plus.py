@@ -472,8 +472,8 @@ def test_what_one_method_has_no_way_to_is_refused(model, windows):
     sizes = dimensions_from_config(model.config)
     whole = Kept(1.0, sizes.head_dim, sizes.intermediate_size)
     for method, kept, reason in (
-        (METHODS["flatllm"], replace(whole, query_key_pairs=2), "does not prune rotary pairs"),
-        (PLUS, replace(whole, query_key_rank=3), "leaves no factors"),
+        (METHODS["flatllm"], replace(whole, query_key_pairs=2), "does not prune Q and K by rotary pairs"),
+        (PLUS, replace(whole, query_key_rank=3), "does not prune Q and K by two factors"),
     ):
         allocation = RankAllocation(10.0, True, 1, sizes, (kept, whole))
         with pytest.raises(InputError, match=reason):

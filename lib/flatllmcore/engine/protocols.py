@@ -4,6 +4,7 @@ The engine owns *how*: order of layers, batches, hooks, sums over processes, tim
 A method never sees a file, a device choice or a process group, and the engine never looks at a method's name.
 """
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -14,10 +15,14 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from ..core.curve_allocation import Curves
+from ..core.mlp_nystrom import ENOUGH_TOKENS_PER_CHANNEL
 from ..core.rank_allocation import ImportancePreservingRankSelector, RankAllocation
+from ..errors import InputError
 from ..utils.dimensions import Kept, ModelDimensions
 from ..utils.layer_utils import DecoderModule
 from .storage import StatesStorage
+
+logger = logging.getLogger(__name__)
 
 Sums: TypeAlias = dict[str, Tensor]
 QUERIES, KEYS = "self_attn.q_proj.output", "self_attn.k_proj.output"  # taps
@@ -97,7 +102,14 @@ class Method(Protocol):
         return self.name
 
     def check(self, allocation: RankAllocation, tokens: int) -> None:
-        """Refuse an allocation that the method has no way to; warn where calibration tokens are too few for it."""
+        """Refuse Q and K pruned in another way than the method's; warn where the tokens are too few for the MLP."""
+        other = "query_key_rank" if self.prunes_pairs else "query_key_pairs"
+        if any(allocation.per_layer(other)):
+            kind = "two factors" if self.prunes_pairs else "rotary pairs"
+            raise InputError(f"{self.name} does not prune Q and K by {kind}; allocate anew, or leave them whole")
+        channels = allocation.dimensions.intermediate_size
+        if tokens < ENOUGH_TOKENS_PER_CHANNEL * channels:
+            logger.warning("%d calibration tokens are few for %d MLP channels; give more tokens", tokens, channels)
 
     def steps(self, dimensions: ModelDimensions, kept: Kept) -> Sequence[Step]:
         """Return the passes that bring one layer to what it keeps; none for a layer that stays whole."""

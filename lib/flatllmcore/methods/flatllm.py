@@ -4,7 +4,6 @@ One pass of the dense layer: moments of each value head and of the MLP's activat
 Q and K the same PCA leaves two factors of each.
 """
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -13,13 +12,9 @@ from torch import Tensor
 from ..core.attention_pca import heads_projected, headwise_pca, project_output
 from ..core.mlp_nystrom import channels_kept, few_tokens_jitter, reconstruct_down_projection, select_channels
 from ..core.moments import add_head_moments, add_moment, mirror_lower_triangle
-from ..core.rank_allocation import RankAllocation
 from ..engine.protocols import CHANNELS, KEYS, QUERIES, TOKENS, Method, Solution, Sums, zero_sums
-from ..errors import InputError
 from ..utils.dimensions import Kept, ModelDimensions
 from ..utils.layer_utils import DecoderModule
-
-logger = logging.getLogger(__name__)
 
 VALUES = "self_attn.v_proj.output"
 
@@ -35,17 +30,6 @@ class FlatLLM(Method):
         """Return what is done to a layer, for the model card."""
         pruned = "query, key, value and output" if prune_qk else "value and output"
         return f"{pruned} projections by head-wise PCA, MLPs by Nyström approximation"
-
-    def check(self, allocation: RankAllocation, tokens: int) -> None:
-        """Refuse rotary pairs; warn where the tokens are too few for the MLP to be solved exactly."""
-        if any(kept.query_key_pairs is not None for kept in allocation.layers):
-            raise InputError(f"{self.name} does not prune rotary pairs of Q and K; leave these whole")
-        channels = allocation.dimensions.intermediate_size
-        if jitter := few_tokens_jitter(tokens, channels):
-            logger.warning(
-                f"{tokens} calibration tokens are few for {channels} MLP channels: the MLP is "
-                f"solved with {jitter:.3f} of each channel's energy added; give more tokens"
-            )
 
     def steps(self, dimensions: ModelDimensions, kept: Kept) -> list["FlatLLMStep"]:
         """Return one step for the whole layer."""

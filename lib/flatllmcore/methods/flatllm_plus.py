@@ -4,7 +4,6 @@ A layer's attention is done before its MLP is looked at: rotary pairs of Q and K
 stream with is narrowed and fitted. ``docs/FLATLLM_PLUS.md`` has the equations.
 """
 
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TypeAlias
@@ -13,19 +12,15 @@ from torch import Tensor
 
 from ..core.attention_pca import heads_projected, project_output
 from ..core.channel_obs import channels_by_damage
-from ..core.mlp_nystrom import ENOUGH_TOKENS_PER_CHANNEL, channels_kept
+from ..core.mlp_nystrom import channels_kept
 from ..core.moments import add_moment, inverse_length, mirror_lower_triangle
 from ..core.output_pca import output_bases
-from ..core.rank_allocation import RankAllocation
 from ..core.refit import led_towards
 from ..core.rotary_pairs import pair_energies, without_pairs
 from ..engine.protocols import DENSE, HELD_OUT, KEYS, METRIC, QUERIES, STREAM, TOKENS, Method, Solution, Sums, zero_sums
-from ..errors import InputError
 from ..utils.devices import float32_product
 from ..utils.dimensions import Kept, ModelDimensions
 from ..utils.layer_utils import WRITERS, DecoderModule
-
-logger = logging.getLogger(__name__)
 
 Narrowing: TypeAlias = Callable[[Tensor], Tensor]  # from columns for what is read now to those for what is read then
 SHARE = 0.25  # of the way to the dense model's stream: more of it does better on text like the calibration's alone
@@ -44,16 +39,6 @@ class FlatLLMPlus(Method):
         """Return what is done to a layer, for the model card."""
         pairs = "rotary pairs of queries and keys, " if prune_qk else ""
         return f"{pairs}directions of values and channels of MLPs, those that cost least; what is left was refitted"
-
-    def check(self, allocation: RankAllocation, tokens: int) -> None:
-        """Refuse factors of Q and K; warn where the tokens are too few to fit the MLP to."""
-        if any(kept.query_key_rank is not None for kept in allocation.layers):
-            raise InputError(
-                f"{self.name} prunes rotary pairs of Q and K and leaves no factors of them; allocate by damage"
-            )
-        channels = allocation.dimensions.intermediate_size
-        if tokens < ENOUGH_TOKENS_PER_CHANNEL * channels:
-            logger.warning(f"{tokens} calibration tokens are few for {channels} MLP channels; give more tokens")
 
     def steps(self, dimensions: ModelDimensions, kept: Kept) -> list["PairStep | OutputStep"]:
         """Return a step for each part, before them one for pairs if some go; none for a layer that stays whole."""
