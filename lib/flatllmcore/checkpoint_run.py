@@ -81,7 +81,7 @@ class CheckpointRun:
         own = source.fingerprint()
         if broadcast_object(lambda: own) != own:
             raise InputError(f"{config.model} has other weights here than where the first process runs")
-        weights = count_parameters(source.skeleton)["total"] * source.weights_dtype.itemsize
+        weights = count_parameters(source.model)["total"] * source.weights_dtype.itemsize
         source.is_kept = not config.out_of_core and weights <= host_memory / 2
         if source.is_kept:
             source.storage = StatesStorage(host_memory - weights, self.storage.folder)
@@ -175,8 +175,8 @@ class CheckpointRun:
                 generation_config = found_file(config.model, GENERATION_CONFIG_NAME, config.cache_dir)
                 complete = sink.complete(self.source, flat_config, generation_config, self.tokenizer)
             written = CheckpointSource(complete, self.device, storage=self.source.storage)
-            about["parameters_before"] = count_parameters(self.source.skeleton)
-            about["parameters_after"] = count_parameters(written.skeleton)
+            about["parameters_before"] = count_parameters(self.source.model)
+            about["parameters_after"] = count_parameters(written.model)
             measured = self.test_windows.items(), dense, self._perplexities("compressed", written)
             about["perplexity"] = [
                 {"dataset": name, "seqlen": of.shape[1], "windows": len(of), "dense": before, "compressed": after}
@@ -186,7 +186,7 @@ class CheckpointRun:
 
     def _check_disk_space(self, configs: Sequence[RunConfig]) -> None:
         """Refuse a place without room for what is still to be written of the compressed weights."""
-        parameters, needed_bytes = count_parameters(self.source.skeleton), []
+        parameters, needed_bytes = count_parameters(self.source.model), []
         for config in configs:
             removed = config.target_sparsity * parameters["decoder_linear"]
             written = partial_folder(config.save_model).glob("*.safetensors") if config.save_model else ()

@@ -22,8 +22,8 @@ from ..utils.files import file_digest, naming_place, read_json, replacing, write
 from ..utils.layer_utils import DecoderModule, stored_tensors
 from ..utils.loading import empty_causal_lm
 from ..utils.processes import barrier, broadcast_object, is_rank_0
-from .checkpoint_source import LAYERS, CheckpointSource
-from .protocols import LayerRecord
+from .checkpoint_source import CheckpointSource
+from .protocols import LAYERS, LayerRecord
 
 logger = logging.getLogger(__name__)
 

@@ -4,20 +4,25 @@ The engine owns *how*: order of layers, batches, hooks, sums over processes, tim
 A method never sees a file, a device choice or a process group, and the engine never looks at a method's name.
 """
 
+import copy
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
-from torch import Tensor
-from transformers import PretrainedConfig
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..core.curve_allocation import Curves
 from ..core.mlp_nystrom import ENOUGH_TOKENS_PER_CHANNEL
 from ..core.rank_allocation import ImportancePreservingRankSelector, RankAllocation
 from ..errors import InputError
+from ..utils.devices import at_least_float32
 from ..utils.dimensions import Kept, ModelDimensions
 from ..utils.layer_utils import DecoderModule
 from .storage import StatesStorage
@@ -29,6 +34,7 @@ QUERIES, KEYS = "self_attn.q_proj.output", "self_attn.k_proj.output"  # taps
 CHANNELS = "mlp.down_proj.input"
 STREAM, DENSE, HELD_OUT = "stream", "dense", "held out"  # what steps see beside taps if the method asks
 TOKENS = "tokens"  # a sum: how many there were
+LAYERS = "model.layers."  # as the model classes of all families name them
 METRIC = "metric"  # beside sums, where measured: U, (D, D), so that ‖U e‖² is what an error e of the output costs
 
 
@@ -124,25 +130,51 @@ class LayerRecord(Kept):
     elapsed_s: float | None = None  # None for a layer that an earlier run finished
 
 
-class LayerSource(Protocol):
-    """Where the walk gets a model's parts from; each comes ready to run on ``device``."""
+class LayerSource(ABC):
+    """Where the walk gets a model's parts from; each is lent ready to run on ``device``."""
 
-    config: PretrainedConfig
-    device: torch.device
     dtype: torch.dtype  # of hidden states and of weights that are lent
     weights_dtype: torch.dtype  # of the weights at home, and of the compressed ones there
-    num_layers: int
-    storage: StatesStorage
-    decoder: Any  # the model's, which knows what it passes to its layers; weights of those may be missing
+    home: torch.device  # of the embeddings: the rows that are looked up are less to move
 
-    def embedding(self) -> AbstractContextManager[Callable[[Tensor], Tensor]]:
+    def __init__(self, model: PreTrainedModel, device: torch.device, storage: StatesStorage | None = None) -> None:
+        self.model, self.config = model, model.config  # weights of the model may be missing
+        self.decoder: Any = model.get_decoder()  # knows what it passes to its layers
+        self.num_layers = len(self.decoder.layers)
+        self.device, self.storage = device, storage or StatesStorage()
+
+    @abstractmethod
+    def lent(self, part: str, device: torch.device) -> AbstractContextManager[DecoderModule]:
+        """Lend a part of the model by its name, for evaluation on ``device``."""
+
+    @contextmanager
+    def embedding(self) -> Iterator[Callable[[Tensor], Tensor]]:
         """Lend the function from ids, (batch, S), to the hidden states that enter layer 0, (batch, S, D)."""
+        scale = getattr(self.decoder, "embedding_multiplier", 1)  # Granite's
+        with self.lent("model.embed_tokens", self.home) as embedding:
+            yield lambda ids: (embedding(ids.to(self.home)) * scale).to(self.device)
 
     def layer(self, index: int) -> AbstractContextManager[DecoderModule]:
         """Lend decoder layer ``index``."""
+        return self.lent(f"{LAYERS}{index}", self.device)
 
-    def head(self) -> AbstractContextManager[Callable[[Tensor], Tensor]]:
+    @contextmanager
+    def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
         """Lend the function from the last layer's output to logits, final norm included."""
+        with self.lent("model.norm", self.device) as norm, self.lent("lm_head", self.device) as lm_head:
+            yield logits_of(self.model, norm, lm_head)
+
+
+def logits_of(model: PreTrainedModel, norm: nn.Module, lm_head: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Return the model's own function from the last layer's output, (rows, D), to logits: some scale or cap these.
+
+    They are in float32 at least.
+    """
+    head: Any = copy.copy(model)  # without its modules
+    head._modules = {"lm_head": lm_head}
+    head.model = lambda inputs_embeds, **_: BaseModelOutputWithPast(last_hidden_state=norm(inputs_embeds))
+    forward = partial(type(model).forward, head, return_dict=True)
+    return lambda states: at_least_float32(forward(inputs_embeds=states[None]).logits[0])
 
 
 class LayerSink(Protocol):

@@ -28,7 +28,7 @@ from .names import FAMILY_NAMES
 
 logger = logging.getLogger(__name__)
 
-EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # as the model classes of all families name them
+EMBEDDINGS = "model.embed_tokens.weight"  # as the model classes of all families name them
 _COMPUTED = r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$|(^|\.)masked_bias$"  # in old checkpoints, and never read
 _TOKENIZER_FILES = (  # all that one of any kind is read from
     *("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json", "merges.txt"),
