@@ -51,24 +51,28 @@ class Solution(NamedTuple):
     eigenvalues: Tensor | None = None  # of the value heads, falling, (G, d), to be monitored
 
 
-class Step(Protocol):
+@dataclass(frozen=True)
+class Step(ABC):
     """One pass of the calibration tokens through a layer or a part of it, and the weights that follow from it."""
 
-    @property
-    def part(self) -> str:
-        """What the pass goes through, ``self_attn`` or ``mlp``, norm and residual included, or "", the whole layer."""
+    dimensions: ModelDimensions
+    leaves: Kept  # what the layer keeps when this step is done; later steps look at that
+    part: str = ""  # the pass goes through it, self_attn or mlp, norm and residual included; "": the whole layer
 
     @property
+    @abstractmethod
     def taps(self) -> Sequence[str]:
         """What is looked at, ``mlp.down_proj.input`` or ``self_attn.v_proj.output``; the pass ends at the last."""
 
-    @property
-    def leaves(self) -> Kept:
-        """What the layer keeps when this step is done; later steps look at that."""
+    @abstractmethod
+    def shapes(self, layer: DecoderModule) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the sums over tokens, by name; the engine adds these up over batches and processes."""
 
     def zeros(self, layer: DecoderModule) -> Sums:
-        """Return the sums before any token; the engine adds them up over batches and processes."""
+        """Return the sums before any token."""
+        return zero_sums(layer, self.shapes(layer))
 
+    @abstractmethod
     def add(self, layer: DecoderModule, sums: Sums, seen: Mapping[str, Tensor]) -> None:
         """Add a batch in place: what passed each tap, (tokens, width).
 
@@ -76,6 +80,7 @@ class Step(Protocol):
         leaves it in the dense model, (tokens, D), and ``HELD_OUT``, whether a token is to check a fit with, (tokens,).
         """
 
+    @abstractmethod
     def solve(self, layer: DecoderModule, sums: Sums) -> Solution:
         """Return the layer's new weights; an ArithmeticError, to which the engine adds the layer, if there are none."""
 

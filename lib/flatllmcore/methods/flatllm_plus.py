@@ -5,7 +5,7 @@ stream with is narrowed and fitted. ``docs/FLATLLM_PLUS.md`` has the equations.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TypeAlias
 
 from torch import Tensor
@@ -17,7 +17,7 @@ from ..core.moments import add_moment, inverse_length, mirror_lower_triangle
 from ..core.output_pca import output_bases
 from ..core.refit import led_towards
 from ..core.rotary_pairs import pair_energies, without_pairs
-from ..engine.protocols import DENSE, HELD_OUT, KEYS, METRIC, QUERIES, STREAM, TOKENS, Method, Solution, Sums, zero_sums
+from ..engine.protocols import DENSE, HELD_OUT, KEYS, METRIC, QUERIES, STREAM, TOKENS, Method, Solution, Step, Sums
 from ..utils.devices import float32_product
 from ..utils.dimensions import Kept, ModelDimensions
 from ..utils.layer_utils import WRITERS, DecoderModule
@@ -40,34 +40,29 @@ class FlatLLMPlus(Method):
         pairs = "rotary pairs of queries and keys, " if prune_qk else ""
         return f"{pairs}directions of values and channels of MLPs, those that cost least; what is left was refitted"
 
-    def steps(self, dimensions: ModelDimensions, kept: Kept) -> list["PairStep | OutputStep"]:
+    def steps(self, dimensions: ModelDimensions, kept: Kept) -> list[Step]:
         """Return a step for each part, before them one for pairs if some go; none for a layer that stays whole."""
         if dimensions.is_whole(kept):
             return []
         behind = replace(kept, mlp_width=dimensions.intermediate_size)
         paired = replace(behind, value_rank=dimensions.head_dim)
         return [
-            *([] if kept.query_key_pairs is None else [PairStep(dimensions, paired)]),
+            *([] if kept.query_key_pairs is None else [PairStep(dimensions, paired, "self_attn")]),
             OutputStep(dimensions, behind, "self_attn"),
             OutputStep(dimensions, kept, "mlp"),
         ]
 
 
-@dataclass(frozen=True)
-class PairStep:
+class PairStep(Step):
     """Rotary pairs of Q and K go."""
 
-    dimensions: ModelDimensions
-    leaves: Kept
-
-    part = "self_attn"
     taps = (QUERIES, KEYS)
 
-    def zeros(self, layer: DecoderModule) -> Sums:
-        """Return energies of the pairs of each head."""
+    def shapes(self, layer: DecoderModule) -> dict[str, tuple[int, ...]]:
+        """Return those of the energies of the pairs of each head."""
         sizes = self.dimensions
         heads = {QUERIES: sizes.num_heads, KEYS: sizes.num_kv_heads}
-        return zero_sums(layer, {tap: (count, sizes.head_dim // 2) for tap, count in heads.items()})
+        return {tap: (count, sizes.head_dim // 2) for tap, count in heads.items()}
 
     def add(self, _: DecoderModule, sums: Sums, seen: Mapping[str, Tensor]) -> None:
         """Add a batch."""
@@ -81,28 +76,23 @@ class PairStep:
         return Solution(without_pairs(layer.self_attn, sums[QUERIES], sums[KEYS], left))
 
 
-@dataclass(frozen=True)
-class OutputStep:
+class OutputStep(Step):
     """What writes to the stream is narrowed, and fitted to its own dense output and towards the dense stream."""
-
-    dimensions: ModelDimensions
-    leaves: Kept
-    part: str
 
     @property
     def taps(self) -> list[str]:
         """What it reads."""
         return [f"{WRITERS[self.part]}.input"]
 
-    def zeros(self, layer: DecoderModule) -> Sums:
-        """Return moments ``C = Σ z zᵀ`` of what it reads and ``R = Σ t zᵀ`` with what it should write.
+    def shapes(self, layer: DecoderModule) -> dict[str, tuple[int, ...]]:
+        """Return those of the moments ``C = Σ z zᵀ`` of what it reads and ``R = Σ t zᵀ`` with what it should write.
 
         Each is there twice, of tokens to fit and of those held out.
         """
         writer = layer.get_submodule(WRITERS[self.part])
         shapes = {"C": (writer.in_features, writer.in_features), "R": (writer.out_features, writer.in_features)}
         moments = {f"{of} {moment}": shape for of in ("fit", "held") for moment, shape in shapes.items()}
-        return zero_sums(layer, {TOKENS: (), **moments})
+        return {TOKENS: (), **moments}
 
     def add(self, layer: DecoderModule, sums: Sums, seen: Mapping[str, Tensor]) -> None:
         """Add a batch: what is missing of the dense stream, each token by that stream's length."""
