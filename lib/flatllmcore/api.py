@@ -127,7 +127,7 @@ class FlatLLMPruner:
             if allocation.shape != self.config.shape:
                 raise InputError(f"rank_allocation is of the shape {allocation.shape!r}, not {self.config.shape!r}")
             return allocation
-        pipeline.announce_target(self.config.keep_ratio)
+        pipeline.check_target(self.config.keep_ratio)
         if self.config.shape == STOCK:
             return pipeline.selector.stock(self.config.keep_ratio)
         if self._scores is None:

@@ -122,7 +122,7 @@ class CheckpointRun:
         for config in configs:
             place = config.score_place
             if not (place.is_file() or (place / ranks_file(100 * config.target_sparsity)).is_file()):
-                self.pipeline.announce_target(config.keep_ratio)  # ranks there may be of other multiples
+                self.pipeline.check_target(config.keep_ratio)  # ranks there may be of other multiples
         with stage("data"):
             data = {"windows": _digest(self.windows), "eval_windows": list(map(_digest, self.test_windows.values()))}
         self._check_disk_space(configs)

@@ -81,15 +81,6 @@ class Pipeline:
         if self.config.gradient_nsamples and not METHODS[method].weighs_errors:
             raise InputError(f"{method} weighs no errors by gradients; leave gradient_nsamples at 0")
 
-    def announce_target(self, keep_ratio: float) -> None:
-        """Log what is going to stay, where :meth:`check_target` does not refuse it."""
-        self.check_target(keep_ratio)
-        logger.info(
-            "%.2f %% of the decoder layers' linear weights stay, %.2f %% of the projections that are pruned",
-            100 * keep_ratio,
-            100 * self.selector.prunable_keep_ratio(keep_ratio),
-        )
-
     @cached_property
     def _outlines(self) -> list[Curves]:
         """How far curves of damage will go."""
