@@ -5,7 +5,6 @@ Windows are cut from token ids, never from text made of tokens again, so every o
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from itertools import cycle, islice
 from numbers import Integral
 from typing import Any
@@ -225,33 +224,29 @@ def _without_padding(ids: Tensor, padding_ids: Sequence[int]) -> Tensor:
     return ids[real[0] : real[-1] + 1] if len(real) else ids[:0]
 
 
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool = False) -> list[int]:
+    with door(f"the tokenizer at {tokenizer.name_or_path!r} cannot read the text", "mend its files, or the text"):
+        # verbose: a text longer than the model takes is meant here, so no warning about it.
+        return tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
+
+
 def _leading_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Return the ids of special tokens that the tokenizer puts before a text, as BOS; those behind it are left out."""
-    with _reading(tokenizer):
-        whole, plain = (
-            tokenizer(text, add_special_tokens=asked, verbose=False)["input_ids"] for asked in (True, False)
-        )
+    whole, plain = _ids(tokenizer, text, add_special_tokens=True), _ids(tokenizer, text)
     starts = range(len(whole) - len(plain), -1, -1)
     return whole[: next((start for start in starts if whole[start : start + len(plain)] == plain), 0)]
-
-
-def _reading(tokenizer: PreTrainedTokenizerBase) -> AbstractContextManager[None]:
-    return door(f"the tokenizer at {tokenizer.name_or_path!r} cannot read the text", "mend its files, or the text")
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Return the ids of a text, piece by piece where it is very long: pieces end with a line, or at the longest."""
     ids: list[int] = []
     start = 0
-    with _reading(tokenizer):
-        while start == 0 or start < len(text):
-            end = min(len(text), start + _LONGEST_PIECE)
-            if end < len(text):
-                end = text.rfind("\n", start, end) + 1 or end
-            # verbose: a text longer than the model takes is meant here, so no warning about it.
-            piece = tokenizer(text[start:end], add_special_tokens=False, verbose=False)
-            ids += piece["input_ids"]
-            start = max(end, 1)
+    while start == 0 or start < len(text):
+        end = min(len(text), start + _LONGEST_PIECE)
+        if end < len(text):
+            end = text.rfind("\n", start, end) + 1 or end
+        ids += _ids(tokenizer, text[start:end])
+        start = max(end, 1)
     return ids
 
 
