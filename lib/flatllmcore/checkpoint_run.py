@@ -21,14 +21,14 @@ from .config import RunConfig
 from .core.importance import ImportanceScores
 from .core.rank_allocation import RankAllocation
 from .core.rank_files import find_ranks, save_ranks
-from .engine.checkpoint_sink import CheckpointSink, read_manifest
+from .engine.checkpoint_sink import CheckpointSink
 from .engine.checkpoint_source import CheckpointSource
 from .engine.perplexity import perplexity
 from .engine.storage import StatesStorage
 from .errors import InputError
 from .methods import METHODS
 from .pipeline import TO_COMPRESS, TO_SCORE, Pipeline
-from .utils.checkpoint import MODEL_CARD, partial_folder, stated_licence
+from .utils.checkpoint import MODEL_CARD, partial_folder, read_manifest, stated_licence
 from .utils.data_utils import check_token_ids, consecutive_windows
 from .utils.devices import free_host_memory, parse_device
 from .utils.files import GIB, check_disk_space, check_writable, digest, temporary_folder, to_json_bytes, write_json

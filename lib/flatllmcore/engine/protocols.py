@@ -23,7 +23,7 @@ from ..core.mlp_nystrom import ENOUGH_TOKENS_PER_CHANNEL
 from ..core.rank_allocation import ImportancePreservingRankSelector, RankAllocation
 from ..errors import InputError
 from ..utils.devices import at_least_float32
-from ..utils.dimensions import Kept, ModelDimensions
+from ..utils.dimensions import Kept, LayerRecord, ModelDimensions
 from ..utils.layer_utils import DecoderModule
 from .storage import StatesStorage
 
@@ -124,15 +124,6 @@ class Method(Protocol):
 
     def steps(self, dimensions: ModelDimensions, kept: Kept) -> Sequence[Step]:
         """Return the passes that bring one layer to what it keeps; none for a layer that stays whole."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerRecord(Kept):
-    """What was done to one layer."""
-
-    layer: int
-    rank_at_tolerance: float | None = None  # would keep the monitored share of eigenvalue mass; None for a whole layer
-    elapsed_s: float | None = None  # None for a layer that an earlier run finished
 
 
 class LayerSource(ABC):
