@@ -119,7 +119,7 @@ def test_files_of_another_model_are_refused(folder, name):
 
 
 def test_ranks_for_pruned_queries_and_keys_do_not_fit_a_run_that_keeps_them(folder, tmp_path):
-    with pytest.raises(InputError, match="made with prune_qk False, and here it is True"):
+    with pytest.raises(InputError, match="made with prune_qk False, not True"):
         found(folder, selector=PRUNING)
     save_ranks(PRUNING.allocate([0.1, 0.2], 0.8), folder / "ranks_20.json")
     with pytest.raises(InputError, match=r"ranks_20\.json: .* prune_qk True, and here it is False"):

@@ -202,19 +202,15 @@ class CheckpointRun:
         config = self.config
         ranked = self.pipeline.selector.stock if config.shape == STOCK else self._ranked
         allocation = ranked(keep_ratio)
-        logger.info(
-            "asked to remove %g %% of %d decoder-layer weights; the ranks remove %.3f %%",
-            allocation.sparsity_ratio,
-            allocation.parameters_before,
-            allocation.achieved_sparsity_percent,
-        )
+        removed = allocation.achieved_sparsity_percent
+        logger.info("asked to remove %g %%; the ranks remove %.3f %%", allocation.sparsity_ratio, removed)
         by = allocation.importance_method
         about = {
             "base_model": config.model,
             "method": config.method,
             "shape": config.shape,
             "sparsity_ratio": allocation.sparsity_ratio,
-            "achieved_sparsity_percent": allocation.achieved_sparsity_percent,
+            "achieved_sparsity_percent": removed,
             "rank_multiple": allocation.rank_multiple,
             "prune_qk": allocation.prune_qk,
             "importance_method": None if by == METHODS[config.method].importance_method else by,

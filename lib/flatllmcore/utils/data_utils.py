@@ -178,10 +178,8 @@ def windows_of_rows(rows: Sequence[Tensor], seqlen: int) -> Tensor:
     """Return rows (n,) joined in order and cut to (N, seqlen), the remainder dropped; rows of ``seqlen`` stay whole."""
     joined = torch.cat(list(rows))
     if not 2 <= seqlen <= len(joined):
-        raise InputError(
-            f"the calibration data hold {len(joined)} tokens without padding and a window would have {seqlen}; "
-            "accepted: 2 or more, and data for one window"
-        )
+        found = f"{len(joined)} tokens without padding, for windows of {seqlen}"
+        raise InputError(f"the calibration data hold {found}; accepted: 2 or more, and data for one window")
     return joined.unfold(0, seqlen, seqlen)
 
 
