@@ -41,6 +41,8 @@ from .utils.text_sources import has_test_split, load_text
 
 logger = logging.getLogger(__name__)
 
+_OF_RANKS = ("sparsity_ratio", "achieved_sparsity_percent", "rank_multiple", "prune_qk", "input_divisor")  # in a record
+
 
 @dataclass(frozen=True)
 class Target:
@@ -202,23 +204,16 @@ class CheckpointRun:
         config = self.config
         ranked = self.pipeline.selector.stock if config.shape == STOCK else self._ranked
         allocation = ranked(keep_ratio)
-        removed = allocation.achieved_sparsity_percent
-        logger.info("asked to remove %g %%; the ranks remove %.3f %%", allocation.sparsity_ratio, removed)
+        percents = allocation.sparsity_ratio, allocation.achieved_sparsity_percent
+        logger.info("asked to remove %g %%; the ranks remove %.3f %%", *percents)
         by = allocation.importance_method
-        about = {
+        about = {name: getattr(config, name) for name in ("method", "shape", "seed")}
+        about |= {name: getattr(allocation, name) for name in _OF_RANKS} | {
             "base_model": config.model,
-            "method": config.method,
-            "shape": config.shape,
-            "sparsity_ratio": allocation.sparsity_ratio,
-            "achieved_sparsity_percent": removed,
-            "rank_multiple": allocation.rank_multiple,
-            "prune_qk": allocation.prune_qk,
             "importance_method": None if by == METHODS[config.method].importance_method else by,
-            "input_divisor": allocation.input_divisor,
             "dataset": config.cal_dataset,
             "nsamples": len(self.windows),
             "seqlen": self.pipeline.seqlen,
-            "seed": config.seed,
             "gradient_nsamples": min(config.gradient_nsamples, len(self.windows)),
             "rounded_to": getattr(self.pipeline.model_config, "rounded_to", None),
             "licence": stated_licence(found_file(config.model, MODEL_CARD, config.cache_dir)),

@@ -154,6 +154,7 @@ class Pipeline:
         logger.info("calibration data: %s", data_utils.calibration_statistics(windows))
         hours = 24 * windows.numel() * self.model_config.num_hidden_layers * self.model_config.hidden_size**2 / 3.6e14
         if hours > 0.25 and parse_device(config.device).type == "cpu":
-            took = f"{len(windows)} x {windows.shape[1]} tokens take a CPU about {hours:.1f} hours per pass through the model"
-            logger.warning(f"{took}, at 1e11 operations/s; fewer by cal_nsamples and seqlen (--nsamples, --seqlen)")
+            time = f"about {hours:.1f} hours per pass through the model, at 1e11 operations/s"
+            fewer = "fewer by cal_nsamples and seqlen (--nsamples, --seqlen)"
+            logger.warning("%d x %d tokens take a CPU %s; %s", *windows.shape, time, fewer)
         return windows
