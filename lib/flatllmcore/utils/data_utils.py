@@ -3,6 +3,7 @@
 Windows are cut from token ids, never from text made of tokens again, so every one has exactly the tokens asked for.
 """
 
+from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import cycle, islice
@@ -83,17 +84,14 @@ def consecutive_windows(
     Of ``most`` windows they are the first; what is far behind them is not tokenised.
     """
     pieces = list(_pieces(text))
-    tokens = [torch.tensor(_leading_ids(tokenizer, pieces[0][:100]), dtype=torch.int64)]
-    count = len(tokens[0])
+    ids = array("q", _leading_ids(tokenizer, pieces[0][:100]))
     for piece in progress(pieces, "tokenising text", "piece"):
-        ids = _encode(tokenizer, piece)
-        tokens.append(torch.tensor(ids, dtype=torch.int64))
-        count += len(ids)
-        if most is not None and count >= most * seqlen:
+        ids.extend(_encode(tokenizer, piece))
+        if most is not None and len(ids) >= most * seqlen:
             break
-    if count < seqlen:
-        raise InputError(f"text {text.name!r} ({text.split}) has {count} tokens, fewer than one window of {seqlen}")
-    return torch.cat(tokens).unfold(0, seqlen, seqlen)[:most]
+    if len(ids) < seqlen:
+        raise InputError(f"text {text.name!r} ({text.split}) has {len(ids)} tokens, fewer than one window of {seqlen}")
+    return torch.frombuffer(ids, dtype=torch.int64).unfold(0, seqlen, seqlen)[:most]
 
 
 def calibration_statistics(windows: Tensor) -> dict[str, int]:
