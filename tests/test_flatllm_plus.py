@@ -22,11 +22,10 @@ from checkpoints import CPU, VARIANTS, assert_same_up_to_sign
 from conftest import tiny_model
 from flatllmcore import FlatLLMConfig, FlatLLMPruner, apply_flat_llm
 from flatllmcore.core.attention_pca import lost_by_rank, output_bases
-from flatllmcore.core.channel_obs import channels_by_damage, ridge_for
 from flatllmcore.core.curve_allocation import MLP, PAIRS, VALUES, check_curves, removed_by_curves
 from flatllmcore.core.moments import inverse_length
 from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector, RankAllocation
-from flatllmcore.core.refit import led_towards
+from flatllmcore.core.refit import channels_by_damage, led_towards, ridge_for
 from flatllmcore.core.rotary_pairs import pair_energies
 from flatllmcore.engine import damage
 from flatllmcore.engine.compress import compress_layers

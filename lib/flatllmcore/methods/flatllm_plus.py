@@ -11,10 +11,9 @@ from typing import TypeAlias
 from torch import Tensor
 
 from ..core.attention_pca import heads_projected, output_bases, project_output
-from ..core.channel_obs import channels_by_damage
 from ..core.mlp_nystrom import channels_kept
 from ..core.moments import add_moment, inverse_length, mirror_lower_triangle
-from ..core.refit import led_towards
+from ..core.refit import channels_by_damage, led_towards
 from ..core.rotary_pairs import pair_energies, without_pairs
 from ..engine.protocols import DENSE, HELD_OUT, KEYS, METRIC, QUERIES, STREAM, TOKENS, Method, Solution, Step, Sums
 from ..utils.devices import float32_product
