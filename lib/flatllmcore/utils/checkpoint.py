@@ -57,7 +57,7 @@ _UNEVEN = """\
 class Manifest:
     """What was asked, what is worth remembering, and which layers are done: the whole state of a run."""
 
-    request: dict[str, Any] = field(default_factory=dict)
+    request: dict[str, Any]
     results: dict[str, Any] = field(default_factory=dict)
     layers: list[LayerRecord] = field(default_factory=list)
     shards: dict[str, str] = field(default_factory=dict)  # SHA-256 of each layer's file
