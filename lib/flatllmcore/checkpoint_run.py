@@ -204,8 +204,8 @@ class CheckpointRun:
         config = self.config
         ranked = self.pipeline.selector.stock if config.shape == STOCK else self._ranked
         allocation = ranked(keep_ratio)
-        percents = allocation.sparsity_ratio, allocation.achieved_sparsity_percent
-        logger.info("asked to remove %g %%; the ranks remove %.3f %%", *percents)
+        found = allocation.sparsity_ratio, allocation.parameters_before, allocation.achieved_sparsity_percent
+        logger.info("asked to remove %g %% of %d decoder-layer weights; the ranks remove %.3f %%", *found)
         by = allocation.importance_method
         about = {name: getattr(config, name) for name in ("method", "shape", "seed")}
         about |= {name: getattr(allocation, name) for name in _OF_RANKS} | {
