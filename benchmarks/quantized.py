@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Torc
 from transformers.utils.logging import set_verbosity_error
 
 import flatllmcore  # noqa: F401 (makes compressed models known to transformers)
+from common import write
 from flatllmcore.errors import InputError, door
 from flatllmcore.utils.data_utils import consecutive_windows, sample_documents
 from flatllmcore.utils.loading import load_tokenizer
@@ -35,14 +36,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--dataset", default="pydocs", help="text, its test split (default: %(default)s)")
     parser.add_argument("--calibration", help="text for GPTQ, its train split (default: that of --dataset)")
     parser.add_argument("--windows", type=int, default=16, help="of 256 tokens (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="write the record here, as JSON")
     args = parser.parse_args(argv)
     set_verbosity_error()
-    calibration = args.calibration or args.dataset
+    calibration, rows = args.calibration or args.dataset, []
     for model in args.models:
         tokenizer = load_tokenizer(model)
         windows = consecutive_windows(load_text(args.dataset, "test"), tokenizer, 256, args.windows)
         for way in args.by:
-            print(f"| {Path(model).name} | {way} | {measured(model, way, windows, calibration)} |", flush=True)
+            found = measured(model, way, windows, calibration)
+            print(f"| {Path(model).name} | {way} | {found} |", flush=True)
+            rows.append({"model": Path(model).name, "way": way, "megabytes | perplexity": found})
+            write(args, torch.device("cpu"), {"rows": rows})
 
 
 def measured(folder: str, way: str, windows: Tensor, calibration: str) -> str:

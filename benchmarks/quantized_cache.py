@@ -6,6 +6,8 @@ python benchmarks/quantized_cache.py out/smollm2/MODEL out/smollm2/MODEL-plus-20
 
 import argparse
 import math
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -13,6 +15,7 @@ from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedModel, QuantizedCache
 from transformers.cache_utils import Cache
 
+from common import write
 from flatllmbench.speed import cache_argument
 from flatllmbench.tables import markdown_table
 from flatllmcore.utils.data_utils import consecutive_windows
@@ -20,16 +23,17 @@ from flatllmcore.utils.loading import load_model, load_tokenizer
 from flatllmcore.utils.text_sources import load_text
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+")
     parser.add_argument("--dataset", required=True)
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--seqlen", type=int, default=256)
     parser.add_argument("--chunk", type=int, default=32)
-    parser.add_argument("--bits", type=int, nargs="+", choices=(2, 4), default=[4, 2])
+    parser.add_argument("--bits", type=int, nargs="*", choices=(2, 4), default=[4, 2])
     parser.add_argument("--group_size", type=int, default=64)
-    args = parser.parse_args()
+    parser.add_argument("--out", type=Path, help="write the record here, as JSON")
+    args = parser.parse_args(argv)
     rows, kinds = [], [None, *args.bits]
     for name in args.models:
         model, tokenizer = load_model(name, dtype="float32"), load_tokenizer(name)
@@ -39,8 +43,10 @@ def main() -> None:
             sum(loss(model, window, cache_of(model, bits, args), args.chunk) for window in windows) for bits in kinds
         ]
         tokens = len(windows) * (args.seqlen - 1)
-        rows.append((name, *(f"{math.exp(each / tokens):.2f}" for each in found)))
-    print(markdown_table(("model", "as it is", *(f"{bits} bits" for bits in args.bits)), rows), end="")
+        rows.append((Path(name).name, *(f"{math.exp(each / tokens):.2f}" for each in found)))
+    head = ("model", "as it is", *(f"{bits} bits" for bits in args.bits))
+    print(markdown_table(head, rows), end="")
+    write(args, torch.device("cpu"), {"perplexity": [dict(zip(head, row, strict=True)) for row in rows]})
 
 
 def cache_of(model: PreTrainedModel, bits: int | None, args: argparse.Namespace) -> Cache:

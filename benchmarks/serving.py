@@ -20,6 +20,7 @@ from tempfile import TemporaryDirectory
 import torch
 from transformers import DynamicCache
 
+from common import write
 from flatllmbench.speed import cache_argument
 from flatllmbench.tables import markdown_table
 from flatllmcore.errors import run_program
@@ -31,6 +32,7 @@ from llama_cpp import LlamaCpp
 from served_attention import served_logits
 
 PROMPTS, PROMPT_LENGTH, LENGTH, SCORED = 10, 16, 20, 128
+RATIOS = ("cache, × dense", "prompt, × as fast", "decoding, × as fast")
 WITHOUT_PACKAGE = """
 import json, sys, torch
 from transformers import AutoModelForCausalLM
@@ -110,8 +112,8 @@ class Served:
 
 
 @torch.no_grad()
-def compare(dense: Served, small: Served) -> str:
-    """Return the table of both models in each program."""
+def compare(dense: Served, small: Served) -> list[dict[str, object]]:
+    """Return what both models do in each program, a row each."""
     programs = {
         "transformers, with flatllmcore": (Served.with_package, Served.cost_in_transformers),
         "transformers, `trust_remote_code`": (Served.without_package, None),
@@ -119,20 +121,23 @@ def compare(dense: Served, small: Served) -> str:
         "llama.cpp": (Served.in_llama_cpp, Served.cost_in_llama_cpp),
     }
     expected = small.up_to_the_end(small.with_package()[0])
-    rows = []
+    rows: list[dict[str, object]] = []
     for program, (run, cost) in programs.items():
         (made, perplexity), (_, before) = run(small), run(dense)
         same = sum(a == b for a, b in zip(small.up_to_the_end(made), expected, strict=True))
-        ratios = ["not run"] * 3
+        rows.append({"program": program, f"same {LENGTH} tokens": f"{same} of {PROMPTS}"})
+        rows[-1] |= {"perplexity": perplexity, "dense": before} | dict.fromkeys(RATIOS, "not run")
         if cost is not None:
             timed = [[cost(dense), cost(small)] for _ in range(3)]
             of_dense, of_small = (list(map(min, zip(*(pair[i] for pair in timed), strict=True))) for i in (0, 1))
-            ratios = [f"{a / b:.2f}" for a, b in zip(of_dense[:2], of_small[:2], strict=True)]
-            ratios.insert(0, f"{of_small[2] / of_dense[2]:.2f}")
-        rows.append([program, f"{same} of {PROMPTS}", f"{perplexity:.3f} ({before:.3f})", *ratios])
-    head = ["program", f"same {LENGTH} tokens", "perplexity (dense)", "cache, × dense", "prompt, × as fast"]
-    sizes = f"GGUF: {small.file.stat().st_size / 1e6:.1f} MB, dense {dense.file.stat().st_size / 1e6:.1f} MB.\n"
-    return markdown_table([*head, "decoding, × as fast"], rows) + sizes
+            prompt, decoding = (a / b for a, b in zip(of_dense[:2], of_small[:2], strict=True))
+            rows[-1] |= zip(RATIOS, (of_small[2] / of_dense[2], prompt, decoding), strict=True)
+    return rows
+
+
+def shown(cell: object) -> str:
+    """Return a cell of the table."""
+    return f"{cell:.3f}" if isinstance(cell, float) else str(cell)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -142,13 +147,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("dense", help="the dense model")
     parser.add_argument("compressed", help="what came of it")
     parser.add_argument("--dataset", default="pydocs", help="text whose test split is prompt and score")
+    parser.add_argument("--out", type=Path, help="write the record here, as JSON")
     args = parser.parse_args(argv)
 
     def work() -> None:
         torch.set_num_threads(1)
         with TemporaryDirectory() as place:
             names = {"dense": args.dense, "small": args.compressed}
-            print(compare(*(Served(name, Path(place, kind), args.dataset) for kind, name in names.items())))
+            models = [Served(name, Path(place, kind), args.dataset) for kind, name in names.items()]
+            rows, sizes = compare(*models), [model.file.stat().st_size / 1e6 for model in models]
+        print(markdown_table(rows[0], [[shown(cell) for cell in row.values()] for row in rows]), end="")
+        print(f"GGUF: {sizes[1]:.1f} MB, dense {sizes[0]:.1f} MB.")
+        write(args, torch.device("cpu"), {"programs": rows, "gguf_mb": dict(zip(names, sizes, strict=True))})
 
     return run_program(work)
 

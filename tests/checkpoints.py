@@ -27,7 +27,7 @@ from tiny_text import documents, word_tokenizer, write_texts
 
 CPU = torch.device("cpu")
 SCORES = (0.3, 0.2, 0.4, 0.25)
-REQUEST = {"seed": 42}
+
 VARIANTS = [
     ("llama", {}),
     ("llama", {"attention_bias": True, "mlp_bias": True}),
@@ -95,7 +95,6 @@ def compress_to(
     *,
     source: LayerSource | None = None,
     method: str = "flatllm",
-    request: dict[str, object] = REQUEST,
     prune_qk: bool = False,
     overwrite: bool = False,
     before_layers: Callable[[CheckpointSink], None] = lambda sink: None,
@@ -106,7 +105,7 @@ def compress_to(
     is_by_damage = METHODS[method].importance_method == "damage"
     curves = layer_importance(on_disk(dense), windows, 5, "damage").curves_in_nats if is_by_damage else None
     allocation = METHODS[method].allocate(selector, SCORES[: checkpoint.num_layers], curves, 0.6)
-    with CheckpointSink(folder, checkpoint.num_layers, request, overwrite).opened() as sink:
+    with CheckpointSink(folder, checkpoint.num_layers, {"seed": 42}, overwrite).opened() as sink:
         before_layers(sink)
         config, _ = compress_layers(
             source or checkpoint, sink, windows, METHODS[method], allocation, batch_size=5, tolerance=0.96

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parents[1]
+EMBEDDED = str(ROOT / "models" / "pydocs-llama")
 # No deadlines: how long an example takes on a busy machine is no property. --hypothesis-profile=long looks further.
 settings.register_profile("short", deadline=None, max_examples=25)
 settings.register_profile("long", deadline=None, max_examples=2000)
@@ -20,23 +21,26 @@ def shape(*sizes: int) -> dict[str, int]:
 def tiny_model(family: str = "llama", seed: int = 0, **overrides):
     """A random model of two layers in float64, with grouped heads and a head width that is not hidden / heads."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
     torch.manual_seed(seed)
     sizes = shape(4, 2, 32, 56) | {"num_hidden_layers": 2, "head_dim": 12, "vocab_size": 97}
     sizes |= {"max_position_embeddings": 64, "initializer_range": 0.3} | overrides
-    config_class, model_class = {
-        "llama": (LlamaConfig, LlamaForCausalLM),
-        "mistral": (MistralConfig, MistralForCausalLM),
-    }[family]
     if family == "mistral":
         sizes.setdefault("sliding_window", None)
-    model = model_class(config_class(**sizes)).double().eval()
+    config = CONFIG_MAPPING[family](**sizes)
+    model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).double().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "bias" in name or "norm" in name:  # initialised to constants, which would hide mistakes
                 parameter.add_(0.3 * torch.randn_like(parameter))
     return model
+
+
+def random(*sizes: int, seed: int = 0):
+    import torch
+
+    return torch.randn(*sizes, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def assert_same_weights(found, expected):

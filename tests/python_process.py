@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -23,11 +23,17 @@ def run_python(code: str, paths: Sequence[Path] = (LIBRARY,), **environment: str
     """Return what ``code`` prints, with ``paths`` and the folder of the tests on its path."""
     with TemporaryDirectory() as folder:
         out, error = Path(folder, "out"), Path(folder, "error")
-        process = SERVER.Process(target=_run, args=(code, [*paths, TESTS], out, error, environment), daemon=True)
-        process.start()
-        process.join()
-        assert process.exitcode == 0, out.read_text() + error.read_text()
+        status = run_forked(_run, code, [*paths, TESTS], out, error, environment)
+        assert status == 0, out.read_text() + error.read_text()
         return out.read_text()
+
+
+def run_forked(function: Callable[..., None], *args: object) -> int | None:
+    """Call a function in a fork of the server; return the exit status."""
+    process = SERVER.Process(target=function, args=args, daemon=True)
+    process.start()
+    process.join()
+    return process.exitcode
 
 
 def _run(code: str, paths: list[Path], out: Path, error: Path, environment: dict[str, str]) -> None:

@@ -34,17 +34,14 @@ def test_the_importance_methods_are_those_that_exist():
         ("tolerance", (0, 1.01)),
         ("cal_dataset", ("", 7, iter("abc"), None)),
         ("cal_nsamples", (0, 12.5, np.float64(12), True)),
-        ("importance_method", (None,)),
         ("preserve_qk_layers", ("no",)),
         ("method", ("nosuch", None)),
         ("seqlen", (1,)),
         ("batch_size", (0, 10**20)),
         ("seed", (-1, 2**63)),
         ("rank_multiple", (0,)),
-        ("width_multiple", (0,)),
         ("device", (0, "gpu", "cuda:", "CPU", "mps")),
         ("dataset_root", (3,)),
-        ("cache_dir", (3,)),
     ],
 )
 def test_an_unusable_value_is_refused_by_name_in_one_line(field, values):
@@ -56,11 +53,16 @@ def test_an_unusable_value_is_refused_by_name_in_one_line(field, values):
 
 
 def test_what_nobody_has_asked_for_goes_with_a_changed_method():
-    plain, angular = FlatLLMConfig(), FlatLLMConfig(importance_method="angular")
-    for config, expected in ((plain, ("damage", False)), (angular, ("angular", True))):
-        changed = config.changed(method="flatllm+")
-        assert (changed.importance_method, changed.preserve_qk_layers) == expected
-    assert FlatLLMConfig(shape="stock", method="flatllm+").changed(shape="per-layer").preserve_qk_layers is False
+    """As with one that is asked for at once: damage is what flatllm+ allocates by, and pairs go of Q and K."""
+    for asked, expected in (
+        ({}, ("damage", False)),
+        ({"importance_method": "angular"}, ("angular", True)),
+        ({"preserve_qk_layers": True}, ("damage", True)),
+    ):
+        for config in (FlatLLMConfig(**asked).changed(method="flatllm+"), FlatLLMConfig(**asked, method="flatllm+")):
+            assert (config.importance_method, config.preserve_qk_layers) == expected
+    stock = FlatLLMConfig(shape="stock", method="flatllm+")  # in which Q and K stay whole
+    assert (stock.preserve_qk_layers, stock.changed(shape="per-layer").preserve_qk_layers) == (True, False)
 
 
 def test_large_values_are_cut_in_errors_and_not_printed():
@@ -80,13 +82,10 @@ def test_the_ends_of_the_documented_range_are_targets(target):
     ("field", "value", "plain"),
     [
         ("target_sparsity", Fraction(1, 4), 0.25),
-        ("target_sparsity", np.float32(0.25), 0.25),
         ("tolerance", 1, 1.0),
         ("cal_nsamples", np.int64(12), 12),
         ("cal_nsamples", None, None),
-        ("batch_size", np.uint8(3), 3),
         ("device", "cuda:15", "cuda:15"),  # named before it is looked for
-        ("device", None, None),
         ("dataset_root", "text", Path("text")),
         ("cal_dataset", Path("text"), "text"),
     ],
@@ -96,19 +95,8 @@ def test_usable_values_become_plain_ones(field, value, plain):
     assert (found, type(found)) == (plain, type(plain))
 
 
-def test_an_option_of_a_run_that_takes_several_takes_one_and_what_it_does_not_take_is_named():
-    assert RunConfig(model="tiny", eval_dataset=["c4", "alpaca"]).eval_dataset == ["c4", "alpaca"]
-    assert RunConfig(model="tiny", eval_dataset="c4").eval_dataset == ["c4"]
-    with pytest.raises(InputError, match=r"^eval_dataset is 7; accepted: a name or path"):
-        RunConfig(model="tiny", eval_dataset=["c4", 7])
-    with pytest.raises(InputError, match=r"^host_memory_gib is 1e\+308; accepted: a number, 0 to 1e9$"):
-        RunConfig(model="tiny", host_memory_gib=1e308)
-
-
 def test_a_run_s_places_follow_the_model_and_its_texts_the_calibration():
     run = RunConfig(model="some/tiny", cal_dataset="c4")
     assert (run.score_place, run.eval_texts) == (Path("ranks/tiny"), ["c4"])
-    run = RunConfig(model="some/tiny", bi_score="here", eval_dataset="wikitext2")
-    assert (run.score_place, run.eval_texts) == (Path("here"), ["wikitext2"])
-    assert RunConfig(model="tiny", cal_dataset="c4+alpaca").eval_texts == ["c4", "alpaca"]
+
     assert RunConfig(model="tiny", eval_dataset=["alpaca", "c4+alpaca"]).eval_texts == ["alpaca", "c4"]

@@ -3,6 +3,7 @@ import gzip
 import json
 import lzma
 import os
+from codecs import BOM_UTF8
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
@@ -220,16 +221,14 @@ def write(path, content):
 
 
 class TestPaths:
-    def test_a_byte_order_mark_is_no_text(self, tmp_path):
-        write(tmp_path / "some.txt", "\ufeffa\nb".encode())
-        assert load_text(str(tmp_path / "some.txt"), "train").documents == ["a", "b"]
-
     @given(st.text(st.characters(codec="utf-8"), max_size=60).filter(lambda text: text[:1] != "\ufeff"))
     def test_a_text_file_joins_back_exactly(self, tmp_path_factory, content):
+        """Also behind a byte-order mark."""
         path = tmp_path_factory.mktemp("text") / "some.txt"
-        path.write_bytes(content.encode())
-        text = load_text(str(path), "train")
-        assert text.separator.join(text.documents) == content
+        for mark in (BOM_UTF8, b""):
+            path.write_bytes(mark + content.encode())
+            text = load_text(str(path), "train")
+            assert text.separator.join(text.documents) == content
         assert load_text(str(path), "test").documents == text.documents
         assert not has_test_split(str(path))
 
@@ -318,12 +317,10 @@ class TestPaths:
         ("files", "train", "test"),
         [
             (["train.txt", "test.txt", "valid.txt"], ["train.txt"], ["test.txt"]),
-            (["wiki.train.raw", "wiki.valid.raw"], ["wiki.train.raw"], ["wiki.valid.raw"]),
             (["train-1.txt", "train-0.txt", "data/dev.txt"], ["train-0.txt", "train-1.txt"], ["data/dev.txt"]),
             (["en/c4-train.0.txt", "en/c4-validation.0.txt"], ["en/c4-train.0.txt"], ["en/c4-validation.0.txt"]),
             (["train/0.txt", "test/0.txt", "train/._0.txt", "train.md"], ["train/0.txt"], ["test/0.txt"]),
             (["latest.txt", "contest.txt"], ["contest.txt", "latest.txt"], None),
-            (["train.txt"], ["train.txt"], None),
             (["valid.txt"], None, ["valid.txt"]),
         ],
     )
@@ -340,28 +337,17 @@ class TestPaths:
     @pytest.mark.parametrize(
         ("name", "content", "message"),
         [
-            (
-                "a.jsonl",
-                b'{"title": "x", "body": 5}',
-                r"record 1 has title \(str\), body \(int\); accepted: text \(str\)",
-            ),
+            ("a.jsonl", b'{"title": "x", "b": 5}', r"record 1 has title \(str\), b \(int\); accepted: text \(str\)"),
             ("a.jsonl", b"", "a.jsonl is empty"),
-            ("a.jsonl", b'{"text": "x"}\n{"text": null}', r"record 2 has text \(NoneType\); accepted"),
             ("a.jsonl", b'{"text": "x"}\n[5]', r"record 2 has text \(int\); accepted"),
-            ("a.json", b'[{"instruction": "x", "output": null}]', r"has instruction \(str\), output \(NoneType\); acc"),
             ("a.jsonl", b'{"text": "x"}\n\n{"text": ', r"line 3: Expecting value\); accepted"),
-            ("a.jsonl", b'{"text": "x"}\n{"text": "\xe9"}', r"line 2: 'utf-8' codec .*\); accepted"),
             ("a.json", b'[\n{"text": "x"},\n{]', r"line 3: Expecting property name .*\); accepted"),
-            ("a.json", b"[" * 100_000, r"line 1: maximum recursion depth exceeded .*\); accepted"),
             ("a.json.gz", gzip.compress(b'{"text": "x"}\n' * 99, mtime=0)[:-12], DAMAGED),
-            ("a.json.gz", b"plain", DAMAGED),
-            ("a.jsonl.xz", b"plain", DAMAGED),
             ("a.arrow", b"plain", DAMAGED),
             ("a.txt", b"x\n\xed\xa0\xbd", r"line 2: 'utf-8' codec .*\); accepted"),  # a surrogate is no UTF-8
             ("a.csv", b"text,url\nx,y,z", r"row 2 has more cells than the first\); accepted"),
             ("a.csv", b"text,text\nx,y", r"two columns have one name\); accepted"),
             ("a.csv", b'text\n"x', r"unexpected end of data\); accepted"),
-            ("a.csv", b"text\n\xff", r"line 2: 'utf-8' codec"),
             ("a.pdf", b"%PDF-1.7", DAMAGED),
         ],
     )
@@ -428,10 +414,6 @@ class TestPaths:
         monkeypatch.setattr(os, "scandir", lambda path: (_ for _ in ()).throw(PermissionError(13, "no", str(path))))
         with pytest.raises(InputError, match=rf"cannot read {tmp_path} \(no\); give the folder"):
             load_text(str(tmp_path), "train")
-
-    def test_the_home_of_nobody_is_no_path(self):
-        with pytest.raises(InputError, match=r"called '~no such user/x' \(.*home directory"):
-            load_text("~no such user/x", "train")
 
     def test_texts_in_several_folders_are_not_mixed(self, tmp_path):
         for folder in ("wikitext-103-v1", "wikitext-2-v1"):

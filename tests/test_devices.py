@@ -7,7 +7,7 @@ import torch
 
 from flatllmcore.errors import InputError
 from flatllmcore.utils import devices
-from flatllmcore.utils.devices import best_device, computed_in, float32_product, parse_device, peak_memory_gib
+from flatllmcore.utils.devices import best_device, computed_in, float32_product, peak_memory_gib
 from python_process import run_python_anew
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
@@ -47,18 +47,6 @@ def test_halves_are_computed_in_float32_on_cpus_without_instructions_for_them(
         assert computed_in(dtype, torch.device("cpu")) == (torch.float32 if is_slow else dtype)
         assert computed_in(dtype, torch.device("cuda")) == dtype
         assert caplog.text.count(f"no instructions of this CPU for {dtype}:") == is_slow
-
-
-@pytest.mark.parametrize("name", ["nonsense", "cpu:x", "", "cuda:99", "meta", "mps"])
-def test_a_device_that_cannot_be_used_is_refused(name):
-    with pytest.raises(InputError, match=f"device '{name}' is not .*; use cpu, cuda or cuda:N"):
-        parse_device(name)
-
-
-def test_a_device_is_the_named_one_or_the_best():
-    assert parse_device("cpu") == torch.device("cpu")
-    assert parse_device(None) == best_device()
-    assert best_device().type == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.mark.parametrize("rank", ["", "first", "-1", "1.0"])

@@ -1,8 +1,10 @@
-"""Every command that the documents and the programs' own help show is one that the programs take."""
+"""What the documents say: their commands are taken, their links lead somewhere, their promises have tests."""
 
+import ast
 import re
 import shlex
 from dataclasses import MISSING
+from functools import cache
 
 import pytest
 
@@ -12,6 +14,7 @@ from conftest import ROOT
 from flatllmbench import command_line, report, speed, zero_shot
 from flatllmcore import export
 from flatllmcore.utils.names import FAMILY_NAMES, PLAIN_FAMILIES
+from markdown_tables import tables
 
 DOCS = ("MEASUREMENTS", "SERVING", "RECOVER", "QUANTIZE", "FAMILIES", "CONTRIBUTING")
 DOCUMENTS = ("README.md", "INSTALL.md", *(f"docs/{name}.md" for name in DOCS), "results/README.md")
@@ -27,6 +30,7 @@ PARSERS = {
     "speed": speed.parse_arguments,
     "zero_shot": zero_shot.parse_arguments,
 }
+PROMISES = (ROOT / "docs" / "PROMISES.md").read_text()
 CONTINUED = re.compile(r"\\+\n\s*")  # in a docstring the backslash is doubled
 
 
@@ -89,3 +93,23 @@ def test_the_readme_is_one_page_with_the_flags_of_the_table_of_options():
         meaning = command_line.ROWS[name].metadata["help"].replace("<", "\\<")
         table += f"| `--{flag}` | {shown} | {meaning} |\n"
     assert readme.split("<!-- flags -->\n")[1].split("<!-- /flags -->")[0] == table
+
+
+@cache
+def found_in(file: str) -> set[str]:
+    """Return what pytest would find in a file: ``file::Class::test`` and ``file::test``."""
+    nodes = ast.parse((ROOT / file).read_text(encoding="utf-8")).body
+    classes = {f"{file}::{node.name}": node.body for node in nodes if isinstance(node, ast.ClassDef)} | {file: nodes}
+    return {f"{of}::{node.name}" for of, body in classes.items() for node in body if isinstance(node, ast.FunctionDef)}
+
+
+def test_every_test_named_exists():
+    named = re.findall(r"`(tests/[^`]+)`", PROMISES)
+    assert len(named) > 80
+    assert [test for test in named if "::test_" not in test or test not in found_in(test.partition("::")[0])] == []
+
+
+def test_every_promise_has_a_test_or_the_reason_why_it_was_not_run():
+    proofs = {promise: proof for _header, *rows in tables(PROMISES) for promise, proof in rows}
+    assert len(proofs) > 50
+    assert [promise for promise, proof in proofs.items() if not re.search(r"tests/.*::test_|^not run: .", proof)] == []

@@ -21,7 +21,7 @@ from flatllmcore.engine.compress import compress_layers
 from flatllmcore.engine.importance import angles_between, layer_importance, loss_metrics
 from flatllmcore.engine.memory import ModelInMemory
 from flatllmcore.engine.perplexity import perplexity
-from flatllmcore.engine.reuse import is_worth_keeping, written
+from flatllmcore.engine.reuse import written
 from flatllmcore.engine.storage import StatesStorage
 from flatllmcore.engine.walk import Walk, tapped
 from flatllmcore.errors import InputError
@@ -91,14 +91,14 @@ def multiplications(sizes, first, method, scores, is_room):
     return 2 * dense + 2 * other + ends + (not is_room) * 2 * (attention + D * F)
 
 
-@pytest.mark.parametrize("is_room", [True, False])
+@pytest.mark.parametrize(("is_room", "dtype"), [(True, torch.float32), (True, torch.bfloat16), (False, torch.float32)])
 @pytest.mark.parametrize("method", METHODS)
-def test_a_layers_attention_is_computed_once_per_stream(windows, monkeypatch, method, is_room):
+def test_a_layers_attention_is_computed_once_per_stream(windows, monkeypatch, method, is_room, dtype):
     """Oracle: torch's count of operations, against the least; what was no room for is computed once more.
 
     Nobody asks for what the last layer gives.
     """
-    model = tiny_model(attn_implementation="eager")
+    model = tiny_model(attn_implementation="eager").to(dtype)
     sizes, source = dimensions_from_config(model.config), ModelInMemory(model, CPU)
     allocation = RankAllocation(40.0, False, 1, sizes, tuple(Kept(0.6, 7, width) for width in (30, 40)))
     run, counts = Walk.run, []
@@ -123,7 +123,7 @@ def test_a_layers_attention_is_computed_once_per_stream(windows, monkeypatch, me
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("rank", "width"), [(12, 56), (7, 56), (12, 30)])
 def test_what_stands_for_a_part_gives_what_the_part_gives(windows, dtype, rank, width):
-    """Oracle: the parts of the compressed layer. Two channels are equal; half precision has no map of narrow values."""
+    """Oracle: the parts of the compressed layer. Two channels are equal."""
     model = tiny_model()
     for name in ("gate_proj", "up_proj"):
         weight = model.model.layers[0].mlp.get_submodule(name).weight.data
@@ -138,11 +138,7 @@ def test_what_stands_for_a_part_gives_what_the_part_gives(windows, dtype, rank, 
     angles = model.model.rotary_emb(states, torch.arange(6)[None])
     calls = {"self_attn": {"position_embeddings": angles, "attention_mask": None}, "mlp": {}}
     for part, arguments in calls.items():
-        assert is_worth_keeping(part, dtype) == (part == "mlp" or dtype == torch.float32)
-        stand_in = written(before, after, part)
-        if part == "self_attn" and rank < 12 and dtype == torch.bfloat16:
-            assert stand_in is None
-            continue
+        stand_in = written(before, after, part, dtype)
         tap = f"{WRITERS[part]}.input"
         with tapped(before, [tap]) as look:
             read = look(partial(before.get_submodule(part), states, **arguments))[tap]
@@ -150,7 +146,7 @@ def test_what_stands_for_a_part_gives_what_the_part_gives(windows, dtype, rank, 
         found, expected = stand_in(), after.get_submodule(part)(states, **arguments)
         if part == "self_attn":
             found, expected = found[0], expected[0]
-        torch.testing.assert_close(found, expected)
+        assert (found - expected).norm() <= 4 * torch.finfo(dtype).eps * expected.norm()
 
 
 def test_a_failed_compression_leaves_the_model_as_it_was(model, windows):

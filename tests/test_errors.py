@@ -1,13 +1,12 @@
 """What becomes a line, and what keeps its traceback."""
 
 import os
-import signal
 import subprocess
 import sys
 
 import pytest
 
-from flatllmcore.errors import InputError, door, run_program
+from flatllmcore.errors import InputError, door
 from python_process import LIBRARY
 
 
@@ -38,15 +37,6 @@ def test_what_a_library_raises_becomes_one_line_and_what_ends_a_program_passes(r
     else:
         assert (type(caught.value), str(caught.value)) == (InputError, f"this is wrong ({reason}); that is accepted")
         assert caught.value.__cause__ is raised
-
-
-def test_a_signal_that_ends_a_program_is_an_exit():
-    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    try:
-        with pytest.raises(SystemExit, match=f"^{128 + signal.SIGTERM}$"):
-            run_program(lambda: os.kill(os.getpid(), signal.SIGTERM))
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 OPENED = """

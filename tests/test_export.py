@@ -14,7 +14,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GemmaTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 import serving
-from conftest import one_line
+from conftest import EMBEDDED, one_line
 from flatllmcore import apply_flat_llm
 from flatllmcore.export import _ARCHITECTURES, main
 from flatllmcore.layers import compressed_config
@@ -29,7 +29,6 @@ from llama_cpp import LlamaCpp
 from tiny_gguf import write_gguf
 from tiny_text import word_tokenizer
 
-EMBEDDED = str(Path(__file__).resolve().parents[1] / "models" / "pydocs-llama")
 MIXED = "I'll don't WE'RE it's 12345 1,024 items\n\n  def café(x): return x_1  \t# naïve 北京 🙂🙂\r\n   end. ... of it"
 PLAIN = "The items of a list, 12 of them: why don't they end?"
 DECI = [name for name, of in PUBLISHED.items() if "deci" in _ARCHITECTURES.get(of["model_type"], ())]
@@ -145,13 +144,15 @@ def test_every_program_writes_the_same_texts(tmp_path, monkeypatch, capsys):
     windows = sample_documents(load_text("pydocs", "train"), tokenizer, 8, 128, seed=0)
     small = save(tmp_path / "small", apply_flat_llm(model, None, 0.3, windows, method="flatllm"), tokenizer)
     capsys.readouterr()
-    assert serving.main([EMBEDDED, small]) == 0
-    rows = [re.split(r" *\| *", line)[1:-1] for line in capsys.readouterr().out.splitlines()[2:-2]]
-    assert [row[1] for row in rows] == 4 * ["3 of 3"]
-    perplexities = [[float(number) for number in re.findall(r"[\d.]+", row[2])] for row in rows]
+    assert serving.main([EMBEDDED, small, "--out", str(tmp_path / "out.json")]) == 0
+    rows = json.loads((tmp_path / "out.json").read_text())["programs"]
+    assert [row["same 8 tokens"] for row in rows] == 4 * ["3 of 3"]
+    perplexities = [[row["perplexity"], row["dense"]] for row in rows]
     assert perplexities == [pytest.approx(perplexities[0], rel=0.002)] * 4
-    assert float(rows[0][3]) < 0.9
-    assert rows[3][3] == "1.00"
+    assert rows[0]["cache, × dense"] < 0.9
+    assert rows[3]["cache, × dense"] == 1
+    shown = [re.split(r" *\| *", line)[1:-1] for line in capsys.readouterr().out.splitlines()[2:-1]]
+    assert shown == [[f"{cell:.3f}" if isinstance(cell, float) else cell for cell in row.values()] for row in rows]
 
 
 @pytest.mark.parametrize(
@@ -278,19 +279,13 @@ REFUSED = {
     "smollm3 with positions missing in other layers": ("SmolLM3-3B", {}),
     "the activation gelu; accepted: silu": ("Llama-2-7b", {"hidden_act": "gelu"}),
     "the activation gelu; accepted: gelu_pytorch_tanh": ("Gemma-3-1b", {"hidden_activation": "gelu"}),
-    "cohere2 with tie_word_embeddings = False": ("Command-R7B", {"tie_word_embeddings": False}),
     "gemma2 with tie_word_embeddings = False": ("Gemma-2-2b", {"tie_word_embeddings": False}),
     "olmo2 with tie_word_embeddings = True": ("Olmo-3-7B", {"tie_word_embeddings": True}),
     "exaone4 with heads of width 8; accepted: 10": ("EXAONE-4.0-32B", {}),
     "sliding_window = 60 in 3 layers": ("EXAONE-4.0-32B", {"head_dim": 10}),
-    "sliding_window = None in 64 layers": ("EXAONE-4.0-1.2B", layers("G", 64)),
     "gemma2 with query_pre_attn_scalar other than 12": ("Gemma-2-2b", {}),
     "gemma2 with scores or logits without a cap": ("Gemma-2-2b", HEADS | {"final_logit_softcapping": None}),
     "gemma3 with attention to what comes later": ("Gemma-3-1b", HEADS | {"use_bidirectional_attention": True}),
-    "of type dynamic are not written for llama": (
-        "Llama-2-7b",
-        {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
-    ),
     "of type llama3 are not written for cohere2": ("Command-R7B", BY_PARTS),
     "of type default are not written for olmo2": ("Olmo-3-7B", {"rope_scaling": None, "rope_theta": 1000.0}),
     "of type yarn are not written for olmo2": ("Olmo-3-7B", {"rope_scaling": YARN | {"beta_fast": 16.0}}),
@@ -310,14 +305,6 @@ def test_what_llama_cpp_does_not_compute_is_one_line_and_no_file(tmp_path, compl
     folder = save(tmp_path / "model", model, tokenizer)
     assert complaint in one_line(capsys, main, [folder, str(tmp_path / "model.gguf")])
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
-
-
-def test_a_family_that_the_table_lacks_is_one_line(tmp_path, capsys, monkeypatch):
-    """There is none now; one that is added need not have GGUF files."""
-    folder = save(tmp_path, tiny("Llama-2-7b"), byte_level_tokenizer())
-    monkeypatch.delitem(_ARCHITECTURES, "llama")
-    line = one_line(capsys, main, [folder, str(tmp_path / "model.gguf")])
-    assert "error: GGUF files of llama are not written; accepted: qwen2, " in line
 
 
 def test_a_disk_that_fills_up_is_one_line_and_no_file(tmp_path, capsys):

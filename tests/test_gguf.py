@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 from struct import pack
 
-import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -19,7 +18,7 @@ from flatllmcore.utils.loading import load_config, load_model, load_tokenizer
 from tiny_gguf import TOKENS, tiny_llama, write_gguf
 
 COUNT, HUGE = (pack("<IQ", 8, len(TOKENS) | more) for more in (0, 2**40))  # before the strings of an array
-FREQUENCIES = np.ones(4, np.float32)
+
 TEXT = "the cat and the dog, 10 of them; " * 40
 
 
@@ -116,20 +115,9 @@ def test_a_model_in_memory_that_was_loaded_from_a_gguf_is_compressed_and_saved_a
 @pytest.mark.parametrize(
     ("harm", "complaint"),
     [
-        (lambda path: path.write_bytes(b"GGUF" + bytes(100)), "cannot read .*tiny.gguf"),
         (lambda path: path.write_bytes(path.read_bytes()[:20000]), "cannot read .*tiny.gguf"),
-        (
-            lambda path: write_gguf(path, left_out=("blk.1.attn_norm.weight",)),
-            "of its 20 tensors transformers makes 21",
-        ),
-        (
-            lambda path: write_gguf(path, added={"rope_freqs.weight": FREQUENCIES}),
-            "of its 22 tensors transformers makes",
-        ),
-        (
-            lambda path: path.write_bytes(path.read_bytes().replace(COUNT, HUGE, 1)),
-            r"it ends within the \d+ numbers at byte",
-        ),
+        (lambda path: write_gguf(path, left_out=("blk.1.attn_norm.weight",)), "of its 20 tensors transformers makes"),
+        (lambda path: path.write_bytes(path.read_bytes().replace(COUNT, HUGE, 1)), r"it ends within the \d+ numbers"),
         (lambda path: write_gguf(path, architecture="gpt2"), "family 'gpt2' is not supported|cannot read .*tiny.gguf"),
         (lambda path: write_gguf(path.with_name("other.gguf")), "2 GGUF files in .*; give one of them, .*other.gguf"),
     ],

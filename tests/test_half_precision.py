@@ -14,10 +14,12 @@ from checkpoints import CPU, bytes_in, compress_to, in_memory, on_disk, save_inp
 from conftest import assert_same_weights, tiny_model
 from flatllmcore.api import FlatLLMPruner
 from flatllmcore.config import FlatLLMConfig
+from flatllmcore.engine import compress
 from flatllmcore.engine.checkpoint_sink import CheckpointSink
 from flatllmcore.engine.importance import layer_importance
 from flatllmcore.engine.memory import ModelInMemory
 from flatllmcore.engine.perplexity import perplexity
+from flatllmcore.engine.reuse import written
 from flatllmcore.methods import flatllm, flatllm_plus
 from flatllmcore.utils import devices
 from flatllmcore.utils.names import IMPORTANCE_METHODS
@@ -51,7 +53,10 @@ def test_scores_and_perplexity_are_those_of_the_widened_model(model, windows, me
 def test_a_model_is_compressed_as_the_widened_one_whose_solutions_are_rounded(
     model, windows, dtype, method, fields, without_units, monkeypatch
 ):
-    """Oracle: a model of float32 of which each step's weights are rounded before anything runs through them."""
+    """Oracle: a model of float32 of which each step's weights are rounded before anything runs through them.
+
+    Its maps of values are found to that rounding too.
+    """
     model.to(dtype).train().model.layers[0].requires_grad_(False)
     model.model.norm.weight.grad = torch.ones_like(model.model.norm.weight)
     widened, before = copy.deepcopy(model).float(), dict(model.named_parameters())
@@ -67,6 +72,7 @@ def test_a_model_is_compressed_as_the_widened_one_whose_solutions_are_rounded(
             return solution._replace(weights={name: rounded(weight) for name, weight in solution.weights.items()})
 
         monkeypatch.setattr(step, "solve", solve)
+    monkeypatch.setattr(compress, "written", lambda *given: written(*given[:-1], dtype))
     FlatLLMPruner(widened, config=config_of(method, windows, **fields)).prune_model()
     assert_same_weights(model.float().state_dict(), widened.state_dict())
     assert any("rotary_places" in name or "q_proj.up" in name for name in model.state_dict())

@@ -21,7 +21,7 @@ from flatllmcore.engine import checkpoint_sink
 from flatllmcore.engine.checkpoint_sink import CheckpointSink
 from flatllmcore.utils.checkpoint import MANIFEST
 from flatllmcore.utils.files import write_json
-from python_process import SERVER
+from python_process import run_forked
 
 KILLS = int(os.environ.get("KILLS", "6"))
 NEVER = 10**6
@@ -110,29 +110,22 @@ def replace_a_model(folder: Path, kill_at: int) -> None:
     compress_to(folder / "out", str(folder / "dense"), windows, overwrite=True)
 
 
-def run_to_its_end(folder: Path, kill_at: int) -> int | None:
-    process = SERVER.Process(target=replace_a_model, args=(folder, kill_at), daemon=True)
-    process.start()
-    process.join()
-    return process.exitcode
-
-
 def test_a_kill_at_any_step_of_the_publication_leaves_one_model_and_a_way_on(tmp_path):
     """The new model is whole under its working name; the old one is moved, the new one too, and the old one goes."""
     save_tiny_checkpoint(tmp_path / "dense")
     save_tiny_checkpoint(tmp_path / "old", "mistral", "1GB")  # in few files, each of which is a step
     write_json(tmp_path / "old" / MANIFEST, {"request": {}, "files": os.listdir(tmp_path / "old")})
-    assert run_to_its_end(tmp_path, NEVER) == 0
+    assert run_forked(replace_a_model, tmp_path, NEVER) == 0
     expected, old = bytes_in(tmp_path / "out"), bytes_in(tmp_path / "old")
     for kill_at in itertools.count():
         shutil.rmtree(tmp_path / "out")
         shutil.copytree(tmp_path / "old", tmp_path / "out")
-        if run_to_its_end(tmp_path, kill_at) == 0:
+        if run_forked(replace_a_model, tmp_path, kill_at) == 0:
             break
         places = [tmp_path / name for name in ("out", "out.partial/.replaced") if (tmp_path / name).exists()]
         left = {path.name: path.read_bytes() for path in places[0].iterdir() if path.is_file()}
         assert left in (expected, old)
-        assert run_to_its_end(tmp_path, NEVER) == 0
+        assert run_forked(replace_a_model, tmp_path, NEVER) == 0
         assert bytes_in(tmp_path / "out") == expected
         assert {path.name for path in tmp_path.iterdir()} == {"dense", "old", "out"}
     assert kill_at >= 6  # two renames, and three files and a folder deleted

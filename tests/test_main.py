@@ -30,7 +30,7 @@ from flatllmcore.methods import METHODS
 from flatllmcore.methods.flatllm import FlatLLMStep
 from flatllmcore.methods.flatllm_plus import OutputStep
 from flatllmcore.utils.dimensions import Kept, ModelDimensions
-from python_process import SERVER, redirect
+from python_process import redirect, run_forked
 from tiny_text import word_tokenizer, write_texts
 
 SEQLEN = 32
@@ -297,19 +297,6 @@ def test_windows_are_as_many_and_as_long_as_asked(here, flags, seqlen):
 # Bad input: the command line
 
 
-@pytest.mark.parametrize(("argv", "reason"), [("--nope", "unrecognized"), ("--seed=x", "int")])
-def test_argparse_refuses_in_one_line_after_the_usage(here, capsys, argv, reason):
-    before = files(here)
-    with pytest.raises(SystemExit) as stopped:
-        run(argv)
-    assert stopped.value.code == 2
-    first, *_, last = capsys.readouterr().err.splitlines()
-    assert first.startswith("usage: main.py")
-    assert last.startswith("main.py: error: ")
-    assert reason in last
-    assert files(here) == before
-
-
 @pytest.mark.parametrize(("name", "is_said"), [("text/train.txt", True), ("text", False)])
 def test_perplexity_of_text_calibrated_on_is_called_that(here, capsys, name, is_said):
     assert run("--dataset", name, "--eval_dataset", *dict.fromkeys(("text", name))) == 0
@@ -323,13 +310,7 @@ def test_perplexity_of_text_calibrated_on_is_called_that(here, capsys, name, is_
         ("--sparsity_ratio 95", "the largest possible target is 74 %; more with Q and K pruned: --prune_qk"),
         ("--save_model ~nobody9/x", "--save_model is PosixPath('~nobody9/x'); accepted: a path in UTF-8, with ~ for"),
         ("--model llama\udcff", r"--model is 'llama\udcff'; accepted: a name or path in UTF-8"),
-        ("--cache_dir a\0b", r"--cache_dir is PosixPath('a\x00b')"),
-        ("--model loop", "no usable model config at 'loop'"),
-        (f"--dataset {256 * 'n'}", "File name too long"),
-        (
-            "--shape stock --prune_method bi --prune_qk --bi_score x",
-            "leave out --prune_method bi, --prune_qk, --bi_score",
-        ),
+        ("--shape stock --prune_method bi --prune_qk --bi_score x", "leave out --prune_method bi, --prune_qk, --bi"),
         ("--shape stock --width_multiple 8 --sparsity_ratio 20 60", "largest possible target is 48 %; the stock shape"),
         ("--seqlen 129", "this model takes 2 to 128 tokens"),
         ("--nsamples 9999", "asked 9999 windows of 32 tokens, text 'text' (train) gives at most"),
@@ -338,11 +319,8 @@ def test_perplexity_of_text_calibrated_on_is_called_that(here, capsys, name, is_
         ("--dataset wikitext2", "without a network give a folder with a copy as dataset_root"),
         ("--eval_dataset short.txt", "has 2 tokens, fewer than one window of 32"),
         ("--save_model out/llama --sparsity_ratio 20 30", "cannot save to out/llama-30: it is not empty"),
-        ("--save_model new --sparsity_ratio 20 95", "removing 95 % of this model is impossible"),
-        ("--dataset text+short.txt --eval_dataset text", "asked 3 windows of 32 tokens, text 'short.txt' (train)"),
         ("--dataset text+short.txt", "short.txt has no test split to measure perplexity on; name an --eval_dataset"),
         ("--dataset text+text --nsamples 1", "asked 1 windows of 2 texts; give more windows, or fewer texts"),
-        ("--dataset text+ --eval_dataset text", "no dataset, file or folder called ''; known datasets"),
         ("--prune_method bi --bi_score logs/llama_bi.json", "llama_bi.json is where the record goes"),
         ("--prune_method bi --bi_score llama/config.json --overwrite", "no scores to overwrite (llama/config.json"),
         ("--save_model text --overwrite", "no run wrote text/"),
@@ -350,30 +328,25 @@ def test_perplexity_of_text_calibrated_on_is_called_that(here, capsys, name, is_
         ("--save_model new --save new/logs", "overlaps with --save new/logs"),
         ("--save_model new --bi_score new.partial", "overlaps with --bi_score new.partial"),
         ("--save_model new --offload_folder new", "overlaps with --offload_folder new"),
-        ("--model llama.partial --save_model llama --overwrite", "overlaps with --model llama.partial"),
+        ("--save_model llama/small", "overlaps with --model"),
         ("--save_model text/train.txt/new", "cannot write to "),
         ("--offload_folder text/train.txt", "cannot write to text/train.txt: Not a directory"),
-        ("--save_model llama/small", "overlaps with --model"),
         (f"--prune_method bi --bi_score {SCORES}", f"{SCORES} exists; give --overwrite"),
         (f"--prune_method bi --bi_score {RANKS} --overwrite", f"{RANKS} is a file; scores are written to a folder"),
         ("--bi_score ranks/llama/ranks_40.json", "ranks_40.json does not exist"),
         ("--bi_score bi_score.pt", "bi_score.pt: 'scores' has 2 entries; the model has 3 layers"),
-        ("--save text/train.txt", "cannot write to text/train.txt: Not a directory"),
         ("--save held", "cannot write held/llama_flatllm_30.json: it is a folder"),
         ("--save held --sparsity_ratio 40", "cannot write held/llama_flatllm_40.log: it is a folder"),
         ("--bi_score pipe.json", "cannot write pipe.json: it is a pipe"),
-        ("--bi_score pipe.json --prune_method bi --overwrite", "cannot write pipe.json: it is a pipe"),
         ("--save theirs", "theirs/llama_flatllm_30.json is no record; move it"),
         ("--bi_score held", "cannot write held/importance.json: it is a folder"),
-        ("--bi_score held/a", "cannot write held/a/ranks_30.json: it is a folder"),
         (f"--model {MODEL}", "compressed already"),
-        ("--model nosuch/model", "no usable model config at 'nosuch/model'"),
     ],
 )
 def test_unusable_arguments_are_refused(here, refused, argv, reason):
     Path("short.txt").write_text("too short")
-    Path("loop").symlink_to("loop")
-    for name in ("llama_flatllm_30.json", "llama_flatllm_40.log", "importance.json", "a/ranks_30.json"):
+
+    for name in ("llama_flatllm_30.json", "llama_flatllm_40.log", "importance.json"):
         Path("held", name).mkdir(parents=True)
     torch.save([0.1, 0.2], "bi_score.pt")
     os.mkfifo("pipe.json")
@@ -392,10 +365,6 @@ def not_a_number(folder: Path, name: str = "model.layers.1.mlp.up_proj.weight") 
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
-def template(folder: Path, name: str) -> None:
-    edit(folder / "tokenizer_config.json", chat_template=[{"name": name, "template": "x"}])
-
-
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
@@ -405,18 +374,13 @@ def template(folder: Path, name: str) -> None:
         ({"model_type": "qwen2", "num_attention_heads": 0, "head_dim": None}, "num_heads is 0; accepted: 1 to"),
         ({"per_layer_config": {"0": {"intermediate_size": 24}}}, "the layers of this llama differ (per_layer_config)"),
         ({"hidden_act": "nosuch"}, "config of 'llama' is unusable (KeyError: 'nosuch'); mend its config.json"),
-        ({"rope_parameters": {"rope_type": "default", "rope_theta": "1e4"}}, "'str' and 'Tensor'"),
         ({"num_key_value_heads": 3}, "RuntimeError: The size of tensor"),  # of 4 heads
-        ({"output_attentions": True}, "The `output_attentions` attribute is not supported"),
         ({"vocab_size": -4}, "the model knows 0 to -5"),
-        ({"max_position_embeddings": -5}, "windows of 32 tokens are out of range; this model takes 2 to -5 tokens"),
-        (lambda folder: (folder / "config.json").write_text("[" * 10**5), "RecursionError"),
         (lambda folder: (folder / "config.json").write_text("null"), "no usable model config at 'llama'"),
         (lambda folder: os.truncate(folder / "model.safetensors", 9999), "checkpoint 'llama' is missing or damaged"),
         (not_a_number, "layer 1 gives NaN or infinite activations; a wider dtype"),
         (lambda folder: not_a_number(folder, "lm_head.weight"), "the dense model's perplexity is nan"),
         (lambda folder: (folder / "tokenizer.json").write_text("{}"), "no usable tokenizer at 'llama'"),
-        (lambda folder: template(folder, "../elsewhere"), "no usable tokenizer at 'llama' (Invalid chat template name"),
     ],
 )
 def test_a_damaged_or_unsupported_model_is_refused(here, refused, monkeypatch, damage, reason):
@@ -437,10 +401,7 @@ def test_a_request_that_cannot_be_met_is_refused_before_weights_are_looked_for(h
 OTHERS = "weights and config and tokenizer"
 CHANGES = [  # of the model, and what is said to be another: what sizes, signs and the first rows do not show
     (lambda: add_to("model.layers.2.mlp.down_proj.weight", 1e-3, slice(17, None)), "weights"),
-    (lambda: add_to("lm_head.weight", 1e-3), "weights"),
     (lambda: edit("llama/config.json", rope_parameters={"rope_type": "default", "rope_theta": 500.0}), "config"),
-    (lambda: edit("llama/config.json", hidden_act="gelu"), "config"),
-    (lambda: edit("llama/tokenizer_config.json", padding_side="left"), "tokenizer"),
     (lambda: Path("llama/chat_template.jinja").write_text("{{ messages }}"), "tokenizer"),
 ]
 
@@ -448,7 +409,7 @@ CHANGES = [  # of the model, and what is said to be another: what sizes, signs a
 @pytest.mark.parametrize("place", ["ranks/llama", SCORES, RANKS])
 def test_scores_and_ranks_of_other_models_are_refused(here, refused, place):
     assert "architecture llama, not mistral" in refused("--bi_score", place, model="mistral")
-    for (change, _), named in zip(CHANGES[::2], ("weights", "weights and config", OTHERS), strict=True):
+    for (change, _), named in zip(CHANGES, ("weights", "weights and config", OTHERS), strict=True):
         change()
         assert f"belong to other {named}" in refused("--bi_score", place)
     Path(SCORES).unlink()
@@ -544,21 +505,10 @@ def test_a_log_on_a_full_disk_is_one_clear_line(here, refused):
     assert "No space left on device: full" in refused("--save", "full")
 
 
-@pytest.mark.parametrize(
-    ("sizes", "start"),
-    [
-        ("WORLD_SIZE=01", "python"),
-        ("WORLD_SIZE=3 LOCAL_WORLD_SIZE=3", "torchrun --nproc_per_node 3"),
-        (
-            "WORLD_SIZE=8 LOCAL_WORLD_SIZE=4 MASTER_ADDR=10.0.0.1 MASTER_PORT=29501",
-            "torchrun --nproc_per_node 4 --nnodes 2 --node_rank N --master_addr 10.0.0.1 --master_port 29501",
-        ),
-    ],
-    ids=["one", "machine", "machines"],
-)
-def test_the_command_of_a_run_starts_as_many_processes(monkeypatch, sizes, start):
-    for variable in sizes.split():
+def test_the_command_of_a_run_on_several_machines_starts_it_on_each(monkeypatch):
+    for variable in ["WORLD_SIZE=8", "LOCAL_WORLD_SIZE=4", "MASTER_ADDR=10.0.0.1", "MASTER_PORT=29501"]:
         monkeypatch.setenv(*variable.split("="))
+    start = "torchrun --nproc_per_node 4 --nnodes 2 --node_rank N --master_addr 10.0.0.1 --master_port 29501"
     assert main.command_line(["--model", "a b"]) == f"{start} main.py --model 'a b'"
 
 
@@ -580,7 +530,7 @@ def test_an_interrupted_run_does_not_go_on_with_another_model(here, refused, int
     argv = ("--bi_score", "bi_score.pt", "--save_model", "out/new")
     interrupted(*argv)
     change()
-    assert re.search(rf"another request \({named} \w{{16}}, not \w{{16}}\)", refused(*argv))
+    assert re.search(rf"another request \({named} \w{{16}}, not \w{{16}}\)", refused(*argv, "--overwrite"))
 
 
 def test_an_interrupted_run_says_how_to_go_on_and_its_command_then_succeeds(here, capfd, interrupted):
@@ -755,6 +705,11 @@ def test_what_is_published_names_no_folder_of_this_machine(here):
     for published in (Path("a/new"), Path("b/scores")):
         for name, content in files(published).items():
             assert str(here).encode() not in content, name
+    card = Path("a/new/README.md").read_text()
+    assert "`python main.py --model llama --dataset text" in card
+    assert " --dataset text+also --save_model new --bi_score scores`" in card
+    assert "\n| perplexity (also, windows of 32 tokens) | " in card
+    assert "\nbase_model:" not in card  # the hub links this name to a repository
     assert read("b/scores/importance.json")["model_id"] == "llama"
     assert read("a/new/flat_llm.json")["request"]["base_model"] == "llama"
     assert read(RECORD)["base_model"] == f"{here}/llama"
@@ -780,10 +735,7 @@ def test_a_signal_that_ends_the_program_leaves_no_temporary_folder(here, monkeyp
     monkeypatch.undo()  # the server that forks is asked by a socket
     (here / "temporary").mkdir()
     argv = ["main.py", "--model", "llama", "--dataset", "text", "--sparsity_ratio", "30", *SHORT]
-    process = SERVER.Process(target=run_program_until, args=(ending, here, argv), daemon=True)
-    process.start()
-    process.join()
-    assert process.exitcode == 128 + ending, (here / "stderr").read_text()
+    assert run_forked(run_program_until, ending, here, argv) == 128 + ending, (here / "stderr").read_text()
     assert os.listdir(here / "temporary") == []
 
 

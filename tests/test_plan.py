@@ -19,8 +19,9 @@ import common
 import compression_time
 import forward_profile
 import quantized
+import quantized_cache
 from common import find_config
-from conftest import one_line, shape
+from conftest import EMBEDDED, one_line, shape
 from flatllmcore.core.mlp_nystrom import reconstruct_down_projection, select_channels
 from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector
 from flatllmcore.engine.checkpoint_source import CheckpointSource
@@ -33,7 +34,6 @@ from plan import MACHINES, main
 from random_checkpoint import main as checkpoint_main
 from random_checkpoint import write_random_checkpoint
 
-EMBEDDED = str(common.ROOT / "models" / "pydocs-llama")
 D, F, H, G, LAYERS, WINDOWS, S = 64, 160, 4, 2, 3, 5, 16
 d = D // H
 SIZES = shape(H, G, D, F) | {"num_hidden_layers": LAYERS, "vocab_size": 97}
@@ -202,6 +202,17 @@ def test_a_profile_of_a_layer_has_its_seven_projections_and_shares_of_one(capsys
     rate, peak = map(float, re.search(r"matrix products ([\d.]+) of ([\d.]+) GFLOP/s", printed).groups())
     assert rate > 0
     assert peak == 5.0
+
+
+def test_text_read_in_chunks_behind_a_cache_has_the_perplexity_of_whole_windows(tmp_path, capsys):
+    """Oracle: the walk. The caches that quantise need a package of their own."""
+    flags = ["--dataset", "pydocs", "--windows", "2", "--seqlen", "64", "--chunk", "24", "--bits"]
+    quantized_cache.main([EMBEDDED, "--out", str(tmp_path / "out.json"), *flags])
+    windows = consecutive_windows(load_text("pydocs", "test"), load_tokenizer(EMBEDDED), 64, 2)
+    expected = perplexity(CheckpointSource(EMBEDDED, torch.device("cpu"), "float32"), windows, 2)
+    (row,) = json.loads((tmp_path / "out.json").read_text())["perplexity"]
+    assert float(row["as it is"]) == pytest.approx(expected, abs=0.006)
+    assert row["as it is"] in capsys.readouterr().out
 
 
 def test_quantised_models_are_measured_when_they_are_loaded_again(capsys):

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from common import PUBLISHED as PUBLISHED_MODELS
 from flatllmcore.core.curve_allocation import MLP, PAIRS, VALUES, ideal_without, outlines
 from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector, RankAllocation, allocate_keep_ratios
-from flatllmcore.core.rank_rounding import largest_remainder
 from flatllmcore.errors import InputError
 from flatllmcore.utils.dimensions import ModelDimensions
 from flatllmcore.utils.layer_utils import dimensions_from_config
@@ -124,11 +123,6 @@ class TestKeepRatios:
             budget, active = budget - len(capped), active - capped
         assert allocate_keep_ratios(scores, percent / 100) == pytest.approx([float(w) for w in shares], rel=1e-9)
 
-    @pytest.mark.parametrize("score", [0.0, -0.1, math.nan, math.inf])
-    def test_a_score_that_is_not_positive_and_finite_is_refused_with_its_layer(self, score):
-        with pytest.raises(InputError, match=r"layer 1 is .*more than 0"):
-            allocate_keep_ratios([0.1, score, 0.2], 0.5)
-
 
 class TestBudget:
     @pytest.mark.parametrize(
@@ -214,6 +208,7 @@ class TestBudget:
         assert ("by the published method" in str(before.value)) != ("--prune_qk" in str(before.value))
         largest = int(re.search(r"largest possible target is (\d+) %", str(before.value))[1])
         allocation = selector.allocate(scores_for(dimensions, 0), 1 - largest / 100, curves)
+        assert prune_qk or set(allocation.per_layer("query_key_pairs")) == {None}
         missing = largest / 100 * allocation.parameters_before - (
             allocation.parameters_before - allocation.parameters_after
         )
@@ -242,18 +237,6 @@ class TestPublishedFloors:
                 floors = (kept.keep * dimensions.head_dim, kept.keep * dimensions.intermediate_size)
                 assert (kept.value_rank, kept.mlp_width) == tuple(map(int, floors))
             assert percent - 1e-9 <= allocation.achieved_sparsity_percent < percent + 1
-
-    @pytest.mark.parametrize("prune_qk", [False, True])
-    def test_given_layers_state_what_they_remove(self, prune_qk):
-        """At rank 8 of 8 the factors of a (8, 64) head are 576 weights, the head itself 512: these stay whole."""
-        selector = ImportancePreservingRankSelector(TINY, prune_qk=prune_qk)
-        allocation = selector.floored([0.9, 0.5, 1.0, 0.25, 0.8])
-        assert allocation.per_layer("value_rank") == [7, 4, 8, 2, 6]
-        assert allocation.per_layer("mlp_width") == [154, 86, 172, 43, 137]
-        assert allocation.per_layer("query_key_rank") == ([7, 4, None, 2, 6] if prune_qk else [None] * 5)
-        removed = 1 - counted_parameters(allocation) / allocation.parameters_before
-        assert allocation.sparsity_ratio == pytest.approx(100 * removed)
-        assert allocation.achieved_sparsity_percent == pytest.approx(100 * removed)
 
 
 class TestRoundedRanks:
@@ -342,16 +325,6 @@ class TestRoundedRanks:
                 clamped = min(max(rounded, n), n * (dimensions.intermediate_size // step))
                 best = min(best, abs(pruned - asked - ranks * rank_cost - clamped * width_cost))
         return best - allowed_error(dimensions, asked, multiple)
-
-    @given(st.lists(st.integers(1, 5000), min_size=1, max_size=20), st.integers(1, 60), st.data())
-    def test_largest_remainder_sums_to_its_total_within_bounds_and_keeps_order(self, hundredths, most, data):
-        ideal = [n / 100 for n in hundredths]
-        total = data.draw(st.integers(len(ideal), len(ideal) * most))
-        steps = largest_remainder(ideal, total, most)
-        assert sum(steps) == total
-        assert all(1 <= n <= most for n in steps)
-        assert [n for _, n in sorted(zip(ideal, steps, strict=True))] == sorted(steps)
-        assert largest_remainder([2.5, 3.7, 4.2, 1.6], 12, 10) == [2, 4, 4, 2]  # the largest are rounded up
 
 
 @pytest.mark.parametrize("multiple", [0, -8, 9])

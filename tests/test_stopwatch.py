@@ -35,16 +35,3 @@ def test_stages_add_up_each_for_itself_alone_unless_the_outer_one_is_whole(clock
             clock.now += 700
     assert watch.elapsed_s == {"outer": 101 + 111, "inner": 0, "innermost": 10}
     assert other.elapsed_s == {"inner": 700}
-
-
-def test_a_stage_that_fails_is_counted_and_left(clock):
-    def fail() -> None:
-        clock.now += 2
-        raise KeyError
-
-    with Stopwatch(torch.device("cpu")).running() as watch:
-        with pytest.raises(KeyError), stage("outer"), stage("inner"):
-            fail()
-        with stage("later"):
-            clock.now += 4
-    assert watch.elapsed_s == {"outer": 0, "inner": 2, "later": 4}

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 import main
 from checkpoints import CPU
-from conftest import ROOT, one_line, tiny_model
+from conftest import EMBEDDED, ROOT, one_line, tiny_model
 from flatllmbench import zero_shot as program
 from flatllmbench.provenance import describe_model
 from flatllmbench.zero_shot import PAPER_TASKS, evaluate_saved, load_tasks
@@ -30,7 +30,6 @@ from flatllmcore.utils import devices
 from flatllmcore.utils.loading import load_model, load_tokenizer
 from python_process import BLOCKED, run_python
 
-EMBEDDED = str(ROOT / "models" / "pydocs-llama")
 LOCAL_TASKS = ROOT / "tests" / "tasks"
 QUESTIONS = [json.loads(line) for line in (LOCAL_TASKS / "pydocs.jsonl").read_text().splitlines()]
 PASSAGES = [f"{question['beginning']} {question['endings'][question['label']]}" for question in QUESTIONS]
@@ -262,16 +261,9 @@ def test_a_group_with_a_score_is_reported_as_one_and_others_by_their_tasks(tiny,
         load_tasks(["scored", "tagged"], include_path=tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("fields", "reason"),
-    [
-        ({"doc_to_target": "{{nosuch.upper()}}"}, "UndefinedError: 'nosuch'"),
-        ({"num_fewshot": 20}, "Sample larger than population"),  # more examples than there are
-    ],
-)
-def test_a_definition_that_does_not_work_is_refused_by_name(tmp_path, fields, reason):
-    write_endings(tmp_path, "broken", **fields)
-    with pytest.raises(InputError, match=rf"task 'broken' cannot be set up \({reason}"):
+def test_a_definition_that_does_not_work_is_refused_by_name(tmp_path):
+    write_endings(tmp_path, "broken", doc_to_target="{{nosuch.upper()}}")
+    with pytest.raises(InputError, match=r"task 'broken' cannot be set up \(UndefinedError: 'nosuch'"):
         load_tasks(["broken"], include_path=tmp_path)
 
 
@@ -341,7 +333,6 @@ def test_the_program_writes_a_record_and_the_results_to_the_log(folders, tmp_pat
         (("--tasks", "nosuch"), "task 'nosuch' cannot be set up"),
         (("--limit", "0"), "--limit is 0; accepted: "),
         (("--include_path", "nosuch"), "--include_path is 'nosuch'; accepted: a folder that is there"),
-        (("--device", "cuda:99"), "device 'cuda:99' is not usable"),
         (("--save", f"{EMBEDDED}/config.json/x"), "cannot write to "),
     ],
 )

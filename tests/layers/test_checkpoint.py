@@ -32,9 +32,7 @@ def link(path: Path) -> None:
     ("name", "make", "reason"),
     [
         ("out/thesis.tex", Path.touch, "no run wrote .*/out/thesis.tex"),
-        ("out/templates/mine", Path.touch, "no run wrote .*/out/templates/mine"),
         ("out/link", link, "no run wrote .*/out/link"),
-        ("out.partial", Path.touch, "out.partial is in the way"),
         ("out.partial", link, "out.partial is in the way"),
         ("out.partial/.env", Path.touch, "out.partial is in the way"),
         ("out.partial/.tmp.0123456789abcdef", Path.mkdir, "out.partial is in the way"),
@@ -89,16 +87,17 @@ def test_an_old_model_that_cannot_be_deleted_is_told_and_no_failure(tmp_path, mo
     assert f"the new model is in {out}; the earlier one, in it, cannot be deleted: [Errno 1]" in caplog.text
 
 
-def test_the_card_states_how_the_model_was_made_and_names_no_path(tmp_path):
+def test_the_card_states_how_the_model_was_made():
     card = model_card(RECORD, WORDS)
     stated = ModelCard(card).data.to_dict()
     assert stated["library_name"] == "transformers"
     assert stated["base_model"] == "meta-llama/Llama-2-7b-hf"
     made = {"method": "flatllm+", "sparsity_ratio": 20}
     assert stated["flat_llm"] == {"base_model": "meta-llama/Llama-2-7b-hf"} | made
+    assert "\n| perplexity (wikitext2, windows of 4096 tokens) | 5.114 | 6.735 |\n" in card
     assert "without training: rotary pairs of queries and keys, directions of values and channels of MLPs, " in card
     assert METHODS["flatllm"].words(prune_qk=False).startswith("value and output projections by head-wise PCA, MLPs")
-    for fact in ("19.750 % achieved", "5.114", "6.735", "256 samples of 4096 tokens, seed 42", "torch 2.13.0", "3,210"):
+    for fact in ("19.750 % achieved", "256 samples of 4096 tokens, seed 42", "torch 2.13.0", "3,210"):
         assert fact in card
     assert "trust_remote_code=True" in card
     assert "trust_remote_code" not in model_card(RECORD | {"shape": "stock"}, WORDS)
@@ -107,19 +106,6 @@ def test_the_card_states_how_the_model_was_made_and_names_no_path(tmp_path):
     assert "NF4" not in card
     uneven = model_card(RECORD | {"input_divisor": 8}, WORDS)
     assert "multiples of 64 (but of 8), as groups of weights want.\n  bitsandbytes' NF4 is silently wrong" in uneven
-    (tmp_path / "texts").mkdir()
-    text = str(tmp_path / "texts")
-    command = f"python main.py --model {tmp_path} --dataset {text}+c4 --save_model {tmp_path}/a/out --tasks a,b"
-    measured = [RECORD["perplexity"][0], RECORD["perplexity"][0] | {"dataset": text, "compressed": 7.25}]
-    local = {"base_model": str(tmp_path), "dataset": f"{text}+c4", "perplexity": measured}
-    of_local_model = model_card(RECORD | local | {"command": command}, WORDS)
-    stated = ModelCard(of_local_model).data.to_dict()
-    assert "base_model" not in stated
-    assert stated["flat_llm"] == {"base_model": tmp_path.name} | made
-    assert str(tmp_path.parent) not in of_local_model
-    assert f"`python main.py --model {tmp_path.name} --dataset texts+c4 --save_model out --tasks a,b`" in of_local_model
-    for text, figure in (("wikitext2", "6.735"), ("texts", "7.250")):
-        assert f"\n| perplexity ({text}, windows of 4096 tokens) | 5.114 | {figure} |\n" in of_local_model
     command = "python main.py --model meta-llama/Llama-2-7b-hf"
     assert f"`{command}`" in model_card(RECORD | {"command": command}, WORDS)
 

@@ -3,8 +3,7 @@ import copy
 import pytest
 import torch
 
-from flatllmcore import InputError
-from flatllmcore.layers import adopt_compressed_layers, compress_decoder_layer, compressed_config, family_of
+from flatllmcore.layers import compress_decoder_layer, compressed_config, family_of
 
 from .tiny_models import RANKS, WIDTHS, compress, dense_model_of, kept, projected_weights
 
@@ -23,13 +22,6 @@ def test_the_config_keeps_everything_else():
     assert flat._attn_implementation == "eager"
     assert [layer.value_head_dim for layer in flat.per_layer_config] == list(RANKS)
     assert [layer.intermediate_size for layer in flat.per_layer_config] == list(WIDTHS)
-
-
-def test_compressed_models_and_other_depths_are_refused():
-    with pytest.raises(InputError, match="compressed already"):
-        compressed_config(compress(dense_model_of("llama")).config, kept())
-    with pytest.raises(InputError, match="'kept' has 2 entries; the model has 3 layers"):
-        compressed_config(dense_model_of("llama").config, kept()[:2])
 
 
 def test_a_compressed_layer_shares_what_it_keeps_and_copies_what_is_new(dense_model, family):
@@ -51,26 +43,6 @@ def test_a_compressed_layer_shares_what_it_keeps_and_copies_what_is_new(dense_mo
     assert [name for name, own in flat.named_parameters() if own.requires_grad] == ["input_layernorm.weight"]
     assert {parameter.dtype for parameter in flat.parameters()} == {torch.bfloat16}
     torch.testing.assert_close(dense.state_dict(), before, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("qk", [(None,) * 3, (7, None, 9)], ids=["Q and K whole", "Q and K pruned"])
-@pytest.mark.parametrize("part", ["self_attn", "mlp"])
-def test_a_part_is_that_of_the_whole_layer(part, qk):
-    model = dense_model_of("llama", attention_bias=True)
-    config = compressed_config(model.config, kept(qk=qk))
-    for i, dense in enumerate(model.model.layers):
-        weights = projected_weights(dense, RANKS[i], WIDTHS[i])[0]
-        if qk[i] is not None:
-            for name, heads in (("q_proj", 4), ("k_proj", 2)):
-                weights[f"self_attn.{name}.up"] = torch.randn(heads, 16, qk[i])
-                weights[f"self_attn.{name}.down.weight"] = torch.randn(heads * qk[i], 64)
-                weights[f"self_attn.{name}.down.bias"] = torch.randn(heads * qk[i])
-        expected = compress_decoder_layer(dense, config, i, weights).get_submodule(part)
-        own = {name: weight for name, weight in weights.items() if name.startswith(part)}
-        found = compress_decoder_layer(dense, config, i, own, part)
-        assert type(found) is type(expected)
-        assert found.training == expected.training
-        torch.testing.assert_close(found.state_dict(), expected.state_dict(), rtol=0, atol=0)
 
 
 def test_wrong_shapes_and_names_are_refused():
@@ -102,9 +74,3 @@ def test_adoption_keeps_the_object_and_its_parts(dense_model, family, tokens):
     outputs = model(tokens, output_hidden_states=True, output_attentions=True)
     assert len(outputs.hidden_states) == 4
     assert len(outputs.attentions) == 3
-
-
-def test_adoption_refuses_a_model_of_another_family():
-    config = compressed_config(dense_model_of("llama").config, kept())
-    with pytest.raises(TypeError, match="a FlatLlamaForCausalLM cannot be made of a MistralForCausalLM"):
-        adopt_compressed_layers(dense_model_of("mistral"), config, [])

@@ -1,6 +1,5 @@
 """The stock shape: a compressed model that is one of the dense class, narrower, for programs that know that class."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,9 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import oracle
-from flatllmcore import FlatLLMConfig, FlatLLMPruner, FlatLLMReassembler, InputError
+from flatllmcore import FlatLLMPruner, InputError
 from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector
-from flatllmcore.layers import family_of
 from flatllmcore.methods import METHODS
 from flatllmcore.utils.dimensions import ModelDimensions
 from flatllmcore.utils.layer_utils import dimensions_from_config
@@ -44,8 +42,10 @@ def test_the_published_method_gives_the_oracle_s_weights(published: PreTrainedMo
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_model_is_of_the_dense_class_and_of_the_size_asked_for(
-    published: PreTrainedModel, tmp_path: Path, method: str
+    published: PreTrainedModel, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """No scores are measured, and none are needed."""
+    monkeypatch.setattr("flatllmcore.pipeline.layer_importance", None)
     if METHODS[method].follows_dense and published.config.model_type not in PLAIN_FAMILIES:
         with pytest.raises(InputError, match=r"norm or scale|side by side"):
             FlatLLMPruner(published, **options(method=method))
@@ -68,13 +68,6 @@ def test_the_model_is_of_the_dense_class_and_of_the_size_asked_for(
         pruner.prune_model()
 
 
-def test_no_scores_are_measured_and_none_are_needed(dense_model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flatllmcore.pipeline.layer_importance", None)
-    for method in METHODS if dense_model().config.model_type in PLAIN_FAMILIES else ["flatllm"]:
-        model = FlatLLMReassembler.reassemble(dense_model(), method=method, **options())
-        assert type(model) is family_of(model.config).__bases__[-1]
-
-
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
@@ -89,11 +82,6 @@ def test_what_the_shape_has_no_way_to_is_refused_before_work(fields, reason) -> 
     with pytest.raises(InputError, match=reason):
         FlatLLMPruner(model, **options(**fields)).prune_model()
     assert model.config.intermediate_size == 96
-
-
-def test_q_and_k_stay_whole_whatever_the_pattern_of_a_config_has() -> None:
-    pattern = FlatLLMConfig(method="flatllm+")
-    assert (pattern.preserve_qk_layers, replace(pattern, shape="stock").preserve_qk_layers) == (False, True)
 
 
 @pytest.mark.parametrize(("percent", "width"), [(0, 1536), (10, 1344), (20, 1152), (30, 896), (60, 320)])

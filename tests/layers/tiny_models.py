@@ -79,20 +79,12 @@ def projected_weights(layer: nn.Module, rank: int, width: int) -> tuple[dict[str
 
 
 @torch.no_grad()
-def compressed_layers(
-    model: PreTrainedModel, config: PreTrainedConfig, ranks: Sequence[int] = RANKS, widths: Sequence[int] = WIDTHS
-) -> list[nn.Module]:
-    """Return the layers of the dense ``model`` compressed; ``config`` is the compressed one of these sizes."""
-    return [
-        compress_decoder_layer(layer, config, i, projected_weights(layer, ranks[i], widths[i])[0])
-        for i, layer in enumerate(model.model.layers)
-    ]
-
-
 def compress(model: PreTrainedModel, ranks: Sequence[int] = RANKS, widths: Sequence[int] = WIDTHS) -> PreTrainedModel:
     """Compress ``model`` in place, and return it."""
-    config = compressed_config(model.config, kept(ranks, widths))
-    return adopt_compressed_layers(model, config, compressed_layers(model, config, ranks, widths))
+    config, layers = compressed_config(model.config, kept(ranks, widths)), []
+    for i, layer in enumerate(model.model.layers):
+        layers.append(compress_decoder_layer(layer, config, i, projected_weights(layer, ranks[i], widths[i])[0]))
+    return adopt_compressed_layers(model, config, layers)
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from ..utils.processes import all_reduce, broadcast
 from ..utils.progress import progress
 from ..utils.stopwatch import stage
 from .protocols import DENSE, HELD_OUT, METRIC, STREAM, LayerRecord, LayerSink, LayerSource, Method, Solution, Step
-from .reuse import is_worth_keeping, with_part, written
+from .reuse import with_part, written
 from .walk import Walk, check_finite, forward_of, lent_layer, solves, tapped
 
 logger = logging.getLogger(__name__)
@@ -124,8 +124,7 @@ class _Loop:
                 if is_last and finished is not None:
                     solution = Solution({name: weight for name, weight in finished.items() if name.startswith(part)})
                 else:
-                    is_kept = is_last and is_worth_keeping(part, self.walk.source.weights_dtype)
-                    read = self.walk.room(layer.get_submodule(WRITERS[part]).in_features) if is_kept else None
+                    read = self.walk.room(layer.get_submodule(WRITERS[part]).in_features) if is_last else None
                     solution = self._solved(index, layer, step, read)
                 eigenvalues = eigenvalues if solution.eigenvalues is None else solution.eigenvalues
                 layer = self._with_solution(index, layer, step, solution)
@@ -137,7 +136,7 @@ class _Loop:
 
     def _advance(self, index: int, before: DecoderModule, after: DecoderModule, part: str, read: Tensor | None) -> None:
         """Lead the hidden states through a part: a product of what its writer ``read`` before, where it is one."""
-        stand_in = None if before is after else written(before, after, part)
+        stand_in = None if before is after else written(before, after, part, self.walk.source.weights_dtype)
         if stand_in is None:
             self.walk.advance(after, index, part)
             return

@@ -4,7 +4,8 @@ Where values are narrowed by a linear map within each head and queries and keys 
 it read; channels of an MLP that stay are read as they were. The map is found in the weights alone, so the engine need
 not know the method, and a run that goes on finds the same one in a finished layer. It is folded into the last
 projection, whose product the part gives whether what was read is still there or is computed anew from the weights
-before: what fits into memory changes no byte of a result.
+before: what fits into memory changes no byte of a result. Weights in half precision are a map of those before up to
+their rounding: the part's output is then right to about 1e-3 of what it writes, less than activations are rounded by.
 """
 
 import copy
@@ -15,8 +16,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..utils.layer_utils import WRITERS, DecoderModule, stored_tensors
-
-HALF_PRECISION = 1e-4  # what the spacing of bfloat16 and float16 passes, and that of float32 does not
 
 
 class Written(nn.Module):
@@ -34,16 +33,14 @@ class Written(nn.Module):
         return (output, None) if self.is_attention else output
 
 
-def is_worth_keeping(part: str, dtype: torch.dtype) -> bool:
-    """Tell whether what the last projection of a ``part`` reads can be of use: not for narrow values in halves."""
-    return part == "mlp" or torch.finfo(dtype).eps < HALF_PRECISION
+def written(before: DecoderModule, after: DecoderModule, part: str, dtype: torch.dtype) -> Written | None:
+    """Return what stands for the attention, or for a ``part`` "mlp", of a compressed layer; None where nothing can.
 
-
-def written(before: DecoderModule, after: DecoderModule, part: str) -> Written | None:
-    """Return what stands for the attention, or for a ``part`` "mlp", of a compressed layer; None where nothing can."""
+    Its weights have been rounded to ``dtype``, whatever they are computed with in.
+    """
     of = WRITERS[part].partition(".")[0]
-    find = _folded_channels if of == "mlp" else _folded_values
-    weight = find(before.get_submodule(of), after.get_submodule(of))
+    parts = before.get_submodule(of), after.get_submodule(of)
+    weight = _folded_channels(*parts) if of == "mlp" else _folded_values(*parts, torch.finfo(dtype).eps)
     if weight is None:
         return None
     projection = after.get_submodule(WRITERS[part])
@@ -57,12 +54,11 @@ def with_part(layer: DecoderModule, name: str, part: nn.Module) -> DecoderModule
     return layer
 
 
-def _folded_values(before: DecoderModule, after: DecoderModule) -> Tensor | None:
+def _folded_values(before: DecoderModule, after: DecoderModule, precision: float) -> Tensor | None:
     """Return ``o_proj``'s weight, (D, H·d), for what it read before, if the values are narrowed and that is all.
 
     The map of each head is found by least squares on the rows of ``v_proj``, the bias a column. Directions in which a
-    head has nothing but rounding are left out: the pseudoinverse would make much of it. In half precision that would be
-    directions that massive activations may fill, so nothing stands for narrowed values there.
+    head has nothing but rounding, of relative ``precision``, are left out: the pseudoinverse would make much of it.
     """
     others = [
         {name: part for name, part in stored_tensors(module).items() if not name.startswith(("v_proj.", "o_proj."))}
@@ -73,9 +69,7 @@ def _folded_values(before: DecoderModule, after: DecoderModule) -> Tensor | None
         return None
     if all(map(torch.equal, before.v_proj.parameters(), after.v_proj.parameters())):
         return after.o_proj.weight
-    num_kv_heads, precision = before.v_proj.out_features // before.head_dim, torch.finfo(before.v_proj.weight.dtype).eps
-    if not is_worth_keeping("self_attn", before.v_proj.weight.dtype):
-        return None
+    num_kv_heads = before.v_proj.out_features // before.head_dim
     wide, narrow = (
         torch.cat([part.view(num_kv_heads, -1, part[0].numel()) for part in of.v_proj.parameters()], 2).double()
         for of in (before, after)
@@ -83,7 +77,7 @@ def _folded_values(before: DecoderModule, after: DecoderModule) -> Tensor | None
     q, r = torch.linalg.qr(wide.mT)
     maps = narrow @ q @ torch.linalg.pinv(r.mT, rtol=precision)  # (G, r, d)
     missed, size = ((of**2).sum((1, 2)).sqrt() for of in (narrow - maps @ wide, narrow))
-    if (missed > max(4 * precision, 1e-9) * size).any():
+    if (missed > max(precision, 1e-9) * size).any():
         return None
     output = after.o_proj.weight.double().unflatten(1, (num_kv_heads, -1, maps.shape[1]))  # (D, G, H/G, r)
     return torch.einsum("DGnr,Grd->DGnd", output, maps).flatten(1)
