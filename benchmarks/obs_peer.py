@@ -12,10 +12,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from flatllmcore.core.channel_obs import channels_by_damage, ridge_for
 from flatllmcore.core.moments import add_moment, mirror_lower_triangle
 from flatllmcore.core.rank_allocation import RankAllocation
-from flatllmcore.core.refit import solved_from_right, with_ridge
+from flatllmcore.core.refit import channels_by_damage, ridge_for, solved_from_right, with_ridge
 from flatllmcore.engine.protocols import Method, Solution, Sums
 from flatllmcore.utils.dimensions import Kept, ModelDimensions
 from flatllmcore.utils.layer_utils import DecoderModule

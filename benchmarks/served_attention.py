@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from flatllmcore.engine.memory import logits_of
+from flatllmcore.engine.protocols import logits_of
 
 
 def served_attention(

@@ -298,7 +298,7 @@ class TestPaths:
             (None, [{"role": "user", "content": "w1"}], "record 2 is a conversation; give a tokenizer that has a chat"),
             ("{{ messages[0].role }}", ["w1"], "record 2 does not fit the chat template .* accepted: messages with"),
             ("{{ raise_exception('no x') }}", TURNS, r"record 2 does not fit .*no x\); accepted"),
-            ("{{ messages }}", "w1", r"record 2 has messages \(str\); accepted: text \(str\), or messages"),
+            ("{{ messages }}", "w1", r"record 2 has messages \(str\); accepted: text \(str\), messages"),
         ],
     )
     def test_a_conversation_that_cannot_be_rendered_is_one_line(self, tmp_path, template, messages, message):

@@ -11,8 +11,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import main
-from flatllmcore.engine.checkpoint_sink import CheckpointSink, read_manifest
-from flatllmcore.utils.checkpoint import MANIFEST, partial_folder
+from flatllmcore.engine.checkpoint_sink import CheckpointSink
+from flatllmcore.utils.checkpoint import MANIFEST, partial_folder, read_manifest
 from flatllmcore.utils.files import write_json
 
 KINDS = {

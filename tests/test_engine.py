@@ -16,10 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import oracle
 from checkpoints import CPU, assert_same_up_to_sign, compressed
 from conftest import tiny_model
-from flatllmcore.core.importance import angles_between
 from flatllmcore.core.rank_allocation import RankAllocation
 from flatllmcore.engine.compress import compress_layers
-from flatllmcore.engine.importance import layer_importance, loss_metrics
+from flatllmcore.engine.importance import angles_between, layer_importance, loss_metrics
 from flatllmcore.engine.memory import ModelInMemory
 from flatllmcore.engine.perplexity import perplexity
 from flatllmcore.engine.reuse import written

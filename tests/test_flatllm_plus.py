@@ -20,12 +20,11 @@ from transformers.masking_utils import sdpa_mask
 from checkpoints import CPU, VARIANTS
 from conftest import EMBEDDED, random, tiny_model
 from flatllmcore import FlatLLMPruner, apply_flat_llm
-from flatllmcore.core.channel_obs import channels_by_damage, ridge_for
+from flatllmcore.core.attention_pca import lost_by_rank, output_bases
 from flatllmcore.core.curve_allocation import MLP, PAIRS, VALUES, check_curves, removed_by_curves
 from flatllmcore.core.moments import inverse_length
-from flatllmcore.core.output_pca import lost_by_rank, output_bases
 from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector, RankAllocation
-from flatllmcore.core.refit import led_towards
+from flatllmcore.core.refit import channels_by_damage, led_towards, ridge_for
 from flatllmcore.core.rotary_pairs import pair_energies
 from flatllmcore.engine import damage
 from flatllmcore.engine.compress import compress_layers
@@ -449,8 +448,8 @@ def test_what_one_method_has_no_way_to_is_refused(model, windows):
     sizes = dimensions_from_config(model.config)
     whole = Kept(1.0, sizes.head_dim, sizes.intermediate_size)
     for method, kept, reason in (
-        (METHODS["flatllm"], replace(whole, query_key_pairs=2), "does not prune rotary pairs"),
-        (PLUS, replace(whole, query_key_rank=3), "leaves no factors"),
+        (METHODS["flatllm"], replace(whole, query_key_pairs=2), "does not prune Q and K by rotary pairs"),
+        (PLUS, replace(whole, query_key_rank=3), "does not prune Q and K by two factors"),
     ):
         allocation = RankAllocation(10.0, True, 1, sizes, (kept, whole))
         with pytest.raises(InputError, match=reason):

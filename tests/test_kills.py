@@ -114,7 +114,7 @@ def test_a_kill_at_any_step_of_the_publication_leaves_one_model_and_a_way_on(tmp
     """The new model is whole under its working name; the old one is moved, the new one too, and the old one goes."""
     save_tiny_checkpoint(tmp_path / "dense")
     save_tiny_checkpoint(tmp_path / "old", "mistral", "1GB")  # in few files, each of which is a step
-    write_json(tmp_path / "old" / MANIFEST, {"files": os.listdir(tmp_path / "old")})
+    write_json(tmp_path / "old" / MANIFEST, {"request": {}, "files": os.listdir(tmp_path / "old")})
     assert run_forked(replace_a_model, tmp_path, NEVER) == 0
     expected, old = bytes_in(tmp_path / "out"), bytes_in(tmp_path / "old")
     for kill_at in itertools.count():

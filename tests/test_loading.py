@@ -56,7 +56,7 @@ def test_weights_are_those_of_the_checkpoint_in_its_dtype_or_the_one_asked_for(c
         # As old checkpoints have.
         ([], {"0.self_attn.rotary_emb.inv_freq": (6,), "1.self_attn.masked_bias": ()}, {}, None),
         ([], {}, {"vocab_size": 98}, "2 weights have other shapes .* first lm_head.weight"),
-        ([], {}, {"tie_word_embeddings": True}, "an lm_head.weight that differs from its embeddings"),
+        ([], {}, {"tie_word_embeddings": True}, "lm_head.weight differs from its embeddings"),
     ],
 )
 def test_weights_that_do_not_fit_the_config_are_counted_and_the_first_is_named(

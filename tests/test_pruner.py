@@ -256,7 +256,7 @@ class TestCalibrationData:
         [
             ([], "empty"),
             ([[], []], "hold 0 tokens without padding"),
-            (torch.ones(4, 1, dtype=torch.int64), "a window would have 1; .* 2 or more"),
+            (torch.ones(4, 1, dtype=torch.int64), "for windows of 1; .* 2 or more"),
             (torch.rand(2, 8), "accepted: integers"),
             (DataLoader([[1, 2], [3, 4], [5, 6]], batch_size=3), r"no texts or token ids .* a list \(.*only"),
             (["a", torch.ones(4, dtype=torch.int64)], "mix texts and token ids"),

@@ -115,10 +115,10 @@ def test_ranks_made_of_other_scores_than_those_beside_them_are_refused(folder):
 
 
 def test_ranks_for_pruned_queries_and_keys_do_not_fit_a_run_that_keeps_them(folder, tmp_path):
-    with pytest.raises(InputError, match="made with prune_qk False, and here it is True"):
+    with pytest.raises(InputError, match="made with prune_qk False, not True"):
         found(folder, selector=PRUNING)
     save_ranks(PRUNING.allocate([0.1, 0.2], 0.8), folder / "ranks_20.json")
-    with pytest.raises(InputError, match=r"ranks_20\.json: .* prune_qk True, and here it is False"):
+    with pytest.raises(InputError, match=r"ranks_20\.json: .* prune_qk True, not False"):
         found(folder)
     assert found(folder, selector=PRUNING).prune_qk
 

@@ -1,7 +1,5 @@
 """Moments, head-wise PCA, Nyström selection and blocked factors against closed forms and LAPACK."""
 
-import logging
-
 import pytest
 import torch
 from hypothesis import given
@@ -149,14 +147,13 @@ def test_a_moment_beyond_float64_s_digits_still_ranks_its_channels():
     assert select_channels(z.T @ z, 2).tolist() == [4, 5]
 
 
-def test_duplicated_channels_are_solved_with_jitter(caplog):
+def test_duplicated_channels_are_solved_with_jitter():
     z = random(100, 5)
     z = torch.cat([z, z[:, :2]], dim=1)
     weight = random(3, 7)
     kept = torch.arange(6)  # channels 0 and 5 are the same
-    with caplog.at_level(logging.DEBUG, logger="flatllmcore"):
-        fitted = reconstruct_down_projection(weight, z.T @ z, kept)
-    assert "jitter" in caplog.text
+    assert torch.linalg.matrix_rank(z[:, kept]) == 5  # without jitter there is no factor
+    fitted = reconstruct_down_projection(weight, z.T @ z, kept)
     torch.testing.assert_close(z[:, kept] @ fitted.T, z @ weight.T, rtol=1e-5, atol=1e-5)
 
 

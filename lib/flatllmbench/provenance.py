@@ -16,8 +16,7 @@ import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import PretrainedConfig
 
-from flatllmcore.engine.checkpoint_sink import Manifest
-from flatllmcore.utils.checkpoint import MANIFEST
+from flatllmcore.utils.checkpoint import MANIFEST, Manifest
 from flatllmcore.utils.devices import device_name, peak_memory_gib
 from flatllmcore.utils.files import check_replaceable, check_writable, read_json, write_json
 from flatllmcore.utils.layer_utils import count_parameters, dense_dimensions

@@ -20,7 +20,7 @@ from flatllmcore.utils.names import model_name
 from .command_line import ROWS
 from .plots import draw_perplexity
 from .records import Record, as_evaluation, flat, identity, of_kind, settings
-from .tables import NOT_RUN, NOT_THERE, figure, markdown_table, measured_tables
+from .tables import KINDS, NOT_RUN, NOT_THERE, figure, markdown_table, measured_tables
 
 _REPORT = """\
 # Results
@@ -44,19 +44,19 @@ Llama-2 7B 5.48, 6.16, 7.51, 8.41, 11.88; 13B 4.83, 5.29, 6.10, 6.95, 8.95. Publ
 {table_1}
 ## Compression
 
-{picture}{compressions}
+{picture}{compression}
 ## Zero-shot and few-shot accuracy
 
 In percent where the metric is an accuracy; ± is the harness's standard error; the mean is over the tasks in the row.
 
-{accuracies}
+{zero_shot}
 ## Speed
 
 Medians over interleaved repeats, quartiles in brackets; beside the ratios what arithmetic predicts, of prefill by
 operations and of decoding by bytes. Peak memory: of a GPU. Published, by SliceGPT's protocol (Llama-2 7B, batch 128,
 256 tokens): decoding 1.04, 1.10, 1.11, 1.17 and 1.23 times as fast at 10 to 50 %, the middle three read off a plot.
 
-{speeds}"""
+{speed}"""
 _PICTURE = "![Perplexity and accuracy against the share of decoder-layer weights kept](perplexity.png)\n\n"
 # Published perplexity and mean accuracy, a column for each of MODELS.
 MODELS = ("Llama-2-7b-hf", "Llama-2-13b-hf", "Llama-2-70b-hf", "Mistral-7B-v0.1", "Meta-Llama-3-8B")
@@ -105,14 +105,9 @@ def read_records(paths: Sequence[Path]) -> list[Record]:
 
 def page(runs: Sequence[Record]) -> bytes:
     """Return README.md."""
-    markdown = _REPORT.format(
-        picture=_PICTURE if of_kind(runs, "compression") else "",
-        compressions=measured_tables(runs, "compression"),
-        accuracies=measured_tables(runs, "zero_shot"),
-        speeds=measured_tables(runs, "speed"),
-        table_1=table_1(runs),
-    )
-    return markdown.encode()
+    picture = _PICTURE if of_kind(runs, "compression") else ""
+    tables = {kind: measured_tables(runs, kind) for kind in KINDS}
+    return _REPORT.format(**tables, table_1=table_1(runs), picture=picture).encode()
 
 
 def write_report(runs: Sequence[Record], out: Path) -> None:

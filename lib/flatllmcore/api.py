@@ -118,16 +118,14 @@ class FlatLLMPruner:
             if isinstance(ranks, RankAllocation):
                 allocation = ranks
             else:
-                with door(
-                    "rank_allocation is unusable", "accepted: a RankAllocation, or a share to keep of each layer"
-                ):
+                with door("rank_allocation is unusable", "accepted: a RankAllocation, or a share of each layer"):
                     shares = [float(share) for share in ranks]
                 allocation = pipeline.selector.floored(shares)
             allocation.check_matches(pipeline.selector.dimensions)
             if allocation.shape != self.config.shape:
                 raise InputError(f"rank_allocation is of the shape {allocation.shape!r}, not {self.config.shape!r}")
             return allocation
-        pipeline.announce_target(self.config.keep_ratio)
+        pipeline.check_target(self.config.keep_ratio)
         if self.config.shape == STOCK:
             return pipeline.selector.stock(self.config.keep_ratio)
         if self._scores is None:

@@ -21,14 +21,14 @@ from .config import RunConfig
 from .core.importance import ImportanceScores
 from .core.rank_allocation import RankAllocation
 from .core.rank_files import find_ranks, save_ranks
-from .engine.checkpoint_sink import CheckpointSink, read_manifest
+from .engine.checkpoint_sink import CheckpointSink
 from .engine.checkpoint_source import CheckpointSource
 from .engine.perplexity import perplexity
 from .engine.storage import StatesStorage
 from .errors import InputError
 from .methods import METHODS
 from .pipeline import TO_COMPRESS, TO_SCORE, Pipeline
-from .utils.checkpoint import MODEL_CARD, partial_folder, stated_licence
+from .utils.checkpoint import MODEL_CARD, partial_folder, read_manifest, stated_licence
 from .utils.data_utils import check_token_ids, consecutive_windows
 from .utils.devices import free_host_memory, parse_device
 from .utils.files import GIB, check_disk_space, check_writable, digest, temporary_folder, to_json_bytes, write_json
@@ -40,6 +40,8 @@ from .utils.stopwatch import stage
 from .utils.text_sources import has_test_split, load_text
 
 logger = logging.getLogger(__name__)
+
+_OF_RANKS = ("sparsity_ratio", "achieved_sparsity_percent", "rank_multiple", "prune_qk", "input_divisor")  # in a record
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ class CheckpointRun:
         own = source.fingerprint()
         if broadcast_object(lambda: own) != own:
             raise InputError(f"{config.model} has other weights here than where the first process runs")
-        weights = count_parameters(source.skeleton)["total"] * source.weights_dtype.itemsize
+        weights = count_parameters(source.model)["total"] * source.weights_dtype.itemsize
         source.is_kept = not config.out_of_core and weights <= host_memory / 2
         if source.is_kept:
             source.storage = StatesStorage(host_memory - weights, self.storage.folder)
@@ -122,7 +124,7 @@ class CheckpointRun:
         for config in configs:
             place = config.score_place
             if not (place.is_file() or (place / ranks_file(100 * config.target_sparsity)).is_file()):
-                self.pipeline.announce_target(config.keep_ratio)  # ranks there may be of other multiples
+                self.pipeline.check_target(config.keep_ratio)  # ranks there may be of other multiples
         with stage("data"):
             data = {"windows": _digest(self.windows), "eval_windows": list(map(_digest, self.test_windows.values()))}
         self._check_disk_space(configs)
@@ -175,8 +177,8 @@ class CheckpointRun:
                 generation_config = found_file(config.model, GENERATION_CONFIG_NAME, config.cache_dir)
                 complete = sink.complete(self.source, flat_config, generation_config, self.tokenizer)
             written = CheckpointSource(complete, self.device, storage=self.source.storage)
-            about["parameters_before"] = count_parameters(self.source.skeleton)
-            about["parameters_after"] = count_parameters(written.skeleton)
+            about["parameters_before"] = count_parameters(self.source.model)
+            about["parameters_after"] = count_parameters(written.model)
             measured = self.test_windows.items(), dense, self._perplexities("compressed", written)
             about["perplexity"] = [
                 {"dataset": name, "seqlen": of.shape[1], "windows": len(of), "dense": before, "compressed": after}
@@ -186,7 +188,7 @@ class CheckpointRun:
 
     def _check_disk_space(self, configs: Sequence[RunConfig]) -> None:
         """Refuse a place without room for what is still to be written of the compressed weights."""
-        parameters, needed_bytes = count_parameters(self.source.skeleton), []
+        parameters, needed_bytes = count_parameters(self.source.model), []
         for config in configs:
             removed = config.target_sparsity * parameters["decoder_linear"]
             written = partial_folder(config.save_model).glob("*.safetensors") if config.save_model else ()
@@ -202,27 +204,16 @@ class CheckpointRun:
         config = self.config
         ranked = self.pipeline.selector.stock if config.shape == STOCK else self._ranked
         allocation = ranked(keep_ratio)
-        logger.info(
-            "asked to remove %g %% of %d decoder-layer weights; the ranks remove %.3f %%",
-            allocation.sparsity_ratio,
-            allocation.parameters_before,
-            allocation.achieved_sparsity_percent,
-        )
+        found = allocation.sparsity_ratio, allocation.parameters_before, allocation.achieved_sparsity_percent
+        logger.info("asked to remove %g %% of %d decoder-layer weights; the ranks remove %.3f %%", *found)
         by = allocation.importance_method
-        about = {
+        about = {name: getattr(config, name) for name in ("method", "shape", "seed")}
+        about |= {name: getattr(allocation, name) for name in _OF_RANKS} | {
             "base_model": config.model,
-            "method": config.method,
-            "shape": config.shape,
-            "sparsity_ratio": allocation.sparsity_ratio,
-            "achieved_sparsity_percent": allocation.achieved_sparsity_percent,
-            "rank_multiple": allocation.rank_multiple,
-            "prune_qk": allocation.prune_qk,
             "importance_method": None if by == METHODS[config.method].importance_method else by,
-            "input_divisor": allocation.input_divisor,
             "dataset": config.cal_dataset,
             "nsamples": len(self.windows),
             "seqlen": self.pipeline.seqlen,
-            "seed": config.seed,
             "gradient_nsamples": min(config.gradient_nsamples, len(self.windows)),
             "rounded_to": getattr(self.pipeline.model_config, "rounded_to", None),
             "licence": stated_licence(found_file(config.model, MODEL_CARD, config.cache_dir)),

@@ -74,21 +74,10 @@ class Pipeline:
         """Refuse what the method does not do."""
         method, scores = self.config.method, self.config.importance_method
         if not self.config.preserve_qk_layers and METHODS[method].prunes_pairs != (scores == DAMAGE):
-            raise InputError(
-                f"{method} does not prune Q and K by {scores} ranks; leave them whole (--no-prune_qk, or "
-                "preserve_qk_layers=True), or take others by importance_method"
-            )
+            remedy = "leave them whole (--no-prune_qk, preserve_qk_layers), or take another importance_method"
+            raise InputError(f"{method} does not prune Q and K by {scores} ranks; {remedy}")
         if self.config.gradient_nsamples and not METHODS[method].weighs_errors:
             raise InputError(f"{method} weighs no errors by gradients; leave gradient_nsamples at 0")
-
-    def announce_target(self, keep_ratio: float) -> None:
-        """Log what is going to stay, where :meth:`check_target` does not refuse it."""
-        self.check_target(keep_ratio)
-        logger.info(
-            "%.2f %% of the decoder layers' linear weights stay, %.2f %% of the projections that are pruned",
-            100 * keep_ratio,
-            100 * self.selector.prunable_keep_ratio(keep_ratio),
-        )
 
     @cached_property
     def _outlines(self) -> list[Curves]:
@@ -165,10 +154,7 @@ class Pipeline:
         logger.info("calibration data: %s", data_utils.calibration_statistics(windows))
         hours = 24 * windows.numel() * self.model_config.num_hidden_layers * self.model_config.hidden_size**2 / 3.6e14
         if hours > 0.25 and parse_device(config.device).type == "cpu":
-            logger.warning(
-                "%d x %d tokens take a CPU about %.1f hours per pass through the model, at 1e11 operations/s; fewer by "
-                "cal_nsamples and seqlen (--nsamples, --seqlen)",
-                *windows.shape,
-                hours,
-            )
+            time = f"about {hours:.1f} hours per pass through the model, at 1e11 operations/s"
+            fewer = "fewer by cal_nsamples and seqlen (--nsamples, --seqlen)"
+            logger.warning("%d x %d tokens take a CPU %s; %s", *windows.shape, time, fewer)
         return windows

@@ -1,36 +1,15 @@
-"""Step 1 of the method: angles between a layer's input and output, and files of scores, ours and the authors'.
-
-Files of ours are read without torch.
-"""
+"""What step 1 of the method finds, and files of it: ours, which are read without torch, and the authors'."""
 
 import math
 from array import array
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import InputError
 from ..utils.dimensions import ModelDimensions
 from ..utils.names import GRADIENT
 from .curve_allocation import Curves, check_curves
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-
-def angles_between(inputs: "Tensor", outputs: "Tensor") -> tuple["Tensor", int]:
-    """Return ``arccos(clamp(cos(x, y), 0, 1)) / π``, (...), of rows (..., D), and how many had a zero side: cosine 0.5.
-
-    In float64: near cosine 1 the angle is ``√(2(1 - cos))``, and float32 would end at 3e-4. The angles are averaged, as
-    the authors' program does; the paper's text takes the angle of the mean cosine.
-    """
-    import torch
-
-    x, y = inputs.double(), outputs.double()
-    lengths = x.norm(dim=-1) * y.norm(dim=-1)
-    is_zero = lengths == 0
-    cosine = torch.where(is_zero, 0.5, (x * y).sum(-1) / torch.where(is_zero, 1.0, lengths))
-    return cosine.clamp(0, 1).arccos() / math.pi, int(is_zero.sum())
 
 
 @dataclass(frozen=True)

@@ -124,10 +124,8 @@ class ImportancePreservingRankSelector:
         sizes, multiples = self.dimensions, (self.rank_multiple, self.width_multiple)
         smallest = sizes.kept(1.0, *multiples, self.prune_qk)
         removable = sizes.num_layers * (sizes.layer_parameters - sizes.parameters_of(smallest))
-        has_pairs = True
+        ends = {kind: sum(of[kind][-1][0] for of in curves or () if kind in of) for kind in (VALUES, MLP, PAIRS)}
         if curves is not None:
-            ends = {kind: sum(of[kind][-1][0] for of in curves if kind in of) for kind in (VALUES, MLP, PAIRS)}
-            has_pairs = ends[PAIRS] > 0
             removable = int(min(removable, sum(ends.values()) if self.prune_qk else ends[VALUES] + ends[MLP]))
 
         def is_possible(share: float) -> bool:
@@ -137,19 +135,14 @@ class ImportancePreservingRankSelector:
 
         if not is_possible(1 - keep_ratio):
             largest = max(percent for percent in range(100) if is_possible(percent / 100))
-            more = ""
             if self.is_stock:
-                more = (
-                    "; the stock shape takes it from the MLP alone: more with --shape per-layer, or a narrower multiple"
-                )
-            elif has_pairs and not self.prune_qk:
+                more = "; the stock shape takes all from MLPs: more with --shape per-layer, or a narrower multiple"
+            elif not self.prune_qk and (curves is None or ends[PAIRS] > 0):
                 more = "; more with Q and K pruned: --prune_qk, or preserve_qk_layers=False"
-            elif curves is not None:
-                more = "; more may go by the published method with Q and K pruned"
-            raise InputError(
-                f"removing {100 * (1 - keep_ratio):g} % of this model is impossible; "
-                f"the largest possible target is {largest} %{more}"
-            )
+            else:
+                more = "; more may go by the published method with Q and K pruned" if curves is not None else ""
+            problem = f"removing {100 * (1 - keep_ratio):g} % of this model is impossible"
+            raise InputError(f"{problem}; the largest possible target is {largest} %{more}")
 
     def allocate(
         self, scores: Sequence[float], keep_ratio: float, curves: Sequence[Curves] | None = None
@@ -197,9 +190,7 @@ class ImportancePreservingRankSelector:
         width = min(sizes.intermediate_size, stepped, key=lambda one: abs(one - ideal))
         percent = round(100 * (1 - keep_ratio), 9)
         if width == sizes.intermediate_size and percent:
-            raise InputError(
-                f"MLP widths in steps of {step} cannot remove {percent:g} %; give a smaller width multiple"
-            )
+            raise InputError(f"MLP widths in steps of {step} cannot remove {percent:g} %; give smaller steps")
         kept = Kept(1.0, sizes.head_dim, width)
         layer = replace(kept, keep=sizes.parameters_of(kept) / sizes.layer_parameters)
         layers = (layer,) * sizes.num_layers

@@ -116,9 +116,7 @@ def _ranks_of(
     if allocation.sparsity_ratio != percent:
         raise InputError(f"the ranks are to remove {allocation.sparsity_ratio:g} %, and here it is {percent:g} %")
     if (made := allocation.prune_qk) != selector.prune_qk:
-        raise InputError(
-            f"the ranks are made with prune_qk {made}, and here it is {selector.prune_qk}; give another --bi_score"
-        )
+        raise InputError(f"the ranks are made with prune_qk {made}, not {selector.prune_qk}; give another --bi_score")
     if allocation.importance_sha256 is not None and scores_file.is_file():
         if allocation.importance_sha256 != digest(scores_file.read_bytes()):
             raise InputError(f"the ranks were made from other scores than {scores_file}; run compute_rank.py again")

@@ -48,10 +48,8 @@ def rounded_layers(
             width_steps = largest_remainder(ideal_widths, width_total, most_widths)
             sizes = zip(ideals, rank_steps, width_steps, strict=True)
             return [of.kept_with(rank * rank_step, width * width_step) for of, rank, width in sizes]
-    raise InputError(
-        f"ranks in steps of {rank_step} and MLP widths in steps of {width_step} remove {100 * (1 - keep_ratio):g} % of "
-        "this model only roughly; give another target or smaller steps"
-    )
+    steps = f"ranks in steps of {rank_step} and MLP widths in steps of {width_step}"
+    raise InputError(f"{steps} remove {100 * (1 - keep_ratio):g} % only roughly; give another target or smaller steps")
 
 
 def allowed_error(dimensions: ModelDimensions, removed: float, rank_step: int, width_step: int) -> float:

@@ -5,7 +5,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,43 +16,16 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
-from ..errors import InputError
 from ..utils import checkpoint
-from ..utils.files import file_digest, naming_place, read_json, replacing, write_atomically, write_json
+from ..utils.dimensions import LayerRecord
+from ..utils.files import file_digest, naming_place, replacing, write_atomically, write_json
 from ..utils.layer_utils import DecoderModule, stored_tensors
 from ..utils.loading import empty_causal_lm
 from ..utils.processes import barrier, broadcast_object, is_rank_0
-from .checkpoint_source import LAYERS, CheckpointSource
-from .protocols import LayerRecord
+from .checkpoint_source import CheckpointSource
+from .protocols import LAYERS
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class Manifest:
-    """What was asked, what is worth remembering, and which layers are done: the whole state of a run."""
-
-    request: dict[str, Any]
-    results: dict[str, Any] = field(default_factory=dict)
-    layers: list[LayerRecord] = field(default_factory=list)
-    shards: dict[str, str] = field(default_factory=dict)  # SHA-256 of each layer's file
-    files: list[str] = field(default_factory=list)  # in its folder that the run writes, itself apart
-
-
-def read_manifest(folder: Path, asked: Mapping[str, Any]) -> Manifest | None:
-    """Return the manifest in a folder, if there is one; InputError if it is of another request than the one asked."""
-    if not (folder / checkpoint.MANIFEST).exists():
-        return None
-    manifest = read_json(folder / checkpoint.MANIFEST, Manifest)
-    earlier = manifest.request
-    changed = "; ".join(
-        f"{name} {asked.get(name)}, not {earlier.get(name)}"
-        for name in sorted(earlier.keys() | asked.keys())
-        if asked.get(name) != earlier.get(name)
-    )
-    if changed:
-        raise InputError(f"{folder} holds a run of another request ({changed}); finish that one or delete it")
-    return manifest
 
 
 class CheckpointSink:
@@ -151,7 +124,7 @@ class CheckpointSink:
         stack.enter_context(checkpoint.locked(self.folder))
         checkpoint.check_output_folder(self.folder, self.overwrite)  # which a run may have published just before
         self.partial.mkdir(exist_ok=True)
-        manifest = read_manifest(self.partial, self.request) or Manifest(self.request)
+        manifest = checkpoint.read_manifest(self.partial, self.request) or checkpoint.Manifest(self.request)
         self._shards = manifest.shards
         layers = {record.layer: record for record in manifest.layers if self._is_whole(record.layer)}
         self.results, self.finished = manifest.results, layers
@@ -189,7 +162,7 @@ class CheckpointSink:
     def _write_manifest(self, finished: Mapping[int, LayerRecord]) -> None:
         # Without seconds: all that is written is the same in every run of the request.
         layers = [replace(record, elapsed_s=None) for record in finished.values()]
-        manifest = Manifest(self.request, self.results, layers, self._shards, sorted(self._files))
+        manifest = checkpoint.Manifest(self.request, self.results, layers, self._shards, sorted(self._files))
         write_json(self.partial / checkpoint.MANIFEST, manifest)
 
     def _write_index(self) -> None:

@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
@@ -15,15 +15,14 @@ from ..layers.replacement import fill_parameters
 from ..utils.devices import computed_in, retyped
 from ..utils.files import digest, to_json_bytes
 from ..utils.layer_utils import DecoderModule, stored_tensors
-from ..utils.loading import EMBEDDINGS, HEAD, open_checkpoint, tokenizer_digest
-from .memory import entering, logits_of
+from ..utils.loading import EMBEDDINGS, open_checkpoint, tokenizer_digest
+from .protocols import LAYERS, LayerSource
 from .storage import StatesStorage
 
-LAYERS = "model.layers."  # as the model classes of all families name them
 _NOT_OF_THE_MODEL = ("_name_or_path", "transformers_version", "architectures", "auto_map", "dtype")
 
 
-class CheckpointSource:
+class CheckpointSource(LayerSource):
     """The checkpoint of a dense or compressed model, its weights read from safetensors when they are needed.
 
     Host memory holds one decoder layer (a second one while it is read ahead), or the embeddings, or the head; or, where
@@ -40,19 +39,15 @@ class CheckpointSource:
         cache_dir: Path | None = None,
         storage: StatesStorage | None = None,
     ) -> None:
-        self.device = device
-        self.storage = storage or StatesStorage()
-        self.is_kept = False
-        self._cache_dir = cache_dir
-        self.skeleton, self._files, stored = open_checkpoint(model, cache_dir)
-        self.config = self.skeleton.config
-        self._names = list(stored_tensors(self.skeleton))  # tied ones once
+        skeleton, self._files, stored = open_checkpoint(model, cache_dir)
+        super().__init__(skeleton, device, storage)
+        self.home, self.is_kept, self._cache_dir = torch.device("cpu"), False, cache_dir
+        self._names = list(stored_tensors(skeleton))  # tied ones once
         self.weights_dtype = self.config.dtype = stored if dtype == "auto" else getattr(torch, dtype)
         self.dtype = computed_in(self.weights_dtype, device)
-        self.decoder = self.skeleton.get_decoder()
-        self.num_layers = len(self.decoder.layers)
-        self.decoder.rotary_emb = type(self.decoder.rotary_emb)(config=self.config)  # computed, not read
-        fill_parameters(self.decoder.norm, {"weight": self._read("model.norm.weight")})
+        # What the decoder itself takes: the former is computed, not read.
+        self.decoder.rotary_emb = type(self.decoder.rotary_emb)(config=self.config)
+        fill_parameters(self.decoder.norm, self._weights_of("model.norm"))
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="layer-reader")
         self._layers: dict[int, Future[dict[str, Tensor]]] = {}  # read ahead, or kept
 
@@ -86,39 +81,24 @@ class CheckpointSource:
             yield {name: self._read(name) for name in names}
 
     @contextmanager
-    def embedding(self) -> Iterator[Callable[[Tensor], Tensor]]:
-        """Lend the embedding, read for the block."""
-        embedding = copy.deepcopy(self.decoder.embed_tokens)
-        for name, scale in embedding.named_buffers():  # computed, not read
-            embedding.register_buffer(name, torch.empty_like(scale, device=self.device), persistent=False)
-        self.skeleton._init_weights(embedding)  # the weight is on the meta device still
-        fill_parameters(embedding, {"weight": self._brought(self._read(EMBEDDINGS))})
-        yield lambda ids: entering(self.decoder, embedding(ids.to(self.device)))
-
-    @contextmanager
-    def layer(self, index: int) -> Iterator[DecoderModule]:
-        """Lend decoder layer ``index``, and begin to read the next."""
-        weights = self._take(index)
-        with torch.device("meta"):
-            layer = type(self.decoder.layers[index])(self.config, index)
-        fill_parameters(layer, {name: self._brought(weight) for name, weight in weights.items()})
-        del weights  # on the device now, or the layer's own
+    def lent(self, part: str, device: torch.device) -> Iterator[DecoderModule]:
+        """Lend a copy of the part with its weights, read for the block; behind a layer the next is read ahead."""
+        is_layer, number = part.startswith(LAYERS), part.rpartition(".")[2]
+        weights = self._take(int(number)) if is_layer else self._weights_of(part)
+        lent = copy.deepcopy(self.model.get_submodule(part), {id(self.config): self.config})
+        for name, scale in lent.named_buffers(recurse=False):  # of Gemma's embeddings: computed, not read
+            lent.register_buffer(name, torch.empty_like(scale, device=device), persistent=False)
+            self.model._init_weights(lent)  # the weight is on the meta device still
+        types = self.weights_dtype, self.dtype
+        brought = {name: retyped(of.to(device, non_blocking=True), *types) for name, of in weights.items()}
+        fill_parameters(lent, brought)
+        del weights, brought  # on the device now, or the part's own
         try:
             with torch.no_grad():
-                yield layer.eval()
+                yield lent.eval()
         finally:
-            for module in layer.modules():  # whoever still holds the layer holds no weights
+            for module in lent.modules():  # whoever still holds the part holds no weights
                 module._parameters.clear()
-
-    @contextmanager
-    def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
-        """Lend the function from hidden states to logits, its weight read for the block."""
-        lm_head = copy.deepcopy(self.skeleton.lm_head)
-        name = HEAD if HEAD in self._names else EMBEDDINGS
-        fill_parameters(lm_head, {"weight": self._brought(self._read(name))})
-        norm = copy.deepcopy(self.decoder.norm).to(self.device, self.dtype)
-        with torch.no_grad():
-            yield logits_of(self.skeleton, norm, lm_head)
 
     def _take(self, index: int) -> dict[str, Tensor]:
         """Return the parameters of layer ``index``, and begin to read those of the next."""
@@ -131,15 +111,16 @@ class CheckpointSource:
         return (self._layers[index] if self.is_kept else self._layers.pop(index)).result()
 
     def _read_layer(self, index: int) -> dict[str, Tensor]:
-        """Return the parameters of a layer by their names within it."""
-        prefix = f"{LAYERS}{index}."
-        weights = {name.removeprefix(prefix): self._read(name) for name in self._names if name.startswith(prefix)}
+        weights = self._weights_of(f"{LAYERS}{index}")
         if self.device.type != "cpu":  # which fetches pinned memory while it computes
             return {name: weight.pin_memory() for name, weight in weights.items()}
         return weights
 
+    def _weights_of(self, part: str) -> dict[str, Tensor]:
+        """Return the parameters of a part of the model by their names within it."""
+        prefix = f"{part}."
+        found = {name.removeprefix(prefix): self._read(name) for name in self._names if name.startswith(prefix)}
+        return found or {"weight": self._read(EMBEDDINGS)}  # of a tied head
+
     def _read(self, name: str) -> Tensor:
         return self._files.read(name, self.weights_dtype)
-
-    def _brought(self, weight: Tensor) -> Tensor:
-        return retyped(weight.to(self.device, non_blocking=True), self.weights_dtype, self.dtype)

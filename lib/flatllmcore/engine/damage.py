@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from ..core.channel_obs import channels_by_damage
+from ..core.attention_pca import lost_by_rank
 from ..core.curve_allocation import MLP, PAIRS, VALUES, Curves, measured_at
 from ..core.moments import add_moment, inverse_length, mirror_lower_triangle
-from ..core.output_pca import lost_by_rank
+from ..core.refit import channels_by_damage
 from ..core.rotary_pairs import has_free_pairs, pair_energies, without_pairs
 from ..layers import replacement
 from ..utils.dimensions import Kept

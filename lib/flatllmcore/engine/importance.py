@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ..core.curve_allocation import scaled
-from ..core.importance import LayerImportance, angles_between
+from ..core.importance import LayerImportance
 from ..core.refit import factored, with_ridge
 from ..errors import InputError
 from ..utils.names import ANGULAR, DAMAGE, GRADIENT
@@ -38,6 +38,19 @@ def layer_importance(source: LayerSource, windows: Tensor, batch_size: int, meth
     for index, score in enumerate(found.scores):
         logger.info("layer %d: importance %.4f", index, score)
     return found
+
+
+def angles_between(inputs: Tensor, outputs: Tensor) -> tuple[Tensor, int]:
+    """Return ``arccos(clamp(cos(x, y), 0, 1)) / π``, (...), of rows (..., D), and how many had a zero side: cosine 0.5.
+
+    In float64: near cosine 1 the angle is ``√(2(1 - cos))``, and float32 would end at 3e-4. The angles are averaged, as
+    the authors' program does; the paper's text takes the angle of the mean cosine.
+    """
+    x, y = inputs.double(), outputs.double()
+    lengths = x.norm(dim=-1) * y.norm(dim=-1)
+    is_zero = lengths == 0
+    cosine = torch.where(is_zero, 0.5, (x * y).sum(-1) / torch.where(is_zero, 1.0, lengths))
+    return cosine.clamp(0, 1).arccos() / math.pi, int(is_zero.sum())
 
 
 @torch.no_grad()

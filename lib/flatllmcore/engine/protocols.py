@@ -4,26 +4,37 @@ The engine owns *how*: order of layers, batches, hooks, sums over processes, tim
 A method never sees a file, a device choice or a process group, and the engine never looks at a method's name.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+import copy
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
-from torch import Tensor
-from transformers import PretrainedConfig
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..core.curve_allocation import Curves
+from ..core.mlp_nystrom import ENOUGH_TOKENS_PER_CHANNEL
 from ..core.rank_allocation import ImportancePreservingRankSelector, RankAllocation
-from ..utils.dimensions import Kept, ModelDimensions
+from ..errors import InputError
+from ..utils.devices import at_least_float32
+from ..utils.dimensions import Kept, LayerRecord, ModelDimensions
 from ..utils.layer_utils import DecoderModule
 from .storage import StatesStorage
+
+logger = logging.getLogger(__name__)
 
 Sums: TypeAlias = dict[str, Tensor]
 QUERIES, KEYS = "self_attn.q_proj.output", "self_attn.k_proj.output"  # taps
 CHANNELS = "mlp.down_proj.input"
 STREAM, DENSE, HELD_OUT = "stream", "dense", "held out"  # what steps see beside taps if the method asks
 TOKENS = "tokens"  # a sum: how many there were
+LAYERS = "model.layers."  # as the model classes of all families name them
 METRIC = "metric"  # beside sums, where measured: U, (D, D), so that ‖U e‖² is what an error e of the output costs
 
 
@@ -40,24 +51,28 @@ class Solution(NamedTuple):
     eigenvalues: Tensor | None = None  # of the value heads, falling, (G, d), to be monitored
 
 
-class Step(Protocol):
+@dataclass(frozen=True)
+class Step(ABC):
     """One pass of the calibration tokens through a layer or a part of it, and the weights that follow from it."""
 
-    @property
-    def part(self) -> str:
-        """What the pass goes through, ``self_attn`` or ``mlp``, norm and residual included, or "", the whole layer."""
+    dimensions: ModelDimensions
+    leaves: Kept  # what the layer keeps when this step is done; later steps look at that
+    part: str = ""  # the pass goes through it, self_attn or mlp, norm and residual included; "": the whole layer
 
     @property
+    @abstractmethod
     def taps(self) -> Sequence[str]:
         """What is looked at, ``mlp.down_proj.input`` or ``self_attn.v_proj.output``; the pass ends at the last."""
 
-    @property
-    def leaves(self) -> Kept:
-        """What the layer keeps when this step is done; later steps look at that."""
+    @abstractmethod
+    def shapes(self, layer: DecoderModule) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the sums over tokens, by name; the engine adds these up over batches and processes."""
 
     def zeros(self, layer: DecoderModule) -> Sums:
-        """Return the sums before any token; the engine adds them up over batches and processes."""
+        """Return the sums before any token."""
+        return zero_sums(layer, self.shapes(layer))
 
+    @abstractmethod
     def add(self, layer: DecoderModule, sums: Sums, seen: Mapping[str, Tensor]) -> None:
         """Add a batch in place: what passed each tap, (tokens, width).
 
@@ -65,6 +80,7 @@ class Step(Protocol):
         leaves it in the dense model, (tokens, D), and ``HELD_OUT``, whether a token is to check a fit with, (tokens,).
         """
 
+    @abstractmethod
     def solve(self, layer: DecoderModule, sums: Sums) -> Solution:
         """Return the layer's new weights; an ArithmeticError, to which the engine adds the layer, if there are none."""
 
@@ -97,40 +113,64 @@ class Method(Protocol):
         return self.name
 
     def check(self, allocation: RankAllocation, tokens: int) -> None:
-        """Refuse an allocation that the method has no way to; warn where calibration tokens are too few for it."""
+        """Refuse Q and K pruned in another way than the method's; warn where the tokens are too few for the MLP."""
+        other = "query_key_rank" if self.prunes_pairs else "query_key_pairs"
+        if any(allocation.per_layer(other)):
+            kind = "two factors" if self.prunes_pairs else "rotary pairs"
+            raise InputError(f"{self.name} does not prune Q and K by {kind}; allocate anew, or leave them whole")
+        channels = allocation.dimensions.intermediate_size
+        if tokens < ENOUGH_TOKENS_PER_CHANNEL * channels:
+            logger.warning("%d calibration tokens are few for %d MLP channels; give more tokens", tokens, channels)
 
     def steps(self, dimensions: ModelDimensions, kept: Kept) -> Sequence[Step]:
         """Return the passes that bring one layer to what it keeps; none for a layer that stays whole."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class LayerRecord(Kept):
-    """What was done to one layer."""
+class LayerSource(ABC):
+    """Where the walk gets a model's parts from; each is lent ready to run on ``device``."""
 
-    layer: int
-    rank_at_tolerance: float | None = None  # would keep the monitored share of eigenvalue mass; None for a whole layer
-    elapsed_s: float | None = None  # None for a layer that an earlier run finished
-
-
-class LayerSource(Protocol):
-    """Where the walk gets a model's parts from; each comes ready to run on ``device``."""
-
-    config: PretrainedConfig
-    device: torch.device
     dtype: torch.dtype  # of hidden states and of weights that are lent
     weights_dtype: torch.dtype  # of the weights at home, and of the compressed ones there
-    num_layers: int
-    storage: StatesStorage
-    decoder: Any  # the model's, which knows what it passes to its layers; weights of those may be missing
+    home: torch.device  # of the embeddings: the rows that are looked up are less to move
 
-    def embedding(self) -> AbstractContextManager[Callable[[Tensor], Tensor]]:
+    def __init__(self, model: PreTrainedModel, device: torch.device, storage: StatesStorage | None = None) -> None:
+        self.model, self.config = model, model.config  # weights of the model may be missing
+        self.decoder: Any = model.get_decoder()  # knows what it passes to its layers
+        self.num_layers = len(self.decoder.layers)
+        self.device, self.storage = device, storage or StatesStorage()
+
+    @abstractmethod
+    def lent(self, part: str, device: torch.device) -> AbstractContextManager[DecoderModule]:
+        """Lend a part of the model by its name, for evaluation on ``device``."""
+
+    @contextmanager
+    def embedding(self) -> Iterator[Callable[[Tensor], Tensor]]:
         """Lend the function from ids, (batch, S), to the hidden states that enter layer 0, (batch, S, D)."""
+        scale = getattr(self.decoder, "embedding_multiplier", 1)  # Granite's
+        with self.lent("model.embed_tokens", self.home) as embedding:
+            yield lambda ids: (embedding(ids.to(self.home)) * scale).to(self.device)
 
     def layer(self, index: int) -> AbstractContextManager[DecoderModule]:
         """Lend decoder layer ``index``."""
+        return self.lent(f"{LAYERS}{index}", self.device)
 
-    def head(self) -> AbstractContextManager[Callable[[Tensor], Tensor]]:
+    @contextmanager
+    def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
         """Lend the function from the last layer's output to logits, final norm included."""
+        with self.lent("model.norm", self.device) as norm, self.lent("lm_head", self.device) as lm_head:
+            yield logits_of(self.model, norm, lm_head)
+
+
+def logits_of(model: PreTrainedModel, norm: nn.Module, lm_head: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Return the model's own function from the last layer's output, (rows, D), to logits: some scale or cap these.
+
+    They are in float32 at least.
+    """
+    head: Any = copy.copy(model)  # without its modules
+    head._modules = {"lm_head": lm_head}
+    head.model = lambda inputs_embeds, **_: BaseModelOutputWithPast(last_hidden_state=norm(inputs_embeds))
+    forward = partial(type(model).forward, head, return_dict=True)
+    return lambda states: at_least_float32(forward(inputs_embeds=states[None]).logits[0])
 
 
 class LayerSink(Protocol):

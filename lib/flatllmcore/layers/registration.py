@@ -72,19 +72,11 @@ def register() -> None:
         family: ClassVar[str]
 
         def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-            return cls.made()(*args, **kwargs)
-
-        @classmethod
-        def from_dict(cls, *args: Any, **kwargs: Any) -> Any:
-            return cls.made().from_dict(*args, **kwargs)
-
-        @classmethod
-        def made(cls) -> Any:
             from .flat_configs import flat_config
 
             config = flat_config(cls.family)
             AutoConfig.register(cls.model_type, config, exist_ok=True)
-            return config
+            return config(*args, **kwargs)
 
     for family in FAMILY_NAMES:
         if (model_type := f"flat_{family}") not in CONFIG_MAPPING:

@@ -14,6 +14,8 @@ from . import flat_models
 from .flat_attention import FlatCausalLM
 
 _LOST_IN_CONVERSION = ("model_type", "transformers_version", "architectures", "auto_map", "quantization_config")
+_SIZES = {"value_head_dim": "value_rank", "intermediate_size": "mlp_width"}  # what Kept calls the config's fields
+_SIZES |= {name: name for name in ("query_key_rank", "query_key_pairs")}
 
 
 def family_of(config: PreTrainedConfig) -> type[FlatCausalLM]:
@@ -41,15 +43,7 @@ def compressed_config(config: PreTrainedConfig, kept: Sequence[Kept], shape: str
         fields["intermediate_size"] = kept[0].mlp_width
         return type(config)(**fields, attn_implementation=config._attn_implementation)
     fields["dense_intermediate_size"] = config.intermediate_size
-    layers = [
-        {
-            "value_head_dim": of.value_rank,
-            "intermediate_size": of.mlp_width,
-            "query_key_rank": of.query_key_rank,
-            "query_key_pairs": of.query_key_pairs,
-        }
-        for of in kept
-    ]
+    layers = [{field: getattr(of, size) for field, size in _SIZES.items()} for of in kept]
     shared = {name: size for name, size in layers[0].items() if all(layer[name] == size for layer in layers)}
     if len(shared) < len(layers[0]):
         fields["per_layer_config"] = {

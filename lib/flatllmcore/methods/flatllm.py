@@ -4,22 +4,16 @@ One pass of the dense layer: moments of each value head and of the MLP's activat
 Q and K the same PCA leaves two factors of each.
 """
 
-import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from torch import Tensor
 
 from ..core.attention_pca import heads_projected, headwise_pca, project_output
 from ..core.mlp_nystrom import channels_kept, few_tokens_jitter, reconstruct_down_projection, select_channels
 from ..core.moments import add_head_moments, add_moment, mirror_lower_triangle
-from ..core.rank_allocation import RankAllocation
-from ..engine.protocols import CHANNELS, KEYS, QUERIES, TOKENS, Method, Solution, Sums, zero_sums
-from ..errors import InputError
+from ..engine.protocols import CHANNELS, KEYS, QUERIES, TOKENS, Method, Solution, Step, Sums
 from ..utils.dimensions import Kept, ModelDimensions
 from ..utils.layer_utils import DecoderModule
-
-logger = logging.getLogger(__name__)
 
 VALUES = "self_attn.v_proj.output"
 
@@ -36,30 +30,13 @@ class FlatLLM(Method):
         pruned = "query, key, value and output" if prune_qk else "value and output"
         return f"{pruned} projections by head-wise PCA, MLPs by Nyström approximation"
 
-    def check(self, allocation: RankAllocation, tokens: int) -> None:
-        """Refuse rotary pairs; warn where the tokens are too few for the MLP to be solved exactly."""
-        if any(kept.query_key_pairs is not None for kept in allocation.layers):
-            raise InputError(f"{self.name} does not prune rotary pairs of Q and K; leave these whole")
-        channels = allocation.dimensions.intermediate_size
-        if jitter := few_tokens_jitter(tokens, channels):
-            logger.warning(
-                f"{tokens} calibration tokens are few for {channels} MLP channels: the MLP is "
-                f"solved with {jitter:.3f} of each channel's energy added; give more tokens"
-            )
-
-    def steps(self, dimensions: ModelDimensions, kept: Kept) -> list["FlatLLMStep"]:
+    def steps(self, dimensions: ModelDimensions, kept: Kept) -> list[Step]:
         """Return one step for the whole layer."""
         return [] if dimensions.is_whole(kept) else [FlatLLMStep(dimensions, kept)]
 
 
-@dataclass(frozen=True)
-class FlatLLMStep:
+class FlatLLMStep(Step):
     """Statistics of a dense layer's own activations, and the layer's new weights from them."""
-
-    dimensions: ModelDimensions
-    leaves: Kept
-
-    part = ""
 
     @property
     def heads(self) -> dict[str, int]:
@@ -73,11 +50,11 @@ class FlatLLMStep:
         """What is looked at."""
         return [*self.heads, CHANNELS]
 
-    def zeros(self, layer: DecoderModule) -> Sums:
-        """Return the moments ``Σ v vᵀ`` of each head, (G or H, d, d), and ``Σ z zᵀ`` of the MLP, (F, F)."""
+    def shapes(self, layer: DecoderModule) -> dict[str, tuple[int, ...]]:
+        """Return those of the moments ``Σ v vᵀ`` of each head, (G or H, d, d), and ``Σ z zᵀ`` of the MLP, (F, F)."""
         width, channels = self.dimensions.head_dim, self.dimensions.intermediate_size
-        shapes: dict[str, tuple[int, ...]] = {tap: (count, width, width) for tap, count in self.heads.items()}
-        return zero_sums(layer, shapes | {CHANNELS: (channels, channels), TOKENS: ()})
+        heads = {tap: (count, width, width) for tap, count in self.heads.items()}
+        return {**heads, CHANNELS: (channels, channels), TOKENS: ()}
 
     def add(self, layer: DecoderModule, sums: Sums, seen: Mapping[str, Tensor]) -> None:
         """Add a batch's moments; of the MLP's the lower triangle alone."""

@@ -4,28 +4,21 @@ A layer's attention is done before its MLP is looked at: rotary pairs of Q and K
 stream with is narrowed and fitted. ``docs/FLATLLM_PLUS.md`` has the equations.
 """
 
-import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TypeAlias
 
 from torch import Tensor
 
-from ..core.attention_pca import heads_projected, project_output
-from ..core.channel_obs import channels_by_damage
-from ..core.mlp_nystrom import ENOUGH_TOKENS_PER_CHANNEL, channels_kept
+from ..core.attention_pca import heads_projected, output_bases, project_output
+from ..core.mlp_nystrom import channels_kept
 from ..core.moments import add_moment, inverse_length, mirror_lower_triangle
-from ..core.output_pca import output_bases
-from ..core.rank_allocation import RankAllocation
-from ..core.refit import led_towards
+from ..core.refit import channels_by_damage, led_towards
 from ..core.rotary_pairs import pair_energies, without_pairs
-from ..engine.protocols import DENSE, HELD_OUT, KEYS, METRIC, QUERIES, STREAM, TOKENS, Method, Solution, Sums, zero_sums
-from ..errors import InputError
+from ..engine.protocols import DENSE, HELD_OUT, KEYS, METRIC, QUERIES, STREAM, TOKENS, Method, Solution, Step, Sums
 from ..utils.devices import float32_product
 from ..utils.dimensions import Kept, ModelDimensions
 from ..utils.layer_utils import WRITERS, DecoderModule
-
-logger = logging.getLogger(__name__)
 
 Narrowing: TypeAlias = Callable[[Tensor], Tensor]  # from columns for what is read now to those for what is read then
 SHARE = 0.25  # of the way to the dense model's stream: more of it does better on text like the calibration's alone
@@ -45,44 +38,29 @@ class FlatLLMPlus(Method):
         pairs = "rotary pairs of queries and keys, " if prune_qk else ""
         return f"{pairs}directions of values and channels of MLPs, those that cost least; what is left was refitted"
 
-    def check(self, allocation: RankAllocation, tokens: int) -> None:
-        """Refuse factors of Q and K; warn where the tokens are too few to fit the MLP to."""
-        if any(kept.query_key_rank is not None for kept in allocation.layers):
-            raise InputError(
-                f"{self.name} prunes rotary pairs of Q and K and leaves no factors of them; allocate by damage"
-            )
-        channels = allocation.dimensions.intermediate_size
-        if tokens < ENOUGH_TOKENS_PER_CHANNEL * channels:
-            logger.warning(f"{tokens} calibration tokens are few for {channels} MLP channels; give more tokens")
-
-    def steps(self, dimensions: ModelDimensions, kept: Kept) -> list["PairStep | OutputStep"]:
+    def steps(self, dimensions: ModelDimensions, kept: Kept) -> list[Step]:
         """Return a step for each part, before them one for pairs if some go; none for a layer that stays whole."""
         if dimensions.is_whole(kept):
             return []
         behind = replace(kept, mlp_width=dimensions.intermediate_size)
         paired = replace(behind, value_rank=dimensions.head_dim)
         return [
-            *([] if kept.query_key_pairs is None else [PairStep(dimensions, paired)]),
+            *([] if kept.query_key_pairs is None else [PairStep(dimensions, paired, "self_attn")]),
             OutputStep(dimensions, behind, "self_attn"),
             OutputStep(dimensions, kept, "mlp"),
         ]
 
 
-@dataclass(frozen=True)
-class PairStep:
+class PairStep(Step):
     """Rotary pairs of Q and K go."""
 
-    dimensions: ModelDimensions
-    leaves: Kept
-
-    part = "self_attn"
     taps = (QUERIES, KEYS)
 
-    def zeros(self, layer: DecoderModule) -> Sums:
-        """Return energies of the pairs of each head."""
+    def shapes(self, layer: DecoderModule) -> dict[str, tuple[int, ...]]:
+        """Return those of the energies of the pairs of each head."""
         sizes = self.dimensions
         heads = {QUERIES: sizes.num_heads, KEYS: sizes.num_kv_heads}
-        return zero_sums(layer, {tap: (count, sizes.head_dim // 2) for tap, count in heads.items()})
+        return {tap: (count, sizes.head_dim // 2) for tap, count in heads.items()}
 
     def add(self, _: DecoderModule, sums: Sums, seen: Mapping[str, Tensor]) -> None:
         """Add a batch."""
@@ -96,28 +74,23 @@ class PairStep:
         return Solution(without_pairs(layer.self_attn, sums[QUERIES], sums[KEYS], left))
 
 
-@dataclass(frozen=True)
-class OutputStep:
+class OutputStep(Step):
     """What writes to the stream is narrowed, and fitted to its own dense output and towards the dense stream."""
-
-    dimensions: ModelDimensions
-    leaves: Kept
-    part: str
 
     @property
     def taps(self) -> list[str]:
         """What it reads."""
         return [f"{WRITERS[self.part]}.input"]
 
-    def zeros(self, layer: DecoderModule) -> Sums:
-        """Return moments ``C = Σ z zᵀ`` of what it reads and ``R = Σ t zᵀ`` with what it should write.
+    def shapes(self, layer: DecoderModule) -> dict[str, tuple[int, ...]]:
+        """Return those of the moments ``C = Σ z zᵀ`` of what it reads and ``R = Σ t zᵀ`` with what it should write.
 
         Each is there twice, of tokens to fit and of those held out.
         """
         writer = layer.get_submodule(WRITERS[self.part])
         shapes = {"C": (writer.in_features, writer.in_features), "R": (writer.out_features, writer.in_features)}
         moments = {f"{of} {moment}": shape for of in ("fit", "held") for moment, shape in shapes.items()}
-        return zero_sums(layer, {TOKENS: (), **moments})
+        return {TOKENS: (), **moments}
 
     def add(self, layer: DecoderModule, sums: Sums, seen: Mapping[str, Tensor]) -> None:
         """Add a batch: what is missing of the dense stream, each token by that stream's length."""

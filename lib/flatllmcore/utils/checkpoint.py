@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 from huggingface_hub import ModelCard, ModelCardData
 
 from ..errors import InputError, door
+from .dimensions import LayerRecord
 from .files import LEFT_OVER, check_writable, read_json
 from .names import STOCK, public_name, public_text
 
@@ -53,10 +54,30 @@ _UNEVEN = """\
 
 
 @dataclass
-class _Written:
-    """What of a manifest says which files a run writes to its folder, by relative names."""
+class Manifest:
+    """What was asked, what is worth remembering, and which layers are done: the whole state of a run."""
 
-    files: list[str] = field(default_factory=list)
+    request: dict[str, Any]
+    results: dict[str, Any] = field(default_factory=dict)
+    layers: list[LayerRecord] = field(default_factory=list)
+    shards: dict[str, str] = field(default_factory=dict)  # SHA-256 of each layer's file
+    files: list[str] = field(default_factory=list)  # in its folder that the run writes, itself apart
+
+
+def read_manifest(folder: Path, asked: Mapping[str, Any]) -> Manifest | None:
+    """Return the manifest in a folder, if there is one; InputError if it is of another request than the one asked."""
+    if not (folder / MANIFEST).exists():
+        return None
+    manifest = read_json(folder / MANIFEST, Manifest)
+    earlier = manifest.request
+    changed = "; ".join(
+        f"{name} {asked.get(name)}, not {earlier.get(name)}"
+        for name in sorted(earlier.keys() | asked.keys())
+        if asked.get(name) != earlier.get(name)
+    )
+    if changed:
+        raise InputError(f"{folder} holds a run of another request ({changed}); finish that one or delete it")
+    return manifest
 
 
 def partial_folder(folder: Path) -> Path:
@@ -119,7 +140,7 @@ def check_output_folder(folder: Path, overwrite: bool) -> None:
 def find_other(folder: Path) -> Path | None:
     """Return something in a folder that its manifest does not say that a run wrote there, if there is such."""
     manifest = folder / MANIFEST
-    names = [MANIFEST, *read_json(manifest, _Written).files] if manifest.is_file() else []
+    names = [MANIFEST, *read_json(manifest, Manifest).files] if manifest.is_file() else []
     known = {place for name in names for place in (folder / name, *(folder / name).parents)}
     found = (path for path in folder.rglob("*") if folder / _REPLACED not in (path, *path.parents))
     return next((path for path in found if path not in known), None)

@@ -3,9 +3,9 @@
 Windows are cut from token ids, never from text made of tokens again, so every one has exactly the tokens asked for.
 """
 
+from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from itertools import cycle, islice
 from numbers import Integral
 from typing import Any
@@ -84,17 +84,14 @@ def consecutive_windows(
     Of ``most`` windows they are the first; what is far behind them is not tokenised.
     """
     pieces = list(_pieces(text))
-    tokens = [torch.tensor(_leading_ids(tokenizer, pieces[0][:100]), dtype=torch.int64)]
-    count = len(tokens[0])
+    ids = array("q", _leading_ids(tokenizer, pieces[0][:100]))
     for piece in progress(pieces, "tokenising text", "piece"):
-        ids = _encode(tokenizer, piece)
-        tokens.append(torch.tensor(ids, dtype=torch.int64))
-        count += len(ids)
-        if most is not None and count >= most * seqlen:
+        ids.extend(_encode(tokenizer, piece))
+        if most is not None and len(ids) >= most * seqlen:
             break
-    if count < seqlen:
-        raise InputError(f"text {text.name!r} ({text.split}) has {count} tokens, fewer than one window of {seqlen}")
-    return torch.cat(tokens).unfold(0, seqlen, seqlen)[:most]
+    if len(ids) < seqlen:
+        raise InputError(f"text {text.name!r} ({text.split}) has {len(ids)} tokens, fewer than one window of {seqlen}")
+    return torch.frombuffer(ids, dtype=torch.int64).unfold(0, seqlen, seqlen)[:most]
 
 
 def calibration_statistics(windows: Tensor) -> dict[str, int]:
@@ -179,10 +176,8 @@ def windows_of_rows(rows: Sequence[Tensor], seqlen: int) -> Tensor:
     """Return rows (n,) joined in order and cut to (N, seqlen), the remainder dropped; rows of ``seqlen`` stay whole."""
     joined = torch.cat(list(rows))
     if not 2 <= seqlen <= len(joined):
-        raise InputError(
-            f"the calibration data hold {len(joined)} tokens without padding and a window would have {seqlen}; "
-            "accepted: 2 or more, and data for one window"
-        )
+        found = f"{len(joined)} tokens without padding, for windows of {seqlen}"
+        raise InputError(f"the calibration data hold {found}; accepted: 2 or more, and data for one window")
     return joined.unfold(0, seqlen, seqlen)
 
 
@@ -225,33 +220,29 @@ def _without_padding(ids: Tensor, padding_ids: Sequence[int]) -> Tensor:
     return ids[real[0] : real[-1] + 1] if len(real) else ids[:0]
 
 
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool = False) -> list[int]:
+    with door(f"the tokenizer at {tokenizer.name_or_path!r} cannot read the text", "mend its files, or the text"):
+        # verbose: a text longer than the model takes is meant here, so no warning about it.
+        return tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
+
+
 def _leading_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Return the ids of special tokens that the tokenizer puts before a text, as BOS; those behind it are left out."""
-    with _reading(tokenizer):
-        whole, plain = (
-            tokenizer(text, add_special_tokens=asked, verbose=False)["input_ids"] for asked in (True, False)
-        )
+    whole, plain = _ids(tokenizer, text, add_special_tokens=True), _ids(tokenizer, text)
     starts = range(len(whole) - len(plain), -1, -1)
     return whole[: next((start for start in starts if whole[start : start + len(plain)] == plain), 0)]
-
-
-def _reading(tokenizer: PreTrainedTokenizerBase) -> AbstractContextManager[None]:
-    return door(f"the tokenizer at {tokenizer.name_or_path!r} cannot read the text", "mend its files, or the text")
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Return the ids of a text, piece by piece where it is very long: pieces end with a line, or at the longest."""
     ids: list[int] = []
     start = 0
-    with _reading(tokenizer):
-        while start == 0 or start < len(text):
-            end = min(len(text), start + _LONGEST_PIECE)
-            if end < len(text):
-                end = text.rfind("\n", start, end) + 1 or end
-            # verbose: a text longer than the model takes is meant here, so no warning about it.
-            piece = tokenizer(text[start:end], add_special_tokens=False, verbose=False)
-            ids += piece["input_ids"]
-            start = max(end, 1)
+    while start == 0 or start < len(text):
+        end = min(len(text), start + _LONGEST_PIECE)
+        if end < len(text):
+            end = text.rfind("\n", start, end) + 1 or end
+        ids += _ids(tokenizer, text[start:end])
+        start = max(end, 1)
     return ids
 
 

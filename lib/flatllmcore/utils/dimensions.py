@@ -20,6 +20,15 @@ class Kept:
     query_key_pairs: int | None = None  # rotary pairs per head; None for all
 
 
+@dataclass(frozen=True, kw_only=True)
+class LayerRecord(Kept):
+    """What was done to one layer."""
+
+    layer: int
+    rank_at_tolerance: float | None = None  # would keep the monitored share of eigenvalue mass; None for a whole layer
+    elapsed_s: float | None = None  # None for a layer that an earlier run finished
+
+
 @dataclass(frozen=True)
 class ModelDimensions:
     """Sizes of a decoder-only model; parameter counts are linear weights of one decoder layer, without biases."""

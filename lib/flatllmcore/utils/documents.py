@@ -28,10 +28,8 @@ def document_of(record: Any, place: Path | str, number: int, tokenizer: PreTrain
     if columns.get("text") is None and isinstance(turns, list):
         if tokenizer is None or tokenizer.chat_template is None:
             raise InputError(f"{place}, record {number} is a conversation; give a tokenizer that has a chat template")
-        with door(
-            f"{place}, record {number} does not fit the chat template",
-            "accepted: messages with role and content, or conversations with from and value",
-        ):
+        accepted = "accepted: messages with role and content, or conversations with from and value"
+        with door(f"{place}, record {number} does not fit the chat template", accepted):
             return tokenizer.apply_chat_template(list(map(_message, turns)), tokenize=False)
     names = ("text",) if "text" in columns else ("instruction", "input", "output")
     parts = [columns.get(name) for name in names]
@@ -39,9 +37,7 @@ def document_of(record: Any, place: Path | str, number: int, tokenizer: PreTrain
         parts[1] = ""
     if not all(isinstance(part, str) for part in parts):
         found = ", ".join(f"{name} ({type(value).__name__})" for name, value in columns.items())
-        accepted = (
-            "text (str), or messages or conversations (list), or prompt and completion, or instruction and output"
-        )
+        accepted = "text (str), messages or conversations (list), prompt and completion, or instruction and output"
         raise InputError(f"{place}, record {number} has {found:.200}; accepted: {accepted}")
     return parts[0] if len(parts) == 1 else _alpaca_prompt(*parts)
 

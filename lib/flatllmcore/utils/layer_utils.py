@@ -108,12 +108,9 @@ def check_causal_lm(model: PreTrainedModel) -> None:
     with torch.device("meta"):
         plain, found = map(_makeup, (type(model)(copy.deepcopy(model.config)), model))
     if different := sorted(name for name in found.keys() | plain.keys() if found.get(name) != plain.get(name)):
-        name = different[0]
-        raise InputError(
-            f"the module {name} is {found.get(name)}, and by the config {plain.get(name)}; merge adapters into the "
-            "weights, make masks and parametrizations permanent, take hooks off, compile the compressed model, or give "
-            "the config the sizes that there are"
-        )
+        problem = f"the module {different[0]} is {found.get(different[0])}, and by the config {plain.get(different[0])}"
+        remedy = "merge adapters, make masks and parametrizations permanent, take hooks off, compile afterwards"
+        raise InputError(f"{problem}; {remedy}, or give the config the sizes that there are")
 
 
 def _makeup(model: PreTrainedModel) -> dict[str, str]:

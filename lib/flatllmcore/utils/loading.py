@@ -28,7 +28,7 @@ from .names import FAMILY_NAMES
 
 logger = logging.getLogger(__name__)
 
-EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # as the model classes of all families name them
+EMBEDDINGS = "model.embed_tokens.weight"  # as the model classes of all families name them
 _COMPUTED = r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$|(^|\.)masked_bias$"  # in old checkpoints, and never read
 _TOKENIZER_FILES = (  # all that one of any kind is read from
     *("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json", "merges.txt"),
@@ -181,10 +181,8 @@ class WeightFiles:
                 raise InputError(f"checkpoint {self.model!r} {state}: {len(names)} weights {problem}, first {first}")
         for tied, original in skeleton.all_tied_weights_keys.items():
             if tied in found and self.digest(original) != self.digest(tied):
-                raise InputError(
-                    f"checkpoint {self.model!r} has an {tied} that differs from its embeddings, but "
-                    "tie_word_embeddings is true in config.json"
-                )
+                problem = f"{tied} differs from its embeddings, but tie_word_embeddings is true in config.json"
+                raise InputError(f"checkpoint {self.model!r} is damaged: {problem}")
         if stated is not None:
             logger.warning("%s is not quantised, though its config.json says so (%s): left out", self.model, method)
         vars(skeleton.config).pop("quantization_config", None)

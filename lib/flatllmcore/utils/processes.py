@@ -53,10 +53,8 @@ def launch_number(name: str, allowed: range, default: str = "") -> int:
     """Return the number in one of the launcher's variables; an InputError names one that is not allowed."""
     value = os.environ.get(name, default)
     if not re.fullmatch("[0-9]{1,9}", value) or int(value) not in allowed:
-        raise InputError(
-            f"the environment variable {name} is {value[:80]!r}, not {allowed[0]} to {allowed[-1]}; torchrun and "
-            "accelerate launch set it, and for one process WORLD_SIZE and LOCAL_RANK are unset"
-        )
+        remedy = "torchrun and accelerate launch set it; for one process WORLD_SIZE and LOCAL_RANK are unset"
+        raise InputError(f"the variable {name} is {value[:80]!r}, not {allowed[0]} to {allowed[-1]}; {remedy}")
     return int(value)
 
 
@@ -92,9 +90,7 @@ def process_group(device: torch.device) -> Iterator[None]:
     patience = timedelta(hours=2)  # longer than a process waits for another at any size, a layer's solves included
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
     with _signals_end_waits():
-        with door(
-            f"the processes cannot meet at {place}", "give a free MASTER_PORT, or unset WORLD_SIZE for one process"
-        ):
+        with door(f"the processes cannot meet at {place}", "give a free MASTER_PORT, or unset WORLD_SIZE for one"):
             _store, rank, size = next(dist.rendezvous("env://"))
             dist.init_process_group(backend, store=_store, rank=rank, world_size=size, timeout=patience)
         barrier()  # none may leave, even by an error, while another is still joining

@@ -217,9 +217,7 @@ def _hub_rows(hub: _HubDataset, split: Split, cache_dir: Path | None) -> Iterato
     with door(f"could not get {hub.hub_id} from the Hugging Face Hub", f"{_WITHOUT_HUB}{several}"):
         splits = load_dataset(hub.hub_id, name=hub.configuration, cache_dir=cache_dir)
         if splits.keys().isdisjoint(names):
-            raise InputError(
-                f"{hub.hub_id} has no {split} split, but {', '.join(splits)}; give another dataset, or a path"
-            )
+            raise InputError(f"{hub.hub_id} has no {split} split, but {', '.join(splits)}; give another, or a path")
         yield from next(splits[name] for name in names if name in splits)
 
 
