@@ -146,7 +146,7 @@ def test_what_stands_for_a_part_gives_what_the_part_gives(windows, dtype, rank, 
         found, expected = stand_in(), after.get_submodule(part)(states, **arguments)
         if part == "self_attn":
             found, expected = found[0], expected[0]
-        assert (found - expected).norm() <= 4 * torch.finfo(dtype).eps * expected.norm()
+        assert (found - expected).norm() <= (1e-6 if dtype == torch.float32 else 6e-3) * expected.norm()
 
 
 def test_a_failed_compression_leaves_the_model_as_it_was(model, windows):

@@ -331,3 +331,11 @@ def test_a_file_that_is_there_is_replaced_only_if_asked(tmp_path, capsys):
     file.write_bytes(b"GGUF, an earlier one")
     assert main([folder, str(file), "--overwrite"]) == 0
     assert file.stat().st_size > 1000
+
+
+def test_a_family_that_the_table_lacks_is_one_line(tmp_path, capsys, monkeypatch):
+    """There is none now; one that is added need not have GGUF files."""
+    folder = save(tmp_path, tiny("Llama-2-7b"), byte_level_tokenizer())
+    monkeypatch.delitem(_ARCHITECTURES, "llama")
+    line = one_line(capsys, main, [folder, str(tmp_path / "model.gguf")])
+    assert "error: GGUF files of llama are not written; accepted: qwen2, " in line

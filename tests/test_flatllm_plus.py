@@ -17,7 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from checkpoints import CPU, VARIANTS
+from checkpoints import CPU, VARIANTS, assert_same_up_to_sign
 from conftest import EMBEDDED, random, tiny_model
 from flatllmcore import FlatLLMPruner, apply_flat_llm
 from flatllmcore.core.attention_pca import lost_by_rank, output_bases
@@ -483,3 +483,10 @@ def test_it_does_better_than_the_published_method_on_the_embedded_model():
         excess[name] = math.log(small / dense)
         assert pruner.get_compression_stats()["sparsity"] == pytest.approx(0.4, abs=0.01)
     assert excess["flatllm+"] < 2 / 3 * excess["flatllm"]
+
+
+def test_the_result_does_not_depend_on_the_batch_size(model, windows):
+    together, allocation = compressed(copy.deepcopy(model), windows)
+    source = ModelInMemory(model, CPU)
+    config, _ = compress_layers(source, source, windows, PLUS, allocation, batch_size=1, tolerance=0.96)
+    assert_same_up_to_sign(together, source.adopt(config))

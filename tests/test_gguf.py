@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from struct import pack
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -18,7 +19,6 @@ from flatllmcore.utils.loading import load_config, load_model, load_tokenizer
 from tiny_gguf import TOKENS, tiny_llama, write_gguf
 
 COUNT, HUGE = (pack("<IQ", 8, len(TOKENS) | more) for more in (0, 2**40))  # before the strings of an array
-
 TEXT = "the cat and the dog, 10 of them; " * 40
 
 
@@ -117,6 +117,7 @@ def test_a_model_in_memory_that_was_loaded_from_a_gguf_is_compressed_and_saved_a
     [
         (lambda path: path.write_bytes(path.read_bytes()[:20000]), "cannot read .*tiny.gguf"),
         (lambda path: write_gguf(path, left_out=("blk.1.attn_norm.weight",)), "of its 20 tensors transformers makes"),
+        (lambda path: write_gguf(path, added={"rope_freqs.weight": np.ones(4, np.float32)}), "of its 22 tensors"),
         (lambda path: path.write_bytes(path.read_bytes().replace(COUNT, HUGE, 1)), r"it ends within the \d+ numbers"),
         (lambda path: write_gguf(path, architecture="gpt2"), "family 'gpt2' is not supported|cannot read .*tiny.gguf"),
         (lambda path: write_gguf(path.with_name("other.gguf")), "2 GGUF files in .*; give one of them, .*other.gguf"),

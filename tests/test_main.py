@@ -345,7 +345,6 @@ def test_perplexity_of_text_calibrated_on_is_called_that(here, capsys, name, is_
 )
 def test_unusable_arguments_are_refused(here, refused, argv, reason):
     Path("short.txt").write_text("too short")
-
     for name in ("llama_flatllm_30.json", "llama_flatllm_40.log", "importance.json"):
         Path("held", name).mkdir(parents=True)
     torch.save([0.1, 0.2], "bi_score.pt")

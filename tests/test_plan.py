@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen3
 import common
 import compression_time
 import forward_profile
+import kept_attention
 import quantized
 import quantized_cache
 from common import find_config
@@ -202,6 +203,15 @@ def test_a_profile_of_a_layer_has_its_seven_projections_and_shares_of_one(capsys
     rate, peak = map(float, re.search(r"matrix products ([\d.]+) of ([\d.]+) GFLOP/s", printed).groups())
     assert rate > 0
     assert peak == 5.0
+
+
+def test_what_stands_for_attention_is_as_exact_as_the_weights_are_rounded(capsys):
+    kept_attention.main(["--model", EMBEDDED, "--dataset", "pydocs", "--nsamples", "4", "--seqlen", "64"])
+    rows = [line.strip("| ").split("|") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[0].strip() for row in rows] == ["flatllm", "flatllm+"]
+    for _, layers, *errors in rows:
+        assert int(layers) > 3
+        assert all(0 < float(error) < 8e-3 for error in errors)
 
 
 def test_text_read_in_chunks_behind_a_cache_has_the_perplexity_of_whole_windows(tmp_path, capsys):

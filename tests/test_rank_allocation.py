@@ -238,6 +238,18 @@ class TestPublishedFloors:
                 assert (kept.value_rank, kept.mlp_width) == tuple(map(int, floors))
             assert percent - 1e-9 <= allocation.achieved_sparsity_percent < percent + 1
 
+    @pytest.mark.parametrize("prune_qk", [False, True])
+    def test_given_layers_state_what_they_remove(self, prune_qk):
+        """At rank 8 of 8 the factors of a (8, 64) head are 576 weights, the head itself 512: these stay whole."""
+        selector = ImportancePreservingRankSelector(TINY, prune_qk=prune_qk)
+        allocation = selector.floored([0.9, 0.5, 1.0, 0.25, 0.8])
+        assert allocation.per_layer("value_rank") == [7, 4, 8, 2, 6]
+        assert allocation.per_layer("mlp_width") == [154, 86, 172, 43, 137]
+        assert allocation.per_layer("query_key_rank") == ([7, 4, None, 2, 6] if prune_qk else [None] * 5)
+        removed = 1 - counted_parameters(allocation) / allocation.parameters_before
+        assert allocation.sparsity_ratio == pytest.approx(100 * removed)
+        assert allocation.achieved_sparsity_percent == pytest.approx(100 * removed)
+
 
 class TestRoundedRanks:
     def check(self, allocation: RankAllocation, scores: list[float], step: int | None = None) -> None:

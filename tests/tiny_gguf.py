@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import gguf
+import numpy as np
 import torch
 from gguf import GGMLQuantizationType
 from transformers import LlamaForCausalLM
@@ -36,6 +37,7 @@ def write_gguf(
     model: LlamaForCausalLM | None = None,
     architecture: str = "llama",
     left_out: tuple[str, ...] = (),
+    added: dict[str, np.ndarray] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Write a model of heads 8 wide, with a tokenizer of bytes and a chat template; return its weights as rounded."""
     model = model or tiny_llama()
@@ -70,7 +72,8 @@ def write_gguf(
             data = data.reshape(-1, 2, config.head_dim // 2, data.shape[-1]).swapaxes(1, 2).reshape(data.shape)
         if stored not in left_out:
             writer.add_tensor(stored, data, raw_dtype=wanted if values.ndim > 1 else GGMLQuantizationType.F32)
-
+    for name, data in (added or {}).items():
+        writer.add_tensor(name, data)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

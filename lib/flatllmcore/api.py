@@ -118,7 +118,7 @@ class FlatLLMPruner:
             if isinstance(ranks, RankAllocation):
                 allocation = ranks
             else:
-                with door("rank_allocation is unusable", "accepted: a RankAllocation, or a share of each layer"):
+                with door("rank_allocation is unusable", "accepted: a RankAllocation, or shares to keep"):
                     shares = [float(share) for share in ranks]
                 allocation = pipeline.selector.floored(shares)
             allocation.check_matches(pipeline.selector.dimensions)

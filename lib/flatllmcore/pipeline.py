@@ -74,7 +74,7 @@ class Pipeline:
         """Refuse what the method does not do."""
         method, scores = self.config.method, self.config.importance_method
         if not self.config.preserve_qk_layers and METHODS[method].prunes_pairs != (scores == DAMAGE):
-            remedy = "leave them whole (--no-prune_qk, preserve_qk_layers), or take another importance_method"
+            remedy = "leave them whole (--no-prune_qk, preserve_qk_layers=True), or take another importance_method"
             raise InputError(f"{method} does not prune Q and K by {scores} ranks; {remedy}")
         if self.config.gradient_nsamples and not METHODS[method].weighs_errors:
             raise InputError(f"{method} weighs no errors by gradients; leave gradient_nsamples at 0")

@@ -5,11 +5,15 @@ functions with the same moment, and share out what they cost (``cholesky.py``). 
 kept channels.
 """
 
+import logging
+
 import torch
 from torch import Tensor, nn
 
 from ..utils.processes import all_reduce, own_share
 from .cholesky import cholesky, inverse_column_energies
+
+logger = logging.getLogger(__name__)
 
 RIDGE = 1.0  # λ of the leverage scores, on the unnormalised sum
 # Tried in turn, as shares of each channel's own energy: float32 sums can round a moment to one a little indefinite.
@@ -104,5 +108,7 @@ def _cholesky_with_jitter(correlation: Tensor, least: float) -> Tensor:
         correlation.diagonal().copy_(unit + jitter)
         factor = cholesky(correlation)
         if factor is not None and factor.diagonal().square().min().item() > SMALLEST_PIVOT:
+            if jitter:
+                logger.debug("the kept MLP channels' moment is solved with jitter %.1e", jitter)
             return factor
     raise ArithmeticError(f"the kept MLP channels' moment has no Cholesky factor even with jitter {jitter:.0e}")

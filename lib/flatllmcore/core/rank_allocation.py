@@ -190,7 +190,7 @@ class ImportancePreservingRankSelector:
         width = min(sizes.intermediate_size, stepped, key=lambda one: abs(one - ideal))
         percent = round(100 * (1 - keep_ratio), 9)
         if width == sizes.intermediate_size and percent:
-            raise InputError(f"MLP widths in steps of {step} cannot remove {percent:g} %; give smaller steps")
+            raise InputError(f"MLP widths in steps of {step} cannot remove {percent:g} %; give a smaller multiple")
         kept = Kept(1.0, sizes.head_dim, width)
         layer = replace(kept, keep=sizes.parameters_of(kept) / sizes.layer_parameters)
         layers = (layer,) * sizes.num_layers

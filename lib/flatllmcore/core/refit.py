@@ -1,8 +1,7 @@
 """Closed forms of ``flatllm+``: least-squares refits, and which channels go by the damage left after one (OBS).
 
-A weight is led towards a target, with a ridge chosen on held-out tokens. Moments are float64
-sums over tokens: ``C = Σ f fᵀ`` of features, ``R = Σ t fᵀ`` of targets and features. A ridge is relative to the mean of
-``C``'s diagonal.
+A weight is led towards a target, with a ridge chosen on held-out tokens. Moments are float64 sums over tokens:
+``C = Σ f fᵀ`` of features, ``R = Σ t fᵀ`` of targets and features. A ridge is relative to the mean of ``C``'s diagonal.
 """
 
 from collections.abc import Sequence

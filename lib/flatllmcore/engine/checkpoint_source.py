@@ -120,7 +120,8 @@ class CheckpointSource(LayerSource):
         """Return the parameters of a part of the model by their names within it."""
         prefix = f"{part}."
         found = {name.removeprefix(prefix): self._read(name) for name in self._names if name.startswith(prefix)}
-        return found or {"weight": self._read(EMBEDDINGS)}  # of a tied head
+        is_tied = part == "lm_head" and not found
+        return {"weight": self._read(EMBEDDINGS)} if is_tied else found
 
     def _read(self, name: str) -> Tensor:
         return self._files.read(name, self.weights_dtype)

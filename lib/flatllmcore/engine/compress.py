@@ -136,7 +136,8 @@ class _Loop:
 
     def _advance(self, index: int, before: DecoderModule, after: DecoderModule, part: str, read: Tensor | None) -> None:
         """Lead the hidden states through a part: a product of what its writer ``read`` before, where it is one."""
-        stand_in = None if before is after else written(before, after, part, self.walk.source.weights_dtype)
+        rounded_to = self._at_home(after.self_attn.v_proj.weight[:0]).dtype
+        stand_in = None if before is after else written(before, after, part, rounded_to)
         if stand_in is None:
             self.walk.advance(after, index, part)
             return

@@ -182,7 +182,7 @@ class WeightFiles:
         for tied, original in skeleton.all_tied_weights_keys.items():
             if tied in found and self.digest(original) != self.digest(tied):
                 problem = f"{tied} differs from its embeddings, but tie_word_embeddings is true in config.json"
-                raise InputError(f"checkpoint {self.model!r} is damaged: {problem}")
+                raise InputError(f"checkpoint {self.model!r}: {problem}")
         if stated is not None:
             logger.warning("%s is not quantised, though its config.json says so (%s): left out", self.model, method)
         vars(skeleton.config).pop("quantization_config", None)

@@ -90,7 +90,7 @@ def process_group(device: torch.device) -> Iterator[None]:
     patience = timedelta(hours=2)  # longer than a process waits for another at any size, a layer's solves included
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
     with _signals_end_waits():
-        with door(f"the processes cannot meet at {place}", "give a free MASTER_PORT, or unset WORLD_SIZE for one"):
+        with door(f"the processes cannot meet at {place}", "give a free MASTER_PORT, or unset WORLD_SIZE"):
             _store, rank, size = next(dist.rendezvous("env://"))
             dist.init_process_group(backend, store=_store, rank=rank, world_size=size, timeout=patience)
         barrier()  # none may leave, even by an error, while another is still joining
