@@ -120,7 +120,7 @@ def test_a_layers_attention_is_computed_once_per_stream(windows, monkeypatch, me
     assert sum(counts) == 2 * windows.numel() * expected
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("rank", "width"), [(12, 56), (7, 56), (12, 30)])
 def test_what_stands_for_a_part_gives_what_the_part_gives(windows, dtype, rank, width):
     """Oracle: the parts of the compressed layer. Two channels are equal."""
