@@ -46,7 +46,7 @@ part 45 authors_loop "$python" benchmarks/published_loop.py --shape "$shape" "${
 part 80 speed "$python" -m flatllmbench.speed --shape "$config" --ratios 20,50 --rank_multiple 8 "${speed[@]}" \
     --dtype "$dtype" --device "$device" --save "$out"
 part 20 kernels "$python" benchmarks/attention_kernels.py --shape "$shape" --device "$device" --out "$out/kernels.json"
-part 60 captured_steps "$python" benchmarks/captured_steps.py --shape "$shape" "${captured[@]}" --dtype "$dtype" \
+part 80 captured_steps "$python" benchmarks/captured_steps.py --shape "$shape" "${captured[@]}" --dtype "$dtype" \
     --device "$device" --out "$out/captured_steps.json"
 part 30 new_lengths "$python" benchmarks/new_lengths.py --shape "$layers" --device "$device" \
     --out "$out/new_lengths.json"
