@@ -338,6 +338,13 @@ def test_rows_of_zeros_do_no_damage_to_curves(windows):
     check_curves(found.curves_in_nats, dimensions_from_config(model.config))
 
 
+def test_a_head_that_gives_no_numbers_has_no_curves_in_nats(windows):
+    model = tiny_model()
+    model.lm_head.weight.data[0, 0] = torch.nan
+    with pytest.raises(InputError, match="the last norm or the head gives NaN or infinite logits"):
+        layer_importance(ModelInMemory(model, CPU), windows, 5, "damage")
+
+
 def test_a_model_is_whole_behind_an_error_while_pairs_are_tried(windows, monkeypatch):
     model = tiny_model()
     dense = [layer.self_attn for layer in model.model.layers]

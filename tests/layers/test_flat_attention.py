@@ -47,6 +47,9 @@ def test_a_token_on_a_gpu_is_kept_off_cudnn_and_the_setting_put_back(length, is_
 
     def fail_in(context):
         with context:
+            assert flat_values._cudnn_is_off.locked() == (
+                length == 1 and is_cuda
+            )  # no other thread's setting is put back
             raise ValueError(is_enabled())
 
     with pytest.raises(ValueError, match=str(was_on and is_on)):
@@ -102,6 +105,28 @@ def test_attention_of_one_token_is_softmax_of_scores_times_values(dtype, num_kv_
     found = one_token_attention(query, key, value, mask, 0.3)
     assert found.dtype == dtype
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=8 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_scores_of_one_token_are_not_rounded_to_half_precision(dtype, monkeypatch):
+    """All keys have 160,000 in common, which softmax takes away, and which is beyond float16."""
+    monkeypatch.setattr(flat_values, "_FEW_KEYS", 0)
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, 2, rows, 16, generator=generator).to(dtype) for rows in (1, 5, 5))
+    query[..., 0] = key[..., 0] = 400
+    shifted = one_token_attention(query, key, value[..., :7], None, 0.25)
+    query[..., 0] = 0
+    expected = one_token_attention(query.double(), key.double(), value[..., :7].double(), None, 0.25)
+    torch.testing.assert_close(shifted.double(), expected, rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("few_keys", [0, 2**16], ids=["plain", "fused"])
+def test_a_row_of_padding_alone_stays_finite(few_keys, monkeypatch):
+    """What it gives counts nowhere, but zero times NaN would."""
+    monkeypatch.setattr(flat_values, "_FEW_KEYS", few_keys)
+    query, key, value = torch.randn(2, 2, 1, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 3)
+    mask = torch.tensor([True, False])[:, None, None, None].expand(2, 1, 1, 5)
+    assert one_token_attention(query, key, value, mask, 0.3).isfinite().all()
 
 
 @pytest.mark.parametrize("few_keys", [0, 2**16], ids=["plain", "fused"])

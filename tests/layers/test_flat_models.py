@@ -130,6 +130,8 @@ def test_the_card_of_a_compressed_folder_is_kept_and_no_other(tmp_path, monkeypa
     for name in ("other", "ours", "ours", "again"):
         loaded.save_pretrained(tmp_path / name)
     loaded.save_pretrained(tmp_path / "second", is_main_process=False)
+    (ours / "README.md").write_bytes("Modèle".encode("latin-1"))
+    loaded.save_pretrained(tmp_path / "not utf-8")
     (ours / "README.md").write_text("---\nlicense: mit\n---\n")
     loaded.save_pretrained(tmp_path / "dense")
     cards = {path.parent.name: path.read_text() for path in tmp_path.glob("*/README.md")}
@@ -261,6 +263,21 @@ def test_every_cache_and_every_attention_give_the_same_tokens(factored_model, to
     given = ({"past_key_values": cache} for cache in caches)
     for options in ({}, {"use_cache": False}, static, static | {"prefill_chunk_size": 4}, *given):
         assert torch.equal(generate(factored_model, tokens, **options), expected), options
+
+
+def test_a_cache_may_have_been_begun_with_wider_keys_and_values(factored_model, tokens):
+    """As by prefix tuning, which knows the dense heads; what a layer has no place for is left out."""
+    generator = torch.Generator().manual_seed(0)
+    begun = [torch.randn(2, len(tokens), 2, 3, 16, generator=generator) for _ in factored_model.model.layers]
+    logits = []
+    for is_wide in (True, False):
+        cache = DynamicCache(config=factored_model.config)
+        for index, (keys, values) in enumerate(begun):
+            attention = factored_model.model.layers[index].self_attn
+            narrow = keys[..., : attention.query_key_width], values[..., : attention.value_head_dim]
+            cache.update(*((keys, values) if is_wide else narrow), index)
+        logits.append([factored_model(part, past_key_values=cache).logits for part in (tokens, tokens[:, :1])])
+    assert all(map(torch.equal, *logits))
 
 
 def test_logits_do_not_depend_on_the_batch_or_on_how_a_text_is_split(factored_model, tokens):

@@ -16,6 +16,7 @@ from ..core.curve_allocation import MLP, PAIRS, VALUES, Curves, measured_at
 from ..core.moments import add_moment, inverse_length, mirror_lower_triangle
 from ..core.refit import channels_by_damage
 from ..core.rotary_pairs import has_free_pairs, pair_energies, without_pairs
+from ..errors import InputError
 from ..layers import replacement
 from ..utils.dimensions import Kept
 from ..utils.layer_utils import DecoderModule, dimensions_from_config
@@ -149,6 +150,8 @@ class OutputCost:
                     costs[index] += (found - least).double().sum()
         sums = torch.stack([costs, *self._damages.T])
         all_reduce(sums)
+        if not sums.isfinite().all():
+            raise InputError("the last norm or the head gives NaN or infinite logits; a wider dtype may help")
         means = (sums[:2] / sums[2]).clamp(min=0)  # rounding may make a divergence of nearly nothing negative
         costs, damages = means + SHRINKAGE * means.mean(1, keepdim=True)
         return (costs / damages.clamp(min=torch.finfo(damages.dtype).tiny)).tolist()

@@ -192,7 +192,7 @@ class FlatModel(PreTrainedModel):
         card, copy = (Path(folder, "README.md") for folder in (self.name_or_path, save_directory))
         if not (is_main_process and self.name_or_path and card.is_file() and copy.parent.is_dir()):
             return
-        text, is_free = card.read_text(encoding="utf-8"), not copy.exists() or copy.samefile(card)
+        text, is_free = card.read_text(encoding="utf-8", errors="replace"), not copy.exists() or copy.samefile(card)
         if is_free and "\nflat_llm:" in text:
             copy.write_text(text.removesuffix(_SAVED_AGAIN) + _SAVED_AGAIN, encoding="utf-8")
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from threading import Lock
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from transformers.cache_utils import Cache
 
 # Numbers in the keys up to which one fused kernel call, values padded, is faster on a CPU than three plain ones.
 _FEW_KEYS = 2**16
+_cudnn_is_off = Lock()
 
 
 def padded_values(value: Tensor, head_dim: int, query_length: int, implementation: str, device_type: str) -> Tensor:
@@ -47,20 +49,22 @@ def unplanned(query: Tensor) -> AbstractContextManager[None]:
 
 @contextmanager
 def _without_cudnn() -> Iterator[None]:
-    switch, was_on = torch.backends.cuda.enable_cudnn_sdp, torch.backends.cuda.cudnn_sdp_enabled()
-    switch(False)
-    try:
-        yield
-    finally:
-        switch(was_on)
+    switch = torch.backends.cuda.enable_cudnn_sdp
+    with _cudnn_is_off:  # one thread at a time, or the last would put back what another had put
+        was_on = torch.backends.cuda.cudnn_sdp_enabled()
+        switch(False)
+        try:
+            yield
+        finally:
+            switch(was_on)
 
 
 def one_token_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
     """Return the attention of each sequence's newest token on a CPU, whatever the width of the values.
 
     ``scaled_dot_product_attention`` answers unequal widths there by copies of keys and values in float32. Here one
-    fused call takes padded values where they are few; else plain products read the cache as it is, and round scores
-    to its dtype as eager attention does.
+    fused call takes padded values where they are few, and in half precision, whose scores it has in float32: plain
+    products would round them, or have none. Else these read the cache as it is.
 
     Of ``query`` (B, H, 1, d), ``key`` (B, G, T, d) and ``value`` (B, G, T, r) it gives the outputs of all heads side by
     side, (B, 1, H·r); ``mask`` (B or 1, 1, 1, T) is True where a key counts, or numbers to add to the scores.
@@ -69,14 +73,16 @@ def one_token_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor 
     num_kv_heads, rank = value.shape[1], value.shape[-1]
     query = query.reshape(batch_size, num_kv_heads, num_heads // num_kv_heads, head_dim)
     # Compiled, the plain products are fused anyway, and a choice by length would compile twice.
-    if not torch.compiler.is_compiling() and key.numel() <= _FEW_KEYS:
+    is_short = not torch.compiler.is_compiling() and key.numel() <= _FEW_KEYS
+    if is_short or query.dtype.itemsize < 4:
         query, key, padded = (widened(part, max(head_dim, rank)) for part in (query, key, value))
         output = F.scaled_dot_product_attention(query, key, padded, attn_mask=mask, scale=scaling)[..., :rank]
     else:
-        scores = (query @ key.mT).to(torch.promote_types(query.dtype, torch.float32)) * scaling  # (B, G, H/G, T)
-        if mask is not None:
-            scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-        output = scores.softmax(-1).to(value.dtype) @ value
+        scores = query @ key.mT * scaling  # (B, G, H/G, T)
+        if mask is not None:  # by the least number, not infinity: a row of padding alone has no softmax by that
+            least = torch.finfo(scores.dtype).min
+            scores = scores.masked_fill(~mask, least) if mask.dtype == torch.bool else scores + mask
+        output = scores.softmax(-1) @ value
     return output.reshape(batch_size, 1, num_heads * rank)
 
 
@@ -87,7 +93,7 @@ def cached(
 
     Zeros fill them up to the width of the dense heads, ``head_dim``, in a cache that was allocated before it held any,
     as for export, in one that quantises in groups, which divide that width, and in the pages of continuous batching,
-    which changes the attention's ``kwargs``.
+    which changes the attention's ``kwargs``. What a cache was begun with, as by prefix tuning, may be wider too.
     """
     widths = key.shape[-1], value.shape[-1]
     if not hasattr(cache, "layers"):  # pages, as of transformers 5.24
@@ -95,6 +101,7 @@ def cached(
     else:
         layer = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
         width = head_dim if hasattr(layer, "q_group_size") else 0
-        new = widened(key, getattr(layer, "k_head_dim", width)), widened(value, getattr(layer, "v_head_dim", width))
-        keys, values = cache.update(*new, layer_idx)
+        held = [getattr(layer, name, None) for name in ("keys", "values")]
+        room = [width if part is None else max(width, part.shape[-1]) for part in held]
+        keys, values = cache.update(widened(key, room[0]), widened(value, room[1]), layer_idx)
     return keys[..., : widths[0]], values[..., : widths[1]]

@@ -118,7 +118,8 @@ def _makeup(model: PreTrainedModel) -> dict[str, str]:
 
     def described(part: nn.Module) -> str:
         weights = (f"{name} {list(weight.shape)}" for name, weight in part.named_parameters(recurse=False))
-        hooks = (*part._forward_hooks.values(), *part._forward_pre_hooks.values())
+        kinds = (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks)
+        hooks = (hook for kind in kinds for hook in kind.values())
         # Accelerate's are taken off while layers are on loan; transformers' own change nothing but in training.
         is_changed = "forward" in vars(part) and not hasattr(part, "_hf_hook")
         is_changed |= any(not str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in hooks)
