@@ -30,6 +30,7 @@ from flatllmcore.methods import METHODS
 from flatllmcore.methods.flatllm import FlatLLMStep
 from flatllmcore.methods.flatllm_plus import OutputStep
 from flatllmcore.utils.dimensions import Kept, ModelDimensions
+from flatllmcore.utils.files import file_digest
 from python_process import redirect, run_forked
 from tiny_text import word_tokenizer, write_texts
 
@@ -133,6 +134,7 @@ def test_the_record_says_what_was_asked_done_and_spent(finished):
     assert record["versions"]["torch"] == torch.__version__
     assert "CPU" in record["hardware"]["device"]
     assert record["peak_memory_gib"]["host"] > 0
+    assert record["importance_sha256"] == file_digest(finished / SCORES)
     assert [layer["layer"] for layer in record["layers"]] == [0, 1, 2]
     stages = record["stages_s"]
     found = {"data", "read", "forward", "angles", "moments", "reduce", "solves", "perplexity", "write", "rest"}

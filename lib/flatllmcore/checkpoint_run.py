@@ -41,7 +41,10 @@ from .utils.text_sources import has_test_split, load_text
 
 logger = logging.getLogger(__name__)
 
-_OF_RANKS = ("sparsity_ratio", "achieved_sparsity_percent", "rank_multiple", "prune_qk", "input_divisor")  # in a record
+_OF_RANKS = (  # in a record
+    *("sparsity_ratio", "achieved_sparsity_percent", "rank_multiple", "prune_qk", "input_divisor"),
+    "importance_sha256",  # of the scores, which may be of other windows
+)
 
 
 @dataclass(frozen=True)
