@@ -28,10 +28,11 @@ from flatllmcore.core.rank_allocation import ImportancePreservingRankSelector, R
 from flatllmcore.core.rank_files import read_ranks, save_ranks
 from flatllmcore.errors import InputError, door, run_program
 from flatllmcore.utils.dimensions import ModelDimensions
-from flatllmcore.utils.files import digest, read_json, write_atomically
+from flatllmcore.utils.files import check_replaceable, digest, read_json, write_atomically
 from flatllmcore.utils.names import ANGULAR, DAMAGE, IMPORTANCE_FILE, IMPORTANCE_METHODS, ranks_file
 
 IMPORTANCE_FILES = (IMPORTANCE_FILE, "bi_score.pt")
+PICTURE = "ranks.png"
 
 
 @dataclass(frozen=True)
@@ -106,8 +107,8 @@ def allocate_all(args: argparse.Namespace) -> None:
     files = [read_importance(path, model, dimensions) for path in find_importance_files(place)]
     allocated = [(importance, allocate(importance, shares, args)) for importance in files]
     for importance, allocations in allocated:
-        for place in (importance.path.parent / ranks_file(percent) for percent in allocations):
-            check_is_ours(place)
+        for name in (*map(ranks_file, allocations), *([PICTURE] * args.plot)):
+            check_is_ours(importance.path.parent / name)
     pictures = [draw(*made) if args.plot else None for made in allocated]  # all before the first file
     for (importance, allocations), picture in zip(allocated, pictures, strict=True):
         write_ranks(importance, allocations, picture)
@@ -179,9 +180,13 @@ def allocate(importance: Importance, shares: dict[int, float], args: argparse.Na
 
 
 def check_is_ours(place: Path) -> None:
-    """Refuse a place where something else than ranks is."""
+    """Refuse a place where something else than ranks, or a picture of them, is."""
     try:
-        if place.exists():
+        if place.suffix == ".png":
+            check_replaceable(place)
+            if place.exists() and b"flatllmbench" not in place.read_bytes():
+                raise InputError(f"{place} is no picture of ranks")
+        elif place.exists():
             read_ranks(place)
     except InputError as error:
         raise InputError(f"{error}; it would be replaced, so move or delete it") from error
@@ -200,7 +205,7 @@ def write_ranks(importance: Importance, allocations: dict[int, RankAllocation], 
     for percent, allocation in allocations.items():
         save_ranks(allocation, folder / ranks_file(percent))
     if picture is not None:
-        write_atomically(folder / "ranks.png", picture)
+        write_atomically(folder / PICTURE, picture)
 
 
 def table(importance: Importance, allocations: dict[int, RankAllocation]) -> str:

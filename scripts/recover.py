@@ -21,14 +21,14 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from flatllmbench.command_line import ROWS, parser_with, read_flags
 from flatllmbench.logs import keep_bars_to_terminals
-from flatllmcore.config import checked
+from flatllmcore.config import MOST, checked
 from flatllmcore.engine.checkpoint_source import CheckpointSource
 from flatllmcore.engine.perplexity import perplexity
 from flatllmcore.errors import InputError, run_program
 from flatllmcore.utils.checkpoint import locked, partial_folder
 from flatllmcore.utils.data_utils import check_token_ids, consecutive_windows, sample_mixture, window_length
 from flatllmcore.utils.devices import parse_device
-from flatllmcore.utils.files import check_writable, digest, read_json, write_json
+from flatllmcore.utils.files import LEFT_OVER, check_writable, digest, naming_place, read_json, write_json
 from flatllmcore.utils.loading import load_model, load_tokenizer, save_whole
 from flatllmcore.utils.names import text_names
 from flatllmcore.utils.processes import check_alone
@@ -65,8 +65,8 @@ def recover(args: argparse.Namespace) -> None:
     asked = read_flags(args, FLAGS)
     args.model, args.out = checked(ROWS["model"], args.model, "FOLDER"), checked(ROWS["save"], args.out, "OUT")
     request = {name: getattr(args, name) for name in ("steps", "rank", "learning_rate")}
-    if not (args.steps > 0 and args.rank > 0 and 0 < args.learning_rate <= 1):
-        raise InputError(f"{request}; accepted: numbers above 0, and a learning rate up to 1")
+    if not (0 < args.steps <= MOST and args.rank > 0 and 0 < args.learning_rate <= 1):
+        raise InputError(f"{request}; accepted: numbers above 0, up to {MOST} steps, and a learning rate up to 1")
     check_writable(args.out.parent)
     keep_bars_to_terminals()
     with locked(args.out):
@@ -91,7 +91,8 @@ def recover_alone(args: argparse.Namespace, asked: dict[str, Any], request: dict
     request |= {"seed": asked["seed"], "batch_size": batch_size, "seqlen": seqlen, "model": source.fingerprint()}
     request["windows"] = digest(windows.numpy().tobytes())
     work = partial_folder(args.out)
-    if work.exists() and read_json(work / "request.json", dict[str, Any]) != request:
+    is_begun = os.path.lexists(work) and not all(path.match(LEFT_OVER) for path in work.iterdir())
+    if is_begun and read_json(work / "request.json", dict[str, Any]) != request:
         raise InputError(f"{work} is of another request; give another folder, or delete it")
     write_json(work / "request.json", request)
 
@@ -123,7 +124,8 @@ def trained(
     training._n_gpu = min(1, training.n_gpu)  # else transformers shares batches out among all there are
     whole = sorted(work.glob("checkpoint-*/trainer_state.json"), key=os.path.getmtime)  # which is written last
     batches = [{"input_ids": ids, "labels": ids} for ids in windows]
-    Trainer(adapted, training, train_dataset=batches).train(str(whole[-1].parent) if whole else None)
+    with naming_place(work):
+        Trainer(adapted, training, train_dataset=batches).train(str(whole[-1].parent) if whole else None)
     return adapted.merge_and_unload()
 
 

@@ -415,6 +415,14 @@ class TestPaths:
         with pytest.raises(InputError, match=rf"cannot read {tmp_path} \(no\); give the folder"):
             load_text(str(tmp_path), "train")
 
+    def test_parts_of_a_kind_that_is_not_read_are_named(self, tmp_path, caplog):
+        for name in ("train_1.jsonl.zst", "train.txt", "LICENSE"):
+            write(tmp_path / name, b"x")
+        assert load_text(str(tmp_path), "train").documents == ["x"]
+        assert [record.message for record in caplog.records] == [
+            f"{tmp_path}/train_1.jsonl.zst is left out; {text_sources._ACCEPTED}"
+        ]
+
     def test_texts_in_several_folders_are_not_mixed(self, tmp_path):
         for folder in ("wikitext-103-v1", "wikitext-2-v1"):
             write(tmp_path / folder / "train.txt", b"x")
@@ -438,6 +446,14 @@ class TestNamedDatasets:
             write(tmp_path / file.format(split), split.encode())
         assert [load_text(name, s, dataset_root=tmp_path).documents for s in ("train", "test")] == [["train"], ["test"]]
         assert has_test_split(name, tmp_path)
+
+    @pytest.mark.parametrize(
+        ("name", "folder"), [("wikitext2", "wikitext/wikitext-103-raw-v1"), ("c4", "allenai/c4/realnewslike")]
+    )
+    def test_another_configuration_is_another_text(self, tmp_path, name, folder):
+        write(tmp_path / folder / "train.txt", b"other")
+        with pytest.raises(InputError, match=f"no train text in .*/{folder.split('/')[0]}"):
+            load_text(name, "train", dataset_root=tmp_path)
 
     def test_a_single_file_is_found_by_the_start_of_its_name_and_several_are_not_guessed_at(self, tmp_path):
         write(tmp_path / "c4_demo.jsonl", b'{"text": "x"}')

@@ -1,6 +1,7 @@
 """Atomic writes, and room for them."""
 
 import errno
+import fcntl
 import os
 import shutil
 from pathlib import Path
@@ -45,6 +46,20 @@ def test_a_temporary_is_new_under_a_name_that_nobody_knows(tmp_path, monkeypatch
     with pytest.raises(FileExistsError):
         write_atomically(tmp_path / "file", b"new")
     assert ((tmp_path / "theirs").read_bytes(), (tmp_path / "file").read_bytes()) == (b"precious", b"old")
+
+
+def test_a_temporary_that_another_process_took_for_left_over_is_made_again(tmp_path, monkeypatch):
+    """By a stand-in for the lock, before which the file is gone."""
+    taken = []
+
+    def taken_once(file, operation):
+        if len(taken) < 1:
+            taken.append(file.name)
+            os.unlink(file.name)
+
+    monkeypatch.setattr(fcntl, "flock", taken_once)
+    assert write_and_name(tmp_path / "file") != Path(taken[0]).name
+    assert (tmp_path / "file").read_bytes() == b"old"
 
 
 def write_and_name(path: Path) -> str:

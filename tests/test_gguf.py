@@ -112,13 +112,25 @@ def test_a_model_in_memory_that_was_loaded_from_a_gguf_is_compressed_and_saved_a
     assert [name for name in stated if "quanti" in name] == []
 
 
+def with_sizes(**sizes):
+    """Return a model that says that it has others than it has."""
+    model = tiny_llama()
+    vars(model.config).update(sizes)
+    return model
+
+
 @pytest.mark.parametrize(
     ("harm", "complaint"),
     [
         (lambda path: path.write_bytes(path.read_bytes()[:20000]), "cannot read .*tiny.gguf"),
-        (lambda path: write_gguf(path, left_out=("blk.1.attn_norm.weight",)), "of its 20 tensors transformers makes"),
+        (
+            lambda path: write_gguf(path, left_out=("blk.1.attn_norm.weight",)),
+            "of its 20 tensors of",
+        ),
         (lambda path: write_gguf(path, added={"rope_freqs.weight": np.ones(4, np.float32)}), "of its 22 tensors"),
         (lambda path: path.write_bytes(path.read_bytes().replace(COUNT, HUGE, 1)), r"it ends within the \d+ numbers"),
+        (lambda path: write_gguf(path, model=with_sizes(num_hidden_layers=10**6)), "num_layers is 1,000,000; accepted"),
+        (lambda path: write_gguf(path, model=with_sizes(intermediate_size=63)), r"numbers transformers makes 21 of"),
         (lambda path: write_gguf(path, architecture="gpt2"), "family 'gpt2' is not supported|cannot read .*tiny.gguf"),
         (lambda path: write_gguf(path.with_name("other.gguf")), "2 GGUF files in .*; give one of them, .*other.gguf"),
     ],

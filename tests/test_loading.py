@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedToken
 
 from checkpoints import edit, on_disk
 from conftest import assert_same_weights, tiny_model
+from flatllmcore import FlatLLMPruner
 from flatllmcore.errors import InputError
 from flatllmcore.utils.files import write_json
-from flatllmcore.utils.loading import load_model, load_tokenizer
+from flatllmcore.utils.loading import load_config, load_model, load_tokenizer
 from tiny_text import word_tokenizer
 
 DTYPES = ["float64", "float32", "bfloat16", "float16"]
@@ -92,6 +93,41 @@ def test_layers_that_are_not_there_are_refused_before_they_take_minutes(checkpoi
         word_tokenizer().save_pretrained(checkpoint)
         with pytest.raises(InputError, match=complaint):
             load_tokenizer(str(checkpoint))
+
+
+@pytest.mark.parametrize("load", [load_model, on_disk])
+def test_a_config_of_weights_that_are_rounded_as_they_run_is_refused(checkpoint, load):
+    edit(checkpoint / "config.json", quantization_config={"quant_method": "bitnet", "quantization_mode": "online"})
+    with pytest.raises(InputError, match="is quantised by bitnet; accepted: one that is not"):
+        load(str(checkpoint))
+
+
+@pytest.mark.parametrize("share", [0, -1, 10**7])
+def test_angles_are_not_made_wider_than_heads(checkpoint, share):
+    edit(checkpoint / "config.json", rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": share})
+    with pytest.raises(InputError, match=r"partial_rotary_factor is .*; accepted: above 0, up to 1"):
+        load_config(str(checkpoint))
+
+
+@pytest.mark.parametrize("load", [load_model, on_disk])
+@pytest.mark.parametrize(
+    ("harm", "complaint"),
+    [
+        (lambda places: places.float(), r"weights are F32, not I64, first .*self_attn.rotary_places"),
+        (lambda places: places.flip(1) - 1, "rotary_places has places -1 to .* in heads of 8"),
+        (lambda places: places + 200, "rotary_places has places 2"),
+    ],
+)
+def test_places_of_rotary_pairs_are_those_of_a_head(tmp_path, load, harm, complaint):
+    model = tiny_model(head_dim=8).float()
+    data = torch.randint(97, (24, 16), generator=torch.Generator().manual_seed(0))
+    pruner = FlatLLMPruner(model, target_sparsity=0.3, cal_dataset=data, method="flatllm+")
+    pruner.prune_model().save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    name = next(name for name in weights if name.endswith("rotary_places"))
+    save_file(weights | {name: harm(weights[name])}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=complaint):
+        load(str(tmp_path))
 
 
 def pickle_weights(folder):

@@ -273,6 +273,13 @@ def test_llama_bi_leaves_scores_for_every_model_with_the_record_beside(performed
     settings = {"DATASET": text, "SEQLEN": "32", "BI_NSAMPLES": "4", "OUT": tmp_path, "DEVICE": "cpu"}
     run("llama_bi.sh", MODELS=tiny[0], **settings)
     performed("llama_bi.sh", MODELS=f"{tiny[0]} {tiny[1]}", **settings)
+    ranks, notes = (tmp_path / "ranks" / tiny[0].name / f"ranks_{name}.json" for name in ("20", "notes"))
+    for place in (ranks, notes):
+        place.write_text("{}")
+    refused = shell("llama_bi.sh", MODELS=tiny[0], OVERWRITE="1", **settings | {"SEQLEN": "1"})
+    assert (refused.returncode, ranks.exists()) == (2, True)
+    performed("llama_bi.sh", MODELS=tiny[0], OVERWRITE="1", **settings)
+    assert (ranks.exists(), notes.exists()) == (False, True)
     for name in (model.name for model in tiny):
         assert len(json.loads((tmp_path / "ranks" / name / "importance.json").read_text())["scores"]) == 2
     assert {"/ranks/", "/out/", "/logs/"} <= {*(ROOT / ".gitignore").read_text().split()}  # where runs write by default
@@ -456,6 +463,12 @@ def test_recovery_goes_on_from_a_checkpoint_to_the_same_bytes_and_leaves_an_ordi
     assert f"another run is writing {out}.partial" in capsys.readouterr().err
     assert program([*trial, "--seed", "7"]) == 2
     assert f"{out}.partial is of another request" in capsys.readouterr().err
+    (tmp_path / "full.partial").mkdir()  # of a run that was killed before it had written its request
+    (tmp_path / "full.partial" / ".tmp.0123456789abcdef").touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "no room", None)))
+        assert program([str(small), str(tmp_path / "full"), *trial[2:]]) == 2
+    assert f"no room: {tmp_path}/full.partial" in capsys.readouterr().err
     (tmp_path / "other.partial" / "precious").mkdir(parents=True)  # an interrupted compression, or anybody's
     assert program([str(small), str(tmp_path / "other"), *trial[2:]]) == 2
     assert "other.partial/request.json" in capsys.readouterr().err
@@ -482,7 +495,8 @@ def test_recovery_goes_on_from_a_checkpoint_to_the_same_bytes_and_leaves_an_ordi
 @pytest.mark.parametrize(
     ("script", "arguments", "reason"),
     [
-        ("recover.py", "{model} {place}/x --steps 0", "accepted: numbers above 0, and a learning rate up to 1"),
+        ("recover.py", "{model} {place}/x --steps 0", "accepted: numbers above 0, up to 1000000 steps"),
+        ("recover.py", "{model} {place}/x --steps 10000000", "accepted: numbers above 0, up to 1000000 steps"),
         ("recover.py", "{model} {place}", "{place} exists"),
         ("recover.py", "{model} {place}/link", "{place}/link exists"),
         ("recover.py", "{model} \udcff", "OUT is PosixPath('\\udcff')"),

@@ -103,7 +103,7 @@ def _speed_table(runs: list[Record]) -> str:
 
 def _accuracy_table(runs: list[Record]) -> str:
     tasks, rows = runs[0]["zero_shot.tasks"], []
-    for run in sorted(runs, key=lambda run: run["model.achieved_sparsity_percent"]):
+    for run in sorted(runs, key=lambda run: run["model.achieved_sparsity_percent"] or 0):
         cells, accuracy = [_cell(run, f"model.{of}", form) for of, form in _EVALUATED], mean_accuracy(run)
         cells += map(_result, run["zero_shot.tasks"].values())
         rows.append([*cells, NOT_THERE if accuracy is None else "{:.2f} ± {:.2f}".format(*accuracy)])

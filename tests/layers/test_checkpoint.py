@@ -115,6 +115,7 @@ def test_the_card_states_how_the_model_was_made():
     [
         ("---\nlicense: apache-2.0\nlanguage: en\n---\n# A model\n", {"license": "apache-2.0"}),
         ("---\nlicense: other\nlicense_name: 2024-04-18\n---\n", {"license": "other", "license_name": "2024-04-18"}),
+        ("---\na: &a [x, x]\nlicense: [*a, *a]\n---\n", {}),
         ("# A model of nobody\n", {}),
     ],
 )

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -152,8 +153,8 @@ def stated_licence(card: Path | None) -> dict[str, Any]:
         return {}
     with door(f"the model card {card} cannot be read", "mend it, or take it away"):
         stated = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
-    names = [name for name in ("license", "license_name", "license_link") if name in stated]
-    return {name: str(stated[name]) for name in names}  # YAML makes dates of some
+    found = {name: stated.get(name) for name in ("license", "license_name", "license_link")}
+    return {name: str(of) for name, of in found.items() if isinstance(of, str | float | date)}  # as YAML makes of some
 
 
 def model_card(record: Mapping[str, Any], parts: str) -> str:

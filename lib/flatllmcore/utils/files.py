@@ -36,19 +36,28 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         with suppress(OSError), left_over.open("r+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # an OSError while it is written
             left_over.unlink()
-    temporary = path.with_name(f".tmp.{token_hex(8)}")
-    try:
-        with naming_place(path), temporary.open("xb") as file:  # exclusively: through no link
-            with suppress(OSError):  # of file systems without locks, where what a kill leaves stays
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with naming_place(path), _temporary_file(path) as file:
+        temporary = Path(file.name)
+        try:
             yield file
             file.flush()
             with temporary.open("rb") as written:  # safetensors puts another file there, that it alone may read
                 temporary.chmod(os.fstat(file.fileno()).st_mode)
                 os.fsync(written.fileno())
             temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _temporary_file(path: Path) -> BinaryIO:
+    """Return a new file beside ``path``, locked."""
+    while True:
+        file = path.with_name(f".tmp.{token_hex(8)}").open("xb")  # exclusively: through no link
+        with suppress(OSError):  # of file systems without locks, where what a kill leaves stays
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if os.path.exists(file.name):  # another process took none for left over before it was locked
+            return file
+        file.close()
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -20,7 +20,7 @@ from transformers.utils import CONFIG_NAME
 from ..errors import InputError, door
 from .checkpoint import MODEL_CARD
 from .files import check_disk_space, naming_place, temporary_folder
-from .layer_utils import WEIGHT_DTYPES, family_name
+from .layer_utils import WEIGHT_DTYPES, dense_dimensions
 from .progress import bars_on_terminals_alone
 
 logger = logging.getLogger(__name__)
@@ -73,16 +73,21 @@ def _dequantised(file: Path, _modified_ns: int) -> str:
         with whole, patch.object(gguf, "GGUFReader", cache(gguf.GGUFReader)):
             reader = gguf.GGUFReader(str(file))
             tensors, licence = reader.tensors, reader.fields.get("general.license")
-            check_disk_space(folder, sum(int(tensor.n_elements) for tensor in tensors) * torch.float32.itemsize)
+            numbers = sum(int(tensor.n_elements) for tensor in tensors)
+            check_disk_space(folder, numbers * torch.float32.itemsize)
             given = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
             config = AutoConfig.from_pretrained(**given, trust_remote_code=False)
-            family_name(config)  # refuses others
+            dense_dimensions(config)  # refuses other families, and sizes that are none
+            with torch.device("meta"):
+                made = list(AutoModelForCausalLM.from_config(config, trust_remote_code=False).parameters())
+            there, found = (len(tensors), numbers), (len(made), sum(part.numel() for part in made))
+            # More where some would be random, fewer where others are left out: rope_freqs.weight makes another model.
+            if found != there:
+                problem = "of its {} tensors of {} numbers transformers makes {} of {}".format(*there, *found)
+                raise InputError(f"cannot read {file} ({problem}); {accepted}")
             how = {"config": config, "dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)}
             model = AutoModelForCausalLM.from_pretrained(**given, **how, trust_remote_code=False)
             tokenizer = AutoTokenizer.from_pretrained(**given, trust_remote_code=False)
-    # More where some would be random, and fewer where others are left out: rope_freqs.weight makes another model.
-    if (count := len(list(model.parameters()))) != len(tensors):
-        raise InputError(f"cannot read {file} (of its {len(tensors)} tensors transformers makes {count}); {accepted}")
     with naming_place(folder):
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -44,7 +45,17 @@ def load_config(model: str, cache_dir: Path | None = None) -> PretrainedConfig:
         for name in ("num_hidden_layers", "num_labels"):  # of which transformers makes lists
             if isinstance(count := fields.get(name), int) and count > MOST_LAYERS:
                 raise ValueError(f"{name} is {count:,}; accepted: at most {MOST_LAYERS:,}")
+        for share in _named(fields, "partial_rotary_factor"):  # of a head, as wide as which angles are made
+            if isinstance(share, int | float) and not 0 < share <= 1:
+                raise ValueError(f"partial_rotary_factor is {share:g}; accepted: above 0, up to 1")
         return AutoConfig.from_pretrained(place, cache_dir=cache_dir, trust_remote_code=False)
+
+
+def _named(fields: dict[str, Any], name: str) -> Iterator[Any]:
+    """Yield what fields of this name hold, at any depth."""
+    for key, value in fields.items():
+        yield from [value] * (key == name)
+        yield from _named(value, name) if isinstance(value, dict) else ()
 
 
 def load_model(model: str, *, dtype: str = "auto", cache_dir: Path | None = None) -> PreTrainedModel:
@@ -164,10 +175,12 @@ class WeightFiles:
         expected = {name: tuple(weight.shape) for name, weight in weights.items()}
         found, known = self.shapes, expected.keys() | skeleton.state_dict().keys()
         whole = {name for name, weight in weights.items() if not weight.is_floating_point()}  # numbers, of places
-        kinds = {name: kind for name, (_, _, kind) in self._stored.items() if name not in whole}
-        odd = {name: kind for name, kind in kinds.items() if kind not in WEIGHT_DTYPES}
+        kinds = {name: kind for name, (_, _, kind) in self._stored.items()}
+        odd = {name: kind for name, kind in kinds.items() if name not in whole and kind not in WEIGHT_DTYPES}
+        no_places = {name: kinds[name] for name in kinds.keys() & whole if kinds[name] != "I64"}
         wrong = {
             f"are {', '.join(sorted(set(odd.values())))}, not {', '.join(WEIGHT_DTYPES)}": odd,
+            f"are {', '.join(sorted(set(no_places.values())))}, not I64": no_places,
             "are missing": expected.keys() - found.keys(),
             "have other shapes than config.json says": dict(expected.items() - found.items()),  # where none is missing
             "have no place in the model": found.keys() - known,
@@ -175,6 +188,8 @@ class WeightFiles:
         stated = getattr(skeleton.config, "quantization_config", None)
         method = stated.get("quant_method", "some method") if isinstance(stated, dict) else stated
         state = f"is quantised by {method}" if method else "is damaged"
+        if method == "bitnet":  # which rounds what is stored when it runs: another model
+            raise InputError(f"checkpoint {self.model!r} {state}; accepted: one that is not quantised")
         for problem, names in wrong.items():
             if names:
                 first = min(names)
@@ -183,6 +198,11 @@ class WeightFiles:
             if tied in found and self.digest(original) != self.digest(tied):
                 problem = f"{tied} differs from its embeddings, but tie_word_embeddings is true in config.json"
                 raise InputError(f"checkpoint {self.model!r}: {problem}")
+        for name in whole:
+            places, width = self.read(name, torch.int64), dense_dimensions(skeleton.config).head_dim
+            if not (places.min() >= 0 and places.max() < width):
+                problem = f"{name} has places {places.min()} to {places.max()} in heads of {width}"
+                raise InputError(f"checkpoint {self.model!r} is damaged: {problem}")
         if stated is not None:
             logger.warning("%s is not quantised, though its config.json says so (%s): left out", self.model, method)
         vars(skeleton.config).pop("quantization_config", None)

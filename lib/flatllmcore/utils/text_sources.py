@@ -36,6 +36,7 @@ _SPLIT_WORDS = re.compile(f"(?<![a-z])(?:train|test|{'|'.join(_VALIDATION)})(?![
 _HUB_ID = re.compile(r"(\w[\w.-]*/(\w[\w.-]*))(?::([\w.-]+))?")  # and the name of one of its configurations
 _NO_TEXT = re.compile(r"\..*|dataset_(?:info|infos|dict)\.json|state\.json|cache-.*\.arrow")  # of the datasets library
 _MOST_FOLDERS = 10**5  # below that of one text
+_ROWS = 1024  # of a table at a time
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class _HubDataset(NamedTuple):
     files: dict[str, str]
     folders: tuple[str, ...] = ()
     configuration: str | None = None
+    others: tuple[str, ...] = ()  # folders of its other configurations, which are other texts
 
 
 _HUB_DATASETS = {
@@ -74,10 +76,12 @@ _HUB_DATASETS = {
         "Salesforce/wikitext",
         {split: f"wikitext-2-raw-v1/{split}-00000-of-00001.parquet" for split in ("train", "test")},
         ("wikitext", "wikitext-2-raw-v1"),
+        others=("wikitext-2-v1", "wikitext-103-v1", "wikitext-103-raw-v1"),
     ),
     "c4": _HubDataset(
         "allenai/c4",
         {"train": "en/c4-train.00000-of-01024.json.gz", "test": "en/c4-validation.00000-of-00008.json.gz"},
+        others=("en.noblocklist", "en.noclean", "multilingual", "realnewslike"),
     ),
     "alpaca": _HubDataset("tatsu-lab/alpaca", {"train": "data/train-00000-of-00001-a09b74b3ef9c3b56.parquet"}),
 }
@@ -170,10 +174,12 @@ def _files_in(folder: Path, name: str, split: Split) -> list[Path]:
         published = folder / _HUB_DATASETS[name].files[split]
         if published.is_file():
             return [published]
-    splits = defaultdict(list)
+    splits, others = defaultdict(list), _HUB_DATASETS[name].others if name in _HUB_DATASETS else ()
     for path in sorted(_texts_in(folder)):
-        words = _SPLIT_WORDS.findall(str(path.relative_to(folder)).lower())
-        splits[words[-1] if words else "unnamed"].append(path)
+        place = path.relative_to(folder)
+        words = _SPLIT_WORDS.findall(str(place).lower())
+        if not set(place.parts).intersection(others):
+            splits[words[-1] if words else "unnamed"].append(path)
     if split == "test":
         return splits["test"] or [path for word in _VALIDATION for path in splits[word]]
     return splits["unnamed"] if splits.keys() == {"unnamed"} else splits["train"]
@@ -194,6 +200,8 @@ def _texts_in(folder: Path) -> Iterator[Path]:
                 if not path.is_file():
                     raise InputError(f"{path} is a pipe, a device or a broken link; {_ACCEPTED}")
                 yield path
+            elif any(f"{suffix}." in path.name.lower() for suffix in _SUFFIXES):  # as of .jsonl.zst
+                logger.warning("%s is left out; %s", path, _ACCEPTED)
 
 
 def _refuse_folder(error: OSError) -> None:
@@ -233,7 +241,7 @@ def _records(path: Path) -> Iterator[Any]:
 
         with door(f"cannot read text from {path}", _ACCEPTED), path.open("rb") as file:
             is_arrow = _ends(path, (".arrow",))
-            for batch in ipc.open_stream(file) if is_arrow else parquet.ParquetFile(file).iter_batches():
+            for batch in ipc.open_stream(file) if is_arrow else parquet.ParquetFile(file).iter_batches(_ROWS):
                 batch.validate(full=True)
                 yield from batch.to_pylist()
         return
