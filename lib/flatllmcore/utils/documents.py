@@ -42,6 +42,16 @@ def document_of(record: Any, place: Path | str, number: int, tokenizer: PreTrain
     return parts[0] if len(parts) == 1 else _alpaca_prompt(*parts)
 
 
+def alpaca_split(documents: list[str], split: str) -> list[str]:
+    """Return the split SliceGPT made: a fifth held out with seed 42, then the first half of that as test."""
+    from datasets import Dataset
+
+    with door(f"{len(documents)} records cannot be split as Alpaca's are", "give a longer text"):
+        parts = Dataset.from_dict({"text": documents}).train_test_split(test_size=0.2, seed=42)
+        part = parts["train"] if split == "train" else parts["test"].train_test_split(test_size=0.5, seed=42)["train"]
+    return list(part["text"])
+
+
 def _message(turn: Any) -> Any:
     """Return a turn with its role and content, which ShareGPT calls from and value."""
     is_message = not isinstance(turn, Mapping) or "from" not in turn

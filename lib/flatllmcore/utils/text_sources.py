@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import InputError, door
-from .documents import document_of
+from .documents import alpaca_split, document_of
 from .progress import progress
 
 logger = logging.getLogger(__name__)
@@ -113,7 +113,7 @@ def load_text(
     files = _files(name_or_path, "train" if is_alpaca else split, dataset_root, cache_dir)
     documents = [document for path in files for document in _documents(_records(path), path, tokenizer)]
     if is_alpaca:
-        documents = _alpaca_split(documents, split)
+        documents = alpaca_split(documents, split)
     return TextDataset(name_or_path, split, documents, "\n" if _ends(files[0], _LINES) else "\n\n")
 
 
@@ -289,16 +289,6 @@ def _table_rows(text: str) -> list[dict[str, str]]:
     if short := next((number for number, row in enumerate(rows, 2) if None in row), None):  # of a comma in no quotes
         raise csv.Error(f"row {short} has more cells than the first")
     return rows
-
-
-def _alpaca_split(documents: list[str], split: Split) -> list[str]:
-    """Return the split SliceGPT made: a fifth held out with seed 42, then the first half of that as test."""
-    from datasets import Dataset
-
-    with door(f"{len(documents)} records cannot be split as Alpaca's are", "give a longer text"):
-        parts = Dataset.from_dict({"text": documents}).train_test_split(test_size=0.2, seed=42)
-        part = parts["train"] if split == "train" else parts["test"].train_test_split(test_size=0.5, seed=42)["train"]
-    return list(part["text"])
 
 
 def _ends(path: Path, suffixes: tuple[str, ...]) -> bool:
