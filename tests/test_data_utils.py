@@ -416,11 +416,11 @@ class TestPaths:
             load_text(str(tmp_path), "train")
 
     def test_parts_of_a_kind_that_is_not_read_are_named(self, tmp_path, caplog):
-        for name in ("train_1.jsonl.zst", "train.txt", "LICENSE"):
+        for name in ("train_1.jsonl.zst", "train_2.jsonl.zst", "train.txt", "LICENSE"):
             write(tmp_path / name, b"x")
         assert load_text(str(tmp_path), "train").documents == ["x"]
         assert [record.message for record in caplog.records] == [
-            f"{tmp_path}/train_1.jsonl.zst is left out; {text_sources._ACCEPTED}"
+            f"left out, 2 files, such as {tmp_path}/train_1.jsonl.zst; {text_sources._ACCEPTED}"
         ]
 
     def test_texts_in_several_folders_are_not_mixed(self, tmp_path):

@@ -149,6 +149,14 @@ def test_what_stands_for_a_part_gives_what_the_part_gives(windows, dtype, rank, 
         assert (found - expected).norm() <= (1e-6 if dtype == torch.float32 else 6e-3) * expected.norm()
 
 
+@pytest.mark.parametrize("prune_qk", [False, True])
+def test_the_log_says_where_attention_is_computed_again(model, windows, caplog, prune_qk):
+    """That of queries and keys in two factors is no map of the dense one's."""
+    caplog.set_level("INFO")
+    compressed(model, windows, prune_qk=prune_qk)
+    assert ("layer 0: self_attn is computed again" in caplog.text) == prune_qk
+
+
 def test_a_failed_compression_leaves_the_model_as_it_was(model, windows):
     """The last layer's weights are spoiled, so the first, with a user's forward, is compressed when the walk fails."""
     first, last = model.model.layers

@@ -3,13 +3,14 @@
 import json
 import os
 import re
+from unittest.mock import Mock
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from checkpoints import edit, on_disk
 from conftest import assert_same_weights, tiny_model
@@ -95,6 +96,14 @@ def test_layers_that_are_not_there_are_refused_before_they_take_minutes(checkpoi
             load_tokenizer(str(checkpoint))
 
 
+def test_a_full_temporary_folder_is_no_fault_of_the_tokenizer(checkpoint, monkeypatch):
+    word_tokenizer().save_pretrained(checkpoint)
+    full = Mock(side_effect=Exception("No space left on device (os error 28)"))  # as it comes from Rust
+    monkeypatch.setattr(PreTrainedTokenizerBase, "save_pretrained", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        load_tokenizer(str(checkpoint))
+
+
 @pytest.mark.parametrize("load", [load_model, on_disk])
 def test_a_config_of_weights_that_are_rounded_as_they_run_is_refused(checkpoint, load):
     edit(checkpoint / "config.json", quantization_config={"quant_method": "bitnet", "quantization_mode": "online"})
@@ -116,6 +125,7 @@ def test_angles_are_not_made_wider_than_heads(checkpoint, share):
         (lambda places: places.float(), r"weights are F32, not I64, first .*self_attn.rotary_places"),
         (lambda places: places.flip(1) - 1, "rotary_places has places -1 to .* in heads of 8"),
         (lambda places: places + 200, "rotary_places has places 2"),
+        (lambda places: places - places % 2, "rotary_places has places 0 to .* in heads of 8, each once"),
     ],
 )
 def test_places_of_rotary_pairs_are_those_of_a_head(tmp_path, load, harm, complaint):

@@ -29,6 +29,7 @@ from flatllmcore.errors import door
 from flatllmcore.methods import METHODS
 from flatllmcore.methods.flatllm import FlatLLMStep
 from flatllmcore.methods.flatllm_plus import OutputStep
+from flatllmcore.utils.checkpoint import locked
 from flatllmcore.utils.dimensions import Kept, ModelDimensions
 from flatllmcore.utils.files import file_digest
 from python_process import redirect, run_forked
@@ -221,6 +222,7 @@ def test_scores_that_are_there_are_used_and_not_written_again(here):
     assert run() == 0
     assert layer_ranks(read(RECORD)) != expected
     assert read(SCORES) == scores
+    assert "scores by angular on 6 x 32 tokens of text\n" in Path("logs/llama_flatllm_30.log").read_text()
 
 
 def test_a_rank_multiple_other_than_that_of_the_ranks_found_is_refused(here, refused):
@@ -437,6 +439,16 @@ def test_gradients_weigh_errors_where_they_are_asked_for(here, refused):
     assert run(*weighed, "--save_model", "resumed") == 0
     assert shards("resumed") == shards("memory")
     assert "flatllm weighs no errors by gradients" in refused("--gradient_nsamples", "3")
+
+
+def test_of_two_runs_that_score_into_one_place_the_second_is_refused(here, refused, monkeypatch):
+    """While the first is at work, and where it has ended between the second's look and its turn."""
+    with locked(Path("new", "importance.json")):
+        assert "another run is writing" in refused("--prune_method", "bi", "--bi_score", "new")
+        assert "another run is writing" in refused("--bi_score", "new")
+    monkeypatch.setattr(main, "check_request", lambda _: None)
+    assert f"another run has just written {SCORES}" in refused("--prune_method", "bi")
+    assert run("--prune_method", "bi", "--overwrite") == 0
 
 
 @pytest.mark.parametrize("flags", [(), ("--out_of_core",)], ids=["memory", "disk"])

@@ -28,7 +28,7 @@ from .engine.storage import StatesStorage
 from .errors import InputError
 from .methods import METHODS
 from .pipeline import TO_COMPRESS, TO_SCORE, Pipeline
-from .utils.checkpoint import MODEL_CARD, partial_folder, read_manifest, stated_licence
+from .utils.checkpoint import MODEL_CARD, locked, partial_folder, read_manifest, stated_licence
 from .utils.data_utils import check_token_ids, consecutive_windows
 from .utils.devices import free_host_memory, parse_device
 from .utils.files import GIB, check_disk_space, check_writable, digest, temporary_folder, to_json_bytes, write_json
@@ -96,8 +96,20 @@ class CheckpointRun:
 
     def score(self) -> ImportanceScores:
         """Return the importance of every layer, with what it takes to compute it again; written to its place."""
+        with ExitStack() as stack:
+            broadcast_object(lambda: self._hold_scores(stack))
+            return self._scored()
+
+    def _hold_scores(self, stack: ExitStack) -> None:
+        """Have the place of scores to this run, while the stack is entered; InputError if it is another's."""
+        file = self.config.score_file
+        check_writable(file.parent)
+        stack.enter_context(locked(file))
+        if file.exists() and not self.config.overwrite:
+            raise InputError(f"another run has just written {file}; run this again to use it")
+
+    def _scored(self) -> ImportanceScores:
         config = self.config
-        broadcast_object(lambda: check_writable(config.score_file.parent))
         windows = self.pipeline.windows(TO_SCORE)
         found = self.pipeline.score(self.source, windows)
         scores = ImportanceScores(

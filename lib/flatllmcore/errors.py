@@ -33,13 +33,15 @@ class InputError(ValueError):
 def door(problem: str, remedy: str) -> Iterator[None]:
     """Raise an InputError, ``problem (reason); remedy``, for whatever a library raises over a user's file or flag.
 
-    It stands around calls of libraries alone, which raise exceptions of all kinds; our own keep their traceback.
+    It stands around calls of libraries alone, which raise exceptions of all kinds; our own keep their traceback. A full
+    memory or disk is no fault of the file's.
     """
     try:
         yield
     except BaseException as error:
         is_panic = type(error).__name__ == "PanicException"  # of Rust: no Exception, and from no module
-        if isinstance(error, InputError) or is_out_of_memory(error) or not (is_panic or isinstance(error, Exception)):
+        is_full = is_out_of_memory(error) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if isinstance(error, InputError) or is_full or not (is_panic or isinstance(error, Exception)):
             raise
         words = " ".join(" ".join(str(error).split("\n")[:2]).split())
         where = traceback.extract_tb(error.__traceback__)[-1].line  # an assertion says no more than itself

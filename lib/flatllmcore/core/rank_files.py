@@ -103,8 +103,7 @@ def _ranks_of(
         shares = [1.0 if 1 < share < 1 + SHARE_ROUNDING else share for share in numbers]
         return replace(selector.floored(shares), importance_method=ANGULAR)
     if "scores" in read_json(path, dict[str, Any]):
-        scores = read_json(path, ImportanceScores)
-        scores.check_matches(selector.dimensions, fingerprint)
+        scores = _scores_for(selector, path, fingerprint)
         allocation = allocate(scores.scores, scores.curves_in_nats, digest(path.read_bytes()))
         check_importance_method(scores.method, allocation.importance_method)
         return allocation
@@ -120,5 +119,13 @@ def _ranks_of(
     if allocation.importance_sha256 is not None and scores_file.is_file():
         if allocation.importance_sha256 != digest(scores_file.read_bytes()):
             raise InputError(f"the ranks were made from other scores than {scores_file}; run compute_rank.py again")
-        read_json(scores_file, ImportanceScores).check_matches(selector.dimensions, fingerprint)
+        _scores_for(selector, scores_file, fingerprint)
     return allocation
+
+
+def _scores_for(selector: ImportancePreservingRankSelector, path: Path, fingerprint: str) -> ImportanceScores:
+    """Return the scores in a file if they are of this model, and log what they were measured on."""
+    scores = read_json(path, ImportanceScores)
+    scores.check_matches(selector.dimensions, fingerprint)
+    logger.info("scores by %s on %d x %d tokens of %s", scores.method, scores.nsamples, scores.seqlen, scores.dataset)
+    return scores

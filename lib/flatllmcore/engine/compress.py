@@ -139,6 +139,8 @@ class _Loop:
         rounded_to = self._at_home(after.self_attn.v_proj.weight[:0]).dtype
         stand_in = None if before is after else written(before, after, part, rounded_to)
         if stand_in is None:
+            if before is not after:
+                logger.info("layer %d: %s is computed again", index, WRITERS[part].partition(".")[0])
             self.walk.advance(after, index, part)
             return
         tap = f"{WRITERS[part]}.input"

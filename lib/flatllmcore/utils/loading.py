@@ -114,7 +114,8 @@ def load_tokenizer(model: str, *, cache_dir: Path | None = None) -> PreTrainedTo
         load_config(model, cache_dir)  # before transformers reads it, whatever its sizes
     with TemporaryDirectory() as folder, door(f"no usable tokenizer at {model!r}", f"accepted: {accepted}"):
         tokenizer = AutoTokenizer.from_pretrained(place, cache_dir=cache_dir, trust_remote_code=False)
-        tokenizer.save_pretrained(folder)  # tried now, not after all the work
+        with naming_place(Path(folder)):
+            tokenizer.save_pretrained(folder)  # tried now, not after all the work
         if getattr(getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None), "dropout", None):
             raise ValueError("it merges at random; take the dropout out of its model")
     return tokenizer
@@ -200,8 +201,8 @@ class WeightFiles:
                 raise InputError(f"checkpoint {self.model!r}: {problem}")
         for name in whole:
             places, width = self.read(name, torch.int64), dense_dimensions(skeleton.config).head_dim
-            if not (places.min() >= 0 and places.max() < width):
-                problem = f"{name} has places {places.min()} to {places.max()} in heads of {width}"
+            if not (places.min() >= 0 and places.max() < width and places.sort().values.diff().all()):
+                problem = f"{name} has places {places.min()} to {places.max()} in heads of {width}, each once"
                 raise InputError(f"checkpoint {self.model!r} is damaged: {problem}")
         if stated is not None:
             logger.warning("%s is not quantised, though its config.json says so (%s): left out", self.model, method)

@@ -187,6 +187,7 @@ def _files_in(folder: Path, name: str, split: Split) -> list[Path]:
 
 def _texts_in(folder: Path) -> Iterator[Path]:
     """Yield the text files below a folder, also where links lead; what is hidden, or in a hidden folder, is none."""
+    left_out: list[Path] = []
     for number, (parent, folders, names) in enumerate(os.walk(folder, onerror=_refuse_folder, followlinks=True)):
         place = Path(parent)
         if number > _MOST_FOLDERS:
@@ -201,7 +202,9 @@ def _texts_in(folder: Path) -> Iterator[Path]:
                     raise InputError(f"{path} is a pipe, a device or a broken link; {_ACCEPTED}")
                 yield path
             elif any(f"{suffix}." in path.name.lower() for suffix in _SUFFIXES):  # as of .jsonl.zst
-                logger.warning("%s is left out; %s", path, _ACCEPTED)
+                left_out.append(path)
+    if left_out:
+        logger.warning("left out, %d files, such as %s; %s", len(left_out), min(left_out), _ACCEPTED)
 
 
 def _refuse_folder(error: OSError) -> None:
