@@ -20,7 +20,7 @@ try:
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing}; install first: pip install -r requirements.txt (INSTALL.md)")
 
-from flatllmbench.plots import draw_ranks
+from flatllmbench.plots import PICTURE_MARK, draw_ranks
 from flatllmcore.config import checked
 from flatllmcore.core.curve_allocation import Curves
 from flatllmcore.core.importance import ImportanceScores, check_importance_method, read_author_numbers
@@ -180,11 +180,12 @@ def allocate(importance: Importance, shares: dict[int, float], args: argparse.Na
 
 
 def check_is_ours(place: Path) -> None:
-    """Refuse a place where something else than ranks, or a picture of them, is."""
+    """Refuse a place where something else than ranks, or a picture of them, is; beside ranks it is one of ours."""
+    check_replaceable(place)
     try:
         if place.suffix == ".png":
-            check_replaceable(place)
-            if place.exists() and b"flatllmbench" not in place.read_bytes():
+            is_beside_ranks = any(place.parent.glob("ranks_*.json"))
+            if place.exists() and not is_beside_ranks and PICTURE_MARK not in place.read_bytes():
                 raise InputError(f"{place} is no picture of ranks")
         elif place.exists():
             read_ranks(place)

@@ -60,12 +60,22 @@ def test_without_arguments_every_file_under_ranks_gets_five_targets_and_a_plot(f
     assert "some/other" in output
 
 
-@pytest.mark.parametrize("theirs", [Path.mkdir, lambda place: place.write_bytes(b"my own picture")])
-def test_a_picture_of_somebody_else_is_not_replaced_and_nothing_is_written_before(folder, capsys, theirs):
+@pytest.mark.parametrize(
+    ("theirs", "remedy"),
+    [(Path.mkdir, "is a folder; move it"), (lambda place: place.write_bytes(b"my own picture"), "move or delete it")],
+)
+def test_a_picture_of_somebody_else_is_not_replaced_and_nothing_is_written_before(folder, capsys, theirs, remedy):
     theirs(folder / "ranks.png")
     assert compute_rank.main(["--sparsity_ratio", "20"]) == 2
-    assert "it would be replaced, so move or delete it" in capsys.readouterr().err
+    assert remedy in capsys.readouterr().err
     assert files(folder) == {"importance.json", "ranks.png"}
+
+
+def test_a_picture_from_before_pictures_said_whose_they_are_is_replaced(folder):
+    assert compute_rank.main(["--sparsity_ratio", "20"]) == 0
+    (folder / "ranks.png").write_bytes(b"an earlier picture")
+    assert compute_rank.main(["--sparsity_ratio", "20"]) == 0
+    assert b"flatllmbench" in (folder / "ranks.png").read_bytes()
 
 
 def test_written_ranks_meet_the_target_and_carry_the_digest_of_their_scores(folder, capsys):

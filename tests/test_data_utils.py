@@ -15,6 +15,7 @@ import torch
 from datasets import Dataset, DatasetDict
 from hypothesis import given
 from hypothesis import strategies as st
+from pyarrow import parquet
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -313,6 +314,15 @@ class TestPaths:
             with pytest.raises(InputError, match=f"the calibration data, {message}"):
                 read_calibration_data(rows, 9, (), one)
 
+    def test_tables_are_read_some_rows_at_a_time(self, tmp_path, monkeypatch):
+        """In a small file a dictionary may have one long text stand in every row."""
+        Dataset.from_list([{"text": "x"}] * 3000).to_parquet(tmp_path / "a.parquet")
+        read, sizes = parquet.ParquetFile.iter_batches, []
+        counted = lambda *given: (sizes.append(len(batch)) or batch for batch in read(*given))  # noqa: E731
+        monkeypatch.setattr(parquet.ParquetFile, "iter_batches", counted)
+        assert len(load_text(str(tmp_path / "a.parquet"), "train").documents) == sum(sizes) == 3000
+        assert max(sizes) <= text_sources._ROWS
+
     @pytest.mark.parametrize(
         ("files", "train", "test"),
         [
@@ -448,11 +458,15 @@ class TestNamedDatasets:
         assert has_test_split(name, tmp_path)
 
     @pytest.mark.parametrize(
-        ("name", "folder"), [("wikitext2", "wikitext/wikitext-103-raw-v1"), ("c4", "allenai/c4/realnewslike")]
+        ("name", "folder"),
+        [
+            *(("wikitext2", f"wikitext/{of}") for of in ("wikitext-2-v1", "wikitext-103-v1", "wikitext-103-raw-v1")),
+            *(("c4", f"allenai/c4/{of}") for of in ("en.noblocklist", "en.noclean", "multilingual", "realnewslike")),
+        ],
     )
     def test_another_configuration_is_another_text(self, tmp_path, name, folder):
         write(tmp_path / folder / "train.txt", b"other")
-        with pytest.raises(InputError, match=f"no train text in .*/{folder.split('/')[0]}"):
+        with pytest.raises(InputError, match=f"no train text in .*, and not of .*{folder.split('/')[-1]}"):
             load_text(name, "train", dataset_root=tmp_path)
 
     def test_a_single_file_is_found_by_the_start_of_its_name_and_several_are_not_guessed_at(self, tmp_path):

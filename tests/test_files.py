@@ -53,7 +53,8 @@ def test_a_temporary_that_another_process_took_for_left_over_is_made_again(tmp_p
     taken = []
 
     def taken_once(file, operation):
-        if len(taken) < 1:
+        assert operation == fcntl.LOCK_EX  # waits for one who looks whether it is left over
+        if not taken:
             taken.append(file.name)
             os.unlink(file.name)
 

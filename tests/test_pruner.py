@@ -303,6 +303,7 @@ OF_AN_MLP = [  # of a model whose second one is changed so
     (r"mlp.act_fn is ReLU\(\), and by the config SiLU", lambda mlp: setattr(mlp, "act_fn", torch.nn.ReLU())),
     (HOOKED, lambda mlp: mlp.register_forward_hook(lambda *given: given[-1] + 1)),
     (HOOKED, lambda mlp: mlp.register_full_backward_hook(lambda *_: None)),
+    (HOOKED, lambda mlp: mlp.register_full_backward_pre_hook(lambda *_: None)),
     (HOOKED, lambda mlp: mlp.compile(backend="eager")),
     (HOOKED, lambda mlp: setattr(mlp, "forward", mlp.forward)),
     (SHARED, lambda mlp: setattr(mlp.up_proj, "weight", mlp.gate_proj.weight)),

@@ -9,6 +9,8 @@ from flatllmcore.utils.names import model_name
 from .records import Record, as_evaluation, dense_model, identity, mean_accuracy, of_kind, settings
 from .tables import grouped
 
+PICTURE_MARK = b"flatllmbench"  # in every picture
+
 
 def draw_ranks(scores: Sequence[float], keep_by_target: Mapping[int, Sequence[float]], title: str) -> bytes:
     """Draw importance over kept share, layer by layer, one line per percentage removed."""
@@ -97,5 +99,5 @@ def _png(figure: Any) -> bytes:
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
     png = BytesIO()
-    figure.savefig(png, format="png", dpi=110, metadata={"Software": "flatllmbench"})
+    figure.savefig(png, format="png", dpi=110, metadata={"Software": PICTURE_MARK.decode()})
     return png.getvalue()

@@ -1,7 +1,7 @@
 """JSON records of runs, read: what they say of compressions, of evaluations and of the dense model. No torch here."""
 
 from collections.abc import Iterable
-from math import hypot
+from math import hypot, inf
 from statistics import mean
 from typing import Any, TypeAlias
 
@@ -59,7 +59,13 @@ def identity(run: Record) -> tuple[str, Any, float]:
     """Return what tells an evaluated model from others: its dense model, how it was compressed, the percent removed."""
     weighed, dense = run.get("model.gradient_nsamples"), run.get("model.base_model") or run["model.model"]
     how = (run["model.method"], weighed) if weighed else run.get("model.method")
-    return dense, how, round(run["model.achieved_sparsity_percent"], 6)
+    return dense, how, round(removed_percent(run), 6)
+
+
+def removed_percent(run: Record) -> float:
+    """Return the percent removed of an evaluated model; infinity where its record does not know."""
+    found = run["model.achieved_sparsity_percent"]
+    return inf if found is None else found
 
 
 def settings(run: Record) -> str:

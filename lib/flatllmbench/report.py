@@ -18,7 +18,7 @@ from flatllmcore.utils.files import read_json, replacing, write_atomically
 from flatllmcore.utils.names import model_name
 
 from .command_line import ROWS
-from .plots import draw_perplexity
+from .plots import PICTURE_MARK, draw_perplexity
 from .records import Record, as_evaluation, flat, identity, of_kind, settings
 from .tables import KINDS, NOT_RUN, NOT_THERE, figure, markdown_table, measured_tables
 
@@ -117,7 +117,7 @@ def write_report(runs: Sequence[Record], out: Path) -> None:
     if place.is_file() and not place.read_bytes().startswith(_REPORT.partition("`")[0].encode()):
         raise InputError(f"{place} is no report; give another folder by --out")
     shown = out / "perplexity.png"
-    if is_drawn and shown.is_file() and not place.is_file() and b"flatllmbench" not in shown.read_bytes():
+    if is_drawn and shown.is_file() and not place.is_file() and PICTURE_MARK not in shown.read_bytes():
         raise InputError(f"{shown} is of no report; give another folder by --out")
     with door("the perplexities cannot be drawn", "accepted: those of runs that ended well"):
         picture = draw_perplexity(runs) if is_drawn else b""

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from flatllmcore.utils.names import model_name
 
-from .records import Record, dense_model, flat, mean_accuracy, of_kind, settings
+from .records import Record, dense_model, flat, mean_accuracy, of_kind, removed_percent, settings
 
 NOT_RUN = "not run"
 NOT_THERE = "–"
@@ -103,7 +103,7 @@ def _speed_table(runs: list[Record]) -> str:
 
 def _accuracy_table(runs: list[Record]) -> str:
     tasks, rows = runs[0]["zero_shot.tasks"], []
-    for run in sorted(runs, key=lambda run: run["model.achieved_sparsity_percent"] or 0):
+    for run in sorted(runs, key=removed_percent):
         cells, accuracy = [_cell(run, f"model.{of}", form) for of, form in _EVALUATED], mean_accuracy(run)
         cells += map(_result, run["zero_shot.tasks"].values())
         rows.append([*cells, NOT_THERE if accuracy is None else "{:.2f} ± {:.2f}".format(*accuracy)])

@@ -18,7 +18,7 @@ from .errors import InputError
 from .methods import METHODS
 from .utils import names
 
-MOST = 10**6  # windows: more than anybody means, and still a number of things that memory might take
+MOST = 10**6  # windows or steps: more than anybody means, and still a number of things that memory might take
 
 
 @dataclass(frozen=True)

@@ -47,9 +47,8 @@ def test_a_token_on_a_gpu_is_kept_off_cudnn_and_the_setting_put_back(length, is_
 
     def fail_in(context):
         with context:
-            assert flat_values._cudnn_is_off.locked() == (
-                length == 1 and is_cuda
-            )  # no other thread's setting is put back
+            is_off = length == 1 and is_cuda
+            assert flat_values._cudnn_is_off.locked() == is_off  # no other thread's setting is put back
             raise ValueError(is_enabled())
 
     with pytest.raises(ValueError, match=str(was_on and is_on)):

@@ -152,6 +152,14 @@ def test_configs_are_compared_and_have_no_width_where_layers_differ(tmp_path):
         _ = config.intermediate_size
 
 
+@pytest.fixture
+def mixed_model():
+    """A model whose middle layer has lost rotary pairs, and the others have two factors of Q and K."""
+    first, middle, last = kept(qk=(7, None, 3))
+    sizes = [first, replace(middle, query_key_pairs=4), last]
+    return AutoModelForCausalLM.from_config(compressed_config(dense_model_of("llama").config, sizes)).eval()
+
+
 @pytest.mark.parametrize(
     ("asked", "reached"),
     [
@@ -161,12 +169,9 @@ def test_configs_are_compared_and_have_no_width_where_layers_differ(tmp_path):
          | {"q_proj.down", "k_proj.down"}),
     ],
 )  # fmt: skip
-def test_adapters_are_for_these_parts_and_merge_to_the_same_logits(tokens, asked, reached):
-    """By PEFT's defaults, as RECOVER.md has it for second factors, and all; the middle layer has lost rotary pairs."""
-    first, middle, last = kept(qk=(7, None, 3))
-    sizes = [first, replace(middle, query_key_pairs=4), last]
-    config = compressed_config(dense_model_of("llama").config, sizes)
-    model = AutoModelForCausalLM.from_config(config).eval()
+def test_adapters_are_for_these_parts_and_merge_to_the_same_logits(mixed_model, tokens, asked, reached):
+    """By PEFT's defaults, as RECOVER.md has it for second factors, and all."""
+    model = mixed_model
     before = model(tokens).logits
     adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **asked))
     torch.manual_seed(0)
@@ -265,18 +270,18 @@ def test_every_cache_and_every_attention_give_the_same_tokens(factored_model, to
         assert torch.equal(generate(factored_model, tokens, **options), expected), options
 
 
-def test_a_cache_may_have_been_begun_with_wider_keys_and_values(factored_model, tokens):
+def test_a_cache_may_have_been_begun_with_wider_keys_and_values(mixed_model, tokens):
     """As by prefix tuning, which knows the dense heads; what a layer has no place for is left out."""
     generator = torch.Generator().manual_seed(0)
-    begun = [torch.randn(2, len(tokens), 2, 3, 16, generator=generator) for _ in factored_model.model.layers]
+    begun = [torch.randn(2, len(tokens), 2, 3, 16, generator=generator) for _ in mixed_model.model.layers]
     logits = []
     for is_wide in (True, False):
-        cache = DynamicCache(config=factored_model.config)
+        cache = DynamicCache(config=mixed_model.config)
         for index, (keys, values) in enumerate(begun):
-            attention = factored_model.model.layers[index].self_attn
+            attention = mixed_model.model.layers[index].self_attn
             narrow = keys[..., : attention.query_key_width], values[..., : attention.value_head_dim]
             cache.update(*((keys, values) if is_wide else narrow), index)
-        logits.append([factored_model(part, past_key_values=cache).logits for part in (tokens, tokens[:, :1])])
+        logits.append([mixed_model(part, past_key_values=cache).logits for part in (tokens, tokens[:, :1])])
     assert all(map(torch.equal, *logits))
 
 

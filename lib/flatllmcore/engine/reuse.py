@@ -96,5 +96,5 @@ def _folded_channels(before: DecoderModule, after: DecoderModule) -> Tensor | No
 
 
 def _beginnings(weight: Tensor) -> Any:
-    """Return in bytes what rows are told apart by; whoever takes one for another that begins alike compares more."""
+    """Return the first 64 entries of each row, in bytes, which tell trained rows apart; else no map is found."""
     return weight.detach()[:, :64].contiguous().view(torch.uint8).cpu().numpy()

@@ -64,7 +64,7 @@ def one_token_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor 
 
     ``scaled_dot_product_attention`` answers unequal widths there by copies of keys and values in float32. Here one
     fused call takes padded values where they are few, and in half precision, whose scores it has in float32: plain
-    products would round them, or have none. Else these read the cache as it is.
+    products would round scores to it, or overflow. In other cases they read the cache as it is.
 
     Of ``query`` (B, H, 1, d), ``key`` (B, G, T, d) and ``value`` (B, G, T, r) it gives the outputs of all heads side by
     side, (B, 1, H·r); ``mask`` (B or 1, 1, 1, T) is True where a key counts, or numbers to add to the scores.

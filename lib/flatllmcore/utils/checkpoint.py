@@ -148,13 +148,19 @@ def find_other(folder: Path) -> Path | None:
 
 
 def stated_licence(card: Path | None) -> dict[str, Any]:
-    """Return what a model card, if there is one, says of its model's licence, as front matter has it."""
+    """Return in words what a model card, if there is one, says of its model's licence, by the names in front matter."""
     if card is None:
         return {}
     with door(f"the model card {card} cannot be read", "mend it, or take it away"):
         stated = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
-    found = {name: stated.get(name) for name in ("license", "license_name", "license_link")}
-    return {name: str(of) for name, of in found.items() if isinstance(of, str | float | date)}  # as YAML makes of some
+    found = {}
+    for name in ("license", "license_name", "license_link"):
+        words = of if isinstance(of := stated.get(name), list) else [of]
+        if all(isinstance(word, str | int | float | date) for word in words[:9]):  # as YAML makes of some
+            found[name] = ", ".join(map(str, words[:9]))  # an alias may make endless ones
+        elif of is not None:
+            logger.warning("%s: its %s is not in words, and left out", card, name)
+    return found
 
 
 def model_card(record: Mapping[str, Any], parts: str) -> str:

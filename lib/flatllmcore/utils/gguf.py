@@ -83,7 +83,7 @@ def _dequantised(file: Path, _modified_ns: int) -> str:
             there, found = (len(tensors), numbers), (len(made), sum(part.numel() for part in made))
             # More where some would be random, fewer where others are left out: rope_freqs.weight makes another model.
             if found != there:
-                problem = "of its {} tensors of {} numbers transformers makes {} of {}".format(*there, *found)
+                problem = "it has {} tensors of {} numbers, and transformers makes {} of {}".format(*there, *found)
                 raise InputError(f"cannot read {file} ({problem}); {accepted}")
             how = {"config": config, "dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)}
             model = AutoModelForCausalLM.from_pretrained(**given, **how, trust_remote_code=False)

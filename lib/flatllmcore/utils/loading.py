@@ -45,9 +45,9 @@ def load_config(model: str, cache_dir: Path | None = None) -> PretrainedConfig:
         for name in ("num_hidden_layers", "num_labels"):  # of which transformers makes lists
             if isinstance(count := fields.get(name), int) and count > MOST_LAYERS:
                 raise ValueError(f"{name} is {count:,}; accepted: at most {MOST_LAYERS:,}")
-        for share in _named(fields, "partial_rotary_factor"):  # of a head, as wide as which angles are made
-            if isinstance(share, int | float) and not 0 < share <= 1:
-                raise ValueError(f"partial_rotary_factor is {share:g}; accepted: above 0, up to 1")
+        for share in _named(fields, "partial_rotary_factor"):  # angles are made that many times as wide as a head
+            if isinstance(share, int | float) and not share <= 1:
+                raise ValueError(f"partial_rotary_factor is {share:g}; accepted: up to 1")
         return AutoConfig.from_pretrained(place, cache_dir=cache_dir, trust_remote_code=False)
 
 
@@ -175,13 +175,13 @@ class WeightFiles:
         weights = stored_tensors(skeleton)
         expected = {name: tuple(weight.shape) for name, weight in weights.items()}
         found, known = self.shapes, expected.keys() | skeleton.state_dict().keys()
-        whole = {name for name, weight in weights.items() if not weight.is_floating_point()}  # numbers, of places
+        of_places = {name for name, weight in weights.items() if not weight.is_floating_point()}
         kinds = {name: kind for name, (_, _, kind) in self._stored.items()}
-        odd = {name: kind for name, kind in kinds.items() if name not in whole and kind not in WEIGHT_DTYPES}
-        no_places = {name: kinds[name] for name in kinds.keys() & whole if kinds[name] != "I64"}
+        odd = {name: kind for name, kind in kinds.items() if name not in of_places and kind not in WEIGHT_DTYPES}
+        mistyped = {name: kinds[name] for name in kinds.keys() & of_places if kinds[name] != "I64"}
         wrong = {
             f"are {', '.join(sorted(set(odd.values())))}, not {', '.join(WEIGHT_DTYPES)}": odd,
-            f"are {', '.join(sorted(set(no_places.values())))}, not I64": no_places,
+            f"are {', '.join(sorted(set(mistyped.values())))}, not I64": mistyped,
             "are missing": expected.keys() - found.keys(),
             "have other shapes than config.json says": dict(expected.items() - found.items()),  # where none is missing
             "have no place in the model": found.keys() - known,
@@ -199,8 +199,9 @@ class WeightFiles:
             if tied in found and self.digest(original) != self.digest(tied):
                 problem = f"{tied} differs from its embeddings, but tie_word_embeddings is true in config.json"
                 raise InputError(f"checkpoint {self.model!r}: {problem}")
-        for name in whole:
-            places, width = self.read(name, torch.int64), dense_dimensions(skeleton.config).head_dim
+        width = dense_dimensions(skeleton.config).head_dim
+        for name in of_places:
+            places = self.read(name, torch.int64)
             if not (places.min() >= 0 and places.max() < width and places.sort().values.diff().all()):
                 problem = f"{name} has places {places.min()} to {places.max()} in heads of {width}, each once"
                 raise InputError(f"checkpoint {self.model!r} is damaged: {problem}")

@@ -68,7 +68,7 @@ class _HubDataset(NamedTuple):
     files: dict[str, str]
     folders: tuple[str, ...] = ()
     configuration: str | None = None
-    others: tuple[str, ...] = ()  # folders of its other configurations, which are other texts
+    others: tuple[str, ...] = ()  # its other configurations
 
 
 _HUB_DATASETS = {
@@ -85,6 +85,7 @@ _HUB_DATASETS = {
     ),
     "alpaca": _HubDataset("tatsu-lab/alpaca", {"train": "data/train-00000-of-00001-a09b74b3ef9c3b56.parquet"}),
 }
+_OTHERS = {name: hub.others for name, hub in _HUB_DATASETS.items()}
 DATASET_NAMES = ("pydocs", *_HUB_DATASETS)
 
 
@@ -139,7 +140,8 @@ def _files(name: str, split: Split, dataset_root: Path | None, cache_dir: Path |
     place = _location(name, dataset_root)
     files = [place] if place.is_file() else _files_in(place, name, split)
     if not files:
-        raise InputError(f"no {split} text in {place}; {_ACCEPTED}, with the split in the name")
+        problem = f"no {split} text in {place}; {_ACCEPTED}, with the split in the name"
+        raise InputError(", and not of ".join([problem, *_OTHERS.get(name, ())]))
     if len({(path.parent, path.suffix) for path in files}) > 1:
         raise InputError(f"several texts are called {split}: {files[0]}, {files[-1]}; give the folder or file of one")
     return files
@@ -174,11 +176,11 @@ def _files_in(folder: Path, name: str, split: Split) -> list[Path]:
         published = folder / _HUB_DATASETS[name].files[split]
         if published.is_file():
             return [published]
-    splits, others = defaultdict(list), _HUB_DATASETS[name].others if name in _HUB_DATASETS else ()
+    splits = defaultdict(list)
     for path in sorted(_texts_in(folder)):
         place = path.relative_to(folder)
         words = _SPLIT_WORDS.findall(str(place).lower())
-        if not set(place.parts).intersection(others):
+        if not set(place.parts).intersection(_OTHERS.get(name, ())):
             splits[words[-1] if words else "unnamed"].append(path)
     if split == "test":
         return splits["test"] or [path for word in _VALIDATION for path in splits[word]]
