@@ -12,13 +12,8 @@ from io import BufferedWriter, FileIO, TextIOWrapper
 from pathlib import Path
 from typing import Any
 
-# What a user can mend about a place: where it is, what it is called, who may use it, its room, the disk under it.
-_NAMES = """
-    ENOENT EEXIST ENOTDIR EISDIR ENOTEMPTY EXDEV EBUSY ENAMETOOLONG ELOOP EACCES EPERM EROFS ETXTBSY ENOLCK ENOSPC
-    EDQUOT EFBIG EMLINK EMFILE ENFILE EOPNOTSUPP ENOTSUP EIO ESTALE ENODEV ENXIO ENOTCONN ETIMEDOUT EHOSTDOWN
-    EHOSTUNREACH ENETUNREACH ESHUTDOWN EREMOTEIO EUCLEAN EBADMSG EILSEQ
-"""
-UNUSABLE_PLACE = {number for number, name in errno.errorcode.items() if name in _NAMES.split()}  # that this system has
+# Mistakes of a program; what else the system says of a file is of its place, and the user's to mend.
+_MISTAKES = (None, errno.EBADF, errno.EFAULT, errno.EINVAL, errno.ENOTTY, errno.ESPIPE)
 
 
 class InputError(ValueError):
@@ -104,7 +99,7 @@ def mendable(error: Exception, place: Path | None) -> str:
         words = ". ".join(str(error).split(". ")[:2]) or "of the host"
         remedy = "a smaller host_memory_gib takes less, or begin anew with a smaller batch_size"
         return f"out of memory ({words:.200}); {remedy}"
-    if isinstance(error, OSError) and error.errno in UNUSABLE_PLACE:
+    if isinstance(error, OSError) and error.errno not in _MISTAKES:
         return f"{error.strerror}: {error.filename or place}"
     raise error
 
