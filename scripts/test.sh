@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Installs into a virtual environment, where that is still to do, and runs the tests.
 #
-#   bash scripts/test.sh                    # all of them
-#   bash scripts/test.sh -m "not slow" -x   # arguments go to pytest
+#   bash scripts/test.sh                    # those that take a few seconds at most
+#   bash scripts/test.sh -m "not index"     # the slow ones too, as .ci/run does; arguments go to pytest
 #
 # Variables: VENV, PYTHON, SKIP_INSTALL (see scripts/environment.sh).
 set -euo pipefail

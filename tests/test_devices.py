@@ -57,6 +57,7 @@ def test_a_local_rank_that_is_no_number_is_refused(rank, monkeypatch):
         best_device()
 
 
+@pytest.mark.slow
 def test_peak_memory_is_this_process_s_and_not_that_of_the_one_that_started_it():
     """A child takes less for its imports than the block of its parent."""
     block = torch.ones(2**28)  # 1 GiB

@@ -21,6 +21,8 @@ from flatllmbench.command_line import FLAGS
 from sample_records import COMPRESSION, EVALUATION, SCORING, TIMING
 from tiny_text import WORDS, documents, word_tokenizer
 
+pytestmark = pytest.mark.slow
+
 CONFIG_KEYS = (
     *("dtype", "attn_implementation", "rope_scaling", "rope_theta", "quantization_config", "per_layer_config"),
     *("output_attentions", "output_hidden_states", "return_dict", "pad_token_id", "id2label", "layer_types"),

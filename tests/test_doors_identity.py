@@ -20,6 +20,8 @@ from flatllmcore.errors import InputError
 from flatllmcore.utils.loading import load_model
 from tiny_text import word_tokenizer
 
+pytestmark = pytest.mark.slow
+
 DTYPES = [torch.float64, torch.float16, torch.bfloat16, torch.int8, torch.int32, torch.bool, torch.complex64]
 DTYPES += [torch.float8_e4m3fn, torch.float8_e5m2, torch.uint8]
 FIELDS = {

@@ -122,6 +122,7 @@ def stated(folder: str, name: str) -> object:
     return gguf.GGUFReader(Path(folder, "model.gguf")).fields[name].contents()
 
 
+@pytest.mark.slow
 def test_the_embedded_model_dense_and_compressed_writes_the_same_texts(tmp_path):
     """The same 20 tokens on ten prompts, in float32: llama.cpp rounds what bfloat16 weights are multiplied with."""
     model, tokenizer = load_model(EMBEDDED, dtype="float32"), load_tokenizer(EMBEDDED)

@@ -478,6 +478,7 @@ def test_few_tokens_are_warned_of_and_do_no_harm(caplog, nsamples, seqlen, most)
     assert math.log(perplexity(ModelInMemory(small, CPU), test_windows, 8) / dense) < most
 
 
+@pytest.mark.slow
 def test_it_does_better_than_the_published_method_on_the_embedded_model():
     """At equal size it leaves less than two thirds of the excess, ``ln(compressed / dense)``, on text of its kind."""
     model, tokenizer = load_model(EMBEDDED, dtype="float32"), load_tokenizer(EMBEDDED)

@@ -23,6 +23,8 @@ from flatllmcore.utils.checkpoint import MANIFEST
 from flatllmcore.utils.files import write_json
 from python_process import run_forked
 
+pytestmark = pytest.mark.slow
+
 KILLS = int(os.environ.get("KILLS", "6"))
 NEVER = 10**6
 OUT = [

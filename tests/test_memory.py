@@ -1,5 +1,6 @@
 """Peak memory of a run out of core, measured on a process that only had its imports before."""
 
+import pytest
 import torch
 from transformers import LlamaConfig
 
@@ -25,6 +26,7 @@ Path("growth").write_text(str(memory("VmHWM") - before))
 """
 
 
+@pytest.mark.slow
 def test_memory_is_bounded_by_a_layer_and_not_by_the_model(tmp_path, monkeypatch):
     """Three layers (at work, being read, and mapped while it is read), a solve, and what libraries take.
 

@@ -24,6 +24,8 @@ from flatllmcore.errors import InputError
 from flatllmcore.methods import METHODS, flatllm
 from python_process import LIBRARY
 
+pytestmark = pytest.mark.slow
+
 ARGV = ["--model", "dense", "--dataset", "text", "--sparsity_ratio", "30", "--seqlen", "32", "--device", "cpu"]
 OUT = [*ARGV, "--save_model", "out", "--save", "logs", "--nsamples", "7"]
 

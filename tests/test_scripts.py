@@ -268,6 +268,7 @@ def test_a_script_without_an_environment_says_in_one_line_what_to_do(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_llama_bi_leaves_scores_for_every_model_with_the_record_beside(performed, tiny, text, tmp_path):
     """The first in a process of its own, which makes its scores: they are left alone after that."""
     settings = {"DATASET": text, "SEQLEN": "32", "BI_NSAMPLES": "4", "OUT": tmp_path, "DEVICE": "cpu"}
@@ -320,6 +321,7 @@ def test_the_demo_ends_with_a_table_a_picture_and_a_sentence_of_each_model(perfo
 TRIAL = {"SEQLEN": "32", "NSAMPLES": "4", "BI_NSAMPLES": "4", "RATIOS": "20", "REPEATS": "1", "NEW_TOKENS": "4"}
 
 
+@pytest.mark.slow
 def test_smollm2_makes_records_a_report_and_a_chat_of_a_gguf_and_does_nothing_twice(
     performed, commands, text, tmp_path, monkeypatch
 ):
@@ -438,6 +440,7 @@ def test_test_sh_installs_once_and_passes_its_arguments_to_pytest(commands, tmp_
     assert commands("test.sh", "-k", "some name", SKIP_INSTALL="1") == [tests]
 
 
+@pytest.mark.slow
 def test_recovery_goes_on_from_a_checkpoint_to_the_same_bytes_and_leaves_an_ordinary_folder(
     performed, tiny, text, tmp_path, monkeypatch, capsys
 ):

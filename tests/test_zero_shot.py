@@ -172,6 +172,7 @@ cli_evaluate()
 """
 
 
+@pytest.mark.slow
 def test_the_plain_harness_gives_the_same_figures_without_this_package(folders, tmp_path):
     """The folder's own modelling files, by the harness's command line where flatllmcore cannot be imported."""
     model = f"pretrained={folders['compressed']},trust_remote_code=True,softmax_dtype=float32,dtype=float32"

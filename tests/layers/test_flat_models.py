@@ -59,6 +59,7 @@ def test_a_uniform_model_needs_no_per_layer_config(tokens, tmp_path):
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(tokens).logits, model(tokens).logits)
 
 
+@pytest.mark.slow
 def test_the_folder_loads_where_the_package_is_not_installed(tokens, tmp_path):
     expected = {}
     for family in FAMILY_NAMES:
