@@ -163,15 +163,20 @@ class TestBudget:
     @example(ModelDimensions("llama", 1, 8, 6, 6, 8, 16), 1, False, 0)  # one step too few, and 1 - 0.55 is rounded
     def test_what_is_not_refused_before_scoring_is_met_by_any_scores(self, dimensions, multiple, prune_qk, seed):
         """The largest target that is named is removed, and floors that would remove less are not taken."""
-        # Of heads that are one step wide a layer keeps all or all: what is removed then depends on the scores too.
-        options = {"rank_multiple": min(multiple, dimensions.head_dim // 2), "prune_qk": prune_qk}
+        # Of heads or MLPs one or two steps wide a layer keeps all or little: what is removed depends on the scores too.
+        narrower = min(dimensions.head_dim, dimensions.intermediate_size)
+        # As in all models, each part can take up what a step of the other leaves, and factors of Q and K are smaller.
+        assume(dimensions.hidden_size >= dimensions.head_dim)
+        assume(dimensions.width_parameters * dimensions.intermediate_size >= dimensions.qk_parameters)
+        assume(dimensions.rank_parameters * dimensions.head_dim >= 64 * dimensions.width_parameters)
+        options = {"rank_multiple": min(multiple, narrower // 4), "prune_qk": prune_qk}
         with pytest.raises(InputError, match="impossible") as refused:
             select(dimensions, 100, seed, **options)
         largest = int(re.search(r"largest possible target is (\d+) %", str(refused.value))[1])
         allocation = select(dimensions, largest, seed, **options)
         removed = largest / 100 * allocation.parameters_before
         missing = removed - (allocation.parameters_before - counted_parameters(allocation))
-        assert missing <= allowed_error(dimensions, removed, allocation.rank_multiple) + 1e-6
+        assert missing < allowed_error(dimensions, removed, allocation.rank_multiple) + 0.5
 
     @pytest.mark.parametrize(("share", "pairs"), [(0, None), (0.05, None), (0.2, 12), (0.9, 2)])
     def test_a_layer_that_keeps_all_of_its_rotary_pairs_has_lost_none(self, share, pairs):
@@ -268,7 +273,7 @@ class TestRoundedRanks:
         assert allocation.parameters_after == counted_parameters(allocation)
         asked = allocation.sparsity_ratio / 100 * allocation.parameters_before
         removed = allocation.parameters_before - allocation.parameters_after
-        assert abs(removed - asked) <= allowed_error(sizes, asked, multiple, step) + 1e-6
+        assert abs(removed - asked) < allowed_error(sizes, asked, multiple, step) + 0.5  # half a weight
 
     @pytest.mark.parametrize("width_multiple", [16, 32, 64, 128, 256])
     @pytest.mark.parametrize(("sizes", "step"), [(PUBLISHED[0], 8), (PUBLISHED[3], 8), (SMOLLM2, 32), (SIX_HEADS, 16)])
