@@ -180,12 +180,11 @@ def allocate(importance: Importance, shares: dict[int, float], args: argparse.Na
 
 
 def check_is_ours(place: Path) -> None:
-    """Refuse a place where something else than ranks, or a picture of them, is; beside ranks it is one of ours."""
+    """Refuse a place where something else than ranks, or a picture of them, is."""
     check_replaceable(place)
     try:
         if place.suffix == ".png":
-            is_beside_ranks = any(place.parent.glob("ranks_*.json"))
-            if place.exists() and not is_beside_ranks and PICTURE_MARK not in place.read_bytes():
+            if place.exists() and PICTURE_MARK not in place.read_bytes():
                 raise InputError(f"{place} is no picture of ranks")
         elif place.exists():
             read_ranks(place)

@@ -50,7 +50,7 @@ places() {
 # score MODEL FOLDER RECORDS FLAG...: writes FOLDER/importance.json, and the log and the record of the run to RECORDS.
 score() {
     local before=()
-    [[ ! -e "$2/importance.json" ]] || mapfile -t before < <(find "$2/" -maxdepth 1 -name 'ranks_[0-9]*.json')
+    [[ ! -e "$2/importance.json" ]] || mapfile -t before < <(find "$2/" -maxdepth 1 -regex '.*/ranks_[0-9.]+\.json')
     run "${main[@]}" --prune_method bi --model "$1" --bi_score "$2" --save "$3" \
         --nsamples "${BI_NSAMPLES:-128}" "${flags[@]}" "${@:4}"
     ((${#before[@]} == 0)) || rm -f "${before[@]}" # of the scores before

@@ -71,13 +71,6 @@ def test_a_picture_of_somebody_else_is_not_replaced_and_nothing_is_written_befor
     assert files(folder) == {"importance.json", "ranks.png"}
 
 
-def test_a_picture_from_before_pictures_said_whose_they_are_is_replaced(folder):
-    assert compute_rank.main(["--sparsity_ratio", "20"]) == 0
-    (folder / "ranks.png").write_bytes(b"an earlier picture")
-    assert compute_rank.main(["--sparsity_ratio", "20"]) == 0
-    assert b"flatllmbench" in (folder / "ranks.png").read_bytes()
-
-
 def test_written_ranks_meet_the_target_and_carry_the_digest_of_their_scores(folder, capsys):
     allocation = ranks_at(folder, 20)
     row = capsys.readouterr().out.splitlines()[-1].split()

@@ -430,7 +430,7 @@ class TestPaths:
             write(tmp_path / name, b"x")
         assert load_text(str(tmp_path), "train").documents == ["x"]
         assert [record.message for record in caplog.records] == [
-            f"left out, 2 files, such as {tmp_path}/train_1.jsonl.zst; {text_sources._ACCEPTED}"
+            f"2 files are left out, such as {tmp_path}/train_1.jsonl.zst; {text_sources._ACCEPTED}"
         ]
 
     def test_texts_in_several_folders_are_not_mixed(self, tmp_path):
@@ -466,7 +466,7 @@ class TestNamedDatasets:
     )
     def test_another_configuration_is_another_text(self, tmp_path, name, folder):
         write(tmp_path / folder / "train.txt", b"other")
-        with pytest.raises(InputError, match=f"no train text in .*, and not of .*{folder.split('/')[-1]}"):
+        with pytest.raises(InputError, match=f"no train text in .*; not read: .*{folder.split('/')[-1]}"):
             load_text(name, "train", dataset_root=tmp_path)
 
     def test_a_single_file_is_found_by_the_start_of_its_name_and_several_are_not_guessed_at(self, tmp_path):

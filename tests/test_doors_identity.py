@@ -1,6 +1,6 @@
 """A checkpoint's folder as a door: whatever is done to a valid one, both readers agree on what it holds, or refuse it.
 
-pytest tests/test_doors_identity.py --hypothesis-profile=long
+pytest -m slow tests/test_doors_identity.py --hypothesis-profile=long
 """
 
 import json

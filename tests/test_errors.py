@@ -1,12 +1,13 @@
 """What becomes a line, and what keeps its traceback."""
 
+import errno
 import os
 import subprocess
 import sys
 
 import pytest
 
-from flatllmcore.errors import InputError, door
+from flatllmcore.errors import InputError, door, mendable
 from python_process import LIBRARY
 
 
@@ -60,3 +61,19 @@ def test_streams_lose_no_line_and_no_file_gets_the_number_of_one_that_was_closed
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, preexec_fn=closing, env=environment)
     assert done.stdout == ("" if is_closed else "before\nbehind\n")
     assert int((tmp_path / "number").read_text()) > 2
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_full_disk_is_no_fault_of_a_file(number):
+    with pytest.raises(OSError, match=os.strerror(number)), door("x is unusable", "mend it"):
+        raise OSError(number, os.strerror(number), "x")
+
+
+@pytest.mark.parametrize(("number", "is_of_the_place"), [(errno.ENOTCONN, True), (errno.EINVAL, False), (None, False)])
+def test_what_the_system_says_of_a_place_is_a_line_and_a_mistake_is_none(number, is_of_the_place):
+    error = OSError(number, "said", "x") if number else OSError("said")
+    if is_of_the_place:
+        assert mendable(error, None) == "said: x"
+    else:
+        with pytest.raises(OSError, match="said"):
+            mendable(error, None)

@@ -121,12 +121,27 @@ def test_a_weight_is_led_to_the_least_squares_fit_by_its_share(share):
 
 def test_a_fit_that_held_out_tokens_contradict_is_damped():
     """With as few tokens as features the fit is noise: a weight that is right already hardly moves."""
-    rows, truth = random(60, 30), random(2, 30, seed=1)
-    targets = rows @ truth.T + 5 * random(60, 2, seed=2)
+    rows, truth = random(60, 30), random(12, 30, seed=1)
+    targets = rows @ truth.T + 5 * random(60, 12, seed=2)
     parts = (rows[:30], targets[:30]), (rows[30:], targets[30:])
     moments, crosses = [r.T @ r for r, _ in parts], [t.T @ r for r, t in parts]
     alone = torch.linalg.solve(moments[0], crosses[0].T).T
     assert (led_towards(truth, moments, crosses, 1.0) - truth).norm() < 0.2 * (alone - truth).norm()
+
+
+def test_the_ridge_is_that_of_every_fourth_row():
+    """Oracle: the fit with the smallest one, which is best for rows without noise; the others would be damped."""
+    rows, weight = random(60, 30), random(9, 30, seed=1)
+    targets = rows @ random(9, 30, seed=2).T + 50 * random(60, 9, seed=3)
+    targets[:, ::4] = rows @ random(3, 30, seed=4).T
+    parts = (rows[:40], targets[:40]), (rows[40:], targets[40:])
+    moments, crosses = [r.T @ r for r, _ in parts], [t.T @ r for r, t in parts]
+    moment, cross = sum(moments), sum(crosses)
+    damped = moment + 1e-4 * moment.diagonal().mean() * torch.eye(30, dtype=torch.float64)
+    expected = weight + torch.linalg.solve(damped, (cross - weight @ moment).T).T
+    torch.testing.assert_close(led_towards(weight, moments, crosses, 1.0), expected)
+    others = led_towards(weight[1::4], moments, [of[1::4] for of in crosses], 1.0)
+    assert (others - weight[1::4]).norm() < 0.5 * (expected - weight)[1::4].norm()
 
 
 def test_without_tokens_to_check_with_the_ridge_is_the_middle_one():

@@ -1,6 +1,6 @@
 """Runs that are killed at random changes to files, again and again, end with the bytes of a run left in peace.
 
-KILLS=100 pytest tests/test_kills.py
+KILLS=100 pytest -m slow tests/test_kills.py
 """
 
 import functools

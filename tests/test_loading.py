@@ -111,10 +111,10 @@ def test_a_config_of_weights_that_are_rounded_as_they_run_is_refused(checkpoint,
         load(str(checkpoint))
 
 
-@pytest.mark.parametrize("share", [1.5, 10**7])
+@pytest.mark.parametrize("share", [0, -1, 1.5, 10**7])
 def test_angles_are_not_made_wider_than_heads(checkpoint, share):
     edit(checkpoint / "config.json", rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": share})
-    with pytest.raises(InputError, match=r"partial_rotary_factor is .*; accepted: up to 1"):
+    with pytest.raises(InputError, match=r"partial_rotary_factor is .*; accepted: above 0, up to 1"):
         load_config(str(checkpoint))
 
 

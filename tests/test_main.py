@@ -443,9 +443,11 @@ def test_gradients_weigh_errors_where_they_are_asked_for(here, refused):
 
 def test_of_two_runs_that_score_into_one_place_the_second_is_refused(here, refused, monkeypatch):
     """While the first is at work, and where it has ended between the second's look and its turn."""
-    with locked(Path("new", "importance.json")):
-        assert "another run is writing" in refused("--prune_method", "bi", "--bi_score", "new")
-        assert "another run is writing" in refused("--bi_score", "new")
+    assert "called 'nosuch'" in refused("--prune_method", "bi", "--bi_score", "new", "--dataset", "nosuch")
+    assert not Path("new").exists()
+    with locked(Path("new", "importance.json.new")):
+        for flags in (("--prune_method", "bi"), ()):
+            assert "another run is writing new/importance.json.new" in refused(*flags, "--bi_score", "new")
     monkeypatch.setattr(main, "check_request", lambda _: None)
     assert f"another run has just written {SCORES}" in refused("--prune_method", "bi")
     assert run("--prune_method", "bi", "--overwrite") == 0

@@ -160,16 +160,24 @@ class TestBudget:
         assert select(dimensions, 90, prune_qk=True).achieved_sparsity_percent == pytest.approx(90, abs=0.1)
 
     @given(model_dimensions(), st.sampled_from([1, 2, 8]), st.booleans(), st.integers(0, 99))
-    @example(ModelDimensions("llama", 1, 8, 6, 6, 8, 16), 1, False, 0)  # one step too few, and 1 - 0.55 is rounded
     def test_what_is_not_refused_before_scoring_is_met_by_any_scores(self, dimensions, multiple, prune_qk, seed):
         """The largest target that is named is removed, and floors that would remove less are not taken."""
-        # Of heads or MLPs one or two steps wide a layer keeps all or little: what is removed depends on the scores too.
-        narrower = min(dimensions.head_dim, dimensions.intermediate_size)
-        # As in all models, each part can take up what a step of the other leaves, and factors of Q and K are smaller.
+        # As in models of some size, each part can take up what a step of the other leaves, factors of Q and K are
+        # smaller, and heads and MLPs are several steps wide: what is removed depends on the scores too elsewhere.
         assume(dimensions.hidden_size >= dimensions.head_dim)
         assume(dimensions.width_parameters * dimensions.intermediate_size >= dimensions.qk_parameters)
         assume(dimensions.rank_parameters * dimensions.head_dim >= 64 * dimensions.width_parameters)
-        options = {"rank_multiple": min(multiple, narrower // 4), "prune_qk": prune_qk}
+        narrower = min(dimensions.head_dim, dimensions.intermediate_size)
+        self.check_largest(dimensions, min(multiple, narrower // 4), prune_qk, seed)
+
+    # Of the first one step too few, and 1 - 0.55 is rounded.
+    @pytest.mark.parametrize("dimensions", [ModelDimensions("llama", 1, 8, 6, 6, 8, 16), TINY, NARROW[0]])
+    def test_neither_is_it_of_small_models(self, dimensions):
+        self.check_largest(dimensions, 1, False, 0)
+
+    @staticmethod
+    def check_largest(dimensions: ModelDimensions, multiple: int, prune_qk: bool, seed: int) -> None:
+        options = {"rank_multiple": multiple, "prune_qk": prune_qk}
         with pytest.raises(InputError, match="impossible") as refused:
             select(dimensions, 100, seed, **options)
         largest = int(re.search(r"largest possible target is (\d+) %", str(refused.value))[1])

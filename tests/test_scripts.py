@@ -463,7 +463,7 @@ def test_recovery_goes_on_from_a_checkpoint_to_the_same_bytes_and_leaves_an_ordi
         assert program(trial) == 2
     with locked(out):
         assert program(trial) == 2
-    assert f"another run is writing {out}.partial" in capsys.readouterr().err
+    assert f"another run is writing {out};" in capsys.readouterr().err
     assert program([*trial, "--seed", "7"]) == 2
     assert f"{out}.partial is of another request" in capsys.readouterr().err
     (tmp_path / "full.partial").mkdir()  # of a run that was killed before it had written its request

@@ -96,21 +96,21 @@ class CheckpointRun:
 
     def score(self) -> ImportanceScores:
         """Return the importance of every layer, with what it takes to compute it again; written to its place."""
+        windows = self.pipeline.windows(TO_SCORE)
         with ExitStack() as stack:
             broadcast_object(lambda: self._hold_scores(stack))
-            return self._scored()
+            return self._scored(windows)
 
     def _hold_scores(self, stack: ExitStack) -> None:
         """Have the place of scores to this run, while the stack is entered; InputError if it is another's."""
         file = self.config.score_file
         check_writable(file.parent)
-        stack.enter_context(locked(file))
+        stack.enter_context(locked(file.with_name(f"{file.name}.new")))  # and not of what a link there leads to
         if file.exists() and not self.config.overwrite:
             raise InputError(f"another run has just written {file}; run this again to use it")
 
-    def _scored(self) -> ImportanceScores:
+    def _scored(self, windows: Tensor) -> ImportanceScores:
         config = self.config
-        windows = self.pipeline.windows(TO_SCORE)
         found = self.pipeline.score(self.source, windows)
         scores = ImportanceScores(
             model_id=public_name(config.model),

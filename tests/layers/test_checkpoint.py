@@ -116,7 +116,7 @@ def test_the_card_states_how_the_model_was_made():
         ("---\nlicense: apache-2.0\nlanguage: en\n---\n# A model\n", {"license": "apache-2.0"}),
         ("---\nlicense: other\nlicense_name: 2024-04-18\n---\n", {"license": "other", "license_name": "2024-04-18"}),
         ("---\nlicense: [mit, 2024]\nlicense_name: 1\n---\n", {"license": "mit, 2024", "license_name": "1"}),
-        ("---\na: &a [x, x]\nlicense: [*a, *a]\n---\n", {}),
+        *((f"---\n{front}\n---\n", {}) for front in ("a: &a [x, x]\nlicense: [*a, *a]", "license: []", "license: yes")),
         (
             f"---\nlicense: &a {'x' * 99}\nlicense_link: [{'*a, ' * 999}]\n---\n",
             {"license": "x" * 99, "license_link": ", ".join(9 * ["x" * 99])},

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-SAMPLE = 4  # of the rows one is tried: in SmolLM2 two of 240 fits took another ridge by that, both near ties
+SAMPLE = 4  # a ridge is tried on one row in four; by that two of 240 fits of SmolLM2 took another, both near ties
 RIDGE = 0.1  # times channels per token: few tokens tell little of how channels make up for each other
 ROUNDS = 32  # in which all channels would go: damages are updated between two
 
@@ -55,8 +55,8 @@ def led_towards(weight: Tensor, moments: Sequence[Tensor], crosses: Sequence[Ten
 
     ``moments`` are ``C`` and ``crosses`` ``R`` of the tokens to fit and of those to check with. A fit changes ``W`` by
     ``Δ = (R - W C)(C + ridge)⁻¹``. The ridge is looked for from the middle one on, as long as the change gains more on
-    the latter, ``2 ⟨Δ, R - W C⟩ - ⟨Δ C, Δ⟩``: the middle one where there are none. A ``SAMPLE``-th of the rows is
-    enough to tell by: all have one moment. Then all tokens are fitted.
+    the latter, ``2 ⟨Δ, R - W C⟩ - ⟨Δ C, Δ⟩``: the middle one where there are none. Every ``SAMPLE``-th row is
+    enough to choose it, as all rows share one moment. Then all tokens are fitted.
     """
     rest, held_rest = (R - weight @ C for C, R in zip(moments, crosses, strict=True))
 
@@ -98,7 +98,7 @@ def channels_by_damage(
         factor = factored(inverse[going][:, going])
         coupling = torch.linalg.solve_triangular(factor, inverse[going], upper=False)  # (k, F)
         undone = torch.linalg.solve_triangular(factor, weight[:, going].T, upper=False)  # (k, D)
-        weight = weight - undone.T @ coupling
+        weight = torch.addmm(weight, undone.T, coupling, alpha=-1)
         inverse.addmm_(coupling.T, coupling, alpha=-1)  # rows and columns of those that go become zero
         gone[going] = True
         curve.append((curve[-1][0] + len(going), curve[-1][1] + undone.square().sum().item()))

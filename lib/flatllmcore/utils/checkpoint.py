@@ -95,8 +95,7 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         held = FileLock(place).acquire(timeout=0)
     except Timeout as error:
-        partial = partial_folder(folder)
-        raise InputError(f"another run is writing {partial}; wait for it, or give another folder") from error
+        raise InputError(f"another run is writing {folder}; wait for it, or give another place") from error
     with held:
         try:
             yield
@@ -156,8 +155,10 @@ def stated_licence(card: Path | None) -> dict[str, Any]:
     found = {}
     for name in ("license", "license_name", "license_link"):
         words = of if isinstance(of := stated.get(name), list) else [of]
-        if all(isinstance(word, str | int | float | date) for word in words[:9]):  # as YAML makes of some
-            found[name] = ", ".join(map(str, words[:9]))  # an alias may make endless ones
+        if words and all(
+            isinstance(word, str | int | float | date) and not isinstance(word, bool) for word in words[:9]
+        ):
+            found[name] = ", ".join(map(str, words[:9]))  # not all: an alias may make endless ones
         elif of is not None:
             logger.warning("%s: its %s is not in words, and left out", card, name)
     return found

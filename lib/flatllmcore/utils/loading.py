@@ -46,8 +46,8 @@ def load_config(model: str, cache_dir: Path | None = None) -> PretrainedConfig:
             if isinstance(count := fields.get(name), int) and count > MOST_LAYERS:
                 raise ValueError(f"{name} is {count:,}; accepted: at most {MOST_LAYERS:,}")
         for share in _named(fields, "partial_rotary_factor"):  # angles are made that many times as wide as a head
-            if isinstance(share, int | float) and not share <= 1:
-                raise ValueError(f"partial_rotary_factor is {share:g}; accepted: up to 1")
+            if isinstance(share, int | float) and not 0 < share <= 1:
+                raise ValueError(f"partial_rotary_factor is {share:g}; accepted: above 0, up to 1")
         return AutoConfig.from_pretrained(place, cache_dir=cache_dir, trust_remote_code=False)
 
 

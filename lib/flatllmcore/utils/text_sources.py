@@ -141,7 +141,7 @@ def _files(name: str, split: Split, dataset_root: Path | None, cache_dir: Path |
     files = [place] if place.is_file() else _files_in(place, name, split)
     if not files:
         problem = f"no {split} text in {place}; {_ACCEPTED}, with the split in the name"
-        raise InputError(", and not of ".join([problem, *_OTHERS.get(name, ())]))
+        raise InputError("; not read: ".join(filter(None, (problem, ", ".join(_OTHERS.get(name, ()))))))
     if len({(path.parent, path.suffix) for path in files}) > 1:
         raise InputError(f"several texts are called {split}: {files[0]}, {files[-1]}; give the folder or file of one")
     return files
@@ -206,7 +206,7 @@ def _texts_in(folder: Path) -> Iterator[Path]:
             elif any(f"{suffix}." in path.name.lower() for suffix in _SUFFIXES):  # as of .jsonl.zst
                 left_out.append(path)
     if left_out:
-        logger.warning("left out, %d files, such as %s; %s", len(left_out), min(left_out), _ACCEPTED)
+        logger.warning("%d files are left out, such as %s; %s", len(left_out), min(left_out), _ACCEPTED)
 
 
 def _refuse_folder(error: OSError) -> None:
