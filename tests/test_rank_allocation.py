@@ -160,31 +160,33 @@ class TestBudget:
         assert select(dimensions, 90, prune_qk=True).achieved_sparsity_percent == pytest.approx(90, abs=0.1)
 
     @given(model_dimensions(), st.sampled_from([1, 2, 8]), st.booleans(), st.integers(0, 99))
+    @example(ModelDimensions("llama", 1, 8, 6, 6, 8, 16), 1, False, 0)  # one step too few, and 1 - 0.55 is rounded
+    @example(TINY, 1, False, 0)
+    @example(NARROW[0], 1, False, 0)
     def test_what_is_not_refused_before_scoring_is_met_by_any_scores(self, dimensions, multiple, prune_qk, seed):
         """The largest target that is named is removed, and floors that would remove less are not taken."""
-        # As in models of some size, each part can take up what a step of the other leaves, factors of Q and K are
-        # smaller, and heads and MLPs are several steps wide: what is removed depends on the scores too elsewhere.
-        assume(dimensions.hidden_size >= dimensions.head_dim)
-        assume(dimensions.width_parameters * dimensions.intermediate_size >= dimensions.qk_parameters)
-        assume(dimensions.rank_parameters * dimensions.head_dim >= 64 * dimensions.width_parameters)
-        narrower = min(dimensions.head_dim, dimensions.intermediate_size)
-        self.check_largest(dimensions, min(multiple, narrower // 4), prune_qk, seed)
-
-    # Of the first one step too few, and 1 - 0.55 is rounded.
-    @pytest.mark.parametrize("dimensions", [ModelDimensions("llama", 1, 8, 6, 6, 8, 16), TINY, NARROW[0]])
-    def test_neither_is_it_of_small_models(self, dimensions):
-        self.check_largest(dimensions, 1, False, 0)
-
-    @staticmethod
-    def check_largest(dimensions: ModelDimensions, multiple: int, prune_qk: bool, seed: int) -> None:
-        options = {"rank_multiple": multiple, "prune_qk": prune_qk}
+        options = {"rank_multiple": min(multiple, dimensions.head_dim // 2), "prune_qk": prune_qk}
         with pytest.raises(InputError, match="impossible") as refused:
             select(dimensions, 100, seed, **options)
         largest = int(re.search(r"largest possible target is (\d+) %", str(refused.value))[1])
-        allocation = select(dimensions, largest, seed, **options)
+        allocation, refusal = None, ""
+        try:
+            allocation = select(dimensions, largest, seed, **options)
+        except InputError as error:
+            refusal = str(error)
+        if allocation is None:
+            assert "only roughly; give another target or smaller steps" in refusal
+            # Not where each part can take up what a step of the other leaves, and factors of Q and K are much smaller.
+            assert dimensions not in (TINY, NARROW[0])
+            assert (
+                dimensions.hidden_size < 4 * dimensions.head_dim
+                or dimensions.width_parameters * dimensions.intermediate_size < dimensions.qk_parameters
+                or dimensions.rank_parameters * dimensions.head_dim < 64 * dimensions.width_parameters
+            )
+            return
         removed = largest / 100 * allocation.parameters_before
         missing = removed - (allocation.parameters_before - counted_parameters(allocation))
-        assert missing < allowed_error(dimensions, removed, allocation.rank_multiple) + 0.5
+        assert missing <= allowed_error(dimensions, removed, allocation.rank_multiple) + 1e-6
 
     @pytest.mark.parametrize(("share", "pairs"), [(0, None), (0.05, None), (0.2, 12), (0.9, 2)])
     def test_a_layer_that_keeps_all_of_its_rotary_pairs_has_lost_none(self, share, pairs):
@@ -281,7 +283,7 @@ class TestRoundedRanks:
         assert allocation.parameters_after == counted_parameters(allocation)
         asked = allocation.sparsity_ratio / 100 * allocation.parameters_before
         removed = allocation.parameters_before - allocation.parameters_after
-        assert abs(removed - asked) < allowed_error(sizes, asked, multiple, step) + 0.5  # half a weight
+        assert abs(removed - asked) <= allowed_error(sizes, asked, multiple, step) + 1e-6
 
     @pytest.mark.parametrize("width_multiple", [16, 32, 64, 128, 256])
     @pytest.mark.parametrize(("sizes", "step"), [(PUBLISHED[0], 8), (PUBLISHED[3], 8), (SMOLLM2, 32), (SIX_HEADS, 16)])

@@ -131,7 +131,7 @@ class ImportancePreservingRankSelector:
         def is_possible(share: float) -> bool:
             removed = share * sizes.num_layers * sizes.layer_parameters
             most = removable + allowed_error(sizes, removed, *multiples)
-            return removed < most + 0.5 and self.prunable_keep_ratio(1 - share) > 0
+            return removed <= most and self.prunable_keep_ratio(1 - share) > 0
 
         if not is_possible(1 - keep_ratio):
             largest = max(percent for percent in range(100) if is_possible(percent / 100))

@@ -8,6 +8,7 @@ from ..errors import InputError
 from ..utils.dimensions import Kept, ModelDimensions
 
 RELATIVE_TOLERANCE = 0.001  # parameters removed, against the target
+FLOAT_ROUNDING = 1e-12  # of a model's weights
 WIDE_STEP = 64  # MLP channels that matrix units like best
 WIDE_STEP_SHARE = 0.005  # of a layer's parameters: what a wide step may cost
 INTEGER_GROUP = 32  # weights that share a scale in the narrowest of common 4-bit formats
@@ -44,7 +45,7 @@ def rounded_layers(
         attentions = (of.kept_with(n * rank_step, 0) for of, n in zip(ideals, rank_steps, strict=True))
         rest = keep_ratio * total - whole - sum(map(dimensions.parameters_of, attentions))
         width_total = min(max(round(rest / width_cost), len(ideals)), len(ideals) * most_widths)
-        if abs(rest - width_total * width_cost) < tolerance + 0.5:  # half a weight: shares are in floating point
+        if abs(rest - width_total * width_cost) <= tolerance:
             width_steps = largest_remainder(ideal_widths, width_total, most_widths)
             sizes = zip(ideals, rank_steps, width_steps, strict=True)
             return [of.kept_with(rank * rank_step, width * width_step) for of, rank, width in sizes]
@@ -53,9 +54,13 @@ def rounded_layers(
 
 
 def allowed_error(dimensions: ModelDimensions, removed: float, rank_step: int, width_step: int) -> float:
-    """Return how many weights more or less than asked may be removed from a model: 0.1 %, or the smaller step."""
+    """Return how many weights more or less than asked may be removed from a model: 0.1 %, or the smaller step.
+
+    And what rounding may add: shares are in floating point.
+    """
     smaller = min(rank_step * dimensions.rank_parameters, width_step * dimensions.width_parameters)
-    return max(RELATIVE_TOLERANCE * removed, smaller)
+    rounding = FLOAT_ROUNDING * dimensions.num_layers * dimensions.layer_parameters
+    return max(RELATIVE_TOLERANCE * removed, smaller) + rounding
 
 
 def width_step_for(dimensions: ModelDimensions, rank_step: int) -> int:
